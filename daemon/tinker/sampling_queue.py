@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ from isthmus.daemon.state.tables import TinkerPromise, TinkerSampler
 from isthmus.daemon.tinker.promises import Promises, Told, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import SavedWeights
+from isthmus.daemon.tinker.tinker_patience import MINE, MOST_FAILURES, passes, pause_after, told_failure
 from isthmus.daemon.tinker.tinker_requests import Sample, SamplingParams
-from isthmus.daemon.tinker.training_queue import AWAY, MINE
 from isthmus.daemon.tinker.wire_bodies import PROTOBUF, Sampled, written_samples
 from isthmus.daemon.workers.asking import WorkerError
 
@@ -30,7 +31,8 @@ MOST_SAMPLES = 128
 """Answers to one prompt."""
 MOST_LIKELIEST = 20
 _DEATHS = 3
-_LONGEST_PAUSE = 30.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ class SamplingQueue:
         self._promises, self._weights, self._answers = promises, weights, answers
         self._ids: asyncio.Queue[str] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
-        self.reason: str | None = None  # why promises wait
+        self.reasons: dict[str, str] = {}  # why promises wait, by their ids
 
     def start(self) -> None:
         """Begin to answer."""
@@ -75,13 +77,31 @@ class SamplingQueue:
 
     async def _work(self) -> None:
         while True:
-            promise = await run_in_threadpool(self._promises.find, await self._ids.get())
-            if promise is not None and promise.answer is None:
-                await self._promises.tell(promise, await self._answer(promise))
+            promise_id = await self._ids.get()
+            try:
+                await self._do(promise_id)
+            finally:
+                self.reasons.pop(promise_id, None)
+
+    async def _do(self, promise_id: str) -> None:
+        """Answer a promise. One that meets defects is refused."""
+        failures, told = 0, None
+        while True:
+            try:
+                promise = await run_in_threadpool(self._promises.find, promise_id)
+                if promise is not None and promise.answer is None:
+                    await self._promises.tell(promise, told or await self._answer(promise))
+                return
+            except Exception as error:  # it is logged, and tried again: the disk was full, say
+                failures += 1
+                log.exception("a defect met %s, for the %d. time", promise_id, failures)
+                if failures >= MOST_FAILURES:
+                    told = told_failure(failures, error)
+            await asyncio.sleep(pause_after(failures))
 
     async def _answer(self, promise: TinkerPromise) -> Told:
         """The answer to a promise, however long that takes."""
-        deaths, pause = 0, 1.0
+        deaths, tries = 0, 0
         while True:
             try:
                 told = await self._sampled(promise)
@@ -93,15 +113,14 @@ class SamplingQueue:
                     RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server")
                 )
             except (WorkerError, BusyError) as error:
-                if isinstance(error, BusyError) or error.code in AWAY:
-                    self.reason = str(error) or "many requests wait for answers"
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+                tries += 1
+                if isinstance(error, BusyError) or passes(error, tries):
+                    self.reasons[promise.id] = str(error) or "many requests wait for answers"
+                    await asyncio.sleep(pause_after(tries))
                     continue
                 told = told_refusal(RefusalError(str(error), "server" if error.code in MINE else "user"))
             except RefusalError as error:
                 told = told_refusal(error)
-            self.reason = None
             return told
 
     async def _sampled(self, promise: TinkerPromise) -> Told:
@@ -110,7 +129,7 @@ class SamplingQueue:
         target = await run_in_threadpool(self._target, promise.owner, request)
         found = [_Collected() for _ in range(sampling.n)]
         prompt: Sequence[TokenChance | None] = ()
-        pieces = self._answers.generate(target, tokens, sampling)
+        pieces = self._answers.generate(target, tokens, sampling, owner=promise.owner)
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 _collect(found[piece.index], piece)

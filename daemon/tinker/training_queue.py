@@ -10,13 +10,15 @@ and made again in the same way.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -29,18 +31,31 @@ from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerPromise, T
 from isthmus.daemon.tinker.promises import Promises, Told, told_json, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import SAMPLER_WEIGHTS, WEIGHTS, SavedWeights, path_of
+from isthmus.daemon.tinker.tinker_patience import LONGEST_PAUSE, MINE, MOST_FAILURES, passes, pause_after, told_failure
 from isthmus.daemon.tinker.wire_bodies import PROTOBUF, BodyError, read_question, written_output
 from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 
 MODULE = "isthmus.daemon.tinker.training_worker"
-AWAY = frozenset({40, 43})
-"""Exit codes (docs/exit-codes.md) of a cloud that is away: what was asked waits until it is back."""
-MINE = frozenset({1, 51, 52, 62})
-"""Exit codes that are no fault of the client."""
 _DEATHS = 3
-_LONGEST_PAUSE = 30.0
 
 Also = Callable[[Session], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What a promise has come to.
+
+    Attributes:
+        told: Its answer.
+        also: What is written at the same time.
+        obsolete: Folders that nobody needs once that is written.
+    """
+
+    told: Told
+    also: Also | None = None
+    obsolete: list[str] = field(default_factory=list)
 
 
 class TrainingQueue:
@@ -69,7 +84,9 @@ class TrainingQueue:
         self._settings, self._home, self._database, self._room = settings, home, database, room
         self._promises, self._weights, self._worker = promises, weights, worker
         self._turn = asyncio.Lock()  # the process answers one question at a time; who asks when it dies, is known
-        self._hot: OrderedDict[str, None] = OrderedDict()  # the models that the process has, the last used one last
+        # The models that the process has, the last used one last, with the number of each one's state on the disk; None
+        # for one that is made anew, since nobody knows what it holds.
+        self._hot: OrderedDict[str, int | None] = OrderedDict()
         self._pid: int | None = None  # the process that has them
         self._news: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,55 +135,73 @@ class TrainingQueue:
 
     async def _work(self, model: str) -> None:
         news = self._news[model]
+        failing, failures = "", 0
         try:
             while True:
                 news.clear()
-                promise = await run_in_threadpool(self._promises.next_of, model)
-                if promise is not None:
-                    await self._do(model, promise)
-                elif not news.is_set():
-                    return
+                promise = None
+                try:
+                    promise = await run_in_threadpool(self._promises.next_of, model)
+                    if promise is not None:
+                        await self._do(model, promise)
+                    elif not news.is_set():
+                        return
+                except Exception as error:  # it is logged, and tried again: the disk was full, say
+                    name = "" if promise is None else promise.id
+                    failures = failures + 1 if name == failing else 1
+                    failing = name
+                    log.exception("a defect met %s of model %s, for the %d. time", name, model, failures)
+                    if model in self._hot:
+                        self._hot[model] = None
+                    if promise is not None and failures >= MOST_FAILURES:
+                        await self._give_up(promise, failures, error)
+                    await asyncio.sleep(pause_after(failures))
         finally:
             del self._news[model]
             self.reasons.pop(model, None)
 
+    async def _give_up(self, promise: TinkerPromise, failures: int, error: Exception) -> None:
+        """Refuse what has failed so often, if that can be written down."""
+        try:
+            await self._promises.tell(promise, told_failure(failures, error), _forgetting(promise))
+        except Exception:  # the next turn tries again
+            log.exception("the refusal of %s could not be written", promise.id)
+
     async def _do(self, model: str, promise: TinkerPromise) -> None:
         """Do what a promise asks until there is an answer."""
-        deaths, pause = 0, 1.0
-        also: Also | None = None
+        deaths, tries = 0, 0
         while True:
             try:
                 async with self._turn:
-                    told, also = await self._answer(model, promise)
+                    done = await self._answer(model, promise)
             except WorkerDiedError as error:
                 deaths += 1
                 if deaths < _DEATHS:
                     continue
-                told = told_refusal(
-                    RefusalError(f"the training process has died {deaths} times at it ({error})", "server")
-                )
+                done = _refused(RefusalError(f"the training process has died {deaths} times at it ({error})", "server"))
             except WorkerError as error:
-                if error.code in AWAY:
+                tries += 1
+                if passes(error, tries):
                     self.reasons[model] = str(error)
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    await asyncio.sleep(pause_after(tries))
                     continue
-                told = told_refusal(RefusalError(str(error), "server" if error.code in MINE else "user"))
+                done = _refused(RefusalError(str(error), "server" if error.code in MINE else "user"))
             except RefusalError as error:
-                told = told_refusal(error)
+                done = _refused(error)
             except BodyError as error:
-                told = told_refusal(RefusalError(str(error)))
+                done = _refused(RefusalError(str(error)))
             except IsthmusError as error:
-                told = told_refusal(RefusalError(str(error), "server"))
+                done = _refused(RefusalError(str(error), "server"))
             break
         self.reasons.pop(model, None)
-        if promise.kind in {"create_model", "load_weights"} and also is None:
-            also = _forgetting(promise)
-        await self._promises.tell(promise, told, also)
+        await self._promises.tell(promise, done.told, done.also or _forgetting(promise))
+        for folder in done.obsolete:
+            # Somebody may be reading it; what a crash leaves goes at the next start.
+            asyncio.get_running_loop().call_later(LONGEST_PAUSE, self._weights.remove_folder, folder)
         if promise.kind == "optim_step":
             await run_in_threadpool(self._promises.forget_bodies, model)
 
-    async def _answer(self, model: str, promise: TinkerPromise) -> tuple[Told, Also | None]:
+    async def _answer(self, model: str, promise: TinkerPromise) -> _Done:
         row = await run_in_threadpool(self._row, model)
         if row is None:
             raise RefusalError(f"there is no model {model} any more")
@@ -174,22 +209,23 @@ class TrainingQueue:
         values = promise.request
         match promise.kind:
             case "create_model":
-                return told_json({"model_id": model, "type": "create_model"}), _nothing
+                return _Done(told_json({"model_id": model, "type": "create_model"}), _nothing)
             case "forward_backward" | "forward":
                 answer = await self._forward_backward(model, promise)
                 body = await run_in_threadpool(written_output, answer["outputs"], answer["metrics"])
-                return Told(body, PROTOBUF), None
+                return _Done(Told(body, PROTOBUF))
             case "optim_step":
                 await run_in_threadpool(self._room.room_for, 0)
                 waiting = await run_in_threadpool(self._promises.to_repeat, model, saved, promise.number)
                 done = await self._ask(
                     "optim_step", model=model, number=promise.number, adam=values["adam"], calls=len(waiting)
                 )
-                return told_json({"metrics": done["metrics"]}), _saving(model, promise.number)
+                self._hot[model] = promise.number
+                return _Done(told_json({"metrics": done["metrics"]}), _saving(model, promise.number))
             case "load_weights":
                 await self._load(model, row.owner, promise)
                 told = told_json({"path": values["path"], "model_id": model, "type": "load_weights"})
-                return told, _nothing
+                return _Done(told, _nothing)
             case "save_weights" | "save_weights_for_sampler":
                 return await self._save(row, promise)
         raise RefusalError(f"{promise.kind} is not known here", "server")
@@ -198,9 +234,12 @@ class TrainingQueue:
         """Have the process hold a model as it was before a promise; the number that its state on the disk has."""
         if self._worker.pid is None or self._worker.pid != self._pid:
             self._hot.clear()
-        if row.id in self._hot:
+        if (number := self._hot.get(row.id)) is not None:
             self._hot.move_to_end(row.id)
-            return row.saved
+            return number
+        if row.id in self._hot:
+            del self._hot[row.id]
+            await self._ask("forget", model=row.id)
         while len(self._hot) >= self._settings.adapters_hot:
             oldest, _ = self._hot.popitem(last=False)
             await self._ask("forget", model=oldest)
@@ -213,7 +252,7 @@ class TrainingQueue:
             raise RefusalError(f"the state of {row.id} on the disk is older than it must be: create another", "server")
         for earlier in await run_in_threadpool(self._promises.to_repeat, row.id, saved, promise.number):
             await self._forward_backward(row.id, earlier)
-        self._hot[row.id] = None
+        self._hot[row.id] = saved
         return saved
 
     async def _create(self, row: TinkerModel, promise: TinkerPromise) -> dict[str, Any]:
@@ -250,7 +289,7 @@ class TrainingQueue:
             raise RefusalError(f"{found.path} has no optimizer state: load the weights alone, or others")
         await self._ask("load", model=model, folder=str(self._weights.folder(found)), optimizer=optimizer)
 
-    async def _save(self, row: TinkerModel, promise: TinkerPromise) -> tuple[Told, Also]:
+    async def _save(self, row: TinkerModel, promise: TinkerPromise) -> _Done:
         values = promise.request
         kind = WEIGHTS if promise.kind == "save_weights" else SAMPLER_WEIGHTS
         path = path_of(row.id, kind, values["name"])
@@ -269,10 +308,13 @@ class TrainingQueue:
         else:
             told = {"sampling_session_id": values["sampler"], "type": promise.kind}
 
+        obsolete: list[str] = []
+
         def also(session: Session) -> None:
-            if older is not None:
-                session.delete(session.get_one(TinkerWeights, path))
-                session.flush()
+            # Others may be there that `find` does not show, as they have expired.
+            of_path = TinkerWeights.path == path
+            obsolete.extend(session.scalars(select(TinkerWeights.folder).where(of_path)))
+            session.execute(delete(TinkerWeights).where(of_path))
             session.add(new)
             if values["sampler"] is not None:
                 session.merge(
@@ -286,10 +328,7 @@ class TrainingQueue:
                     )
                 )
 
-        if older is not None:
-            # After the new ones have taken its name; what a crash leaves in between goes at the next start.
-            asyncio.get_running_loop().call_later(_LONGEST_PAUSE, self._weights.remove_folder, older.folder)
-        return told_json(told), also
+        return _Done(told_json(told), also, obsolete)
 
     async def _ask(self, method: str, **values: Any) -> dict[str, Any]:
         """Ask the process that holds the models; another one, which took its place meanwhile, has none of them."""
@@ -330,6 +369,10 @@ class TrainingQueue:
         }
 
 
+def _refused(error: RefusalError) -> _Done:
+    return _Done(told_refusal(error))
+
+
 def _nothing(_session: Session) -> None:
     pass
 
@@ -343,7 +386,7 @@ def _saving(model: str, number: int) -> Also:
 
 def _forgetting(promise: TinkerPromise) -> Also | None:
     """What a refused promise leaves: no model where it was to make one."""
-    if not promise.scope.startswith("session/"):
+    if promise.kind not in {"create_model", "load_weights"} or not promise.scope.startswith("session/"):
         return None
 
     def also(session: Session) -> None:

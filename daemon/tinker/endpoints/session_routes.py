@@ -258,7 +258,7 @@ async def retrieve_future(request: Request, owner: Asker, tinker: Tinker) -> Res
         return Response(told.body, media_type=told.media_type)
     promise = await run_in_threadpool(tinker.promises.find, poll.request_id)
     model = None if promise is None else promise.model
-    reason = tinker.sampling.reason if model is None else tinker.training.reasons.get(model)
+    reason = tinker.sampling.reasons.get(poll.request_id) if model is None else tinker.training.reasons.get(model)
     body: dict[str, Any] = {"type": "try_again", "request_id": poll.request_id, "queue_state": "active"}
     if reason is not None:
         body |= {"queue_state": "paused_capacity", "queue_state_reason": reason}

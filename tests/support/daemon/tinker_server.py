@@ -53,8 +53,9 @@ TOKENIZER = {
 class FakeAnswers:
     """Says the prompt's last token plus 1, 2, 3, … until a stop token; an adapter's number is its log probability."""
 
-    async def generate(self, target: Target, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
+    async def generate(self, target: Target, prompt: Prompt, sampling: Sampling, *, owner: str) -> AsyncIterator[Piece]:
         assert not isinstance(prompt, str)
+        assert owner
         tokens = [int(token) for token in prompt]  # type: ignore[call-overload]
         if len(tokens) > 1000:
             raise WorkerError("the prompt has more tokens than the model takes", 10)
