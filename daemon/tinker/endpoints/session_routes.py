@@ -104,6 +104,9 @@ async def telemetry(request: Request, here: Here, _owner: Asker) -> dict[str, st
 async def create_session(request: Request, here: Here, owner: Asker) -> dict[str, Any]:
     """Begin a session."""
     new = await read_json(request, NewSession)
+    if new.project_id is not None:
+        problem = f"project_id = {new.project_id!r}: there are no projects here; leave it out (and TINKER_PROJECT_ID)"
+        raise ApiError(400, problem, param="project_id")
     now = time.time()
     row = TinkerSession(
         id=str(uuid.uuid4()),
@@ -228,7 +231,11 @@ def get_sampler(sampler_id: str, here: Here, owner: Asker) -> dict[str, Any]:
 async def asample(request: Request, here: Here, owner: Asker, tinker: Tinker) -> Response:
     """Promise samples."""
     new = await read_json(request, Sample, here.settings.body_mib << 20)
-    await run_in_threadpool(get_sampler, new.sampling_session_id, here, owner)
+    sampler = await run_in_threadpool(get_sampler, new.sampling_session_id, here, owner)
+    for name in ("base_model", "model_path"):
+        if (asked := getattr(new, name)) not in {None, sampler[name]}:
+            problem = f"{name} = {asked!r}: the sampler has {sampler[name]!r}; leave it out, or make another sampler"
+            raise ApiError(400, problem, param=name)
     try:
         promise = await tinker.promise(
             NewPromise(

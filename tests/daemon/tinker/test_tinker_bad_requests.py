@@ -70,6 +70,24 @@ def refused(answer: httpx.Response) -> str:
     return str(answer.json()["error"]["message"])
 
 
+def test_a_sampler_samples_from_what_it_was_made_for(http: httpx.Client, sampler: str) -> None:
+    body = {
+        "sampling_session_id": sampler,
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]},
+        "sampling_params": {"max_tokens": 1},
+    }
+    for number, (name, value) in enumerate({"base_model": "org/other", "model_path": "tinker://m/weights/x"}.items()):
+        message = refused(http.post("/asample", json={**body, "seq_id": 900 + number, name: value}))
+        assert f"{name} = {value!r}: the sampler has" in message
+    assert http.post("/asample", json={**body, "seq_id": 910, "base_model": BASE}).status_code == 200
+    assert http.post("/asample", json={**body, "seq_id": 911, "model_path": None}).status_code == 200
+
+
+def test_a_project_is_refused_by_name(http: httpx.Client) -> None:
+    assert "project_id = 'p': there are no" in refused(http.post("/create_session", json={"project_id": "p"}))
+    assert http.post("/create_session", json={"project_id": None}).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["weights_info", "create_model", "optim_step", "asample", "retrieve_future"])
 @pytest.mark.parametrize(
     "body",
