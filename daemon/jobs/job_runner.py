@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ MOST_DEATHS = 3
 """Of a job's workers in a row, without a step between them, after which the job has failed."""
 TICK = 0.2
 """Seconds between looks at workers."""
+DEFECT_PAUSE = 5.0
+"""Seconds until a job that met a defect is looked at again."""
 IDLE = 30.0
 """Seconds between looks at the queue when nobody asks for one."""
 TIDY = 3600.0
@@ -107,6 +109,7 @@ class JobRunner:
     def __post_init__(self) -> None:
         self._running: dict[str, _Running] = {}
         self._trouble: dict[str, _Trouble] = {}
+        self._defects: dict[str, float] = {}  # when a job that met a defect is looked at again (monotonic)
         self._woken = threading.Event()
         self._ending = False
         self._tidied = 0.0
@@ -132,7 +135,7 @@ class JobRunner:
             except subprocess.TimeoutExpired:
                 running.process.kill()
                 running.process.wait()
-            self._settle(job_id)
+            self._guarded(job_id, self._settle)
 
     def wake(self) -> None:
         """Look at the queue now."""
@@ -148,6 +151,7 @@ class JobRunner:
         """Forget what has gone wrong with a job."""
         with self.lock:
             self._trouble.pop(job_id, None)
+            self._defects.pop(job_id, None)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
@@ -156,15 +160,27 @@ class JobRunner:
             pause = IDLE
             try:
                 for job_id in list(self._running):
-                    self._watch(job_id)
+                    self._guarded(job_id, self._watch)
                 self._check_room()
                 pause = self._begin_jobs()
                 self._tidy()
             except Exception:  # noqa: BLE001  # it is logged, and the next turn tries again: the disk was full, say
                 _log.exception("the jobs' loop met a defect, and goes on")
-                pause = 5.0
+                pause = DEFECT_PAUSE
             self._woken.wait(TICK if self._running else pause)
             self._woken.clear()
+
+    def _guarded(self, job_id: str, step: Callable[[str], None]) -> None:
+        """Do something for a job. A defect is logged, and stops no other job; this one is looked at again later."""
+        if not self._ending and time.monotonic() < self._defects.get(job_id, 0.0):
+            return
+        try:
+            step(job_id)
+        except Exception:  # noqa: BLE001  # it is logged, and tried again: the disk was full, say
+            _log.exception("job %s met a defect; the others go on", job_id)
+            self._defects[job_id] = time.monotonic() + DEFECT_PAUSE
+        else:
+            self._defects.pop(job_id, None)
 
     def _adopt(self) -> None:
         """Settle the jobs whose workers ended while there was no daemon."""
@@ -172,7 +188,7 @@ class JobRunner:
             left = session.scalars(select(Job).where(Job.status == "running")).all()
         for job in left:
             if read_end(self.home.job(job.id), job.attempts) is not None or job.wanted != "run":
-                self._settle(job.id)
+                self._guarded(job.id, self._settle)
 
     def _watch(self, job_id: str) -> None:
         running = self._running[job_id]
@@ -210,16 +226,23 @@ class JobRunner:
         for job in jobs:
             if job.id in self._running:
                 continue
-            if len(self._running) >= self.settings.jobs_at_once:
+            if self._taken() >= self.settings.jobs_at_once:
                 break
             rest = self._trouble[job.id].until - time.monotonic() if job.id in self._trouble else 0.0
             if job.wanted != "run":
-                self._settle(job.id)  # its worker ended, and somebody wants no other one
+                self._guarded(job.id, self._settle)  # its worker ended, and somebody wants no other one
             elif rest > 0:
                 pause = min(pause, rest)
             else:
-                self._begin(job.id)
+                self._guarded(job.id, self._begin)
+            if job.id in self._defects:
+                pause = min(pause, DEFECT_PAUSE)
         return pause
+
+    def _taken(self) -> int:
+        """Places that are taken: not by a job whose process is over, and which cannot be settled now."""
+        over = (job_id in self._defects and each.process.poll() is not None for job_id, each in self._running.items())
+        return len(self._running) - sum(over)
 
     def _begin(self, job_id: str) -> None:
         folder = self.home.job(job_id)

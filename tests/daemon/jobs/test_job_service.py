@@ -276,6 +276,32 @@ def test_a_cloud_that_is_away_is_tried_again_for_so_long(jobs: Jobs) -> None:
         assert "retry the job when the cloud is back" in job.error["message"]
 
 
+def test_a_job_that_cannot_be_settled_stops_no_other_one(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged: set[str] = set()
+    read_end = job_runner.read_end
+
+    def reads(folder: Path, attempt: int) -> Any:
+        if folder.name in damaged:
+            raise OSError("it cannot be read")
+        return read_end(folder, attempt)
+
+    monkeypatch.setattr(job_runner, "read_end", reads)
+    monkeypatch.setattr(job_runner, "DEFECT_PAUSE", 0.05)
+    with jobs.service() as service:
+        first = service.create("one", does(jobs, *WAITS, name="first")).id
+        until(service, first, lambda job: job.status == "running")
+        damaged.add(first)
+        service.cancel("one", first)
+        second = service.create("one", does(jobs, *SUCCEEDS)).id
+        assert ended(service, second).status == "succeeded"
+        until(service, first, lambda _: f"job {first} met a defect" in caplog.text)
+        assert service.get("one", first).status == "running"
+        damaged.clear()
+        assert ended(service, first).status == "cancelled"  # the control: it is settled once it can be
+
+
 def test_another_job_runs_while_a_cloud_is_away(jobs: Jobs) -> None:
     with jobs.service(Patience(first=3600)) as service:
         away = service.create("one", does(jobs, AWAY, {"exit": 40}, name="away")).id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from support.daemon.openai_fakes import BASE, OpenAIDaemon
 
 from isthmus.daemon.jobs.job_service import NewJob
+from isthmus.daemon.openai import job_objects
 from isthmus.daemon.state.tables import Job
 
 
@@ -159,7 +160,10 @@ def test_lists_come_in_pages_and_by_metadata(client: OpenAI, training_file: str)
         jobs.list(extra_query={"colour": "red"})
 
 
-def test_events_and_checkpoints(client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str) -> None:
+def test_events_and_checkpoints(
+    client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_objects, "time", SimpleNamespace(time=lambda: 1000.0))
     jobs = client.fine_tuning.jobs
     job = jobs.create(model=BASE, training_file=training_file)
     assert jobs.checkpoints.list(job.id).data == []
@@ -172,8 +176,7 @@ def test_events_and_checkpoints(client: OpenAI, openai_daemon: OpenAIDaemon, tra
     assert checkpoints[0].metrics.to_dict() == {"step": 40, "train_loss": 0.05}
     running = jobs.retrieve(job.id)
     assert (running.status, running.fine_tuned_model) == ("running", None)
-    assert running.estimated_finish is not None
-    assert 100 < running.estimated_finish - time.time() < 121
+    assert running.estimated_finish == 1000 + (100 - 40) * 2
     openai_daemon.jobs.go_on(job.id, status="succeeded", step=100, results=["file-1"])
     done = jobs.retrieve(job.id)
     assert (done.status, done.result_files, done.estimated_finish) == ("succeeded", ["file-1"], None)
