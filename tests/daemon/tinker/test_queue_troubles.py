@@ -310,8 +310,9 @@ def test_an_owner_is_told_why_his_own_samples_wait(parts: Parts, monkeypatch: py
     async def steps() -> None:
         parts.answers.errors["a"] = [WorkerError("the cloud of a is away", 40)]
         waits = parts.sample("a")
-        while waits not in parts.sampling.reasons:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(SECONDS):
+            while waits not in parts.sampling.reasons:
+                await asyncio.sleep(0.01)
         other = parts.sample("b")
         assert await parts.promises.wait("b", other, SECONDS) is not None
         assert parts.sampling.reasons == {waits: "the cloud of a is away"}
