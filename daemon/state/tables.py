@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Double, ForeignKey, Index, LargeBinary, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, Index, LargeBinary, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Tree = dict[str, Any]
@@ -236,7 +236,12 @@ class TinkerPromise(Table):
     """
 
     __tablename__ = "tinker_promises"
-    __table_args__ = (UniqueConstraint("scope", "key"), Index("promises_of_a_model", "model", "number"))
+    __table_args__ = (
+        UniqueConstraint("scope", "key"),
+        Index("promises_of_a_model", "model", "number"),
+        Index("promises_of_an_owner", "owner", "number"),
+        Index("promises_unanswered", "owner", sqlite_where=text("answer IS NULL")),
+    )
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)

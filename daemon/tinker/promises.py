@@ -31,6 +31,8 @@ REFUSED = "application/problem+json"
 """The `answer_type` of a refusal, which is sent as JSON."""
 MOST_WAITING = 1000
 """Promises of an owner that wait; the next are put off (429), and the client sends them again."""
+MOST_KEPT = 100_000
+"""Promises of an owner that are kept; beyond that the oldest that are answered go."""
 MOST_HELD_BYTES = 1 << 30
 """Bytes of an owner's bodies that are kept."""
 MOST_ANSWER_BYTES = 1 << 30
@@ -141,11 +143,16 @@ class Promises:
             for column in TinkerPromise.__table__.columns
             if column.key != "number"
         }
-        with self._database.session() as session:
-            session.execute(insert(TinkerPromise).values(values).on_conflict_do_nothing())
-            found = session.scalars(first).one()
-            if found.id == made.id and also is not None:
-                also(session)
+        try:
+            with self._database.session() as session:
+                _remove_oldest(session, new.owner)
+                session.execute(insert(TinkerPromise).values(values).on_conflict_do_nothing())
+                found = session.scalars(first).one()
+                if found.id == made.id and also is not None:
+                    also(session)
+        except FullError:
+            (self._folder / made.id).unlink(missing_ok=True)
+            raise
         if found.id != made.id:
             (self._folder / made.id).unlink(missing_ok=True)  # the same request came twice at once
         return found
@@ -323,6 +330,25 @@ class Promises:
         )
         if (held or 0) + len(new.body) > MOST_HELD_BYTES:
             raise FullError(f"{held} bytes of data wait already for their optim_step: make one, and send these again")
+
+
+def _remove_oldest(session: Session, owner: str) -> None:
+    """Make room for one more promise of an owner. What is removed is no longer known if its request comes again."""
+    own = TinkerPromise.owner == owner
+    kept = session.scalar(select(func.count(TinkerPromise.number)).where(own)) or 0
+    if kept < MOST_KEPT:
+        return
+    oldest = (
+        select(TinkerPromise.number)
+        .outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
+        .where(own, ~_needs_its_body())
+        .order_by(TinkerPromise.number)
+        .limit(kept - MOST_KEPT + 1)
+    )
+    numbers = session.scalars(oldest).all()
+    if len(numbers) <= kept - MOST_KEPT:
+        raise FullError(f"{kept} requests are kept for their optim_step: make one, and send this again")
+    session.execute(delete(TinkerPromise).where(TinkerPromise.number.in_(numbers)))
 
 
 def _needs_its_body() -> Any:

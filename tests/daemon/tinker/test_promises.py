@@ -183,3 +183,29 @@ def test_answers_that_are_kept_are_bounded_and_still_count_once(
 def _save(database: Database, number: int) -> None:
     with database.session() as session:
         session.get_one(TinkerModel, "m").saved = number
+
+
+def test_the_oldest_that_are_answered_make_room(
+    promises: Promises, database: Database, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promises_module, "MOST_KEPT", 3)
+    needed = promises.make(new(1))  # its gradients are in no state on the disk
+    answered, waiting = promises.make(new(2, "optim_step", None)), promises.make(new(3, "optim_step", None))
+    others = promises.make(NewPromise("b", "sampler/x", "1", "asample"))
+
+    async def answer() -> None:
+        await promises.tell(needed, GRADIENTS)
+        await promises.tell(answered, DONE)
+        await promises.tell(others, DONE)
+
+    asyncio.run(answer())
+    latest = promises.make(new(4, "optim_step", None))
+    there = [promises.find(each.id) is not None for each in (needed, answered, waiting, others, latest)]
+    assert there == [True, False, True, True, True]
+    with pytest.raises(FullError, match="3 requests are kept"):
+        promises.make(new(5))
+    assert bodies(home) == {needed.id}
+    with database.session() as session:
+        session.get_one(TinkerModel, "m").saved = waiting.number
+    promises.make(new(5, "optim_step", None))
+    assert promises.find(needed.id) is None

@@ -118,6 +118,8 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("tinker_promises", schema=None) as batch_op:
         batch_op.create_index("promises_of_a_model", ["model", "number"], unique=False)
+        batch_op.create_index("promises_of_an_owner", ["owner", "number"], unique=False)
+        batch_op.create_index("promises_unanswered", ["owner"], unique=False, sqlite_where=sa.text("answer IS NULL"))
 
     op.create_table(
         "tinker_samplers",
