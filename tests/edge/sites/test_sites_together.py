@@ -50,7 +50,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     # A tiny model takes less for a step than a busy machine lets an edge wait: this is time enough for one batch.
-    monkeypatch.setattr(MeasuredSpeed, "seconds", lambda _self, _requests: 0.1)
+    monkeypatch.setattr(MeasuredSpeed, "seconds", lambda _self, _requests: 0.5)
     torch.set_num_threads(1)
     folder = tiny_checkpoint("llama", tmp_path / "model")
     cloud, home = served(folder, tmp_path / "parts"), Home(tmp_path)

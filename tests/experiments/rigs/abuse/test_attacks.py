@@ -18,6 +18,7 @@ from isthmus.protocol.enrolment import ConnectionString
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("warm_module")]
 SECONDS = 0.3
+TRIES = 3
 
 
 class Place:
@@ -57,7 +58,10 @@ def server(place: Place) -> Iterator[BareServer]:
 def test_an_attack_costs_no_more_than_its_ceilings(
     place: Place, attacker: TaskProcess, server: BareServer, attack: str
 ) -> None:
-    taken, found = attack_alone(attacker, attack, server.pid, place.address(server), SECONDS)
+    for _ in range(TRIES):
+        taken, found = attack_alone(attacker, attack, server.pid, place.address(server), SECONDS)
+        if found or not ATTACKS[attack].is_computed:
+            break  # on a busy machine the time may end before anything was computed
     computed = found if ATTACKS[attack].is_computed else None
     assert [row for row in rows(taken, CEILINGS[attack], computed) if not row["held"]] == []
 
