@@ -73,6 +73,14 @@ class DaemonSettings(BaseModel):
     adapters_hot: int = Field(
         4, ge=1, description="Adapters that are kept in memory for answers; the one not used for longest gives way."
     )
+    # With SmolLM2-135M on two cores, two at a time give twice the tokens a second of one, and four no more than two.
+    answers_at_once: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Answers that are computed at the same time, each over a session of its own with the cloud, which "
+        "allows an edge 4 by default; the others wait.",
+    )
     answers_waiting: int = Field(
         64, ge=1, description="Requests for answers that may wait; more are refused (429) until some are done."
     )

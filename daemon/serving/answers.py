@@ -33,14 +33,9 @@ from isthmus.daemon.state.tables import BaseModel, Traffic
 from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 from isthmus.daemon.workers.frames import Frame
 
-__all__ = ["AT_ONCE", "Answers", "BusyError", "Piece", "Prompt", "Sampling", "Target", "TokenChance"]
+__all__ = ["Answers", "BusyError", "Piece", "Prompt", "Sampling", "Target", "TokenChance"]
 
 log = logging.getLogger("isthmus.daemon")
-
-AT_ONCE = 2
-"""Answers that are computed at a time, each over a link of its own. With SmolLM2-135M on two cores, two give twice the
-tokens a second of one, and four no more than two. A cloud's default quota is four sessions for an edge, and jobs need
-theirs."""
 
 _CONFIG, _UNKNOWN_MODEL = 10, 20
 _LAST_SECONDS = 2.0
@@ -60,10 +55,10 @@ class Answers:
 
     def __init__(self, settings: DaemonSettings, home: Home, database: Database) -> None:
         self._settings, self._database = settings, database
-        greeting = {"settings": settings.model_dump(mode="json"), "at_once": AT_ONCE}
         arguments = ["-m", "isthmus.daemon.serving.serving_worker"]
-        self._worker = WorkerProcess(arguments, home.serving_log, Frame(greeting))
-        self._turns = FairTurns(AT_ONCE)
+        greeting = Frame({"settings": settings.model_dump(mode="json")})
+        self._worker = WorkerProcess(arguments, home.serving_log, greeting)
+        self._turns = FairTurns(settings.answers_at_once)
         self._unread = Unread()
         self._requests = 0
         self._notes: set[asyncio.Task[None]] = set()
@@ -88,7 +83,7 @@ class Answers:
             WorkerError: Whatever else is wrong, with its exit code (docs/exit-codes.md): 10 for a prompt that is empty
                 or too long, 40 where the cloud is away.
         """
-        if self._requests >= AT_ONCE + self._settings.answers_waiting:
+        if self._requests >= self._settings.answers_at_once + self._settings.answers_waiting:
             raise BusyError(f"{self._requests} requests are being answered or wait: try again in a while")
         if problem := sampling.problem() or prompt_problem(prompt):
             raise WorkerError(problem, _CONFIG)

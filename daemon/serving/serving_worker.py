@@ -3,7 +3,7 @@
 Run as `python -m isthmus.daemon.serving.serving_worker` by `isthmus.daemon.serving.answers`. Its first frame has the
 settings; what follows are questions:
 
-    generate          one answer, piece by piece; `at_once` of them at a time, each over a link of its own
+    generate          one answer, piece by piece; `answers_at_once` of them at a time, each over a link of its own
     tokenizer_files   of a base model
     look              what the clouds serve now
     state, traffic    figures of this process; they wait for nothing
@@ -41,11 +41,11 @@ class Serving:
 
     Args:
         settings: Of the daemon.
-        at_once: Answers at a time.
     """
 
-    def __init__(self, settings: DaemonSettings, at_once: int) -> None:
+    def __init__(self, settings: DaemonSettings) -> None:
         self._leased: Sites = "all" if settings.training_layers == "all" else "none"
+        at_once = settings.answers_at_once
         self._clouds = {name: ServedCloud(name, config, at_once) for name, config in settings.clouds.items()}
         self._hot = HotModels(settings.adapters_hot)
         self._drafts = OfferedDrafts(settings.offered_draft)
@@ -163,9 +163,8 @@ def main() -> None:
     if greeting is None:
         return
     settings = DaemonSettings.model_validate(greeting.values["settings"])
-    at_once = int(greeting.values["at_once"])
-    serving = Serving(settings, at_once)
-    answer_questions(serving.handlers, {"generate": at_once, "look": 1, "tokenizer_files": 1})
+    at_once = {"generate": settings.answers_at_once, "look": 1, "tokenizer_files": 1}
+    answer_questions(Serving(settings).handlers, at_once)
 
 
 if __name__ == "__main__":

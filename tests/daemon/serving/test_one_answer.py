@@ -33,7 +33,7 @@ Asked = Callable[..., list[Piece]]
 
 @pytest.fixture(scope="module")
 def serving(settings: DaemonSettings) -> Iterator[Serving]:
-    made = Serving(settings, 2)
+    made = Serving(settings)
     yield made
     made.close()
 
@@ -278,7 +278,7 @@ def test_an_answer_ends_at_its_next_token_when_nobody_waits(serving: Serving) ->
 
 
 def test_a_draft_changes_no_answer(settings: DaemonSettings, ask: Asked) -> None:
-    drafted = Serving(settings.model_copy(update={"offered_draft": "ngram"}), 1)
+    drafted = Serving(settings.model_copy(update={"offered_draft": "ngram"}))
     for sampling in (replace(GREEDY, max_tokens=60), Sampling(seed=3, max_tokens=30)):
         plain = ask("ab ab ab", sampling)
         found = answered(drafted, "ab ab ab", sampling)
@@ -311,7 +311,7 @@ def test_an_adapter_inside_the_clouds_layers(
     anew = ask("Once", adapter=tmp_path / "adapter", max_tokens=6)
     assert text_of(anew) == edge("Once", tmp_path / "adapter", cache=False, max_new_tokens=6)[1]
     assert text_of(anew) != text_of(ask("Once", max_tokens=6))
-    leasing = Serving(settings.model_copy(update={"training_layers": "all"}), 1)
+    leasing = Serving(settings.model_copy(update={"training_layers": "all"}))
     leased = answered(leasing, "Once", replace(GREEDY, max_tokens=6), tmp_path / "adapter")
     assert text_of(leased) == text_of(anew)
     leasing.close()

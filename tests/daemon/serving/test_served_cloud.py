@@ -106,7 +106,7 @@ def test_a_cloud_whose_model_cannot_be_used_hides_no_other(
     server: ThreadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clouds = {"bad": config_of(server), "good": config_of(server)}
-    serving = Serving(DaemonSettings(clouds=clouds), 1)
+    serving = Serving(DaemonSettings(clouds=clouds, answers_at_once=1))
     load = ServedCloud.load
 
     def loaded(cloud: ServedCloud, link: Link) -> EdgeParts:

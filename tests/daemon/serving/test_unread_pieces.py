@@ -11,7 +11,7 @@ import pytest
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
-from isthmus.daemon.serving.answers import AT_ONCE, Answers, Piece, Sampling, Target
+from isthmus.daemon.serving.answers import Answers, Piece, Sampling, Target
 from isthmus.daemon.serving.unread_pieces import Unread, UnreadPieces
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import BaseModel
@@ -72,15 +72,20 @@ class _Worker:
     """Answers of `MANY` pieces, as fast as they are taken."""
 
     pid = None
+    running = most = 0
 
     async def stream(self, _method: str, **_values: Any) -> AsyncGenerator[tuple[Mapping[str, Any], bytes], None]:
+        self.running += 1
+        self.most = max(self.most, self.running)
         for _ in range(MANY):
             await asyncio.sleep(0)
             yield PIECE.to_tree(), b""
+        self.running -= 1
 
 
-def _answers(folder: Path) -> Answers:
-    settings = DaemonSettings.model_validate({"clouds": {"main": {"cloud": "isthmus://c:1#SHA256:x"}}})
+def _answers(folder: Path, **changes: Any) -> Answers:
+    clouds = {"main": {"cloud": "isthmus://c:1#SHA256:x"}}
+    settings = DaemonSettings.model_validate({"clouds": clouds, **changes})
     home = Home.make(folder)
     database = Database(home.database)
     with database.session() as session:
@@ -90,16 +95,28 @@ def _answers(folder: Path) -> Answers:
     return made
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_as_many_answers_are_computed_at_the_same_time_as_the_settings_say(tmp_path: Path, at_once: int) -> None:
+    async def run() -> int:
+        answers = _answers(tmp_path / "home", answers_at_once=at_once)
+        asked = [answers.generate(Target("m"), "a", Sampling(n=2)) for _ in range(4)]
+        assert await asyncio.gather(*map(_read, asked)) == [2 * MANY] * 4
+        most: int = answers._worker.most  # type: ignore[attr-defined]
+        return most
+
+    assert asyncio.run(run()) == at_once
+
+
 def test_slow_readers_keep_no_turn_from_others(tmp_path: Path) -> None:
     async def run() -> None:
         answers = _answers(tmp_path / "home")
-        slow = [answers.generate(Target("m"), "a", Sampling(n=4), owner="slow") for _ in range(2 * AT_ONCE)]
+        slow = [answers.generate(Target("m"), "a", Sampling(n=4), owner="slow") for _ in range(4)]
         for each in slow:
             await anext(each)  # and no more
         assert await _read(answers.generate(Target("m"), "a", Sampling(), owner="other")) == MANY
         while answers._requests:  # those that nobody reads are computed, and then they count no longer
             await asyncio.sleep(0)
-        assert answers._turns._free == AT_ONCE
+        assert answers._turns._free == 2
         assert await _read(slow[0]) == 4 * MANY - 1  # and nothing is lost
         assert answers._unread._requests[0].bytes > 0
         for each in slow:
@@ -120,6 +137,6 @@ def test_what_waits_has_a_bound_and_the_turns_come_back(tmp_path: Path) -> None:
         )  # who reads at once goes on
         with pytest.raises(WorkerError, match="read too slowly"):
             await _read(slow)
-        assert (answers._requests, answers._turns._free) == (0, AT_ONCE)
+        assert (answers._requests, answers._turns._free) == (0, 2)
 
     asyncio.run(run())
