@@ -3,7 +3,8 @@
 Uvicorn bounds requests and not what comes before them, nor what a client does not take. Here:
 
 - A connection has `HEAD_SECONDS` for the head of a request, from its first byte or the connection's start on.
-- After an answer to a request whose body still comes, it has `REST_SECONDS` to end it; what comes is dropped.
+- After an answer to a request whose body still comes, it has `REST_SECONDS` to end it. Of what comes, `REST_BYTES` are
+  dropped, and what is beyond stays unread: the client can still read its answer, and a flood costs no more than that.
 - A client that takes nothing of its answer for `STALL_SECONDS` loses its connection.
 - There are `MOST` connections. One more closes the one that is without a request for longest.
 """
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 15.0
 REST_SECONDS = 5.0
+REST_BYTES = 4 << 20
 STALL_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 60
 HEAD_BYTES = 64 << 10
@@ -35,6 +37,7 @@ class BoundedConnection(H11Protocol):
         self._phase: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._dropped = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection in, and close another one where there are too many."""
@@ -58,6 +61,10 @@ class BoundedConnection(H11Protocol):
         """Take what came, and see what is to come."""
         super().data_received(data)
         self._look()
+        if self._phase == "rest":
+            self._dropped += len(data)
+            if self._dropped > REST_BYTES:
+                self.flow.pause_reading()
 
     def on_response_complete(self) -> None:
         """See what is to come."""
@@ -108,7 +115,7 @@ class BoundedConnection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
         seconds = {None: None, "head": HEAD_SECONDS, "rest": REST_SECONDS}[phase]
-        self._phase = phase
+        self._phase, self._dropped = phase, 0
         self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
     def _set_stall(self, seconds: float | None) -> None:

@@ -143,6 +143,27 @@ def test_a_body_that_goes_on_after_the_answer_loses_its_connection() -> None:
         assert _is_closed(client)
 
 
+@pytest.mark.parametrize("most", [1 << 16, 1 << 30])
+def test_of_a_body_that_goes_on_after_the_answer_little_is_read(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(connections, "REST_SECONDS", 60.0)
+    monkeypatch.setattr(connections, "REST_BYTES", most)
+    with _serving() as (port, server), _connect(port) as client:
+        client.sendall(CHUNKED + b"%x\r\n" % (1 << 30))
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+        (one,) = _ones(server)
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                client.sendall(bytes(64 << 20))
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        _until(lambda: one.flow.read_paused or one._dropped >= 32 << 20)
+        assert one.flow.read_paused == (most < 32 << 20)
+        client.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
 def test_a_body_that_ends_soon_after_the_answer_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 60.0)
     with _serving() as (port, server), _connect(port) as client:
