@@ -137,7 +137,7 @@ def _run(daemon: LocalDaemon, settings: DaemonSettings, data: Path, case: str) -
                 job = _job(daemon, settings, data, settings.steps)
             statuses = clients.ask("enough")
     growth = memory_bytes(daemon.pid, "status", "VmRSS") - before
-    report = json.loads((daemon.home / "jobs" / job["id"] / "run" / "report.json").read_text())
+    report = json.loads((daemon.home.path / "jobs" / job["id"] / "run" / "report.json").read_text())
     adapter = sha256_of(Path(job["adapter"]) / "adapter_model.safetensors").hex()
     return Run(case, statuses, probes.seconds, growth, report["tokens_per_s"], adapter)
 

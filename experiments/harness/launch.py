@@ -1,5 +1,5 @@
-"""Real parts for benchmarks and the demo: a cloud in its own processes, keys made for the occasion, and commands as a
-user runs them."""
+"""Real parts for benchmarks and the demo: servers in processes of their own, as a user starts them, and a cloud among
+them, with keys made for the occasion."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import Progress
@@ -31,22 +32,82 @@ START_SECONDS = 180.0
 FIRST_PORT, PORT_TRIES = 10_000, 20
 
 
-class LocalCloud:
-    """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge."""
+class LocalServer(ABC):
+    """A server of this machine in a process of its own, as a user starts it. A context manager, which ends it.
+
+    Args:
+        name: What an error calls it.
+        arguments: Of `isthmus`.
+        log: File that its output is added to.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None):
+        self._name, self._arguments, self._log = name, arguments, log
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def is_up(self) -> bool:
+        """Whether it answers."""
+
+    def start(self) -> None:
+        """Start it, and wait until it answers.
+
+        Raises UnreachableError where it does not; the message has the end of its output.
+        """
+        with self._log.open("ab") as log, uninterrupted():
+            self._process = subprocess.Popen(
+                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, env=self._environment,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while not self.is_up():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                tail = self._log.read_text(errors="replace")[-2000:]
+                raise UnreachableError(
+                    f"the {self._name} did not start within {START_SECONDS:.0f} s; the end of its output: {tail}"
+                )
+            time.sleep(0.1)
+
+    def stop(self) -> int | None:
+        """End it, gracefully where that works. Returns its exit code; None where it was not started."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return None if process is None else process.returncode
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:  # Ctrl-C, say, while it starts
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class LocalCloud(LocalServer):
+    """`isthmus cloud serve`, with keys of its own and one enrolled edge."""
 
     def __init__(self, folder: Path, model: str, *options: str, environment: Mapping[str, str] | None = None) -> None:
         self.home = folder / "cloud"
         self.edge_key = folder / "edge" / "id_ed25519"
         self.connection_file = folder / "connection"
-        self._log = folder / "serve.log"
-        self._arguments = [
+        arguments = [
             *("cloud", "serve", "--model", model, "--home", str(self.home)),
             *("--connection-file", str(self.connection_file)),
             *("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
             *options,
         ]
-        self._environment = {**os.environ, **(environment or {})}
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__("cloud", arguments, folder / "serve.log", environment)
         if not self.home.exists():
             self.home.mkdir(parents=True, mode=0o700)
             generate_root(self.home)
@@ -64,25 +125,16 @@ class LocalCloud:
         add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota)
 
     def start(self) -> None:
-        """Start and wait until the workers answer; again at the same addresses only where `--listen` names a port.
+        """Start it, and wait until its workers answer; again at the same addresses only where `--listen` names a port.
 
-        Raises UnreachableError where it does not answer; the message has the end of its output.
+        Raises what `LocalServer.start` does.
         """
         self.connection_file.unlink(missing_ok=True)
-        with self._log.open("ab") as log, uninterrupted():
-            self._process = subprocess.Popen(
-                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, env=self._environment,
-            )  # fmt: skip
-        deadline = time.monotonic() + START_SECONDS
-        while not self.connection_file.exists():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                tail = self._log.read_text(errors="replace")[-2000:]
-                raise UnreachableError(
-                    f"the cloud did not start within {START_SECONDS:.0f} s; the end of its output: {tail}"
-                )
-            time.sleep(0.1)
+        super().start()
+
+    def is_up(self) -> bool:
+        """Whether the workers answer."""
+        return self.connection_file.exists()
 
     def status(self) -> dict[str, Any]:
         """The first worker's status, `pid` among it. Raises UnreachableError where that one does not answer."""
@@ -130,29 +182,6 @@ class LocalCloud:
             process.poll()
             time.sleep(0.01)
         process.wait()
-
-    def stop(self) -> int | None:
-        """End it, gracefully where that works. Returns its exit code; None where it was not started."""
-        process, self._process = self._process, None
-        if process is None or process.poll() is not None:
-            return None if process is None else process.returncode
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
-
-    def __enter__(self) -> LocalCloud:
-        try:
-            self.start()
-        except BaseException:  # Ctrl-C, say, while it starts
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 def free_ports(host: str, count: int) -> list[int]:
