@@ -294,7 +294,7 @@ class DaemonSettings:
 
     model: flags.Model = "smollm2-135m"
     edge_layers: flags.EdgeLayers = "2:2"
-    steps: flags.Steps = 30
+    steps: flags.Steps = 60
     clients: Annotated[int, Option(min=1, help="Clients of a case; they ask 20 times a second together.")] = 200
     threads: flags.Threads = 1
 
@@ -322,7 +322,12 @@ MEASUREMENTS: Final = {
     "scheduler": Measurement(
         SchedulerSettings, "serving.scheduler_bench:run_scheduler", "serving.scheduler_bench:show", folder="temporary"
     ),
-    "daemon": Measurement(DaemonSettings, "daemon.daemon_bench:run_daemon", "daemon.daemon_bench:show"),
+    "daemon": Measurement(
+        DaemonSettings,
+        "daemon.daemon_bench:run_daemon",
+        "daemon.daemon_bench:show",
+        passed=("adapters_identical", "no_errors_5xx"),
+    ),
     **RIGS,
 }
 """The commands of `isthmus bench` by name, in the order of its help."""
