@@ -3,7 +3,8 @@
     python -m isthmus.experiments.daemon.cookbook_run --data ../shared/data --steps 20
 
 The package goes into an environment of its own, by `--no-deps`, over this one's packages: it asks for others that the
-index may lack. It prints each step's loss.
+index may lack. It prints each step's loss, and ends with 1 where the losses of the second half of the steps are, on
+average, not below those of the first.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import argparse
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.experiments.daemon.local_daemon import LocalDaemon
@@ -33,6 +36,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder that has e2e/")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="isthmus-cookbook-") as name:
         folder = Path(name)
@@ -41,9 +45,21 @@ def main() -> None:
         _write_data(asked.data / "e2e" / "train.csv", data)
         with LocalCloud(folder, MODEL, "--edge-layers", "2:2") as cloud, LocalDaemon(folder, cloud) as daemon:
             _train(python, daemon, folder, data, asked.steps, asked.batch_size)
-        for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
-            step = json.loads(line)
-            print(json.dumps({key: step[key] for key in ("step", "train_mean_nll", "grad_norm:mean")}))
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["train_mean_nll"] for line in lines]
+    falls = loss_falls(losses)
+    if asked.json:
+        print(json.dumps({"model": MODEL, "batch_size": asked.batch_size, "losses": losses, "loss_falls": falls}))
+    else:
+        print("\n".join(f"step {step:4}  loss {loss:.4f}" for step, loss in enumerate(losses)))
+    if not falls:
+        sys.exit("the loss does not fall")
+
+
+def loss_falls(losses: Sequence[float]) -> bool:
+    """Whether the mean loss of the second half of the steps is below that of the first; of one step it does not."""
+    half = len(losses) // 2
+    return half > 0 and statistics.mean(losses[half:]) < statistics.mean(losses[:half])
 
 
 def _environment(folder: Path) -> Path:

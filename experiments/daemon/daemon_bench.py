@@ -148,7 +148,7 @@ def _run(daemon: LocalDaemon, settings: DaemonSettings, data: Path, case: str) -
                 job = _job(daemon, settings, data, settings.steps)
             load = clients.ask("enough")
     growth, cpu = max(probes.resident) - before, _cpu_seconds(process) - cpu
-    report = json.loads((daemon.home.path / "jobs" / job["id"] / "run" / "report.json").read_text())
+    report = json.loads((daemon.home / "jobs" / job["id"] / "run" / "report.json").read_text())
     adapter = sha256_of(Path(job["adapter"]) / "adapter_model.safetensors").hex()
     return Run(case, load, probes.seconds, growth, cpu, report["tokens_per_s"], adapter)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,17 @@ class LocalDaemon(LocalServer):
 
     Args:
         folder: Its home lies in it.
+        settings: Of daemon.toml, besides the cloud and the address.
     """
 
-    def __init__(self, folder: Path, cloud: LocalCloud) -> None:
-        self.home = Home.make(folder / "daemon")
-        arguments = ("edge", "daemon", "start", "--home", str(self.home.path))
-        super().__init__("daemon", arguments, folder / "daemon.log")
-        table = f'[clouds.local]\ncloud = "{cloud.connection_file}"\nkey = "{cloud.edge_key}"\n'
-        (self.home.path / FILE).write_text(f'listen = "127.0.0.1:0"\n\n{table}')
+    def __init__(self, folder: Path, cloud: LocalCloud, settings: Mapping[str, Any] | None = None) -> None:
+        self.home = folder / "daemon"
+        self._home = Home.make(self.home)
+        super().__init__("daemon", ("edge", "daemon", "start", "--home", str(self.home)), folder / "daemon.log")
+        given = {"listen": "127.0.0.1:0", **(settings or {})}
+        table = ["[clouds.local]", f'cloud = "{cloud.connection_file}"', f'key = "{cloud.edge_key}"', ""]
+        lines = [*(f"{name} = {json.dumps(value)}" for name, value in given.items()), *table]
+        (self.home / FILE).write_text("\n".join(lines))
 
     @property
     def pid(self) -> int:
@@ -42,12 +48,18 @@ class LocalDaemon(LocalServer):
     @property
     def token(self) -> str:
         """The first owner's token."""
-        return self.home.token.read_text().strip()
+        return self._home.token.read_text().strip()
 
     @property
     def client(self) -> DaemonClient:
         """Asks it over its Unix socket."""
-        return DaemonClient(self.home, timeout=60.0)
+        return DaemonClient(self._home, timeout=60.0)
+
+    def kill(self) -> None:
+        """SIGKILL to the process that serves clients; those that compute for it notice by themselves."""
+        os.kill(self.pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
 
     def is_up(self) -> bool:
         """Whether it answers, and knows the cloud's model."""
@@ -57,5 +69,5 @@ class LocalDaemon(LocalServer):
 
     @property
     def _running(self) -> dict[str, Any]:
-        running: dict[str, Any] = json.loads(self.home.running.read_bytes())
+        running: dict[str, Any] = json.loads(self._home.running.read_bytes())
         return running
