@@ -3,8 +3,9 @@
 Uvicorn bounds requests and not what comes before them, nor what a client does not take. Here:
 
 - A connection has `HEAD_SECONDS` for the head of a request, from its first byte or the connection's start on.
-- After an answer to a request whose body still comes, it has `REST_SECONDS` to end it. Of what comes, `REST_BYTES` are
-  dropped, and what is beyond stays unread: the client can still read its answer, and a flood costs no more than that.
+- After an answer to a request whose body still comes, it has `REST_SECONDS` to end it; what comes is dropped, as many
+  clients look for an answer only once they have sent all. Of a body whose length is not said, no more than `REST_BYTES`
+  are read then.
 - A client that takes nothing of its answer for `STALL_SECONDS` loses its connection.
 - There are `MOST` connections. One more closes the one that is without a request for longest.
 """
@@ -63,7 +64,7 @@ class BoundedConnection(H11Protocol):
         self._look()
         if self._phase == "rest":
             self._dropped += len(data)
-            if self._dropped > REST_BYTES:
+            if self._dropped > REST_BYTES and not any(name == b"content-length" for name, _ in self.headers):
                 self.flow.pause_reading()
 
     def on_response_complete(self) -> None:
