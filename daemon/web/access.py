@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isthmus.daemon.daemon_settings import DaemonSettings
@@ -95,6 +96,8 @@ class Access:
             await self._app(scope, body.receive, answer.send)
         except asyncio.CancelledError:  # the daemon stops, and this answer has had its while
             await answer.cut(ApiError(503, "the daemon stops: ask again once it runs", code="stopping"))
+        except ClientDisconnect:  # by itself, or as its body was refused, which it was told
+            await answer.refuse(ApiError(400, "the client has closed its connection", code="client_gone"))
         except Exception as error:  # a defect is told with its number, and logged
             told = as_api_error(error)
             if told is None:

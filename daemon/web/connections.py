@@ -6,13 +6,15 @@ Uvicorn bounds requests and not what comes before them, nor what a client does n
 - After an answer to a request whose body still comes, it has `REST_SECONDS` to end it; what comes is dropped, as many
   clients look for an answer only once they have sent all. Of a body whose length is not said, no more than `REST_BYTES`
   are read then.
-- A client that takes nothing of its answer for `STALL_SECONDS` loses its connection.
+- A client that takes nothing of its answer for `STALL_SECONDS` loses its connection. Of what it does not take the kernel
+  keeps `SEND_BYTES`, twice so much by its own counting: by default some MiB, which are in no process's memory.
 - There are `MOST` connections. One more closes the one that is without a request for longest.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
@@ -22,6 +24,7 @@ HEAD_SECONDS = 15.0
 REST_SECONDS = 5.0
 REST_BYTES = 4 << 20
 STALL_SECONDS = 60.0
+SEND_BYTES = 128 << 10
 KEEP_ALIVE_SECONDS = 60
 HEAD_BYTES = 64 << 10
 """Bytes of a request's head that may wait for its end; or a read of the socket (256 KiB), if that is more."""
@@ -43,6 +46,7 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection in, and close another one where there are too many."""
         super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn's own annotation is narrower
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if len(self.connections) > self.most:
             resting = (
                 one for one in self.connections if isinstance(one, BoundedConnection) and one.rests and one is not self

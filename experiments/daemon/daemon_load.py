@@ -86,7 +86,8 @@ class Clients:
         due = loop.time() + self._random.uniform(0, self._pause())
         for turn in itertools.count():
             await asyncio.sleep(due - loop.time())
-            due = loop.time() + self._pause()
+            # Clients that hold their connections go on at once, unless the daemon takes none.
+            due = loop.time() + self._pause() * (0.1 if client in HOLDING else 1)
             try:
                 await client(self, number, turn)
             except TimeoutError:
@@ -249,6 +250,9 @@ CASES: Final[dict[str, Client]] = {
     "bodies": Clients.bodies,
     "tokens": Clients.tokens,
 }
+
+
+HOLDING: Final = (Clients.polling, Clients.slow)
 
 
 async def _load(parent: Parent) -> dict[str, Any]:

@@ -219,7 +219,9 @@ def test_the_page_needs_no_token_to_be_read(context: Context, path: str) -> None
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_has_a_bound_and_a_file_another_one(client: TestClient, chunked: bool) -> None:
+def test_a_body_has_a_bound_and_a_file_another_one(
+    client: TestClient, chunked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     def send(path: str, size: int) -> Any:
         data = bytes(size)
         return client.post(path, content=iter([data[:9], data[9:]]) if chunked else data)
@@ -230,6 +232,25 @@ def test_a_body_has_a_bound_and_a_file_another_one(client: TestClient, chunked: 
     most = (2 << 20) + access.FRAMING
     assert send("/v1/files", most).json() == most
     assert send("/v1/files", most + 1).status_code == 413
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("goes", [True, False])
+def test_a_client_that_goes_before_its_body_has_ended_is_no_defect(
+    caplog: pytest.LogCaptureFixture, goes: bool
+) -> None:
+    async def receive() -> dict[str, Any]:
+        if goes:
+            return {"type": "http.disconnect"}
+        raise KeyError("a defect")
+
+    async def app(scope: Any, receive: Any, _send: Any) -> None:
+        await Request(scope, receive).body()
+
+    door = Access(app, DaemonSettings(), _Everybody())  # type: ignore[arg-type]
+    start, _ = asyncio.run(_ask(door, "/v1/things", receive, "POST"))
+    assert start["status"] == (400 if goes else 500)
+    assert ("Traceback" in caplog.text) != goes
 
 
 def test_what_is_wrong_with_a_body_is_said_with_the_field(client: TestClient) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import socket
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -202,6 +205,20 @@ def test_a_client_that_takes_nothing_loses_its_connection() -> None:
                 piece = other.recv(1 << 20)
                 got += len(piece)
             assert got > 400 << 16
+
+
+@pytest.mark.parametrize("most", [32 << 10, 1 << 20])
+def test_the_kernel_keeps_little_of_an_answer(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(connections, "STALL_SECONDS", 60.0)
+    monkeypatch.setattr(connections, "SEND_BYTES", most)
+    with _serving() as (port, server), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
+        client.connect(("127.0.0.1", port))
+        client.sendall(GET.replace(b" / ", b" /much "))
+        _until(lambda: _busy(server) and _ones(server)[0].flow.write_paused)
+        descriptor = _ones(server)[0].transport.get_extra_info("socket").fileno()
+        (kept,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))
+        assert (kept < 128 << 10) == (most < 128 << 10)
 
 
 def test_one_connection_too_many_closes_the_one_that_rests_longest(monkeypatch: pytest.MonkeyPatch) -> None:
