@@ -6,8 +6,8 @@ Uvicorn bounds requests and not what comes before them, nor what a client does n
 - After an answer to a request whose body still comes, it has `REST_SECONDS` to end it; what comes is dropped, as many
   clients look for an answer only once they have sent all. Of a body whose length is not said, no more than `REST_BYTES`
   are read then.
-- A client that takes nothing of its answer for `STALL_SECONDS` loses its connection. Of what it does not take the kernel
-  keeps `SEND_BYTES`, twice so much by its own counting: by default some MiB, which are in no process's memory.
+- A client that takes nothing of its answer for `STALL_SECONDS` loses its connection. Until then the kernel keeps
+  `SEND_BYTES` for it (twice so much by its own counting). By default that is some MiB, which no process's size shows.
 - There are `MOST` connections. One more closes the one that is without a request for longest.
 """
 
