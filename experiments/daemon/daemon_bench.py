@@ -135,7 +135,7 @@ def _run(daemon: LocalDaemon, settings: DaemonSettings, data: Path, case: str) -
     before, cpu = process.memory_info().rss, _cpu_seconds(process)
     load: dict[str, Any] = {}
     host, port = daemon.address
-    whom = {"host": host, "port": port, "token": daemon.token, "model": settings.model}
+    whom = {"host": host, "port": port, "token": daemon.token, "model": daemon.model}
     probes = Probes(daemon, process)
     if case == UNDISTURBED:
         with probes:
@@ -161,7 +161,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 def _job(daemon: LocalDaemon, settings: DaemonSettings, data: Path, steps: int) -> dict[str, Any]:
     """Have a job done. Raises IsthmusError where it does not succeed."""
     spec = {"data": str(data), "steps": steps, "validation_split": 0.0, "threads": settings.threads}
-    body = {"kind": "train", "model": settings.model, "spec": {**spec, "seed": 0}, "labels": {"run": str(time.time())}}
+    body = {"kind": "train", "model": daemon.model, "spec": {**spec, "seed": 0}, "labels": {"run": str(time.time())}}
     job: dict[str, Any] = daemon.client.post("/isthmus/v1/jobs", body)
     while job["status"] in ("queued", "running"):
         time.sleep(POLL_SECONDS)

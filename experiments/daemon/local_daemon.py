@@ -51,6 +51,11 @@ class LocalDaemon(LocalServer):
         return self._home.token.read_text().strip()
 
     @property
+    def model(self) -> str:
+        """What the cloud calls its model: of a folder, its last name."""
+        return str(self.client.get("/isthmus/v1/status")["models"][0]["name"])
+
+    @property
     def client(self) -> DaemonClient:
         """Asks it over its Unix socket."""
         return DaemonClient(self._home, timeout=60.0)
