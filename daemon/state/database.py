@@ -51,6 +51,8 @@ class Database:
         )
         self._writing = threading.Lock()
         self._writer: int | None = None
+        self._blocks = threading.Condition()
+        self._open_blocks, self._closed = 0, False
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -60,11 +62,12 @@ class Database:
         it short, and wait for nothing in it.
 
         Raises:
-            RuntimeError: This thread is in such a block already: a defect, which would wait for itself.
+            RuntimeError: This thread is in such a block already: a defect, which would wait for itself. Or the database
+                is closed.
         """
         if self._writer == threading.get_ident():
             raise RuntimeError("a session of the database inside another one, on the same thread")
-        with self._writing:
+        with self._block(), self._writing:
             self._writer = threading.get_ident()
             try:
                 with self._sessions.begin() as session:
@@ -74,13 +77,40 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session that sees the database as it is when the block begins. It waits for nobody and keeps no change."""
-        with self._readers() as session:
+        """A session that sees the database as it is when the block begins. It waits for nobody and keeps no change.
+
+        Raises:
+            RuntimeError: The database is closed.
+        """
+        with self._block(), self._readers() as session:
             yield session
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections once the blocks that run have ended; no further one begins.
+
+        Raises:
+            RuntimeError: This thread is in a block that writes: a defect, which would wait for itself.
+        """
+        if self._writer == threading.get_ident():
+            raise RuntimeError("the database is closed inside one of its sessions, on the same thread")
+        with self._blocks:
+            self._closed = True
+            self._blocks.wait_for(lambda: self._open_blocks == 0)
         self._engine.dispose()
+
+    @contextmanager
+    def _block(self) -> Iterator[None]:
+        """Count a block, for whoever closes the database."""
+        with self._blocks:
+            if self._closed:
+                raise RuntimeError(f"{self._path} is closed: a block that begins now is a defect")
+            self._open_blocks += 1
+        try:
+            yield
+        finally:
+            with self._blocks:
+                self._open_blocks -= 1
+                self._blocks.notify_all()
 
     def _check_disk(self, context: ExceptionContext) -> None:
         error = context.original_exception

@@ -115,6 +115,48 @@ def test_a_session_inside_another_one_is_refused_at_once(tmp_path: Path) -> None
     database.close()
 
 
+@pytest.mark.parametrize("writes", [True, False])
+def test_closing_waits_for_the_blocks_that_run_and_refuses_others(tmp_path: Path, writes: bool) -> None:
+    database = Database(tmp_path / "state.db")
+    begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def block() -> None:
+        with database.session() if writes else database.reading() as session:
+            session.execute(select(Owner))
+            begun.set()
+            go_on.wait()
+            session.execute(select(Owner))
+
+    def close() -> None:
+        database.close()
+        closed.set()
+
+    threads = [threading.Thread(target=block), threading.Thread(target=close)]
+    threads[0].start()
+    begun.wait()
+    threads[1].start()
+    while not database._closed:
+        pass
+    with pytest.raises(RuntimeError, match="is closed"), database.reading():
+        pass
+    with pytest.raises(RuntimeError, match="is closed"), database.session():
+        pass
+    assert not closed.wait(0.05)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert database._engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+def test_closing_inside_a_session_is_refused_at_once(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with pytest.raises(RuntimeError, match="inside one of its sessions"), database.session():
+        database.close()
+    with database.session() as session:
+        session.add(_owner("a"))
+    database.close()
+
+
 def test_the_file_is_its_users_and_writes_reach_the_disk(tmp_path: Path) -> None:
     database = Database(tmp_path / "state.db")
     with database.reading() as session:
