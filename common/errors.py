@@ -27,6 +27,7 @@
     ├── RefusedError             42   the cloud declined: a bad request, or one of
     │   ├── DrainingError             the worker stops; another one, or the same one later, serves the edge
     │   ├── OverQuotaError            the edge has used up its quota
+    │   │   └── TooManySessionsError  with sessions that are open
     │   ├── TooLateError              a call could not be computed within its deadline
     │   └── CloudFailedError          the cloud failed at the request, for want of memory say
     ├── ConnectionLostError      43   the stream broke; the edge retries these before anybody sees them
@@ -201,6 +202,10 @@ class DrainingError(RefusedError):
 
 class OverQuotaError(RefusedError):
     """The edge has as many sessions, or bytes in flight, as its quota allows."""
+
+
+class TooManySessionsError(OverQuotaError):
+    """The edge has as many sessions open as its quota allows; when one ends, another may be opened."""
 
 
 class TooLateError(RefusedError):

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from isthmus.common.errors import ConnectionLostError, OverQuotaError, RefusedError, RemoteProtocolError
+from isthmus.common.errors import ConnectionLostError, RefusedError, RemoteProtocolError, TooManySessionsError
 from isthmus.common.terminal import printable
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import DEFAULT_LIMITS, TransferTimeout
@@ -215,7 +215,7 @@ class SecureStream:
         if not isinstance(status, m.Status):
             raise RemoteProtocolError(f"the cloud answered Attach with {type(status).__name__}")
         if status.code == m.StatusCode.OVER_QUOTA:
-            raise OverQuotaError(printable(status.message))
+            raise TooManySessionsError(printable(status.message))
         if status.code != m.StatusCode.OK:
             raise RefusedError(printable(status.message))
         return ()

@@ -14,7 +14,7 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.cloud.directory import Peer
 from isthmus.cloud.gateway.open_sessions import REPORTS
-from isthmus.common.errors import ConnectionLostError, OverQuotaError
+from isthmus.common.errors import ConnectionLostError, TooManySessionsError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.link import Link, connect
 from isthmus.protocol.enrolment import Quota
@@ -150,7 +150,7 @@ def test_the_second_session_is_sent_to_the_second_worker(pair: Pair) -> None:
 def test_a_tenants_sessions_count_wherever_they_are(pair: Pair) -> None:
     with pair.link() as first, pair.link():
         pair.introduce()
-        with pytest.raises(OverQuotaError, match="2 sessions of alice are open"):
+        with pytest.raises(TooManySessionsError, match="2 sessions of alice are open"):
             pair.link()
         first.close()
         eventually(lambda: sum(pair.sessions()) == 1)
@@ -209,7 +209,7 @@ def test_of_the_sessions_that_two_workers_took_at_once_the_oldest_stay(strangers
         for _ in range(REPORTS):
             strangers.introduce()
         assert strangers.sessions() == [1 - first, first]
-        with pytest.raises(OverQuotaError, match="1 sessions of alice are open, 1 are allowed: close one"):
+        with pytest.raises(TooManySessionsError, match="1 sessions of alice are open, 1 are allowed: close one"):
             newer.forward_span(hidden(), None, None, keep=False)
         older.forward_span(hidden(), None, None, keep=False)
         assert older.traffic.sessions == 1
