@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.common.errors import DiskError
+from isthmus.daemon.home import LOST_FOUND
 
 COUNT_EVERY = 10.0
 """Seconds for which a count is good; what is reserved meanwhile is added to it."""
@@ -27,13 +28,19 @@ class DiskRoom:
         self._path, self._now = path, now
         self.most = int(most_gib * 2**30)
         self._lock = threading.Lock()
-        self._used, self._counted_at = 0, float("-inf")
+        self._used, self._lost, self._counted_at = 0, 0, float("-inf")
         self._reserved = 0
 
     def used(self) -> int:
         """Bytes of the disk that the home takes, as they were counted last."""
         with self._lock:
             return self._count()
+
+    def lost(self) -> int:
+        """Those of them that `lost+found` takes."""
+        with self._lock:
+            self._count()
+            return self._lost
 
     def room_for(self, size: int) -> None:
         """See to it that `size` bytes more are possible.
@@ -59,7 +66,8 @@ class DiskRoom:
 
     def _count(self) -> int:
         if self._now() - self._counted_at >= COUNT_EVERY:
-            self._used, self._counted_at = taken(self._path), self._now()
+            self._used, self._lost = taken(self._path), taken(self._path / LOST_FOUND)
+            self._counted_at = self._now()
         return self._used
 
     def _check(self, size: int) -> None:

@@ -12,7 +12,8 @@ files/ID         uploaded files, and results
 jobs/ID/         a job: `spec.json`, `run/` (the run's folder, as `isthmus edge train` leaves it), `worker.log`
 models/ID/       adapters that can be talked to
 tmp/             uploads on their way
-tinker/          models in training (`models/ID/`) and requests that wait (`requests/ID`)
+tinker/          models in training (`models/ID/`), saved weights (`weights/ID/`) and data that wait (`requests/ID`)
+lost+found/TIME/ what the start at TIME found in these folders that the database does not know
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ from isthmus.common.errors import OwnershipError
 from isthmus.common.files import disk_errors
 from isthmus.common.ownership import private_folder
 
-_FOLDERS = ("files", "jobs", "models", "tinker", "tmp")
+LOST_FOUND = "lost+found"
+
+_FOLDERS = (
+    ("files",),
+    ("jobs",),
+    ("models",),
+    ("tinker", "models"),
+    ("tinker", "requests"),
+    ("tinker", "weights"),
+    ("tmp",),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +65,8 @@ class Home:
                     f"others may enter {path} (mode {mode:04o}), which keeps prompts and data: run `chmod 700 {path}`, "
                     "or give another --home"
                 )
-            for name in _FOLDERS:
-                private_folder(path, name)
+            for names in _FOLDERS:
+                private_folder(path, *names)
         return cls(path)
 
     @property
@@ -111,6 +122,23 @@ class Home:
         return self.path / "models" / model_id
 
     @property
-    def tinker(self) -> Path:
-        """What is trained through Tinker's API."""
-        return self.path / "tinker"
+    def trainer_log(self) -> Path:
+        """What the process that trains for Tinker's API says."""
+        return self.path / "tinker" / "worker.log"
+
+    def tinker_model(self, model_id: str) -> Path:
+        """The newest state of a model in training."""
+        return self.path / "tinker" / "models" / model_id.replace(":", "-")
+
+    def tinker_request(self, promise_id: str) -> Path:
+        """The data of a promise."""
+        return self.path / "tinker" / "requests" / promise_id
+
+    def tinker_weights(self, promise_id: str) -> Path:
+        """The weights that a promise saves."""
+        return self.path / "tinker" / "weights" / promise_id
+
+    @property
+    def lost_found(self) -> Path:
+        """What starts have found that the database does not know; made when it is needed."""
+        return self.path / LOST_FOUND

@@ -207,8 +207,8 @@ class TinkerModel(Table):
     Attributes:
         id: "{session}:train:{n}".
         settings: Its LoRA configuration, as sent.
-        saved: Number of the promise that its newest state on disk has; promises after it are computed again on a
-            restart.
+        saved: Number of the promise that its newest state on the disk has, a step or a load; gradients after it are
+            computed again on a restart.
     """
 
     __tablename__ = "tinker_models"
@@ -227,7 +227,7 @@ class TinkerPromise(Table):
     """A request of Tinker's API that is answered later; one that is sent again finds its first promise by its key.
 
     Attributes:
-        number: The order in which they came in.
+        number: The order in which they came in. None is given twice, since states on the disk go by them.
         scope, key: What a repeated request has in common: `(model_id, seq_id)` and the like.
         kind: The endpoint's name.
         request: Its body, where it is JSON; a protobuf one's is in the home, at `tinker/requests/<id>`.
@@ -241,6 +241,7 @@ class TinkerPromise(Table):
         Index("promises_of_a_model", "model", "number"),
         Index("promises_of_an_owner", "owner", "number"),
         Index("promises_unanswered", "owner", sqlite_where=text("answer IS NULL")),
+        {"sqlite_autoincrement": True},
     )
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)

@@ -11,7 +11,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ MOST_ANSWER_BYTES = 1 << 30
 
 _NEVER = 2**62
 _GRADIENTS = "forward_backward"
+_WITH_BODY = (_GRADIENTS, "forward")
 
 
 class FullError(Exception):
@@ -90,23 +91,15 @@ class Promises:
 
     def __init__(self, database: Database, home: Home) -> None:
         self._database = database
-        self._folder = home.tinker / "requests"
+        self._home = home
         self._waiting: dict[str, set[asyncio.Event]] = {}
 
     def start(self) -> None:
-        """Remove bodies that a crash has left without a promise, or that no promise needs any more."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        """Remove bodies that a crash has left and no promise needs any more."""
+        over = select(TinkerPromise.id).outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
         with self._database.reading() as session:
-            needed = set(
-                session.scalars(
-                    select(TinkerPromise.id)
-                    .outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
-                    .where(_needs_its_body())
-                )
-            )
-        for path in self._folder.iterdir():
-            if path.name not in needed:
-                path.unlink()
+            ids = session.scalars(over.where(TinkerPromise.kind.in_(_WITH_BODY), ~_needs_its_body())).all()
+        self._remove_bodies(ids)
 
     def make(self, new: NewPromise, also: Callable[[Session], None] | None = None) -> TinkerPromise:
         """A promise, or the first one of the same scope and key.
@@ -137,7 +130,7 @@ class Promises:
             self._check_room(session, new)
         if new.body is not None:
             made.request = {"bytes": len(new.body)}
-            write_atomic(self._folder / made.id, new.body, mode=0o600)
+            write_atomic(self._home.tinker_request(made.id), new.body, mode=0o600)
         values = {
             column.key: getattr(made, column.key)
             for column in TinkerPromise.__table__.columns
@@ -145,22 +138,22 @@ class Promises:
         }
         try:
             with self._database.session() as session:
-                _remove_oldest(session, new.owner)
+                over = _remove_oldest(session, new.owner)
                 session.execute(insert(TinkerPromise).values(values).on_conflict_do_nothing())
                 found = session.scalars(first).one()
                 if found.id == made.id and also is not None:
                     also(session)
-        except FullError:
-            (self._folder / made.id).unlink(missing_ok=True)
+        except BaseException:
+            self._remove_bodies([made.id])
             raise
-        if found.id != made.id:
-            (self._folder / made.id).unlink(missing_ok=True)  # the same request came twice at once
+        # The same request may have come twice at once.
+        self._remove_bodies(over if found.id == made.id else [*over, made.id])
         return found
 
     def body(self, promise: TinkerPromise) -> bytes:
         """The body of a promise that has one. Raises RefusalError where it is lost."""
         try:
-            return (self._folder / promise.id).read_bytes()
+            return self._home.tinker_request(promise.id).read_bytes()
         except OSError as error:
             raise RefusalError(f"the data of {promise.id} cannot be read ({error.strerror})", "server") from error
 
@@ -191,21 +184,19 @@ class Promises:
 
         Args:
             model: Whose.
-            saved: The number that its state on the disk has. A load since then is in it, too, and forgets gradients.
+            saved: The number that its state on the disk has: that of its newest step or load.
             before: The number of the promise that comes next.
         """
-        done = and_(
-            TinkerPromise.model == model,
-            TinkerPromise.number < before,
-            TinkerPromise.answer.is_not(None),
-            TinkerPromise.answer_type != REFUSED,
-        )
-        loaded = select(func.max(TinkerPromise.number)).where(done, TinkerPromise.kind == "load_weights")
         with self._database.reading() as session:
-            first = max(saved, session.scalar(loaded) or 0)
             return session.scalars(
                 select(TinkerPromise)
-                .where(done, TinkerPromise.number > first, TinkerPromise.kind == _GRADIENTS)
+                .where(
+                    TinkerPromise.model == model,
+                    TinkerPromise.kind == _GRADIENTS,
+                    TinkerPromise.number > saved,
+                    TinkerPromise.number < before,
+                    TinkerPromise.answer_type != REFUSED,
+                )
                 .order_by(TinkerPromise.number)
                 .options(load_only(TinkerPromise.id, TinkerPromise.number, TinkerPromise.kind, TinkerPromise.request))
             ).all()
@@ -250,21 +241,22 @@ class Promises:
                 .order_by(TinkerPromise.number.desc())
                 .limit(MOST_WAITING * 4)
             ).all()
-        for promise_id in ids:
-            (self._folder / promise_id).unlink(missing_ok=True)
+        self._remove_bodies(ids)
 
     def sweep(self, before: float) -> None:
         """Remove promises that were made before a time and are answered, and the answers that are beyond the bound."""
         with self._database.session() as session:
-            session.execute(
-                delete(TinkerPromise).where(
+            over = session.scalars(
+                delete(TinkerPromise)
+                .where(
                     TinkerPromise.id.in_(
                         select(TinkerPromise.id)
                         .outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
                         .where(TinkerPromise.created_at < before, ~_needs_its_body())
                     )
                 )
-            )
+                .returning(TinkerPromise.id)
+            ).all()
             size = func.length(TinkerPromise.answer)
             sums = select(
                 TinkerPromise.number,
@@ -285,6 +277,11 @@ class Promises:
                 )
                 .values(answer=gone.body)
             )
+        self._remove_bodies(over)
+
+    def _remove_bodies(self, ids: Iterable[str]) -> None:
+        for promise_id in ids:
+            self._home.tinker_request(promise_id).unlink(missing_ok=True)
 
     def _answer(self, owner: str, promise_id: str) -> Told | None:
         with self._database.reading() as session:
@@ -313,7 +310,7 @@ class Promises:
             if also is not None:
                 also(session)
         if promise.kind == "forward" or (promise.kind == _GRADIENTS and told.media_type == REFUSED):
-            (self._folder / promise.id).unlink(missing_ok=True)
+            self._remove_bodies([promise.id])
 
     def _check_room(self, session: Session, new: NewPromise) -> None:
         waiting = session.scalar(
@@ -326,29 +323,33 @@ class Promises:
         held = session.scalar(
             select(func.sum(TinkerPromise.request["bytes"].as_integer()))
             .outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
-            .where(TinkerPromise.owner == new.owner, TinkerPromise.kind.in_((_GRADIENTS, "forward")), _needs_its_body())
+            .where(TinkerPromise.owner == new.owner, TinkerPromise.kind.in_(_WITH_BODY), _needs_its_body())
         )
         if (held or 0) + len(new.body) > MOST_HELD_BYTES:
             raise FullError(f"{held} bytes of data wait already for their optim_step: make one, and send these again")
 
 
-def _remove_oldest(session: Session, owner: str) -> None:
-    """Make room for one more promise of an owner. What is removed is no longer known if its request comes again."""
+def _remove_oldest(session: Session, owner: str) -> Sequence[str]:
+    """Make room for one more promise of an owner; returns the ids of those that were removed for it.
+
+    They are no longer known if their requests come again.
+    """
     own = TinkerPromise.owner == owner
     kept = session.scalar(select(func.count(TinkerPromise.number)).where(own)) or 0
     if kept < MOST_KEPT:
-        return
+        return []
     oldest = (
-        select(TinkerPromise.number)
+        select(TinkerPromise.id)
         .outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
         .where(own, ~_needs_its_body())
         .order_by(TinkerPromise.number)
         .limit(kept - MOST_KEPT + 1)
     )
-    numbers = session.scalars(oldest).all()
-    if len(numbers) <= kept - MOST_KEPT:
+    ids = session.scalars(oldest).all()
+    if len(ids) <= kept - MOST_KEPT:
         raise FullError(f"{kept} requests are kept for their optim_step: make one, and send this again")
-    session.execute(delete(TinkerPromise).where(TinkerPromise.number.in_(numbers)))
+    session.execute(delete(TinkerPromise).where(TinkerPromise.id.in_(ids)))
+    return ids
 
 
 def _needs_its_body() -> Any:

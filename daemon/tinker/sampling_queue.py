@@ -20,7 +20,7 @@ from isthmus.daemon.state.tables import TinkerPromise, TinkerSampler
 from isthmus.daemon.tinker.promises import Promises, Told, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import SavedWeights
-from isthmus.daemon.tinker.tinker_patience import MINE, MOST_FAILURES, passes, pause_after, told_failure
+from isthmus.daemon.tinker.tinker_patience import MINE, MOST_DEATHS, MOST_FAILURES, passes, pause_after, told_failure
 from isthmus.daemon.tinker.tinker_requests import Sample, SamplingParams
 from isthmus.daemon.tinker.wire_bodies import PROTOBUF, Sampled, written_samples
 from isthmus.daemon.workers.asking import WorkerError
@@ -30,7 +30,6 @@ AT_ONCE = 16
 MOST_SAMPLES = 128
 """Answers to one prompt."""
 MOST_LIKELIEST = 20
-_DEATHS = 3
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class SamplingQueue:
                 told = await self._sampled(promise)
             except WorkerDiedError as error:
                 deaths += 1
-                if deaths < _DEATHS:
+                if deaths < MOST_DEATHS:
                     continue
                 told = told_refusal(
                     RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server")

@@ -42,21 +42,12 @@ class SavedWeights:
     def __init__(self, database: Database, home: Home) -> None:
         self._database, self._home = database, home
         self._used: dict[str, float] = {}
-        (home.tinker / "weights").mkdir(mode=0o700, exist_ok=True)
 
     def new_folder(self, promise: TinkerPromise) -> Path:
         """Where a promise saves; what an earlier try has left is removed."""
-        folder = self._home.tinker / "weights" / promise.id
+        folder = self._home.tinker_weights(promise.id)
         shutil.rmtree(folder, ignore_errors=True)
         return folder
-
-    def start(self) -> None:
-        """Remove folders that no row has."""
-        with self._database.reading() as session:
-            known = set(session.scalars(select(TinkerWeights.folder)))
-        for folder in (self._home.tinker / "weights").iterdir():
-            if str(folder.relative_to(self._home.path)) not in known:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def row(
         self, model: TinkerModel, kind: str, name: str, folder: Path, ttl: int | None, labels: Tree

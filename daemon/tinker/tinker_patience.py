@@ -7,31 +7,37 @@ from isthmus.common.errors import (
     ConnectionLostError,
     DrainingError,
     OverQuotaError,
-    RefusedError,
+    TooManySessionsError,
     UnreachableError,
 )
 from isthmus.daemon.tinker.promises import Told, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.workers.asking import WorkerError
 
-PASSING = (UnreachableError, ConnectionLostError, DrainingError, OverQuotaError, CloudFailedError)
-"""What a cloud gets over: what was asked waits. It is what jobs wait for, too."""
-MINE = frozenset({1, 51, 52, 62})
+WAITS = (UnreachableError, ConnectionLostError, DrainingError, TooManySessionsError)
+"""What passes by itself, if only after hours: a promise waits for its end."""
+MAY_PASS = (OverQuotaError, CloudFailedError)
+"""What passes where a cloud had too little memory just then, and does not where a request is too large for it."""
+MOST_REFUSED = 20
+"""Times that a promise meets something that may pass, over about 8 minutes, after which it is refused."""
+DEFECT = 1
+"""The code of a defect of a process, after which nobody knows what it holds."""
+MOST_DEATHS = 3
+"""Times that a process dies at a promise, or meets a defect, after which the promise is refused."""
+MINE = frozenset({DEFECT, 51, 52, 62})
 """Exit codes (docs/exit-codes.md) that are no fault of the client."""
-MOST_REFUSED = 100
-"""Times that a cloud may decline something, about 50 minutes. A drain or a quota passes; that a request makes no sense
-has the same code, and does not."""
 MOST_FAILURES = 3
 """Times that a promise meets a defect, or a disk that fails, after which it is refused."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before something is tried again; each pause is twice the one before."""
 
-_PASSING_CODES = frozenset(error.exit_code for error in PASSING)
+_WAITS = frozenset(error.__name__ for error in WAITS)
+_MAY_PASS = frozenset(error.__name__ for error in MAY_PASS)
 
 
 def passes(error: WorkerError, tries: int) -> bool:
     """Whether what met an error, in so many tries, is tried again."""
-    return error.code in _PASSING_CODES and (error.code != RefusedError.exit_code or tries < MOST_REFUSED)
+    return error.kind in _WAITS or (error.kind in _MAY_PASS and tries < MOST_REFUSED)
 
 
 def pause_after(tries: int) -> float:

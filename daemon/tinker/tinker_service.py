@@ -38,9 +38,7 @@ class TinkerService:
     """
 
     def __init__(self, context: Context, worker: WorkerProcess | None = None) -> None:
-        for name in ("models", "requests", "weights"):
-            (context.home.tinker / name).mkdir(mode=0o700, exist_ok=True)
-        worker = worker or WorkerProcess(["-m", MODULE], context.home.tinker / "worker.log")
+        worker = worker or WorkerProcess(["-m", MODULE], context.home.trainer_log)
         settings, home, database = context.settings, context.home, context.database
         self.context = context
         self.promises = Promises(database, home)
@@ -52,7 +50,6 @@ class TinkerService:
     async def start(self) -> None:
         """Take up what a stop or a crash has left."""
         await run_in_threadpool(self.promises.start)
-        await run_in_threadpool(self.weights.start)
         self.sampling.start()
         for promise_id, kind, model in await run_in_threadpool(self.promises.unanswered):
             self._dispatch(promise_id, kind, model)
@@ -96,7 +93,7 @@ class TinkerService:
                 if row.id in gone:
                     session.delete(row)
         for model in gone:
-            shutil.rmtree(self.training.state_folder(model), ignore_errors=True)
+            shutil.rmtree(self.context.home.tinker_model(model), ignore_errors=True)
         self.promises.sweep(before)
         self.weights.sweep()
         self._sweep_sessions(before)

@@ -2,19 +2,21 @@
 
 What it answers, one question after the other (`isthmus.daemon.workers.answering`); values are as JSON has them:
 
-    create            model, folder, cloud {fields of ClientConfig}, rank, seed, attn, mlp, unembed, layers "edge"|"all"
-                      -> targets, parameters, layers, alpha, saved (number of the step gone on from; null for a new one)
+    create            model, folder, cloud {fields of ClientConfig}, rank, seed, attn, mlp, unembed,
+                      layers "edge"|"all", spare_tied_head? (leave out a head that is tied to the embedding)
+                      -> targets, parameters, layers, alpha, unembed (whether the head is trained), saved (number of the
+                      step or load gone on from; null for a new one)
     forward_backward  model, loss, loss_config, forward_only, data [{tokens, targets, weights?, logprobs?, advantages?}]
                       -> outputs [{logprobs, shaped as targets}], metrics {"loss:sum"}
     optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}, calls?
                       -> metrics {"grad_norm:mean": before it is clipped}
     save              model, folder, optimizer -> {}
-    load              model, folder, optimizer -> {}
+    load              model, number, folder, optimizer -> {}
     forget            model -> {}
     state             -> pid, models {name: {number, calls}}, clouds
 
 Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. After a step or a load, the state is in the
-model's folder before the answer is given, and the step of the number that it has already is answered as it was then.
+model's folder before the answer is given, and what has the number that it has already is answered as it was then.
 Gradients since then end with the process: who asks makes the model again and repeats forward_backward. `calls`, how
 often it was answered since then, makes a gradient that is missing an error where it is given.
 """
@@ -58,6 +60,7 @@ class _Create(_Asked):
     mlp: bool
     unembed: bool
     layers: str
+    spare_tied_head: bool = False
 
 
 class _ForwardBackward(_Asked):
@@ -76,6 +79,10 @@ class _OptimStep(_Asked):
 class _Copy(_Asked):
     folder: str
     optimizer: bool = False
+
+
+class _Load(_Copy):
+    number: int = Field(ge=1)
 
 
 class TrainingHandlers:
@@ -106,7 +113,7 @@ class TrainingHandlers:
         asked = _check(_Create, values)
         config = _check(ClientConfig, asked.cloud)
         shape = _check(LoraShape, {name: values[name] for name in LoraShape.model_fields})
-        return self.models.create(asked.model, Path(asked.folder), config, shape)
+        return self.models.create(asked.model, Path(asked.folder), config, shape, spare_tied_head=asked.spare_tied_head)
 
     def forward_backward(self, values: Values) -> Values:
         """See the top of the file."""
@@ -131,8 +138,8 @@ class TrainingHandlers:
 
     def load(self, values: Values) -> Values:
         """See the top of the file."""
-        asked = _check(_Copy, values)
-        self.models.model(asked.model).load(Path(asked.folder), optimizer=asked.optimizer)
+        asked = _check(_Load, values)
+        self.models.model(asked.model).load(asked.number, Path(asked.folder), optimizer=asked.optimizer)
         return {}
 
     def forget(self, values: Values) -> Values:

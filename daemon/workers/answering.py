@@ -2,7 +2,7 @@
 
 A question is {"id": number, "method": name, "values": tree}, with bytes; {"id": number, "method": "cancel"} takes it
 back. Its answers are any number of {"id": number, "values": tree}, with bytes, and then {"id": number, "end": null}, or
-{"id": number, "end": {"code": exit code, "message": one line}} if it failed.
+{"id": number, "end": {"code": exit code, "kind": the error's name, "message": one line}} if it failed.
 
 The daemon may be killed at any time. Its end of the pipe is closed then, and the worker ends.
 """
@@ -132,14 +132,14 @@ class _Answering:
             return None
         try:
             if (handler := self._handlers.get(question.method)) is None:
-                return {"code": INTERNAL, "message": f"internal error: there is no method {question.method!r}"}
+                return _defect(f"there is no method {question.method!r}")
             for values, blob in handler(question):
                 question.send(values, blob)
         except IsthmusError as error:
-            return {"code": error.exit_code, "message": str(error)}
+            return {"code": error.exit_code, "kind": type(error).__name__, "message": str(error)}
         except Exception as error:  # noqa: BLE001  # the question's answer says so, and the daemon goes on
             sys.excepthook(type(error), error, error.__traceback__)
-            return {"code": INTERNAL, "message": f"internal error: {type(error).__name__}: {error}"}
+            return _defect(f"{type(error).__name__}: {error}")
         return None
 
     def _write(self, frame: Frame) -> None:
@@ -149,3 +149,8 @@ class _Answering:
                 self._pipe.flush()
         except BrokenPipeError:
             os._exit(0)  # the daemon has gone
+
+
+def _defect(message: str) -> dict[str, Any]:
+    """The end of a question that met a defect."""
+    return {"code": INTERNAL, "kind": "", "message": f"internal error: {message}"}

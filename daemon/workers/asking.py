@@ -28,11 +28,12 @@ class WorkerError(IsthmusError):
 
     Attributes:
         code: The exit code of the error that it met (docs/exit-codes.md); 1 for a defect.
+        kind: The name of that error, in `isthmus.common.errors`; empty for a defect, and for what no worker has met.
     """
 
-    def __init__(self, message: str, code: int = 1) -> None:
+    def __init__(self, message: str, code: int = 1, kind: str = "") -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.kind = code, kind
 
 
 class WorkerProcess:
@@ -185,7 +186,7 @@ class _Answers:
             return
         if "end" in frame.values:
             end = frame.values["end"]
-            self.end(None if end is None else WorkerError(end["message"], end["code"]))
+            self.end(None if end is None else WorkerError(end["message"], end["code"], end["kind"]))
         elif self._frames and self._bytes + size > MOST_UNREAD:
             self.overflowed = True
             self.end(WorkerError(f"the answer was read too slowly: {MOST_UNREAD >> 20} MiB of it wait; read it faster"))

@@ -53,6 +53,11 @@ class OpenCloud:
         """The base model's `model_type`."""
         return str(self._base.config.model_type)
 
+    @property
+    def tied_head(self) -> bool:
+        """Whether the base model's head has the weights of its embedding."""
+        return bool(self._base.isthmus_origin.tied)
+
     def new_model(self) -> Any:
         """A split model of its own modules over the base model's weights, which nobody changes.
 

@@ -1,7 +1,7 @@
 """The state of a model in training on the disk: whole at any time, whatever the process meets.
 
     checkpoint-<version>/    as `isthmus.training.run_checkpoint` writes it: what is trained, the optimizer's moments,
-                             and the number of the newest step with what it answered
+                             and the number of the newest step or load with what it answered
 
 A version is one more than that before, whether a step or a load has changed the model. An older one is removed once the
 newer one is on the disk.
@@ -38,8 +38,8 @@ class ModelState:
 
     Attributes:
         version: Counts steps and loads.
-        number: Of the newest step, as the client counts them; 0 before the first.
-        metrics: What the newest step answered.
+        number: Of the newest step or load, as they are asked for; 0 before the first.
+        metrics: What it answered.
         parameters: What is trained, by name.
         optimizer: Moments and step counts; see `isthmus.training.gradient_step.GradientStep.state`.
     """

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from isthmus.common.errors import ConfigError, NonFiniteError
+from isthmus.common.errors import ConfigError, IsthmusError, NonFiniteError
 from isthmus.daemon.tinker.training.adapter_copies import read_copy, write_copy
 from isthmus.daemon.tinker.training.datum_batches import (
     Datum,
@@ -37,6 +37,10 @@ from isthmus.training.gradient_step import GradientStep, require_finite
 _REMEDY = "look at the weights, advantages and log probabilities, or lower the learning rate."
 
 Logprobs = list[float] | list[list[float]]
+
+
+class LostGradientsError(IsthmusError):
+    """A step is to apply other gradients than those that are there: a defect, here or of who asks."""
 
 
 class AdamParams(BaseModel):
@@ -62,10 +66,10 @@ class TrainedModel:
 
     Attributes:
         cloud, shape: The same.
-        number: Of its newest step; 0 before the first.
+        number: Of its newest step or load; 0 before the first.
         calls: Calls whose gradients the next step applies.
         parameters: What is trained, by name.
-        saved: Number of the step that it has gone on from; None for a new one.
+        saved: Number of the step or load that it has gone on from; None for a new one.
 
     Raises:
         ConfigError: The LoRA does not fit the base model.
@@ -98,6 +102,7 @@ class TrainedModel:
             "parameters": count(self.parameters.values()),
             "layers": list(layers),
             "alpha": ALPHA,
+            "unembed": self.shape.unembed,
             "saved": self.saved,
         }
 
@@ -138,7 +143,7 @@ class TrainedModel:
         """Apply the gradients, and have the state on the disk. The newest step is not made twice.
 
         Args:
-            number: Of the step; higher than that of the step before.
+            number: Of the step; higher than that of the step or load before.
             calls: Calls whose gradients it is to apply: all that were answered since the newest step or load. None for
                 those that there are.
 
@@ -146,7 +151,8 @@ class TrainedModel:
             What is worth knowing of it, by names of Tinker's form.
 
         Raises:
-            ConfigError: The number is one of an older step, or there are not so many gradients.
+            ConfigError: The number is one of an older step, or there are no gradients.
+            LostGradientsError: There are not so many.
             NonFiniteError: The gradients are NaN or infinite.
             DiskError: The state cannot be written.
         """
@@ -154,13 +160,13 @@ class TrainedModel:
             return self._metrics
         if number < self.number:
             raise ConfigError(f"step {number} comes after step {self.number}: give a higher number")
-        if self.calls == 0:
-            raise ConfigError(f"step {number} has no gradients to apply: call forward_backward first")
         if calls not in (None, self.calls):
-            raise ConfigError(
+            raise LostGradientsError(
                 f"step {number} is to apply the gradients of {calls} calls of forward_backward, and there are those of "
                 f"{self.calls}: make the model anew, and repeat them"
             )
+        if self.calls == 0:
+            raise ConfigError(f"step {number} has no gradients to apply: call forward_backward first")
         with self._whole_or_not():
             rule = self._rule(adam)
             norm = rule.clip(number)
@@ -177,22 +183,29 @@ class TrainedModel:
         """
         write_copy(self._model, folder, self._record, self._rule().state() if optimizer else None)
 
-    def load(self, folder: Path, *, optimizer: bool) -> None:
+    def load(self, number: int, folder: Path, *, optimizer: bool) -> None:
         """Go on from what `save` wrote, of this or another model with such a LoRA. Gradients are forgotten.
 
-        The state on the disk is it, before this returns.
+        The state on the disk is it, before this returns. The newest load is not made twice.
 
         Args:
+            number: Of the load; higher than that of the step or load before.
+            folder: Where `save` wrote.
             optimizer: Go on with its moments, too; otherwise they start anew.
 
         Raises:
             CheckpointError: It is damaged, does not fit, or has no moments.
+            ConfigError: The number is one of an older step or load.
             DiskError: The state cannot be written.
         """
+        if number == self.number:
+            return
+        if number < self.number:
+            raise ConfigError(f"load {number} comes after step {self.number}: give a higher number")
         values, moments = read_copy(self._model, self.parameters, folder, self._record["digest"], optimizer)
         with self._whole_or_not():
             self._put(values, moments)
-            self._write(self.number, self._metrics)
+            self._write(number, {})
 
     def _logprobs(self, batch: DatumBatch) -> Tensor:
         """The targets' log probabilities `[B, S, K]`, fp32, 0 on padding."""

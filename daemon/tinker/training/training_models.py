@@ -23,8 +23,17 @@ class TrainingModels:
         self._models: dict[str, TrainedModel] = {}
         self._clouds: dict[str, OpenCloud] = {}
 
-    def create(self, name: str, folder: Path, config: ClientConfig, shape: LoraShape) -> dict[str, Any]:
+    def create(
+        self, name: str, folder: Path, config: ClientConfig, shape: LoraShape, *, spare_tied_head: bool = False
+    ) -> dict[str, Any]:
         """Make a model, or go on with the one whose state is in `folder`. One of that name in memory is dropped.
+
+        Args:
+            name: Its name.
+            folder: Where its state is kept.
+            config: How its cloud is reached.
+            shape: Its LoRA.
+            spare_tied_head: Leave the head out where it is tied to the embedding, instead of refusing to train it.
 
         Returns:
             See `TrainedModel.facts`.
@@ -39,8 +48,11 @@ class TrainingModels:
             raise ConfigError(f"{MOST_MODELS} models are in training already: unload one")
         if key not in self._clouds:
             self._clouds[key] = OpenCloud(config)
+        cloud = self._clouds[key]
+        if spare_tied_head and cloud.tied_head:
+            shape = shape.model_copy(update={"unembed": False})
         try:
-            model = self._models[name] = TrainedModel(self._clouds[key], shape, folder)
+            model = self._models[name] = TrainedModel(cloud, shape, folder)
         except BaseException:
             self._close_unused()
             raise

@@ -59,7 +59,7 @@ def new(key: int, kind: str = "forward_backward", body: bytes | None = b"data", 
 
 
 def bodies(home: Home) -> set[str]:
-    return {path.name for path in (home.tinker / "requests").iterdir()}
+    return {path.name for path in home.tinker_request("x").parent.iterdir()}
 
 
 def test_a_request_that_comes_again_finds_its_first_promise(promises: Promises, home: Home) -> None:
@@ -129,11 +129,44 @@ def test_bodies_stay_until_a_state_on_the_disk_has_their_gradients(
     assert promises.find(later.id) is not None
 
 
-def test_a_body_that_a_crash_left_without_a_promise_is_removed(promises: Promises, home: Home) -> None:
+def test_a_body_that_no_promise_needs_any_more_is_removed(promises: Promises, home: Home) -> None:
     promise = promises.make(new(1))
-    (home.tinker / "requests" / "req-of-nobody").write_bytes(b"data")
+    answered = promises.make(new(2, "forward"))
+    asyncio.run(promises.tell(answered, GRADIENTS))
+    home.tinker_request(answered.id).write_bytes(b"data")  # as if a kill had come before it was removed
+    home.tinker_request("req-of-nobody").write_bytes(b"data")
     promises.start()
-    assert bodies(home) == {promise.id}
+    assert bodies(home) == {promise.id, "req-of-nobody"}  # the latter is for `lost+found`
+
+
+def test_a_body_goes_with_a_promise_that_is_not_written(
+    promises: Promises, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promises_module, "_remove_oldest", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        promises.make(new(1))
+    assert bodies(home) == set()
+
+
+def test_a_body_goes_with_the_promise_of_a_model_that_is_gone(
+    promises: Promises, database: Database, home: Home
+) -> None:
+    asyncio.run(promises.tell(promises.make(new(1)), GRADIENTS))
+    promises.sweep(time.time() + 1)
+    assert len(bodies(home)) == 1  # the control: the model's next step needs it
+    with database.session() as session:
+        session.delete(session.get_one(TinkerModel, "m"))
+    promises.sweep(time.time() + 1)
+    assert bodies(home) == set()
+
+
+def test_no_number_is_given_twice(promises: Promises) -> None:
+    """States on the disk go by them."""
+    first = promises.make(new(1, "optim_step", None))
+    asyncio.run(promises.tell(first, DONE))
+    promises.sweep(time.time() + 1)
+    assert promises.find(first.id) is None
+    assert promises.make(new(2)).number > first.number
 
 
 def test_promises_that_wait_are_bounded(promises: Promises, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from isthmus.common.errors import (
     DrainingError,
     OverQuotaError,
     RefusedError,
+    TooLateError,
+    TooManySessionsError,
 )
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
@@ -35,7 +37,7 @@ from isthmus.daemon.state.tables import (
     TinkerSession,
     TinkerWeights,
 )
-from isthmus.daemon.tinker import tinker_patience, training_queue
+from isthmus.daemon.tinker import held_models, tinker_patience, training_queue
 from isthmus.daemon.tinker.promises import NewPromise, Promises, Told
 from isthmus.daemon.tinker.sampling_queue import SamplingQueue
 from isthmus.daemon.tinker.saved_weights import SavedWeights
@@ -54,6 +56,7 @@ class FakeWorker:
         self.disk: dict[str, dict[str, int]] = {}
         self.asked: list[str] = []
         self.errors: dict[str, list[Exception]] = {}
+        self.loads = 0
 
     async def ask(self, method: str, **values: Any) -> tuple[dict[str, Any], bytes]:
         self.asked.append(method)
@@ -65,7 +68,7 @@ class FakeWorker:
         if method == "create":
             saved = self.disk.get(model)
             self.models[model] = {"sum": 0, "gradient": 0, "number": 0} | (saved or {})
-            answer = {"saved": saved and saved["number"]}
+            answer = {"unembed": values["unembed"], "saved": saved and saved["number"]}
         elif method == "forward_backward":
             self.models[model]["gradient"] += 1
             if error is not None:
@@ -80,6 +83,12 @@ class FakeWorker:
             answer = {"metrics": {}}
         elif method == "save":
             Path(values["folder"]).mkdir()
+        elif method == "load":
+            state = self.models[model]
+            if state["number"] != values["number"]:
+                state |= {"sum": 100, "gradient": 0, "number": values["number"]}
+                self.disk[model] = dict(state)
+                self.loads += 1
         elif method == "forget":
             del self.models[model]
         return answer, b""
@@ -109,7 +118,6 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.home = Home.make(folder / "home")
-        (self.home.tinker / "models").mkdir()
         self.database = Database(self.home.database)
         settings = DaemonSettings.model_validate({"clouds": {"main": {"cloud": "isthmus://127.0.0.1:1#SHA256:0"}}})
         lora = dict.fromkeys(("rank", "seed", "train_attn", "train_mlp", "train_unembed", "layers"), 1)
@@ -180,7 +188,7 @@ class Parts:
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(training_queue, "read_question", lambda body: {"data": []})
+    monkeypatch.setattr(held_models, "read_question", lambda body: {"data": []})
     return Parts(tmp_path)
 
 
@@ -308,7 +316,7 @@ def test_an_owner_is_told_why_his_own_samples_wait(parts: Parts, monkeypatch: py
     monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 30.0)
 
     async def steps() -> None:
-        parts.answers.errors["a"] = [WorkerError("the cloud of a is away", 40)]
+        parts.answers.errors["a"] = [WorkerError("the cloud of a is away", 40, "UnreachableError")]
         waits = parts.sample("a")
         async with asyncio.timeout(SECONDS):
             while waits not in parts.sampling.reasons:
@@ -322,26 +330,105 @@ def test_an_owner_is_told_why_his_own_samples_wait(parts: Parts, monkeypatch: py
 
 
 def test_the_same_passes_for_jobs() -> None:
-    assert set(tinker_patience.PASSING) == set(job_worker._PASSING)
-    for kind in (*tinker_patience.PASSING, DrainingError, OverQuotaError, CloudFailedError):
-        assert tinker_patience.passes(WorkerError("", kind.exit_code), 1)
-    for other in (ConfigError, CheckpointError, DiskError):
-        assert not tinker_patience.passes(WorkerError("", other.exit_code), 1)
-    assert not tinker_patience.passes(WorkerError("", RefusedError.exit_code), tinker_patience.MOST_REFUSED)
+    passing = {*tinker_patience.WAITS, *tinker_patience.MAY_PASS}
+    assert passing == {*job_worker._PASSING, TooManySessionsError}
+    assert issubclass(TooManySessionsError, job_worker._PASSING)
+    for kind in passing:
+        assert tinker_patience.passes(WorkerError("", kind.exit_code, kind.__name__), 1)
+    for other in (ConfigError, CheckpointError, DiskError, RefusedError, TooLateError):
+        assert not tinker_patience.passes(WorkerError("", other.exit_code, other.__name__), 1)
 
 
-@pytest.mark.parametrize(("times", "refused"), [(4, False), (5, True)])
-def test_what_a_cloud_declines_waits_for_a_while(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch, times: int, refused: bool
+@pytest.mark.parametrize(
+    ("kind", "times", "refused"),
+    [
+        (OverQuotaError, 4, False),
+        (OverQuotaError, 5, True),
+        (CloudFailedError, 5, True),
+        (TooManySessionsError, 300, False),
+        (DrainingError, 300, False),
+        (RefusedError, 1, True),
+    ],
+)
+def test_what_a_cloud_declines_waits_as_long_as_it_may_pass(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, kind: type[RefusedError], times: int, refused: bool
 ) -> None:
     monkeypatch.setattr(tinker_patience, "MOST_REFUSED", 5)
 
     async def steps() -> None:
-        declined = [WorkerError("the cloud drains", 42)] * times
+        declined = [WorkerError("the cloud declines", 42, kind.__name__)] * times
         parts.worker.errors["save"], parts.answers.errors["a"] = list(declined), list(declined)
         assert ("error" in await parts.save()) is refused
         told = await parts.promises.wait("a", parts.sample("a"), SECONDS)
         assert told is not None
-        assert (b"the cloud drains" in told.body) is refused
+        assert (b"the cloud declines" in told.body) is refused
 
     run(parts, steps)
+
+
+def test_the_pauses_grow_to_half_a_minute() -> None:
+    pauses = [tinker_patience.pause_after(tries) for tries in (1, 2, 3, 6, 300)]
+    assert pauses == [1.0, 2.0, 4.0, 30.0, 30.0]
+
+
+def test_a_model_is_told_why_its_promises_wait(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 30.0)
+
+    async def steps() -> None:
+        parts.worker.errors["create"] = [WorkerError("4 sessions are open, 4 are allowed", 42, "TooManySessionsError")]
+        parts.make("forward_backward", b"1")
+        parts.training.wake("m")
+        async with asyncio.timeout(SECONDS):
+            while "m" not in parts.training.reasons:
+                await asyncio.sleep(0.01)
+        assert parts.training.reasons == {"m": "4 sessions are open, 4 are allowed"}
+
+    run(parts, steps)
+
+
+@pytest.mark.parametrize("where", ["tell", "defect"])
+def test_a_load_is_made_once_and_forgets_gradients_for_ever(parts: Parts, where: str) -> None:
+    async def steps() -> None:
+        path = (await parts.save())["path"]
+        await parts.train("forward_backward", b"1")
+        if where == "tell":
+            parts.promises.tell = _failing_tell(parts, 2)  # type: ignore[method-assign]
+        await parts.train("load_weights", path=path, optimizer=False)
+        assert parts.worker.loads == 1  # the state on the disk has it, although nobody was told
+        parts.promises.sweep(time.time() + 1)  # the load's promise is forgotten, too
+        if where == "defect":
+            parts.worker.errors["forward_backward"] = [WorkerError("internal error", 1)]
+        await parts.train("forward_backward", b"2")
+        await parts.train("optim_step", adam={})
+        assert parts.worker.disk["m"]["sum"] == 101
+
+    run(parts, steps)
+
+
+@pytest.mark.parametrize(("number", "age"), [(100, "newer"), (1, "older"), (2, None)])
+def test_a_state_that_does_not_go_with_the_database_is_not_trained_on(
+    parts: Parts, number: int, age: str | None
+) -> None:
+    async def steps() -> None:
+        await parts.train("forward_backward", b"1")
+        await parts.train("optim_step", adam={})
+        parts.worker.pid = 2  # another process, which has no model in its memory
+        parts.worker.disk["m"]["number"] = number
+        told = await parts.train("forward_backward", b"2")
+        assert (age is None) is (b"error" not in told.body)
+        assert (age or "").encode() in told.body
+
+    run(parts, steps)
+
+
+def test_what_was_saved_for_a_refused_promise_goes(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_queue, "LONGEST_PAUSE", 1000.0)
+
+    async def steps() -> None:
+        parts.promises.tell = _failing_tell(parts, tinker_patience.MOST_FAILURES)  # type: ignore[method-assign]
+        assert "has failed" in (await parts.save())["error"]
+        await parts.save()
+
+    run(parts, steps)
+    weights = parts.home.path / "tinker" / "weights"
+    assert [f"tinker/weights/{path.name}" for path in weights.iterdir()] == parts.rows()

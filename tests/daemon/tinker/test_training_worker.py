@@ -134,7 +134,8 @@ def test_what_is_wrong_is_said_with_its_code(runs: Runs, tmp_path: Path) -> None
         ("forward_backward", {"model": "a", "loss": "ppo", "data": random_data(1, mask=[])}, 10, "data.0.mask: Extra"),
         ("optim_step", {"model": "a", "number": 1, "adam": ADAM, "calls": 0}, 10, "no gradients"),
         ("optim_step", {"model": "a", "number": 1, "adam": {**ADAM, "beta1": 1.0}, "calls": 0}, 10, "adam.beta1"),
-        ("load", {"model": "a", "folder": str(tmp_path / "none"), "optimizer": True}, 23, "none"),
+        ("optim_step", {"model": "a", "number": 1, "adam": ADAM, "calls": 3}, 1, "of 3 calls"),
+        ("load", {"model": "a", "number": 1, "folder": str(tmp_path / "none"), "optimizer": True}, 23, "none"),
     ]
     for method, values, code, said in cases:
         answer, error = worker.ask(method, **values)

@@ -41,10 +41,10 @@ def create(question: Question) -> Iterator[Answer]:
     saved: dict[str, Any] = {"weight": 1.0 + (values["seed"] % 1000) / 1000, "moment": 0.0, "number": 0}
     if state.exists():
         saved = json.loads(state.read_text())
-    elif values["unembed"]:
+    elif values["unembed"] and not values["spare_tied_head"]:
         raise ConfigError("train_unembed = true: the head of this model is tied to its embedding")
     models[values["model"]] = {**saved, "gradient": 0.0, "calls": 0, "folder": values["folder"]}
-    yield {"rank": values["rank"], "saved": saved["number"] if state.exists() else None}, b""
+    yield {"unembed": False, "saved": saved["number"] if state.exists() else None}, b""
 
 
 def forward_backward(question: Question) -> Iterator[Answer]:
@@ -94,13 +94,16 @@ def save(question: Question) -> Iterator[Answer]:
 
 def load(question: Question) -> Iterator[Answer]:
     model = _model(question)
+    if question.values["number"] == model["number"]:
+        yield {}, b""
+        return
     try:
         saved = json.loads((Path(question.values["folder"]) / "state.json").read_text())
     except OSError as error:
         raise CheckpointError(f"{question.values['folder']} cannot be read") from error
     model["weight"] = saved["weight"]
     model["moment"] = saved["moment"] if question.values["optimizer"] else 0.0
-    model["gradient"], model["calls"] = 0.0, 0
+    model["gradient"], model["calls"], model["number"] = 0.0, 0, question.values["number"]
     _write(Path(model["folder"]), model)
     yield {}, b""
 

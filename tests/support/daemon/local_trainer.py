@@ -98,6 +98,11 @@ class LocalTrainer:
         assert self.handlers.save({"model": model, "folder": str(folder), "optimizer": optimizer}) == {}
         return folder
 
+    def load(self, folder: Path, model: str = "a", *, optimizer: bool = False) -> None:
+        """Go on from a copy, by a promise after the model's newest step."""
+        asked = {"model": model, "number": self.model(model).number + 1, "folder": str(folder), "optimizer": optimizer}
+        assert self.handlers.load(asked) == {}
+
     def adapter(self, model: str = "a") -> dict[str, Tensor]:
         """What a model has learned."""
         weights: dict[str, Tensor] = load_file(self.save(model) / "adapter_model.safetensors")

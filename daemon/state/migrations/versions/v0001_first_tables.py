@@ -115,6 +115,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("number"),
         sa.UniqueConstraint("id"),
         sa.UniqueConstraint("scope", "key"),
+        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("tinker_promises", schema=None) as batch_op:
         batch_op.create_index("promises_of_a_model", ["model", "number"], unique=False)

@@ -19,6 +19,7 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError, UnknownModelError
 from isthmus.daemon.tinker.training import training_models
 from isthmus.daemon.tinker.training.lora_shape import LoraShape
+from isthmus.daemon.tinker.training.open_cloud import OpenCloud
 from isthmus.daemon.tinker.training_worker import TrainingHandlers
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.config.client_config import ClientConfig
@@ -39,10 +40,6 @@ def trainer(runs: Runs, tmp_path: Path) -> Iterator[LocalTrainer]:
         yield started
 
 
-def load(trainer: LocalTrainer, folder: Path, model: str = "a", *, optimizer: bool = True) -> None:
-    assert trainer.handlers.load({"model": model, "folder": str(folder), "optimizer": optimizer}) == {}
-
-
 @pytest.mark.server
 @pytest.mark.parametrize("layers", ["edge", "all"])
 def test_a_copy_goes_on_bit_for_bit(trainer: LocalTrainer, layers: str) -> None:
@@ -52,12 +49,12 @@ def test_a_copy_goes_on_bit_for_bit(trainer: LocalTrainer, layers: str) -> None:
     wanted = trainer.train(range(3, 6)), trainer.adapter()
     trainer.create("b", seed=9, layers=layers)
     trainer.train(range(1, 2), "b")
-    load(trainer, copy, "b")
+    trainer.load(copy, "b", optimizer=True)
     found = trainer.train(range(3, 6), "b"), trainer.adapter("b")
     assert found[0] == wanted[0]
     assert same(found[1], wanted[1])
-    load(trainer, copy, "b", optimizer=False)  # the control: moments that start anew
-    losses = trainer.train(range(6, 9), "b")
+    trainer.load(copy, "b")  # the control: moments that start anew
+    losses = trainer.train(range(7, 10), "b")
     assert not same(trainer.adapter("b"), wanted[1])
     assert losses[0] != wanted[0][0]
 
@@ -80,13 +77,13 @@ def test_a_model_goes_on_from_its_folder_bit_for_bit(trainer: LocalTrainer) -> N
         copy = trainer.save()
         again.create("b")
         again.forward_backward(random_data(9), "b")
-        load(again, copy, "b", optimizer=False)  # without a step, too
-        assert again.create("b")["saved"] == 4
-        assert same(again.adapter("b"), trainer.adapter())
-        again.train(range(5, 6), "b")
-        assert not same(again.adapter("b"), trainer.adapter())
+        again.load(copy, "b")  # without a step, too
         assert again.create("b")["saved"] == 5
-    assert trainer.create("b")["saved"] == 5  # one in memory is made anew, too
+        assert same(again.adapter("b"), trainer.adapter())
+        again.train(range(6, 7), "b")
+        assert not same(again.adapter("b"), trainer.adapter())
+        assert again.create("b")["saved"] == 6
+    assert trainer.create("b")["saved"] == 6  # one in memory is made anew, too
 
 
 @pytest.mark.server
@@ -104,21 +101,21 @@ def test_a_copy_that_does_not_fit_is_refused_and_changes_nothing(trainer: LocalT
     ]:
         before = trainer.values(model)
         with pytest.raises(CheckpointError, match=said):
-            load(trainer, folder, model)
+            trainer.load(folder, model, optimizer=True)
         assert same(trainer.values(model), before)
-    load(trainer, bare, optimizer=False)
+    trainer.load(bare)
     for name, field in (("adapter_config.json", "lora_alpha"), ("isthmus_tuning.json", "digest")):
         path = copy / name
         text = path.read_text()
         path.write_text(json.dumps({**json.loads(text), field: 16}))
         with pytest.raises(CheckpointError, match=r"alpha 16|another base model"):
-            load(trainer, copy)
+            trainer.load(copy, optimizer=True)
         path.write_text(text)
-    load(trainer, copy)
+    trainer.load(copy, optimizer=True)
     weights = copy / "optimizer.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors cannot be read"):
-        load(trainer, copy)
+        trainer.load(copy, optimizer=True)
 
 
 @pytest.mark.server
@@ -152,6 +149,16 @@ def test_the_head_is_trained_where_it_has_weights_of_its_own(trainer: LocalTrain
     assert {name.rpartition(".lora_")[0] for name in trainer.adapter()} == {"base_model.model.lm_head"}
     first = trainer.train(range(1, 2))
     assert trainer.forward_backward(random_data(1))["metrics"]["loss:sum"] != first[0]
+
+
+@pytest.mark.server
+def test_a_tied_head_is_left_out_on_demand(trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trainer.create(unembed=True, spare_tied_head=True)["unembed"] is True  # it is not tied
+    assert any("lm_head" in name for name in trainer.adapter())
+    monkeypatch.setattr(OpenCloud, "tied_head", True)
+    assert trainer.create("b", unembed=True, spare_tied_head=True)["unembed"] is False
+    assert not any("lm_head" in name for name in trainer.adapter("b"))
+    assert trainer.create("c", unembed=True)["unembed"] is True  # and not otherwise
 
 
 def test_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:

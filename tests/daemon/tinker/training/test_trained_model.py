@@ -20,6 +20,7 @@ from isthmus.common import files
 from isthmus.common.errors import ConfigError, DiskError, NonFiniteError, UnreachableError
 from isthmus.daemon.tinker.training import datum_batches
 from isthmus.daemon.tinker.training.loss_functions import NAMES, loss_named
+from isthmus.daemon.tinker.training.trained_model import LostGradientsError
 
 pytestmark = pytest.mark.server
 
@@ -70,7 +71,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(trainer: LocalTrainer
         assert near(gradients[name], slopes, 1e-3), name
         assert same(trainer.values(), values)
         assert len(slopes) == 2 * 7 * (4 if layers == "all" else 2)
-        trainer.handlers.load({"model": "a", "folder": str(trainer.save()), "optimizer": False})  # forgets gradients
+        trainer.load(trainer.save())  # forgets gradients
         assert trainer.gradients() == {}
     for one, other in itertools.combinations(NAMES, 2):
         assert not near(gradients[one], gradients[other], 1e-3)
@@ -252,11 +253,32 @@ def test_a_step_is_made_once(trainer: LocalTrainer) -> None:
     trainer.forward_backward(random_data(3))
     values = trainer.values()
     question = {"model": "a", "number": 10, "adam": ADAM, "calls": 2}
-    with pytest.raises(ConfigError, match="of 2 calls of forward_backward, and there are those of 1"):
+    with pytest.raises(LostGradientsError, match="of 2 calls of forward_backward, and there are those of 1"):
         trainer.handlers.optim_step(question)
     assert same(trainer.values(), values)
     trainer.handlers.optim_step({**question, "calls": 1})
     assert not same(trainer.values(), values)
+
+
+def test_a_load_is_made_once(trainer: LocalTrainer) -> None:
+    trainer.create()
+    copy = trainer.save()
+    trainer.train(range(1, 3))
+    question = {"model": "a", "number": 5, "folder": str(copy), "optimizer": False}
+    trainer.handlers.load(question)
+    loaded = trainer.values()
+    trainer.forward_backward(random_data(2))
+    gradients = trainer.gradients()
+    trainer.handlers.load(question)
+    assert same(trainer.gradients(), gradients)
+    with pytest.raises(ConfigError, match="load 4 comes after step 5"):
+        trainer.handlers.load({**question, "number": 4})
+    trainer.handlers.forget({"model": "a"})
+    assert trainer.create()["saved"] == 5  # the state on the disk says which load it has
+    assert same(trainer.values(), loaded)
+    trainer.forward_backward(random_data(2))
+    trainer.handlers.load({**question, "number": 6})  # the control: another one is made
+    assert trainer.gradients() == {}
 
 
 def test_adam_is_as_it_is_asked_for(trainer: LocalTrainer) -> None:
