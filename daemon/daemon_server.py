@@ -29,6 +29,7 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
+from isthmus.daemon.lost_found import move_unknown, remove_old
 from isthmus.daemon.openai import openai_routes
 from isthmus.daemon.page import jobs_api, page_routes
 from isthmus.daemon.serving.answers import Answers
@@ -113,6 +114,8 @@ def run(
     with occupied(home), _temporary_files(home):
         context = make(settings, home)
         try:
+            move_unknown(home, context.database)
+            remove_old(home, settings.keep_days)
             with contextlib.ExitStack() as stack:
                 tcp = stack.enter_context(contextlib.closing(_listen(settings)))
                 unix = stack.enter_context(_listen_unix(home.socket))

@@ -54,6 +54,7 @@ def _status(here: Context, owner: Owner) -> dict[str, Any]:
         "owner": owner.name,
         "disk": {
             "used_bytes": here.room.used(),
+            "lost_bytes": here.room.lost(),
             "most_bytes": here.room.most,
             "free_bytes": shutil.disk_usage(here.home.path).free,
         },
