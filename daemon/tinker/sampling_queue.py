@@ -58,7 +58,8 @@ class SamplingQueue:
         self._promises, self._weights, self._answers = promises, weights, answers
         self._ids: asyncio.Queue[str] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
-        self.reasons: dict[str, str] = {}  # why promises wait, by their ids
+        self._tries: dict[str, int] = {}  # of those that wait, by their ids
+        self.reasons: dict[str, str] = {}  # why they wait
 
     def start(self) -> None:
         """Begin to answer."""
@@ -76,20 +77,21 @@ class SamplingQueue:
 
     async def _work(self) -> None:
         while True:
-            promise_id = await self._ids.get()
-            try:
-                await self._do(promise_id)
-            finally:
-                self.reasons.pop(promise_id, None)
+            await self._do(await self._ids.get())
 
     async def _do(self, promise_id: str) -> None:
-        """Answer a promise. One that meets defects is refused."""
+        """Answer a promise, or put it off. One that meets defects is refused."""
         failures, told = 0, None
         while True:
             try:
                 promise = await run_in_threadpool(self._promises.find, promise_id)
                 if promise is not None and promise.answer is None:
-                    await self._promises.tell(promise, told or await self._answer(promise))
+                    told = told or await self._answer(promise)
+                    if told is None:
+                        return
+                    await self._promises.tell(promise, told)
+                self.reasons.pop(promise_id, None)
+                self._tries.pop(promise_id, None)
                 return
             except Exception as error:  # it is logged, and tried again: the disk was full, say
                 failures += 1
@@ -98,9 +100,9 @@ class SamplingQueue:
                     told = told_failure(failures, error)
             await asyncio.sleep(pause_after(failures))
 
-    async def _answer(self, promise: TinkerPromise) -> Told:
-        """The answer to a promise, however long that takes."""
-        deaths, tries = 0, 0
+    async def _answer(self, promise: TinkerPromise) -> Told | None:
+        """The answer to a promise; None for one that waits for its next turn, while others are answered."""
+        deaths = 0
         while True:
             try:
                 told = await self._sampled(promise)
@@ -112,11 +114,11 @@ class SamplingQueue:
                     RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server")
                 )
             except (WorkerError, BusyError) as error:
-                tries += 1
+                tries = self._tries[promise.id] = self._tries.get(promise.id, 0) + 1
                 if isinstance(error, BusyError) or passes(error, tries):
                     self.reasons[promise.id] = str(error) or "many requests wait for answers"
-                    await asyncio.sleep(pause_after(tries))
-                    continue
+                    asyncio.get_running_loop().call_later(pause_after(tries), self.add, promise.id)
+                    return None
                 told = told_refusal(RefusalError(str(error), "server" if error.code in MINE else "user"))
             except RefusalError as error:
                 told = told_refusal(error)
