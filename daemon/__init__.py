@@ -20,5 +20,6 @@ computes goes over the links of `isthmus.edge`.
     daemon_settings and settings_file: daemon.toml; home: where files are; tokens, daemon_log, disk_room
 
 The process that serves clients imports neither torch nor grpc: models are computed with in processes of their own.
-It may import `isthmus.edge`, and what that may import.
+It may import `isthmus.edge`, and what that may import. Each package says what it may import of the others; besides
+that, all but `state` and `workers` may import daemon_settings, disk_room and home.
 """

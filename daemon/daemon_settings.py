@@ -68,7 +68,9 @@ class DaemonSettings(BaseModel):
     )
     body_mib: int = Field(8, ge=1, description="MiB of another request's body at most, also when it is unpacked.")
     keep_days: float = Field(
-        30.0, gt=0, description="Days that promises of Tinker's API, and folders of ended jobs, are kept."
+        30.0,
+        gt=0,
+        description="Days that promises of Tinker's API, folders of ended jobs, and what is in lost+found are kept.",
     )
     adapters_hot: int = Field(
         4, ge=1, description="Adapters that are kept in memory for answers; the one not used for longest gives way."

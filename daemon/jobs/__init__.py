@@ -8,5 +8,5 @@
     job_worker    the process of one job
     job_work      what it does, by the job's kind
 
-It may import `isthmus.daemon.workers`, `isthmus.daemon.state` and, in a job's own process, `isthmus.edge`.
+It may import `isthmus.daemon.state` and, where a job is checked or done, `isthmus.edge`.
 """

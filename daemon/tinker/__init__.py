@@ -9,5 +9,5 @@
     saved_weights     what was saved, and how long it stays
     wire_bodies       protobuf
 
-It may import `isthmus.daemon.web`, and what that may import.
+It may import `isthmus.daemon.web`, what that may import and, in the process that trains, `isthmus.edge`.
 """

@@ -9,5 +9,6 @@
     datum_batches    data as padded batches of bounded size
     loss_functions   the five losses
 
-It may import `isthmus.edge`, and nothing else of the daemon but `isthmus.daemon.workers`.
+It may import `isthmus.edge` and what that may import, and nothing else of the daemon but
+`isthmus.daemon.tinker.wire_bodies`.
 """

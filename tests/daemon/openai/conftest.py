@@ -12,9 +12,11 @@ from support.daemon.openai_fakes import OpenAIDaemon
 
 
 @pytest.fixture(scope="session")
-def openai_daemon(tmp_path_factory: pytest.TempPathFactory) -> OpenAIDaemon:
+def openai_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAIDaemon]:
     """A daemon whose jobs and answers are fakes."""
-    return OpenAIDaemon(tmp_path_factory.mktemp("openai") / "home", upload_mib=6)
+    made = OpenAIDaemon(tmp_path_factory.mktemp("openai") / "home", upload_mib=6)
+    yield made
+    made.context.database.close()
 
 
 @pytest.fixture(scope="session")
