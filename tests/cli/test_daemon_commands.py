@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import in_process, refused
+from support.daemon import warm_daemon
 from support.daemon.running_daemon import RunningDaemon, running_daemon
+from support.warm_processes import WarmPopen
 from typer.testing import CliRunner
 
 from isthmus.cli import daemon_commands
 from isthmus.cli.main import app
-from isthmus.common.errors import ConfigError, NotRunningError, StateError
+from isthmus.common.errors import ConfigError, NotRunningError, PortInUseError, StateError
 from isthmus.daemon import daemon_lock, daemon_server as server
 from isthmus.daemon.daemon_lock import holder
 from isthmus.daemon.home import Home
@@ -111,14 +115,21 @@ def test_a_daemon_that_ends_just_then_is_no_error(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.server
-def test_stop_ends_it_and_logs_shows_what_it_said(tmp_path: Path) -> None:
+def test_stop_ends_it_and_logs_shows_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill = os.kill
+
+    def kill_and_wake(pid: int, number: int) -> None:
+        kill(pid, number)  # a further one like that which waits already: it gets one in all
+        kill(pid, signal.SIGCONT)
+
     with running_daemon(tmp_path / "home") as daemon:
         home = str(daemon.home.path)
         daemon.process.send_signal(signal.SIGSTOP)
         told = _run("stop", "--home", home, "--patience", "0.2", fails=ConfigError)
         assert f"process {daemon.process.pid}) has not ended" in told
-        threading.Timer(0.3, daemon.process.send_signal, [signal.SIGCONT]).start()
-        assert _run("stop", "--home", home) == f"stopped process {daemon.process.pid}\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", kill_and_wake)
+            assert _run("stop", "--home", home) == f"stopped process {daemon.process.pid}\n"
         assert daemon.end(signal.SIGCONT) == "ended\n"  # what it has said before it ended
         assert holder(daemon.home) is None
         daemon.home.log.write_text("one\ntwo\n")
@@ -162,25 +173,47 @@ def _written(folder: Path) -> Path:
     return path
 
 
-def test_in_the_background_an_error_of_the_start_is_told_with_its_code(tmp_path: Path) -> None:
-    (tmp_path / "daemon.toml").write_text('listen = "0.0.0.0:0"')
-    command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--background"]
-    options = ["--home", str(tmp_path / "home"), "--config", str(tmp_path / "daemon.toml")]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (ConfigError.exit_code, "")
-    assert done.stderr.startswith("isthmus: listen = '0.0.0.0:0'")
+@pytest.fixture
+def warm_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let `--background` start its process, and this one its own, as forks of a warm process; all end with the test."""
+    started = []
+
+    class Started(WarmPopen):
+        def __init__(self, words: list[str], **options: Any) -> None:
+            assert words[:5] == [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon"]
+            super().__init__([sys.executable, warm_daemon.__file__, *words[5:]], **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    yield
+    for process in started:
+        process.wait(60)
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("warm_start")
+def test_in_the_background_an_error_of_the_start_is_told_with_its_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ("edge", "daemon", "start", "--background", "--home", tmp_path / "home", "--listen")
+    done = in_process(capsys, *start, "0.0.0.0:0")
+    refused(done, ConfigError.exit_code, "listen = '0.0.0.0:0'")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = in_process(capsys, *start, address)
+    refused(done, PortInUseError.exit_code, address)
+    assert done.stdout == ""
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_start")
 def test_in_the_background_it_says_which_clouds_are_not_to_be_had(tmp_path: Path) -> None:
     (tmp_path / "daemon.toml").write_text('listen = "127.0.0.1:0"\n[clouds.main]\ncloud = "missing.txt"\n')
     home = ("--home", str(tmp_path / "home"))
-    command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--background", *home]
-    options = ["--config", str(tmp_path / "daemon.toml")]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    told = _run("start", "--background", *home, "--config", str(tmp_path / "daemon.toml"))
     try:
-        assert "models  none seen yet\naway    main: cloud = " in done.stdout
+        assert "models  none seen yet\naway    main: cloud = " in told
         assert "away    main: cloud = " in _run("status", *home)
     finally:
         _run("stop", *home)

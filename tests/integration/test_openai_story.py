@@ -43,7 +43,8 @@ class Daemon:
 
     def start(self) -> OpenAI:
         """Start it; gives the SDK."""
-        command = [sys.executable, warm_daemon.__file__, str(self._home)]
+        words = ("start", "--home", str(self._home), "--listen", "127.0.0.1:0")
+        command = [sys.executable, warm_daemon.__file__, *words]
         self.process = WarmPopen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         record = self._home / "daemon.json"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 from support.cloud.clouds import Home as CloudHome, ThreadServer, served
+from support.daemon import warm_daemon
 from support.models.writing_model import writing_checkpoint
-from support.page import warm_daemon
 from support.page.browsers import Watched, chromium
 from support.warm_processes import WarmPopen
 
