@@ -27,11 +27,12 @@ from isthmus.common.errors import DataError
 from isthmus.common.files import disk_errors, sync
 from isthmus.daemon.home import Home
 from isthmus.daemon.openai.job_objects import jobs_under_way
-from isthmus.daemon.openai.request_fields import Fields, query, shown
+from isthmus.daemon.openai.request_fields import Fields, NoQuery, query
 from isthmus.daemon.openai.training_files import LONGEST_LINE, TrainingFile, read_training_file
 from isthmus.daemon.openai.upload_stream import UploadStream
 from isthmus.daemon.state.tables import StoredFile
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.bounded_body import shown
 from isthmus.daemon.web.context import Asker, Context, Here
 
 routes = APIRouter(prefix="/files")
@@ -48,11 +49,8 @@ class FilePage(Fields, strict=False):
     purpose: str | None = None
 
 
-Nothing = Annotated[Fields, Depends(query(Fields))]
-
-
 @routes.post("")
-async def upload(request: Request, here: Here, asker: Asker, _: Nothing) -> Any:
+async def upload(request: Request, here: Here, asker: Asker, _: NoQuery) -> Any:
     """Take a file, which is on the disk when this is answered."""
     file_id = f"file-{secrets.token_hex(12)}"
     most = here.settings.upload_mib * 2**20
@@ -97,14 +95,14 @@ def list_files(here: Here, asker: Asker, page: Annotated[FilePage, Depends(query
 
 
 @routes.get("/{file_id}")
-def retrieve_file(here: Here, asker: Asker, file_id: str, _: Nothing) -> Any:
+def retrieve_file(here: Here, asker: Asker, file_id: str, _: NoQuery) -> Any:
     """What is known of a file."""
     with here.database.reading() as session:
         return _file_object(_file(session, asker.id, file_id))
 
 
 @routes.get("/{file_id}/content")
-def file_content(here: Here, asker: Asker, file_id: str, _: Nothing) -> Any:
+def file_content(here: Here, asker: Asker, file_id: str, _: NoQuery) -> Any:
     """A file's bytes."""
     with here.database.reading() as session:
         file = _file(session, asker.id, file_id)
@@ -115,7 +113,7 @@ def file_content(here: Here, asker: Asker, file_id: str, _: Nothing) -> Any:
 
 
 @routes.delete("/{file_id}")
-def delete_file(here: Here, asker: Asker, file_id: str, _: Nothing) -> Any:
+def delete_file(here: Here, asker: Asker, file_id: str, _: NoQuery) -> Any:
     """Remove a file."""
     with here.database.session() as session:
         file = _file(session, asker.id, file_id)

@@ -17,12 +17,11 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from isthmus.daemon.jobs.job_rows import ENDED
+from isthmus.daemon.jobs.job_service import EVENT
 from isthmus.daemon.openai.training_files import hyperparameters_of
 from isthmus.daemon.state.tables import Event, Job, Model
 
-KINDS = ("train", "tune")
-"""Kinds of jobs that are fine-tuning."""
-_UNDER_WAY = ("queued", "running", "paused")
 _STATUS = {"paused": "queued"}
 _METRICS = (
     "step",
@@ -37,7 +36,7 @@ _METRICS = (
 
 def jobs_under_way(session: Session) -> Sequence[Job]:
     """The jobs, of all owners, that have not ended."""
-    return session.scalars(select(Job).where(Job.status.in_(_UNDER_WAY))).all()
+    return session.scalars(select(Job).where(Job.status.not_in(ENDED))).all()
 
 
 def results_of(session: Session, jobs: Sequence[Job]) -> dict[str | None, str]:
@@ -86,7 +85,7 @@ def job_object(job: Job, result: str | None) -> dict[str, Any]:
 def event_object(event: Event) -> dict[str, Any]:
     """An event as the API tells it."""
     return {
-        "id": f"ftevent-{event.number}",
+        "id": f"{EVENT}{event.number}",
         "object": "fine_tuning.job.event",
         "created_at": int(event.created_at),
         "level": event.level,

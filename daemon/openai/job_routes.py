@@ -15,13 +15,15 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from isthmus.daemon.jobs.job_service import NewJob, UnknownJobError
+from isthmus.daemon.jobs.kinds import TRAINING
 from isthmus.daemon.openai.job_bodies import JobBody
-from isthmus.daemon.openai.job_objects import KINDS, checkpoint_object, event_object, job_object, results_of
+from isthmus.daemon.openai.job_objects import checkpoint_object, event_object, job_object, results_of
 from isthmus.daemon.openai.model_names import target_named
-from isthmus.daemon.openai.request_fields import Fields, checked, json_body, query, shown
+from isthmus.daemon.openai.request_fields import Fields, NoQuery, checked, json_body, query
 from isthmus.daemon.openai.training_files import LONGEST_EXAMPLE, settings_of
 from isthmus.daemon.state.tables import BaseModel, Job, StoredFile
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.bounded_body import shown
 from isthmus.daemon.web.context import Asker, Context, Here
 
 routes = APIRouter(prefix="/fine_tuning/jobs")
@@ -97,35 +99,32 @@ def list_jobs(request: Request, here: Here, asker: Asker) -> Any:
             others[name] = value
     page = checked(Page, others)
     with _known(page.after):
-        jobs, more = here.jobs.list(asker.id, after=page.after, limit=page.limit, labels=labels, kinds=KINDS)
+        jobs, more = here.jobs.list(asker.id, after=page.after, limit=page.limit, labels=labels, kinds=TRAINING)
     with here.database.reading() as session:
         results = results_of(session, jobs)
     return {"object": "list", "data": [job_object(job, results.get(job.id)) for job in jobs], "has_more": more}
 
 
-Nothing = Annotated[Fields, Depends(query(Fields))]
-
-
 @routes.get("/{job_id}")
-def retrieve_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
+def retrieve_job(here: Here, asker: Asker, job_id: str, _: NoQuery) -> Any:
     """One job."""
     return _told(here, _job(here, asker.id, job_id))
 
 
 @routes.post("/{job_id}/cancel")
-def cancel_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
+def cancel_job(here: Here, asker: Asker, job_id: str, _: NoQuery) -> Any:
     """End a job; what it has trained stays as its newest checkpoint."""
     return _change(here, asker.id, job_id, here.jobs.cancel)
 
 
 @routes.post("/{job_id}/pause")
-def pause_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
+def pause_job(here: Here, asker: Asker, job_id: str, _: NoQuery) -> Any:
     """Stop a job until it is resumed."""
     return _change(here, asker.id, job_id, here.jobs.pause)
 
 
 @routes.post("/{job_id}/resume")
-def resume_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
+def resume_job(here: Here, asker: Asker, job_id: str, _: NoQuery) -> Any:
     """Go on with a paused job, once it is its turn."""
     return _change(here, asker.id, job_id, here.jobs.resume)
 
@@ -180,7 +179,7 @@ def _examples(file: StoredFile, param: str, facts: Mapping[str, Any]) -> int:
 
 def _job(here: Context, owner: str, job_id: str) -> Job:
     job = here.jobs.get(owner, job_id)
-    if job.kind not in KINDS:
+    if job.kind not in TRAINING:
         raise ApiError(404, f"{job_id!r} is no fine-tuning job: its kind is {job.kind}", code="job_not_found")
     return job
 

@@ -8,6 +8,7 @@ from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answers import Target
 from isthmus.daemon.state.tables import BaseModel, Model
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.context import Context
 
 
 def adapter_named(session: Session, owner: str, name: str) -> Model | None:
@@ -16,12 +17,14 @@ def adapter_named(session: Session, owner: str, name: str) -> Model | None:
     return None if model is None or model.owner != owner or model.deleted else model
 
 
-def target_named(session: Session, home: Home, owner: str, name: str) -> Target:
-    """What answers under a name.
+def find_target(here: Context, owner: str, name: str) -> Target:
+    """What answers under a name. Raises ApiError (404) where nothing does."""
+    with here.database.reading() as session:
+        return target_named(session, here.home, owner, name)
 
-    Raises:
-        ApiError: Nothing does (404).
-    """
+
+def target_named(session: Session, home: Home, owner: str, name: str) -> Target:
+    """The same, for a caller that has a session."""
     model = adapter_named(session, owner, name)
     if model is not None:
         return Target(model.base, str(home.path / model.folder))

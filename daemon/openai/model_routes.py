@@ -6,25 +6,24 @@ adapter is its owner's; what a job that has not ended goes on from cannot be del
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from sqlalchemy import select
 
 from isthmus.common.files import remove_folder
 from isthmus.daemon.openai.job_objects import jobs_under_way
 from isthmus.daemon.openai.model_names import adapter_named, unknown_model
-from isthmus.daemon.openai.request_fields import Fields, query
+from isthmus.daemon.openai.request_fields import NoQuery
 from isthmus.daemon.state.tables import BaseModel, Model, Owner
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Asker, Here
 
 routes = APIRouter()
-Nothing = Annotated[Fields, Depends(query(Fields))]
 
 
 @routes.get("/models")
-def list_models(here: Here, asker: Asker, _: Nothing) -> Any:
+def list_models(here: Here, asker: Asker, _: NoQuery) -> Any:
     """Base models by name, then the owner's adapters, the newest first."""
     with here.database.reading() as session:
         bases = session.scalars(select(BaseModel).order_by(BaseModel.name)).all()
@@ -34,7 +33,7 @@ def list_models(here: Here, asker: Asker, _: Nothing) -> Any:
 
 
 @routes.get("/models/{name:path}")
-def retrieve_model(here: Here, asker: Asker, name: str, _: Nothing) -> Any:
+def retrieve_model(here: Here, asker: Asker, name: str, _: NoQuery) -> Any:
     """One model."""
     with here.database.reading() as session:
         adapter = adapter_named(session, asker.id, name)
@@ -47,7 +46,7 @@ def retrieve_model(here: Here, asker: Asker, name: str, _: Nothing) -> Any:
 
 
 @routes.delete("/models/{name:path}")
-def delete_model(here: Here, asker: Asker, name: str, _: Nothing) -> Any:
+def delete_model(here: Here, asker: Asker, name: str, _: NoQuery) -> Any:
     """Remove an adapter from the disk; its name is not used again."""
     with here.database.session() as session:
         adapter = adapter_named(session, asker.id, name)

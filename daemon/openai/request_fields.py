@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.bounded_body import UNKNOWN, BoundedBody, shown
-
-__all__ = ["Fields", "checked", "json_body", "only", "parse_object", "query", "shown"]
 
 
 class Fields(BoundedBody):
@@ -81,6 +79,10 @@ def query(cls: type[Read]) -> Callable[[Request], Read]:
         return checked(cls, values)
 
     return read
+
+
+NoQuery = Annotated[Fields, Depends(query(Fields))]
+"""For a handler whose request has no query."""
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.dialects.sqlite import insert
 
-from isthmus.common.errors import WorkerDiedError
+from isthmus.common.errors import ConfigError, UnknownModelError, WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answer_forms import (
@@ -37,7 +37,6 @@ __all__ = ["Answers", "BusyError", "Piece", "Prompt", "Sampling", "Target", "Tok
 
 log = logging.getLogger("isthmus.daemon")
 
-_CONFIG, _UNKNOWN_MODEL = 10, 20
 _LAST_SECONDS = 2.0
 """What the process has at its end to say what has crossed."""
 
@@ -86,7 +85,7 @@ class Answers:
         if self._requests >= self._settings.answers_at_once + self._settings.answers_waiting:
             raise BusyError(f"{self._requests} requests are being answered or wait: try again in a while")
         if problem := sampling.problem() or prompt_problem(prompt):
-            raise WorkerError(problem, _CONFIG)
+            raise WorkerError(problem, ConfigError.exit_code)
         self._requests += 1
         with ExitStack() as under_way:
             under_way.callback(self._count_down)  # as the last answer is computed, or as this ends before
@@ -97,7 +96,7 @@ class Answers:
                 raise WorkerError(
                     f"n = {sampling.n} answers may have {most} tokens: lower n or max_tokens, {MAX_NEW_TOKENS} are the "
                     "most for one request",
-                    _CONFIG,
+                    ConfigError.exit_code,
                 )
             values = {
                 "cloud": base.cloud,
@@ -203,7 +202,9 @@ class Answers:
             await self.look()
             row, _ = await asyncio.to_thread(self._row, name)
         if row is None or row.cloud not in self._settings.clouds:
-            raise WorkerError(f"no cloud of daemon.toml serves {name!r}: choose a model of the list", _UNKNOWN_MODEL)
+            raise WorkerError(
+                f"no cloud of daemon.toml serves {name!r}: choose a model of the list", UnknownModelError.exit_code
+            )
         return row
 
     def _row(self, name: str) -> tuple[BaseModel | None, bool]:

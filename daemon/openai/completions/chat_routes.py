@@ -13,10 +13,10 @@ from fastapi.concurrency import run_in_threadpool
 from isthmus.daemon.openai.completions.answer_events import Usage, ask, collect, stream
 from isthmus.daemon.openai.completions.chat_bodies import ChatBody
 from isthmus.daemon.openai.completions.token_texts import token_text
-from isthmus.daemon.openai.model_names import target_named
+from isthmus.daemon.openai.model_names import find_target
 from isthmus.daemon.openai.request_fields import json_body
-from isthmus.daemon.serving.answers import Piece, Target, TokenChance
-from isthmus.daemon.web.context import Asker, Context, Here
+from isthmus.daemon.serving.answers import Piece, TokenChance
+from isthmus.daemon.web.context import Asker, Here
 
 routes = APIRouter()
 
@@ -26,7 +26,7 @@ async def chat(
     request: Request, here: Here, asker: Asker, body: Annotated[ChatBody, Depends(json_body(ChatBody))]
 ) -> Any:
     """The next message of a conversation."""
-    target = await run_in_threadpool(_target, here, asker.id, body.model)
+    target = await run_in_threadpool(find_target, here, asker.id, body.model)
     pieces = await ask(here.answers, target, [body.prompt()], body.how(), asker.id, request)
     form = _Form(body)
     if body.stream:
@@ -42,11 +42,6 @@ async def chat(
         for index, answer in answers.items()
     ]
     return {**form.head("chat.completion"), "choices": choices, "usage": usage.body()}
-
-
-def _target(here: Context, owner: str, name: str) -> Target:
-    with here.database.reading() as session:
-        return target_named(session, here.home, owner, name)
 
 
 class _Form:

@@ -11,7 +11,6 @@ refused     a prompt that is null; max_tokens = 0; echo with logprobs, since the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
@@ -73,10 +72,6 @@ class CompletionBody(SamplingFields):
         if self.echo and not isinstance(self.prompt[0], str):
             raise ApiError(400, "echo is of texts, and the prompt is tokens: send the text", param="echo")
         return self
-
-    def prompts(self) -> Sequence[str | list[int]]:
-        """One or several texts or lists of tokens."""
-        return self.prompt
 
     def how(self) -> Sampling:
         """How to sample each answer."""

@@ -17,10 +17,10 @@ from fastapi.concurrency import run_in_threadpool
 from isthmus.daemon.openai.completions.answer_events import Usage, ask, collect, stream
 from isthmus.daemon.openai.completions.completion_bodies import CompletionBody
 from isthmus.daemon.openai.completions.token_texts import token_text
-from isthmus.daemon.openai.model_names import target_named
+from isthmus.daemon.openai.model_names import find_target
 from isthmus.daemon.openai.request_fields import json_body
-from isthmus.daemon.serving.answers import Piece, Target, TokenChance
-from isthmus.daemon.web.context import Asker, Context, Here
+from isthmus.daemon.serving.answers import Piece, TokenChance
+from isthmus.daemon.web.context import Asker, Here
 
 routes = APIRouter()
 
@@ -30,8 +30,8 @@ async def complete(
     request: Request, here: Here, asker: Asker, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]
 ) -> Any:
     """What follows a text."""
-    target = await run_in_threadpool(_target, here, asker.id, body.model)
-    pieces = await ask(here.answers, target, body.prompts(), body.how(), asker.id, request)
+    target = await run_in_threadpool(find_target, here, asker.id, body.model)
+    pieces = await ask(here.answers, target, body.prompt, body.how(), asker.id, request)
     form = _Form(body)
     if body.stream:
         return stream(pieces, form, request)
@@ -40,11 +40,6 @@ async def complete(
         form.choice(index, answer.text, answer.chances, answer.finish, first=True) for index, answer in answers.items()
     ]
     return {**form.head(), "choices": choices, "usage": usage.body()}
-
-
-def _target(here: Context, owner: str, name: str) -> Target:
-    with here.database.reading() as session:
-        return target_named(session, here.home, owner, name)
 
 
 class _Form:
@@ -80,7 +75,7 @@ class _Form:
         """A part of an answer, or a whole one; its first part begins with the prompt where that is to be echoed."""
         offset = self._written.get(index, 0)
         self._written[index] = offset + sum(len(token_text(each.text, each.raw)) for each in chances)
-        prompt = self._body.prompts()[index // (self._body.n or 1)]
+        prompt = self._body.prompt[index // (self._body.n or 1)]
         before = prompt if self._body.echo and first and isinstance(prompt, str) else ""
         logprobs = None if self._body.logprobs is None else _logprobs(chances, offset)
         return {"index": index, "text": before + text, "logprobs": logprobs, "finish_reason": finish}
