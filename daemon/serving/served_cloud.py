@@ -26,6 +26,7 @@ from isthmus.daemon.serving.token_chances import TokenTexts
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import ClientConfig
+from isthmus.edge.run_report import WireTotals
 from isthmus.protocol.session_info import SessionInfo
 
 AWAY_SECONDS = 30.0
@@ -37,8 +38,6 @@ _OF_THE_REQUEST = (ConfigError, DataError, UnknownModelError, UnsupportedCallErr
 """Errors after which a link is as good as before."""
 _MOMENT = 0.25
 """Seconds between two looks at whether somebody still waits."""
-_COUNTS = ("bytes_up", "bytes_down", "calls", "retries")
-Counts = dict[str, int]
 
 
 class EdgeParts:
@@ -138,9 +137,9 @@ class ServedCloud:
         self._config = config.model_copy(update={"give_up_after": min(config.give_up_after, AWAY_SECONDS)})
         self._most = most
         self._idle: list[Link] = []
-        self._used: dict[Link, Counts] = {}  # what each had carried when it was counted last
-        self._total: Counts = dict.fromkeys(_COUNTS, 0)
-        self._unsaid: Counts = dict.fromkeys(_COUNTS, 0)
+        self._used: set[Link] = set()
+        self._closed = WireTotals()  # what links have carried that are closed
+        self._taken = WireTotals()
         self._opening = 0
         self._change = threading.Condition()
         self._loading = threading.Lock()
@@ -214,7 +213,7 @@ class ServedCloud:
             return False
         self._close_idle()
         with self._change:
-            self._used[link] = dict.fromkeys(_COUNTS, 0)
+            self._used.add(link)
         good = False
         try:
             self.load(link)
@@ -234,20 +233,15 @@ class ServedCloud:
             self.parts.close()
 
     @property
-    def totals(self) -> Counts:
+    def totals(self) -> WireTotals:
         """What the links have carried so far."""
         with self._change:
-            for link in self._used:
-                self._count(link)
-            return dict(self._total)
+            return sum((link.totals() for link in self._used), self._closed)
 
-    def take_counts(self) -> Counts:
+    def take_counts(self) -> WireTotals:
         """What they have carried since this was asked last."""
-        with self._change:
-            for link in self._used:
-                self._count(link)
-            counts, self._unsaid = self._unsaid, dict.fromkeys(_COUNTS, 0)
-            return counts
+        before, self._taken = self._taken, self.totals
+        return self._taken - before
 
     def _take(self, check: Callable[[], None]) -> Link:
         while True:
@@ -278,7 +272,7 @@ class ServedCloud:
             raise
         self.seen = Seen(True)
         with self._change:
-            self._used[link] = dict.fromkeys(_COUNTS, 0)
+            self._used.add(link)
         return link
 
     def _close_idle(self) -> None:
@@ -289,7 +283,6 @@ class ServedCloud:
 
     def _give_back(self, link: Link, *, good: bool) -> None:
         with self._change:
-            self._count(link)
             keep = good and len(self._used) <= self._most
             if keep:
                 self._idle.append(link)
@@ -301,14 +294,6 @@ class ServedCloud:
         with suppress(IsthmusError):
             link.close()
         with self._change:
-            self._count(link)
-            del self._used[link]
+            self._closed += link.totals()
+            self._used.remove(link)
             self._change.notify()
-
-    def _count(self, link: Link) -> None:
-        before, now = self._used[link], link.totals()
-        for name in _COUNTS:
-            count = int(getattr(now, name))
-            self._total[name] += count - before[name]
-            self._unsaid[name] += count - before[name]
-            before[name] = count

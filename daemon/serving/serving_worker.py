@@ -30,6 +30,7 @@ from isthmus.daemon.workers.frames import read_frame
 from isthmus.edge.config.adapter_config import Sites
 
 _STATM = Path("/proc/self/statm")
+_COUNTS = ("bytes_up", "bytes_down", "calls", "retries")  # columns of `isthmus.daemon.state.tables.Traffic`
 
 
 class CancelledError(IsthmusError):
@@ -128,7 +129,8 @@ class Serving:
 
     def traffic(self, _question: Question) -> Iterator[Answer]:
         """What has crossed since this was asked last, for clouds with which something has."""
-        counts = {name: cloud.take_counts() for name, cloud in self._clouds.items()}
+        taken = {name: cloud.take_counts() for name, cloud in self._clouds.items()}
+        counts = {name: {count: getattr(each, count) for count in _COUNTS} for name, each in taken.items()}
         yield {"clouds": {name: each for name, each in counts.items() if any(each.values())}}, b""
 
 
@@ -147,8 +149,8 @@ def _state_of(cloud: ServedCloud) -> dict[str, Any]:
         "reachable": cloud.seen.reachable,
         "model": None if cloud.parts is None else cloud.parts.info.model,
         "error": cloud.seen.error,
-        "bytes_up": totals["bytes_up"],
-        "bytes_down": totals["bytes_down"],
+        "bytes_up": totals.bytes_up,
+        "bytes_down": totals.bytes_down,
     }
 
 
