@@ -8,7 +8,7 @@ reads slowly takes nothing of others.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 
 from isthmus.daemon.serving.answer_forms import Piece
 from isthmus.daemon.workers.asking import WorkerError
@@ -56,53 +56,42 @@ class UnreadPieces:
     Attributes:
         owner: Whose request it is.
         bytes: What they take, about.
+        wanted: Whether the request has not ended, so that its answers are still to be computed.
     """
 
     def __init__(self, all_of_them: Unread, owner: str) -> None:
         self.owner, self.bytes = owner, 0
+        self.wanted = True
         self._all = all_of_them
-        self._pieces: deque[tuple[Piece, int]] = deque()
-        self._end: list[Exception | None] = []
-        self._news = asyncio.Event()
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the request has not ended, so that its answers are still to be computed."""
-        return not self._end
+        self._pieces: asyncio.Queue[tuple[Piece | Exception | None, int]] = asyncio.Queue()
 
     def put(self, piece: Piece) -> None:
         """Take a piece, unless the request has ended."""
-        if not self._end:
+        if self.wanted:
             size = _size(piece)
-            self._pieces.append((piece, size))
+            self._pieces.put_nowait((piece, size))
             self.bytes += size
-            self._news.set()
             self._all.make_room()
 
     def end(self, error: Exception | None = None) -> None:
         """Nothing follows but perhaps an error."""
-        if not self._end:
-            self._end.append(error)
-            self._news.set()
+        if self.wanted:
+            self.wanted = False
+            self._pieces.put_nowait((error, 0))
 
     def drop(self, error: Exception) -> None:
         """Drop what waits, and let whoever reads have an error."""
-        self._pieces.clear()
-        self.bytes = 0
-        self._end[:] = [error]
-        self._news.set()
+        while not self._pieces.empty():
+            self._pieces.get_nowait()
+        self.bytes, self.wanted = 0, False
+        self._pieces.put_nowait((error, 0))
 
     async def next(self) -> Piece | None:
-        """The next piece; None at the end. Raises the error that ends it."""
-        while not self._pieces:
-            if self._end:
-                if self._end[0] is not None:
-                    raise self._end[0]
-                return None
-            self._news.clear()
-            await self._news.wait()
-        piece, size = self._pieces.popleft()
+        """The next piece; None at the end, and nothing after that. Raises the error that ends it."""
+        piece, size = await self._pieces.get()
         self.bytes -= size
+        if isinstance(piece, Exception):
+            raise piece
         return piece
 
     def close(self) -> None:

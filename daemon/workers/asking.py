@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import sys
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -175,39 +174,32 @@ class _Answers:
 
     def __init__(self) -> None:
         self.overflowed = False
-        self._frames: deque[tuple[Frame, int]] = deque()
+        self._frames: asyncio.Queue[tuple[Frame | IsthmusError | None, int]] = asyncio.Queue()
         self._bytes = 0
-        self._end: list[IsthmusError | None] = []
-        self._news = asyncio.Event()
+        self._ended = False
 
     def put(self, frame: Frame, size: int) -> None:
         """Take what the worker has answered, `size` bytes."""
-        if self._end:
+        if self._ended:
             return
         if "end" in frame.values:
             end = frame.values["end"]
             self.end(None if end is None else WorkerError(end["message"], end["code"], end["kind"]))
-        elif self._frames and self._bytes + size > MOST_UNREAD:
+        elif self._bytes and self._bytes + size > MOST_UNREAD:
             self.overflowed = True
             self.end(WorkerError(f"the answer was read too slowly: {MOST_UNREAD >> 20} MiB of it wait; read it faster"))
         else:
-            self._frames.append((frame, size))
+            self._frames.put_nowait((frame, size))
             self._bytes += size
-            self._news.set()
 
     def end(self, error: IsthmusError | None) -> None:
         """Nothing follows."""
-        if not self._end:
-            self._end.append(error)
-            self._news.set()
+        if not self._ended:
+            self._ended = True
+            self._frames.put_nowait((error, 0))
 
     async def next(self) -> Frame | IsthmusError | None:
-        """The next answer; at the end an error, or None for a good end."""
-        while not self._frames:
-            if self._end:
-                return self._end[0]
-            self._news.clear()
-            await self._news.wait()
-        frame, size = self._frames.popleft()
+        """The next answer; at the end an error, or None for a good end, and nothing after that."""
+        frame, size = await self._frames.get()
         self._bytes -= size
         return frame
