@@ -21,6 +21,7 @@ from isthmus.daemon.daemon_settings import DEFAULT_HOME, FILE
 
 if TYPE_CHECKING:
     from isthmus.daemon.daemon_server import Started
+    from isthmus.daemon.daemon_settings import DaemonSettings
     from isthmus.daemon.home import Home
     from isthmus.daemon.state.tables import Owner
 
@@ -68,7 +69,7 @@ def start(
     settings = read_daemon_settings(_config(place, config), {"listen": listen})
     folder = Home.make(place)
     if background:
-        _start_in_background(folder, config, listen)
+        _start_in_background(folder, settings, config, listen)
         return
     with logging_to(folder.log, to_stderr=not detached):
         run(settings, folder, _announce)
@@ -280,11 +281,10 @@ def _message(url: str, home: Home, clouds: list[str], *, remote: bool) -> list[s
     ]
 
 
-def _start_in_background(home: Home, config: Path | None, listen: str | None) -> None:
+def _start_in_background(home: Home, settings: DaemonSettings, config: Path | None, listen: str | None) -> None:
     """Start a process that outlives this one, and wait until it answers or has ended."""
     from isthmus.common.files import disk_errors, private_opener
     from isthmus.common.terminal import printable
-    from isthmus.daemon.settings_file import read_daemon_settings
     from isthmus.daemon.web.access import is_loopback
 
     command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--detached"]
@@ -301,7 +301,6 @@ def _start_in_background(home: Home, config: Path | None, listen: str | None) ->
             sys.stderr.write(said.read_text(encoding="utf-8", errors="replace"))
             raise typer.Exit(process.returncode or 1)
         time.sleep(POLL_SECONDS)
-    settings = read_daemon_settings(_config(home.path, config), {"listen": listen})
     remote = not is_loopback(settings.address[0])
     lines = _message(record["url"], home, sorted(settings.clouds), remote=remote)
     typer.echo("\n".join([f"started process {process.pid}", *lines]))

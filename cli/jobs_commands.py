@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -291,7 +291,10 @@ def _print(job: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(job))
         return
-    when: Callable[[str], str] = lambda name: "-" if job[name] is None else moment(job[name])  # noqa: E731
+
+    def when(name: str) -> str:
+        return "-" if job[name] is None else moment(job[name])
+
     error = "" if job["error"] is None else f"{job['error']['message']} (exit code {job['error']['code']})"
     rows = {
         "job": job["id"],

@@ -103,7 +103,7 @@ class JobRunner:
     home: Home
     database: Database
     room: DiskRoom
-    patience: Patience = field(default_factory=Patience)
+    patience: Patience
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:

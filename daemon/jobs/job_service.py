@@ -112,9 +112,9 @@ class JobService:
                 waiting = select(func.count()).select_from(Job).where(Job.owner == owner, Job.status.not_in(ENDED))
                 if (session.scalar(waiting) or 0) >= MOST_WAITING:
                     raise QueueFullError(f"{MOST_WAITING} jobs wait already: let some end, or cancel some")
-                prepared = prepare(new.kind, new.model, new.spec, owner, session, self._home, self._settings)
+                links = prepare(new.kind, new.model, new.spec, owner, session, self._home, self._settings)
             self._room.room_for(LEAST_ROOM)
-            job = self._insert(owner, new, prepared.links)
+            job = self._insert(owner, new, links)
         self._runner.wake()
         return job
 
@@ -219,7 +219,9 @@ class JobService:
                     f"{job_id} ended more than {self._settings.keep_days:g} days ago, and its folder is gone: create "
                     "it anew"
                 )
-            _retry(session, job)
+            _require(job, ("failed", "cancelled"), "retried")
+            job.status, job.wanted, job.error, job.finished_at = "queued", "run", None, None
+            tell(session, job, "The job is queued again")
 
         return self._change(owner, job_id, retry)
 
@@ -324,12 +326,6 @@ def _resume(session: Session, job: Job) -> None:
         return
     _require(job, ("paused",), "resumed")
     job.status = "queued"
-    tell(session, job, "The job is queued again")
-
-
-def _retry(session: Session, job: Job) -> None:
-    _require(job, ("failed", "cancelled"), "retried")
-    job.status, job.wanted, job.error, job.finished_at = "queued", "run", None, None
     tell(session, job, "The job is queued again")
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +46,13 @@ _DECIDED = {*ClientConfig.model_fields, "out", "resume", "report_to", "keep_chec
 _ELSEWHERE = ("draft", "draft_learning_rate")
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A spec that makes sense.
-
-    Attributes:
-        links: What is to be linked into the job's folder: the place there, and the file or folder.
-    """
-
-    links: Mapping[str, Path] = field(default_factory=dict)
-
-
 def prepare(
     kind: str, model: str, spec: Mapping[str, Any], owner: str, session: Session, home: Home, settings: DaemonSettings
-) -> Prepared:
+) -> dict[str, Path]:
     """Check a spec, as far as that takes neither torch nor a cloud.
+
+    Returns:
+        What is to be linked into the job's folder: the place there, and the file or folder.
 
     Raises:
         ConfigError: It does not make sense; the message is one line.
@@ -83,7 +74,7 @@ def prepare(
     cloud = None if kind == "tune" else cloud_of(model, session, settings)
     links = dict(_links(spec, owner, session, home))
     configuration(kind, with_links(spec, links, Path("/")), cloud, settings, Path("/"))
-    return Prepared(links)
+    return links
 
 
 def cloud_of(model: str, session: Session, settings: DaemonSettings) -> ClientConfig:

@@ -82,11 +82,6 @@ class HotModels:
                 if self._models.get(key) is hot:
                     hot.idle.append(model)
 
-    def forget(self) -> None:
-        """Release all models."""
-        with self._lock:
-            self._models.clear()
-
     def _used(self, key: Key) -> _Hot | None:
         """A model that is hot, as the one used last."""
         with self._lock:

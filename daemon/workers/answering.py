@@ -109,7 +109,7 @@ class _Answering:
         """Answer the questions of a queue, for ever."""
         while True:
             number, question = waiting.get()
-            end = self._answer(number, question)
+            end = self._answer(question)
             self._open.pop(number, None)
             self._write(Frame({"id": number, "end": end}))
 
@@ -126,7 +126,7 @@ class _Answering:
         question = self._open[number] = Question(method, frame.values["values"], frame.blob, send=send)
         self.queues.get(method, self.others).put((number, question))
 
-    def _answer(self, number: int, question: Question) -> dict[str, Any] | None:
+    def _answer(self, question: Question) -> dict[str, Any] | None:
         """Answer a question; what its end says."""
         if question.cancelled.is_set():
             return None

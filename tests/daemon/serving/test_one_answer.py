@@ -206,11 +206,11 @@ def test_tokens_end_an_answer(ask: Asked, whole: Any, serving: Serving) -> None:
     settings = parts.model.generation_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings, "eos_token_id", [plain[2], plain[6]])
-        serving._hot.forget()
+        serving._hot._models.clear()
         pieces = ask()
         assert tokens_of(pieces) == plain[:3]
         assert pieces[-1].finish == "stop"
-    serving._hot.forget()
+    serving._hot._models.clear()
 
 
 def test_prompts_are_texts_tokens_or_messages(ask: Asked) -> None:
