@@ -42,7 +42,11 @@ _users_cache = Path(os.environ.get(_USERS_CACHE) or default_cache())
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the run a cache of its own, inherited by every process that a test starts or that tests are spread over."""
+    """Give the run a cache of its own and torch one thread; every process of the run inherits both.
+
+    By itself torch takes a thread for each core in each process. The run's processes share the cores, and threads that
+    wait for one another then keep them from those that compute.
+    """
     if _USERS_CACHE in os.environ:
         return
     os.environ[_USERS_CACHE] = str(_users_cache)
@@ -50,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = config.stash[_folder] = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
     (folder / "cache").mkdir(mode=0o700)
     os.environ |= {"ISTHMUS_CACHE": str(folder / "cache"), FOLDER: str(folder)}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
