@@ -25,6 +25,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from rich.console import Console
 from support.file_order import begin_with_longest
 from support.warm_processes import FOLDER, WarmPopen
@@ -34,6 +35,9 @@ from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, reso
 from isthmus.common.errors import IsthmusError
 
 ROOT = Path(__file__).parents[1]
+
+settings.register_profile("isthmus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("isthmus")  # a machine that has other work is no failure
 
 _folder = pytest.StashKey[Path]()
 _before = pytest.StashKey[str | None]()
