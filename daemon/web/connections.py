@@ -2,7 +2,8 @@
 
 Uvicorn bounds requests and not what comes before them, nor what a client does not take. Here:
 
-- A connection has `HEAD_SECONDS` for the head of a request, from its first byte or the connection's start on.
+- A connection has `HEAD_SECONDS` for the head of a request, from its first byte or the connection's start on, and the
+  head has `h11_max_incomplete_event_size` bytes (of uvicorn's configuration; the daemon's is `HEAD_BYTES`).
 - After an answer to a request whose body still comes, it has `REST_SECONDS` to end it; what comes is dropped, as many
   clients look for an answer only once they have sent all. Of a body whose length is not said, no more than `REST_BYTES`
   are read then.
@@ -27,7 +28,26 @@ STALL_SECONDS = 60.0
 SEND_BYTES = 128 << 10
 KEEP_ALIVE_SECONDS = 60
 HEAD_BYTES = 64 << 10
-"""Bytes of a request's head that may wait for its end; or a read of the socket (256 KiB), if that is more."""
+"""Bytes of a request's head: its first line and its headers."""
+
+
+class _BoundedHeads(h11.Connection):
+    """A connection's parser that takes no larger head, even where one comes in a single read of the socket.
+
+    h11 itself bounds a head that waits for its end.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__(h11.SERVER, most)
+        self._most = most
+
+    def next_event(self) -> Any:
+        """What comes next; RemoteProtocolError for a head that is too large."""
+        before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
+        event = super().next_event()
+        if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > self._most:
+            raise h11.RemoteProtocolError("the head is too large", error_status_hint=431)
+        return event
 
 
 class BoundedConnection(H11Protocol):
@@ -38,6 +58,7 @@ class BoundedConnection(H11Protocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self.conn = _BoundedHeads(self.config.h11_max_incomplete_event_size or HEAD_BYTES)
         self._phase: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None

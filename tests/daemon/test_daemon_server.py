@@ -28,6 +28,7 @@ from isthmus.daemon.daemon_lock import holder, occupied
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.web.application import application
+from isthmus.daemon.web.connections import HEAD_BYTES, BoundedConnection
 from isthmus.daemon.web.context import Context
 
 pytestmark = pytest.mark.server
@@ -101,6 +102,41 @@ def test_after_a_kill_it_starts_anew_with_the_same_token(tmp_path: Path) -> None
             assert again.token == token
             assert again.get("/isthmus/v1/status").status_code == 200
             assert list(again.home.uploads.iterdir()) == []
+
+
+def _healthy(client: socket.socket) -> bool:
+    """Whether the daemon answers over a connection, which stays open."""
+    client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += client.recv(1 << 16)
+    return answer.startswith(b"HTTP/1.1 200")
+
+
+def test_there_are_twice_as_many_connections_as_requests_may_be_under_way(tmp_path: Path) -> None:
+    with (
+        running_daemon(tmp_path / "home", "requests_at_once = 8\n") as daemon,
+        contextlib.ExitStack() as stack,
+    ):
+        at = ("127.0.0.1", int(daemon.url.rpartition(":")[2]))
+        clients = []
+        for number in range(17):
+            clients.append(stack.enter_context(socket.create_connection(at, timeout=5)))
+            if number < 16:  # it is known once it is answered
+                assert _healthy(clients[-1])
+        assert clients[0].recv(1) == b""  # the one that rests longest
+        for client in clients[1:]:
+            assert _healthy(client)
+
+
+def test_the_bounds_of_heads_and_connections_are_passed_on(tmp_path: Path) -> None:
+    context = make_parts(DaemonSettings(requests_at_once=9), Home.make(tmp_path / "home"))
+    config = server._config(application(context, []), context.settings)
+    config.load()
+    kind: Any = config.http_protocol_class
+    assert (kind.most, config.h11_max_incomplete_event_size) == (18, HEAD_BYTES)
+    assert issubclass(kind, BoundedConnection)
+    context.database.close()
 
 
 def test_a_second_daemon_of_a_home_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
