@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.common.errors import ConfigError, NotRunningError
-from isthmus.daemon.daemon_settings import DEFAULT_HOME, FILE
+from isthmus.daemon.daemon_settings import DEFAULT_HOME, EXPORT_NO_PROXY, FILE
 
 if TYPE_CHECKING:
     from isthmus.daemon.daemon_server import Started
@@ -275,7 +275,7 @@ def _message(url: str, home: Home, clouds: list[str], *, remote: bool) -> list[s
         f"token   {home.token}",
         f"clouds  {known}",
         "for scripts:",
-        "  export NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost",
+        f"  {EXPORT_NO_PROXY}",
         f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
         f"  export TINKER_BASE_URL={url} TINKER_API_KEY={key} HF_ENDPOINT={url}/hub HF_TOKEN={key}",
     ]

@@ -21,6 +21,10 @@ from isthmus.edge.config.client_config import ClientConfig
 DEFAULT_HOME = Path("~/.isthmus/daemon")
 FILE = "daemon.toml"
 """Its name in the home."""
+EXPORT_NO_PROXY = " ".join(
+    ["export", *(f'{name}="127.0.0.1,localhost${{{name}:+,${name}}}"' for name in ("NO_PROXY", "no_proxy"))]
+)
+"""What a shell runs so that clients reach the daemon without a proxy; what was listed before stays."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _HOST = re.compile(r"[^:/?#@\s\[\]]+|\[[0-9a-fA-F:.]+\]", re.ASCII)
 
@@ -90,7 +94,8 @@ class DaemonSettings(BaseModel):
         "edge",
         pattern="^(edge|all)$",
         description="Layers that Tinker's train_attn and train_mlp mean: `edge`, this machine's own; `all`, the "
-        "cloud's, too, as adapters that are leased to it, whose weights it sees.",
+        "cloud's, too, as adapters that are leased to it, whose weights it sees. With `all`, chat and sampling lease "
+        "what an adapter has in the cloud's layers, too; with `edge`, this machine computes it.",
     )
     offered_draft: str = Field(
         "none",

@@ -21,7 +21,7 @@ from isthmus.daemon.cloud_check import check_clouds
 from isthmus.daemon.daemon_client import DaemonClient
 from isthmus.daemon.daemon_lock import holder
 from isthmus.daemon.daemon_server import check_address
-from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.daemon_settings import EXPORT_NO_PROXY, DaemonSettings
 from isthmus.daemon.disk_room import taken
 from isthmus.daemon.home import Home
 from isthmus.daemon.settings_file import read_daemon_settings
@@ -175,7 +175,7 @@ def _proxies(environment: Mapping[str, str]) -> Finding:
         "proxy",
         False,
         f"{named} is set, so clients would send prompts and data to the proxy",
-        f"run `export NO_PROXY={','.join(_LOCAL)} no_proxy={','.join(_LOCAL)}` where your scripts start",
+        f"run `{EXPORT_NO_PROXY}` where your scripts start",
     )
 
 

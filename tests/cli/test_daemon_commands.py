@@ -155,8 +155,23 @@ def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, m
     home = tmp_path / "home"
     told = _run("start", "--home", str(home))
     assert "none: add [clouds.NAME]" in told
-    assert "NO_PROXY=127.0.0.1,localhost" in told
     assert f"OPENAI_BASE_URL=http://127.0.0.1:1/v1 OPENAI_API_KEY=$(cat {home / 'token'})" in told
+    (home / "token").write_text("tml-x\n")
+    exports = told.partition("for scripts:\n")[2].partition("\npage")[0]
+    assert _after(exports, {}) == {
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+        "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
+        "OPENAI_API_KEY": "tml-x",
+        "TINKER_BASE_URL": "http://127.0.0.1:1",
+        "TINKER_API_KEY": "tml-x",
+        "HF_ENDPOINT": "http://127.0.0.1:1/hub",
+        "HF_TOKEN": "tml-x",
+    }
+    kept = _after(exports, {"NO_PROXY": "*.example, 10.0.0.1", "no_proxy": "b"})
+    assert kept["NO_PROXY"] == "127.0.0.1,localhost,*.example, 10.0.0.1"
+    assert kept["no_proxy"] == "127.0.0.1,localhost,b"
+    (home / "token").unlink()
     (home / "daemon.toml").write_text('jobs_at_once = 3\n[clouds.main]\ncloud = "isthmus://a:1#SHA256:x"\n')
     told = _run("start", "--home", str(home), "--listen", "127.0.0.1:9")
     assert "main" in told
@@ -165,6 +180,16 @@ def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, m
     (home / "daemon.toml").write_text('listen = "box.lan:9"\nallow_remote = true\n')
     assert "other machines can connect: prompts, data and answers cross" in _run("start", "--home", str(home))
     assert "did you mean" in _run("start", "--home", str(home), "--config", str(_written(tmp_path)), fails=ConfigError)
+
+
+def _after(exports: str, before: dict[str, str]) -> dict[str, str]:
+    """What `sh` has in its environment after lines of a start message, but for what shells set themselves."""
+    environment = {"PATH": os.environ["PATH"], **before}
+    done = subprocess.run(
+        ["sh", "-euc", f"{exports}\nenv -0"], env=environment, capture_output=True, text=True, check=True
+    )
+    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
+    return {name: value for name, value in found.items() if name not in {"PATH", "PWD", "SHLVL", "_", "OLDPWD"}}
 
 
 def _written(folder: Path) -> Path:

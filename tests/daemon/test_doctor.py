@@ -12,6 +12,7 @@ from isthmus.common.errors import ConfigError, KeyFileError, UnreachableError
 from isthmus.daemon import doctor
 from isthmus.daemon.cloud_check import check_clouds
 from isthmus.daemon.daemon_lock import occupied
+from isthmus.daemon.daemon_settings import EXPORT_NO_PROXY
 from isthmus.daemon.doctor import Finding, examine
 from isthmus.daemon.home import Home
 from isthmus.daemon.state.database import Database
@@ -110,7 +111,7 @@ def test_a_proxy_that_would_be_told_everything(home: Home, name: str) -> None:
     for more in ({}, {"NO_PROXY": "example.org"}, {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "localhost"}):
         found = _found(home, **proxy, **more)
         assert _wrong(found) == ["proxy"]
-        assert "NO_PROXY=127.0.0.1,localhost" in found["proxy"].remedy
+        assert EXPORT_NO_PROXY in found["proxy"].remedy
     for more in ({"NO_PROXY": "x, 127.0.0.1 ,localhost"}, {"no_proxy": "*"}, {"NO_PROXY": "localhost,127.0.0.1"}):
         assert _wrong(_found(home, **proxy, **more)) == []
     assert _wrong(_found(home, **{name: ""})) == []
