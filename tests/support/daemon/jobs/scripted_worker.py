@@ -10,6 +10,7 @@ In a line, JOB stands for the job's part of its id.
     {"log": NUMBER}     writes so many bytes to its log
     {"end": {…}}        writes end.json, for this attempt
     {"wait": true}      waits until it is asked to stop, and says so
+    {"wait": "NAME"}    the same, if it has not waited under this name before
     {"exit": NUMBER}    ends; a negative number is a signal
 
 It imports nothing that is heavy.
@@ -56,6 +57,10 @@ def main(folder: Path) -> None:
             case "end":
                 write_end(folder, work, value)
             case "wait":
+                if isinstance(value, str):
+                    if (folder / value).exists():
+                        continue
+                    (folder / value).touch()
                 sys.stdin.read()
                 write_end(folder, work, {"outcome": "stopped"})
                 sys.exit(130)
