@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, exists, func, select, update
-from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
 from isthmus.common.files import sha256_of
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_names import checkpoint_prefix, model_name, result_file_id, result_id
 from isthmus.daemon.jobs.kinds import RESULTS, TRAINING
-from isthmus.daemon.state.tables import BaseModel, Event, Job, Model, StoredFile, Traffic
+from isthmus.daemon.state.crossings import COUNTERS, add_traffic
+from isthmus.daemon.state.tables import BaseModel, Event, Job, Model, StoredFile
 
 ENDED = ("succeeded", "failed", "cancelled")
 MOST_EVENTS = 5000
@@ -136,14 +135,9 @@ def forget_oldest(session: Session, owner: str, most: int) -> str | None:
 def _count_traffic(session: Session, job: Job, report: Mapping[str, Any]) -> None:
     job.bytes_up += report["bytes_up"]
     job.bytes_down += report["bytes_down"]
-    counted = {name: report[name] for name in ("bytes_up", "bytes_down", "calls", "retries")}
-    base = session.get(BaseModel, job.model) if any(counted.values()) else None
-    if base is None:
-        return  # nothing has crossed
-    day = datetime.fromtimestamp(report["at"], UTC).date().isoformat()
-    row = insert(Traffic).values(cloud=base.cloud, day=day, **counted)
-    more = {name: getattr(Traffic, name) + value for name, value in counted.items()}
-    session.execute(row.on_conflict_do_update(index_elements=["cloud", "day"], set_=more))
+    base = session.get(BaseModel, job.model) if any(report[name] for name in COUNTERS) else None
+    if base is not None:
+        add_traffic(session, base.cloud, report, report["at"])
 
 
 def _add_metrics(session: Session, job: Job, report: Mapping[str, Any]) -> None:

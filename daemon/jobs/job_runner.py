@@ -26,11 +26,12 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_rows import ENDED, end, hear, keep_result, orphans, succeed, tell
-from isthmus.daemon.jobs.job_specs import INPUTS, cloud_of, configuration, links_in, with_links
+from isthmus.daemon.jobs.job_specs import INPUTS, adapters_of, cloud_of, configuration, links_in, with_links
 from isthmus.daemon.jobs.kinds import RUN, Work
 from isthmus.daemon.jobs.reports import REPORTS, read_end, read_reports
+from isthmus.daemon.state.crossings import note_adapters
 from isthmus.daemon.state.database import Database
-from isthmus.daemon.state.tables import Job
+from isthmus.daemon.state.tables import BaseModel, Job
 
 MODULE = "isthmus.daemon.jobs.job_worker"
 LOG = "worker.log"
@@ -277,6 +278,7 @@ class JobRunner:
         values = config.model_dump(mode="json", exclude_unset=True)
         models = str(self.home.path / "models")
         Work(job.id, job.attempts, job.kind, job.model, values, models, **more).write(folder)
+        note_adapters(session, job.owner, adapters_of(spec, session.get(BaseModel, job.model)))
 
     # How a worker ended -----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from isthmus.common.errors import ConfigError, UnknownModelError
 from isthmus.common.files import disk_errors
+from isthmus.daemon.adapter_places import HERE, LEASED, SEEN, Cut, acts_in_cloud
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.kinds import KINDS, TRAINING
@@ -146,6 +147,16 @@ def links_in(folder: Path) -> dict[str, Path]:
     """What `make_links` has made in a job's folder."""
     inputs = folder / INPUTS
     return {path.name: path for path in inputs.iterdir()} if inputs.is_dir() else {}
+
+
+def adapters_of(spec: Mapping[str, Any], base: BaseModel | None) -> str:
+    """Where the adapters of a job with this spec, whose files are paths, are (`isthmus.daemon.adapter_places`)."""
+    if spec.get("leased") not in (None, "none", []) or spec.get("lend_dead") or spec.get("plugged"):
+        return LEASED
+    cut = None if base is None else Cut.of(base.facts)
+    given = spec.get("adapter")
+    acts = spec.get("sites") not in (None, "none", []) or (given and cut and acts_in_cloud(Path(given), cut))
+    return SEEN if acts else HERE
 
 
 def names_paths(spec: Mapping[str, Any]) -> bool:

@@ -8,12 +8,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, select
-from sqlalchemy.dialects.sqlite import insert
 
 from isthmus.common.errors import ConfigError, UnknownModelError, WorkerDiedError
+from isthmus.daemon.adapter_places import LEASED, SEEN, Cut, acts_in_cloud
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answer_forms import (
@@ -28,8 +29,9 @@ from isthmus.daemon.serving.answer_forms import (
 )
 from isthmus.daemon.serving.fair_turns import FairTurns
 from isthmus.daemon.serving.unread_pieces import Unread
+from isthmus.daemon.state.crossings import add_traffic, note_adapters
 from isthmus.daemon.state.database import Database
-from isthmus.daemon.state.tables import BaseModel, Traffic
+from isthmus.daemon.state.tables import BaseModel
 from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 from isthmus.daemon.workers.frames import Frame
 
@@ -98,6 +100,8 @@ class Answers:
                     "most for one request",
                     ConfigError.exit_code,
                 )
+            if target.adapter is not None:
+                await asyncio.to_thread(self._note_adapter, owner, Path(target.adapter), base)
             values = {
                 "cloud": base.cloud,
                 "base": base.name,
@@ -213,6 +217,13 @@ class Answers:
             seen = set(session.scalars(select(BaseModel.cloud)))
             return session.get(BaseModel, name), not seen.issuperset(self._settings.clouds)
 
+    def _note_adapter(self, owner: str, adapter: Path, base: BaseModel) -> None:
+        """Note what the cloud learns of an adapter, before it does."""
+        cut = Cut.of(base.facts)
+        if cut is not None and acts_in_cloud(adapter, cut):
+            with self._database.session() as session:
+                note_adapters(session, owner, LEASED if self._settings.training_layers == "all" else SEEN)
+
     def _note_models(self, clouds: list[dict[str, Any]]) -> None:
         """Note what clouds serve, and forget what they do not serve any more."""
         now = time.time()
@@ -245,9 +256,6 @@ class Answers:
             await asyncio.to_thread(self._add_traffic, values["clouds"])
 
     def _add_traffic(self, clouds: Mapping[str, Mapping[str, int]]) -> None:
-        day = time.strftime("%Y-%m-%d", time.gmtime())
         with self._database.session() as session:
             for cloud, counts in clouds.items():
-                added = insert(Traffic).values(cloud=cloud, day=day, **counts)
-                sums = {name: getattr(Traffic, name) + count for name, count in counts.items()}
-                session.execute(added.on_conflict_do_update(index_elements=["cloud", "day"], set_=sums))
+                add_traffic(session, cloud, counts, time.time())

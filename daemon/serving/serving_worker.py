@@ -25,12 +25,12 @@ from isthmus.daemon.serving.hot_models import HotModels
 from isthmus.daemon.serving.offered_drafts import OfferedDrafts
 from isthmus.daemon.serving.one_answer import prompt_ids, write_answer
 from isthmus.daemon.serving.served_cloud import ServedCloud
+from isthmus.daemon.state.crossings import COUNTERS
 from isthmus.daemon.workers.answering import Answer, Handler, Question, answer_questions
 from isthmus.daemon.workers.frames import read_frame
 from isthmus.edge.config.adapter_config import Sites
 
 _STATM = Path("/proc/self/statm")
-_COUNTS = ("bytes_up", "bytes_down", "calls", "retries")  # columns of `isthmus.daemon.state.tables.Traffic`
 
 
 class CancelledError(IsthmusError):
@@ -130,7 +130,7 @@ class Serving:
     def traffic(self, _question: Question) -> Iterator[Answer]:
         """What has crossed since this was asked last, for clouds with which something has."""
         taken = {name: cloud.take_counts() for name, cloud in self._clouds.items()}
-        counts = {name: {count: getattr(each, count) for count in _COUNTS} for name, each in taken.items()}
+        counts = {name: {count: getattr(each, count) for count in COUNTERS} for name, each in taken.items()}
         yield {"clouds": {name: each for name, each in counts.items() if any(each.values())}}, b""
 
 

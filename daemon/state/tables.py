@@ -28,6 +28,7 @@ class Owner(Table):
 
     Attributes:
         token_sha256: Hexadecimal SHA-256 of the token, which itself is in a file of its owner's alone.
+        adapters: Where their adapters have been, at the most: see `isthmus.daemon.adapter_places.PLACES`.
     """
 
     __tablename__ = "owners"
@@ -36,6 +37,7 @@ class Owner(Table):
     name: Mapped[str] = mapped_column(unique=True)
     token_sha256: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
+    adapters: Mapped[str] = mapped_column(default="here", server_default="here")
 
 
 class StoredFile(Table):

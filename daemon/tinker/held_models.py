@@ -15,8 +15,10 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from isthmus.common.errors import WorkerDiedError
+from isthmus.daemon.adapter_places import LEASED
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
+from isthmus.daemon.state.crossings import note_adapters
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerPromise
 from isthmus.daemon.tinker.promises import Promises
@@ -132,7 +134,7 @@ class HeldModels:
             "create",
             model=row.id,
             folder=str(self._home.tinker_model(row.id)),
-            cloud=await run_in_threadpool(self._cloud_of, row.base),
+            cloud=await run_in_threadpool(self._cloud_for, row),
             rank=lora["rank"],
             seed=lora["seed"],
             attn=lora["train_attn"],
@@ -150,11 +152,16 @@ class HeldModels:
             row = session.get_one(TinkerModel, model)
             row.settings = row.settings | {"train_unembed": False}
 
-    def _cloud_of(self, name: str) -> dict[str, Any]:
-        """The connection options of the cloud that serves a base model. Raises RefusalError where none does."""
-        with self._database.reading() as session:
-            base = session.get(BaseModel, name)
+    def _cloud_for(self, row: TinkerModel) -> dict[str, Any]:
+        """The connection options of the cloud that serves a model's base, to which its adapter may be leased from now on.
+
+        Raises RefusalError where no cloud does.
+        """
+        with self._database.session() as session:
+            base = session.get(BaseModel, row.base)
+            if row.settings["layers"] == "all" and (row.settings["train_attn"] or row.settings["train_mlp"]):
+                note_adapters(session, row.owner, LEASED)
         cloud = None if base is None else self._settings.clouds.get(base.cloud)
         if cloud is None:
-            raise RefusalError(f"no cloud of daemon.toml serves {name!r}")
+            raise RefusalError(f"no cloud of daemon.toml serves {row.base!r}")
         return cloud.model_dump(mode="json")

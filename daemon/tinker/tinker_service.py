@@ -6,7 +6,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, cast
 
@@ -15,12 +15,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from isthmus.daemon.state.crossings import add_traffic
 from isthmus.daemon.state.tables import TinkerModel, TinkerPromise, TinkerSampler, TinkerSession, TinkerWeights
 from isthmus.daemon.tinker.promises import NewPromise, Promises
 from isthmus.daemon.tinker.sampling_queue import SamplingQueue
 from isthmus.daemon.tinker.saved_weights import SavedWeights
 from isthmus.daemon.tinker.training_queue import MODULE, TrainingQueue
 from isthmus.daemon.web.context import Context
+from isthmus.daemon.workers.answering import Answer
 from isthmus.daemon.workers.asking import WorkerProcess
 
 _DAY = 86400.0
@@ -29,16 +31,38 @@ _SWEEP_EVERY = 3600.0
 log = logging.getLogger(__name__)
 
 
+class _Trainer(WorkerProcess):
+    """The process that trains, and a note of what has crossed to the clouds behind each of its answers."""
+
+    def __init__(self, context: Context, module: str) -> None:
+        super().__init__(["-m", module], context.home.trainer_log)
+        self._database = context.database
+        self._names = {config.cloud: name for name, config in context.settings.clouds.items()}
+
+    async def ask(self, method: str, blob: bytes = b"", **values: Any) -> Answer:
+        """See `WorkerProcess`. What a question that fails has sent is noted with the next answer."""
+        answer = await super().ask(method, blob, **values)
+        crossed, _ = await super().ask("traffic")
+        if crossed["clouds"]:
+            await run_in_threadpool(self._add, crossed["clouds"])
+        return answer
+
+    def _add(self, clouds: Mapping[str, Mapping[str, int]]) -> None:
+        with self._database.session() as session:
+            for cloud, counts in clouds.items():
+                add_traffic(session, self._names[cloud], counts, time.time())
+
+
 class TinkerService:
     """The parts behind the API's endpoints.
 
     Args:
         context: Of the daemon.
-        worker: What trains; by default `isthmus.daemon.tinker.training_worker`.
+        module: What trains.
     """
 
-    def __init__(self, context: Context, worker: WorkerProcess | None = None) -> None:
-        worker = worker or WorkerProcess(["-m", MODULE], context.home.trainer_log)
+    def __init__(self, context: Context, module: str = MODULE) -> None:
+        worker = _Trainer(context, module)
         settings, home, database = context.settings, context.home, context.database
         self.context = context
         self.promises = Promises(database, home)

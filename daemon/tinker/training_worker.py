@@ -14,6 +14,7 @@ What it answers, one question after the other (`isthmus.daemon.workers.answering
     load              model, number, folder, optimizer -> {}
     forget            model -> {}
     state             -> pid, models {name: {number, calls}}, clouds
+    traffic           -> clouds {connection string: {bytes_up, bytes_down, calls, retries}}, since it was asked last
 
 Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. After a step or a load, the state is in the
 model's folder before the answer is given, and what has the number that it has already is answered as it was then.
@@ -105,6 +106,7 @@ class TrainingHandlers:
             "load": self.load,
             "forget": self.forget,
             "state": self.state,
+            "traffic": self.traffic,
         }
         return {name: _handler(method) for name, method in methods.items()}
 
@@ -150,6 +152,10 @@ class TrainingHandlers:
     def state(self, _values: Values) -> Values:
         """See the top of the file."""
         return {"pid": os.getpid(), **self.models.state()}
+
+    def traffic(self, _values: Values) -> Values:
+        """See the top of the file."""
+        return {"clouds": self.models.take_crossed()}
 
 
 def _handler(method: Callable[[Values], Values]) -> Handler:

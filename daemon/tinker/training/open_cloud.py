@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from isthmus.daemon.state.crossings import COUNTERS
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import ClientConfig
@@ -41,6 +42,7 @@ class OpenCloud:
         except BaseException:
             self.link.close()
             raise
+        self._counted = dict.fromkeys(COUNTERS, 0)
         self.longest = min(int(self._base.isthmus_longest), self.positions)
 
     @property
@@ -67,6 +69,12 @@ class OpenCloud:
         model = copy.deepcopy(self._base, memo)
         model.remote_layers.span = RemoteSpan(self.link.span, leased=lambda name: True)
         return model
+
+    def take_counts(self) -> dict[str, int]:
+        """What has crossed since this was asked last: each of `COUNTERS`."""
+        totals, before = self.link.totals(), self._counted
+        self._counted = {name: int(getattr(totals, name)) for name in COUNTERS}
+        return {name: self._counted[name] - before[name] for name in COUNTERS}
 
     def close(self) -> None:
         """Close the link."""

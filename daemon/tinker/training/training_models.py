@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from isthmus.common.errors import ConfigError, UnknownModelError
+from isthmus.daemon.state.crossings import COUNTERS
 from isthmus.daemon.tinker.training.lora_shape import LoraShape
 from isthmus.daemon.tinker.training.open_cloud import OpenCloud
 from isthmus.daemon.tinker.training.trained_model import TrainedModel
@@ -22,6 +24,7 @@ class TrainingModels:
     def __init__(self) -> None:
         self._models: dict[str, TrainedModel] = {}
         self._clouds: dict[str, OpenCloud] = {}
+        self._crossed: dict[str, Counter[str]] = {}  # by connection string, and not said yet
 
     def create(
         self, name: str, folder: Path, config: ClientConfig, shape: LoraShape, *, spare_tied_head: bool = False
@@ -78,8 +81,19 @@ class TrainingModels:
         models = {name: {"number": model.number, "calls": model.calls} for name, model in self._models.items()}
         return {"models": models, "clouds": len(self._clouds)}
 
+    def take_crossed(self) -> dict[str, dict[str, int]]:
+        """What has crossed to each cloud, by its connection string, since this was asked last."""
+        for cloud in self._clouds.values():
+            self._count(cloud)
+        crossed, self._crossed = self._crossed, {}
+        return {name: {key: counts[key] for key in COUNTERS} for name, counts in crossed.items() if counts.total()}
+
+    def _count(self, cloud: OpenCloud) -> None:
+        self._crossed.setdefault(cloud.config.cloud, Counter()).update(cloud.take_counts())
+
     def _close_unused(self) -> None:
         used = {id(model.cloud) for model in self._models.values()}
         for key, cloud in list(self._clouds.items()):
             if id(cloud) not in used:
                 self._clouds.pop(key).close()
+                self._count(cloud)

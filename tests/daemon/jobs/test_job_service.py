@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.daemon.jobs import scripted_worker
 from support.daemon.jobs.job_homes import Jobs, ended, said, until
 
@@ -20,7 +22,8 @@ from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.jobs import job_rows, job_runner, job_service
 from isthmus.daemon.jobs.job_runner import Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
-from isthmus.daemon.state.tables import Job, Model, StoredFile, Traffic
+from isthmus.daemon.jobs.job_specs import adapters_of
+from isthmus.daemon.state.tables import BaseModel, Job, Model, Owner, StoredFile, Traffic
 
 SUCCEEDS = ({"result": "step\n"}, {"end": {"outcome": "succeeded"}})
 WAITS = ({"wait": True},)
@@ -140,6 +143,49 @@ def test_reports_become_checkpoints_events_and_traffic(tmp_path: Path) -> None:
         (traffic,) = session.query(Traffic).all()
         assert (traffic.cloud, traffic.bytes_up, traffic.calls) == ("main", 12, 3)
         assert session.query(Model).filter(Model.deleted.is_(True)).one().step == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "place"),
+    [
+        ({"sites": "none", "leased": "none"}, "here"),
+        ({"learning_rate": 1e-3}, "here"),
+        ({"sites": "all"}, "seen"),
+        ({"sites": "all", "leased": "all"}, "leased"),
+        ({"sites": "all", "leased": [2]}, "leased"),
+        ({"sites": "all", "lend_dead": True, "site_policy": "kill-revive"}, "leased"),
+        ({"plugged": True}, "leased"),
+    ],
+)
+def test_where_its_adapters_are_is_noted_when_a_job_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any], place: str
+) -> None:
+    monkeypatch.setattr(job_service, "MOST_JOBS", 1)
+    jobs = jobs_in(tmp_path)
+
+    def places() -> dict[str, str]:
+        with jobs.database.reading() as session:
+            return {owner.id: owner.adapters for owner in session.query(Owner)}
+
+    wanted = does(jobs, *SUCCEEDS)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
+    made = service.create("one", NewJob("train", "tiny", {**wanted.spec, **spec}))
+    assert places() == {"one": "here", "two": "here"}
+    with jobs.service() as service:
+        ended(service, made.id)
+        assert places() == {"one": place, "two": "here"}
+        ended(service, service.create("one", wanted).id)
+        with pytest.raises(UnknownJobError):
+            service.get("one", made.id)  # the job is forgotten, and the fact is not
+    assert places() == {"one": place, "two": "here"}
+
+
+def test_a_job_over_an_adapter_in_the_clouds_layers_is_noted(jobs: Jobs, tmp_path: Path) -> None:
+    for layer, place in ((1, "here"), (3, "seen")):
+        save_file({f"model.layers.{layer}.q.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+        base = BaseModel(name="tiny", cloud="main", facts={"plan": "2:2", "n_layers": 6}, seen_at=0.0)
+        assert adapters_of({"adapter": str(tmp_path)}, base) == place
+        assert adapters_of({"adapter": str(tmp_path), "leased": "all"}, base) == "leased"
 
 
 def test_events_of_a_job_are_bounded(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.cloud.clouds import ThreadServer
 from support.models.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
@@ -22,7 +24,7 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Sampling, Target
 from isthmus.daemon.state.database import Database
-from isthmus.daemon.state.tables import BaseModel, Traffic
+from isthmus.daemon.state.tables import BaseModel, Owner, Traffic
 from isthmus.daemon.workers.asking import WorkerError
 
 T = TypeVar("T")
@@ -261,6 +263,30 @@ def test_what_has_crossed_is_noted(daemon: Daemon) -> None:
     assert noted() == after
     (cloud,) = daemon.run(daemon.answers.state())["clouds"]
     assert (cloud["bytes_up"], cloud["bytes_down"]) == after[:2]
+
+
+@pytest.mark.parametrize(("layers", "layer", "place"), [("all", 3, "leased"), ("edge", 3, "seen"), ("all", 1, "here")])
+def test_what_the_cloud_learns_of_an_adapter_is_noted_before_it_does(
+    settings: DaemonSettings, home: Home, tmp_path: Path, layers: str, layer: int, place: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({f"model.layers.{layer}.q.lora_A.weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    made = Daemon(settings.model_copy(update={"training_layers": layers}), home.path)
+    with made.database.session() as session:
+        session.add_all(Owner(id=name, name=name, token_sha256=name, created_at=0.0) for name in ("one", "two"))
+        facts = {"plan": "2:2", "n_layers": 6, "longest": 512}
+        session.merge(BaseModel(name="tiny", cloud="main", facts=facts, seen_at=0.0))
+
+    async def ask() -> None:
+        async for _ in made.answers.generate(Target("tiny", str(adapter)), "Once", GREEDY, owner="one"):
+            pass
+
+    with pytest.raises(WorkerError):  # the adapter has no description
+        made.run(ask())
+    with made.database.reading() as session:
+        assert {owner.id: owner.adapters for owner in session.query(Owner)} == {"one": place, "two": "here"}
+    made.close()
 
 
 def test_a_process_that_is_killed_is_started_anew(daemon: Daemon) -> None:

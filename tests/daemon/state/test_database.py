@@ -180,7 +180,7 @@ def test_an_error_holds_no_value_of_a_statement(tmp_path: Path) -> None:
     assert "INSERT INTO owners" in told
     assert "planted-secret" not in told
     plain = create_engine(f"sqlite:///{tmp_path / 'state.db'}")  # without the option
-    statement = text("INSERT INTO owners VALUES (:id, :id, :id, 0)")
+    statement = text("INSERT INTO owners (id, name, token_sha256, created_at) VALUES (:id, :id, :id, 0)")
     with pytest.raises(IntegrityError, match="planted-secret"), plain.begin() as connection:
         connection.execute(statement, {"id": "planted-secret"})
     plain.dispose()

@@ -185,6 +185,40 @@ class Parts:
             change(session.query(TinkerWeights).one())
 
 
+@pytest.mark.parametrize(
+    ("lora", "place"),
+    [
+        ({"layers": "all", "train_attn": True, "train_mlp": False}, "leased"),
+        ({"layers": "all", "train_attn": False, "train_mlp": True}, "leased"),
+        ({"layers": "all", "train_attn": False, "train_mlp": False}, "here"),  # the head alone
+        ({"layers": "edge", "train_attn": True, "train_mlp": True}, "here"),
+    ],
+)
+def test_that_an_adapter_is_leased_is_noted_before_it_is_made(parts: Parts, lora: dict[str, Any], place: str) -> None:
+    def places() -> dict[str, str]:
+        with parts.database.reading() as session:
+            return {owner.id: owner.adapters for owner in session.query(Owner)}
+
+    with parts.database.session() as session:
+        row = session.query(TinkerModel).one()
+        row.settings = row.settings | lora
+    assert places() == {"a": "here", "b": "here"}
+    seen: list[dict[str, str]] = []
+    ask = parts.worker.ask
+
+    async def noticing(method: str, **values: Any) -> tuple[dict[str, Any], bytes]:
+        seen.append(places())
+        return await ask(method, **values)
+
+    parts.worker.ask = noticing  # type: ignore[method-assign]
+
+    async def steps() -> None:
+        await parts.train("create_model")
+
+    run(parts, steps)
+    assert seen[0] == {"a": place, "b": "here"}
+
+
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 0.0)

@@ -17,6 +17,8 @@ from support.daemon.tinker_process import TinkerServer
 from support.daemon.tinker_server import BASE
 from tinker import types
 
+from isthmus.daemon.tinker.endpoints.training_routes import MOST_MODELS
+
 pytestmark = [pytest.mark.server, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
 
 SEED = 250
@@ -261,6 +263,28 @@ def test_more_models_than_fit_in_memory_take_turns(client: tinker.ServiceClient,
         (token,) = own[0].model_input.to_ints()
         assert norm == pytest.approx(2 * gradient([token], [1.0]))
     assert server.questions("forget") >= 3
+
+
+def test_an_owner_has_so_many_models_in_training(tmp_path: Path, warm_module: None) -> None:
+    """But those of a session that is over do not count, nor another owner's."""
+    server = TinkerServer(tmp_path)
+    try:
+        owner, again, other = (
+            tinker.ServiceClient(base_url=server.url, api_key=server.token(name))
+            for name in ("token", "token", "second-token")
+        )
+        for _ in range(MOST_MODELS - 1):
+            model_of(owner)
+        model_of(again)
+        with pytest.raises(tinker.RequestFailedError, match=f"{MOST_MODELS} models are in training, and {MOST_MODELS}"):
+            model_of(again)
+        model_of(other)
+        owner.close("success").result()
+        model_of(again)
+        for done in (again, other):
+            done.close("success").result()
+    finally:
+        server.kill()
 
 
 def test_the_tokenizer_comes_from_the_daemon(server: TinkerServer, tmp_path: Path) -> None:

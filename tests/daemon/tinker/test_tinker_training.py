@@ -119,6 +119,21 @@ def test_the_sdk_trains_as_what_trains_does(
     assert _logprobs(fresh.forward(_data(random_data(6)), "cross_entropy").result()) != last
 
 
+def test_what_crosses_in_training_is_counted(client: tinker.ServiceClient, server: TinkerServer) -> None:
+    model = client.create_lora_training_client(base_model=BASE, rank=4, seed=3).result()
+    before = server.crossed()
+    data = random_data(1)
+    model.forward_backward(_data(data), "cross_entropy").result()
+    after = server.crossed()
+    positions = sum(len(datum["tokens"]) for datum in data)
+    hidden = 4 * 32  # bytes of a position's hidden state, each of which goes up as an activation and as a gradient
+    for way in ("bytes_up", "bytes_down"):
+        assert after[way] - before[way] > 2 * positions * hidden
+    assert after["calls"] > before["calls"]
+    model.optim_step(ADAM).result()  # is done on this machine
+    assert server.crossed() == after
+
+
 def test_what_trains_refuses_by_name(client: tinker.ServiceClient) -> None:
     model = client.create_lora_training_client(base_model=BASE, rank=4, seed=3).result()
     for promise, said in [

@@ -113,6 +113,12 @@ def forget(question: Question) -> Iterator[Answer]:
     yield {}, b""
 
 
+def traffic(_question: Question) -> Iterator[Answer]:
+    """What has crossed since the last time: a call for each."""
+    counts = {"bytes_up": 10, "bytes_down": 20, "calls": 1, "retries": 0}
+    yield {"clouds": {"isthmus://127.0.0.1:1#SHA256:0": counts}}, b""
+
+
 def _model(question: Question) -> dict[str, Any]:
     name = question.values["model"]
     if name not in models:
@@ -138,4 +144,4 @@ def _logged(handler: Handler) -> Handler:
 
 if __name__ == "__main__":
     handlers = (create, forward_backward, optim_step, save, load, forget)
-    answer_questions({handler.__name__: _logged(handler) for handler in handlers})
+    answer_questions({"traffic": traffic, **{handler.__name__: _logged(handler) for handler in handlers}})

@@ -6,12 +6,14 @@ import http.client
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,13 @@ class TinkerServer:
             (self.home / "tinker" / "models" / model.replace(":", "-") / "state.json").read_text()
         )
         return found
+
+    def crossed(self) -> dict[str, int]:
+        """What the database says has crossed to the cloud so far."""
+        with closing(sqlite3.connect(self.home / "state.db")) as connection:
+            query = "select sum(bytes_up), sum(bytes_down), sum(calls) from traffic where cloud = 'main'"
+            (row,) = connection.execute(query).fetchall()
+        return dict(zip(("bytes_up", "bytes_down", "calls"), (number or 0 for number in row), strict=True))
 
     def trainer(self) -> int:
         """The process that trains."""

@@ -32,7 +32,7 @@ from isthmus.daemon.tinker.tinker_service import TinkerService
 from isthmus.daemon.tinker.training_queue import MODULE
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.context import Context
-from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
+from isthmus.daemon.workers.asking import WorkerError
 
 BASE = "org/tiny"
 END = 2
@@ -119,9 +119,7 @@ def main(home_path: str, port: str, *flags: str) -> None:
     app = application(context, [router()])
 
     def make(context: Context) -> TinkerService:
-        module = "support.daemon.fake_trainer" if real is None else MODULE
-        worker = WorkerProcess(["-m", module], home.path / "trainer.log")
-        service = TinkerService(context, worker)
+        service = TinkerService(context, "support.daemon.fake_trainer" if real is None else MODULE)
         if "--forgetful" in flags:
             service.promises.__class__ = ForgetfulPromises
         return service

@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("token_sha256", sa.String(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("adapters", sa.String(), server_default="here", nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("name"),
         sa.UniqueConstraint("token_sha256"),
