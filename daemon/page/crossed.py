@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from isthmus.daemon.state.tables import BaseModel, Job, TinkerModel, Traffic
-
-_COUNTERS = ("bytes_up", "bytes_down", "calls", "retries")
+from isthmus.daemon.adapter_places import Cut
+from isthmus.daemon.state.crossings import COUNTERS
+from isthmus.daemon.state.owners import FIRST
+from isthmus.daemon.state.tables import BaseModel, Owner, Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,77 +25,54 @@ class Reached:
 
 
 def crossed(
-    session: Session, owner: str, *, clouds: Mapping[str, Reached], leasing: bool, now: datetime | None = None
+    session: Session, owner: Owner, *, clouds: Mapping[str, Reached], now: datetime | None = None
 ) -> dict[str, Any]:
-    """The answer of `/isthmus/v1/traffic`. Bytes are of sealed frames, of all owners: they are this machine's.
+    """The answer of `/isthmus/v1/traffic`.
+
+    The counters are of sealed frames, of all owners: they are this machine's. Since they tell when somebody works, the
+    first owner alone has them; the others have `today` and `total` of None, and clouds without counters.
 
     Args:
         session: Of the database.
-        owner: Who asks; `adapters` is about what is theirs.
+        owner: Who asks; `adapters` says where theirs have been (`isthmus.daemon.adapter_places`).
         clouds: Those of daemon.toml.
-        leasing: Whether models that are trained through Tinker's API have adapters in the cloud's layers, leased.
         now: The time; by default the clock's.
     """
     today = (now or datetime.now(UTC)).strftime("%Y-%m-%d")
-    totals = _sums(session)
+    counted = owner.name == FIRST
+    totals = _sums(session) if counted else {}
     models = {model.cloud: model for model in session.scalars(select(BaseModel).order_by(BaseModel.name))}
     return {
-        "today": _total(_sums(session, today)),
-        "total": _total(totals),
+        "today": _total(_sums(session, today)) if counted else None,
+        "total": _total(totals) if counted else None,
         "clouds": [
             {
                 "name": name,
                 **asdict(clouds.get(name, Reached())),
                 **_parts(models.get(name)),
-                **totals.get(name, dict.fromkeys(_COUNTERS, 0)),
+                **(totals.get(name, dict.fromkeys(COUNTERS, 0)) if counted else {}),
             }
             for name in sorted({*clouds, *totals})
         ],
-        "adapters": adapters_of(session, owner, leasing=leasing),
+        "adapters": owner.adapters,
     }
-
-
-def adapters_of(session: Session, owner: str, *, leasing: bool) -> str:
-    """Where an owner's adapters have been.
-
-    Returns:
-        "here"; "seen", if some act inside the cloud's layers, so that the cloud can work out what they do; "leased", if
-        it has the weights of some.
-    """
-    began = select(Job.id).where(Job.owner == owner, Job.started_at.is_not(None)).limit(1)
-    leased = or_(
-        _says(Job.spec["leased"].as_string(), "none"),
-        Job.spec["lend_dead"].as_boolean().is_(True),
-        Job.spec["plugged"].as_boolean().is_(True),
-    )
-    trained = select(TinkerModel.id).where(TinkerModel.owner == owner).limit(1)
-    if session.scalar(began.where(leased)) or (leasing and session.scalar(trained)):
-        return "leased"
-    return "seen" if session.scalar(began.where(_says(Job.spec["sites"].as_string(), "none"))) else "here"
-
-
-def _says(field: Any, default: str) -> Any:
-    return field.is_not(None) & (field != default)
 
 
 def _sums(session: Session, day: str | None = None) -> dict[str, dict[str, int]]:
     """The counters of each cloud, of one day or of all."""
-    query = select(Traffic.cloud, *(func.sum(getattr(Traffic, name)) for name in _COUNTERS)).group_by(Traffic.cloud)
+    query = select(Traffic.cloud, *(func.sum(getattr(Traffic, name)) for name in COUNTERS)).group_by(Traffic.cloud)
     if day is not None:
         query = query.where(Traffic.day == day)
-    return {row[0]: dict(zip(_COUNTERS, map(int, row[1:]), strict=True)) for row in session.execute(query)}
+    return {row[0]: dict(zip(COUNTERS, map(int, row[1:]), strict=True)) for row in session.execute(query)}
 
 
 def _total(sums: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    return {name: sum(one[name] for one in sums.values()) for name in _COUNTERS}
+    return {name: sum(one[name] for one in sums.values()) for name in COUNTERS}
 
 
 def _parts(model: BaseModel | None) -> dict[str, Any]:
     """The model that a cloud serves and how it is cut: so many first and last layers on the edge, of so many in all."""
     if model is None:
         return {"model": None, "plan": None}
-    bottom, _, top = str(model.facts.get("plan", "")).partition(":")
-    n_layers = model.facts.get("n_layers")
-    if n_layers is None or not (bottom.isdecimal() and top.isdecimal()):
-        return {"model": model.name, "plan": None}
-    return {"model": model.name, "plan": {"n_layers": n_layers, "first": int(bottom), "last": int(top)}}
+    cut = Cut.of(model.facts)
+    return {"model": model.name, "plan": None if cut is None else asdict(cut)}

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from isthmus.daemon.page.crossed import Reached, crossed
 from isthmus.daemon.page.static_files import HEADERS, INDEX, StaticFile, is_unchanged, read_static_files
+from isthmus.daemon.state.tables import Owner
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Asker, Context, Here
 
@@ -34,7 +35,7 @@ def router() -> APIRouter:
 def traffic(here: Here, owner: Asker) -> dict[str, Any]:
     """What has crossed to each cloud, today (UTC) and in all, and which parts live where."""
     with here.database.reading() as session:
-        return crossed(session, owner.id, clouds=_clouds(here), leasing=here.settings.training_layers == "all")
+        return crossed(session, session.get_one(Owner, owner.id), clouds=_clouds(here))
 
 
 def _clouds(here: Context) -> dict[str, Reached]:

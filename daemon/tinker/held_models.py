@@ -153,9 +153,9 @@ class HeldModels:
             row.settings = row.settings | {"train_unembed": False}
 
     def _cloud_for(self, row: TinkerModel) -> dict[str, Any]:
-        """The connection options of the cloud that serves a model's base, to which its adapter may be leased from now on.
+        """The connection options of the cloud that serves a model's base, and a note of an adapter that it is leased.
 
-        Raises RefusalError where no cloud does.
+        Raises RefusalError where no cloud serves it.
         """
         with self._database.session() as session:
             base = session.get(BaseModel, row.base)

@@ -13,12 +13,16 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter
 from sqlalchemy import func, select
 
+from isthmus.daemon.state.owners import FIRST
 from isthmus.daemon.state.tables import BaseModel, Job, Owner
 from isthmus.daemon.web.context import Asker, Context, Here
 
 _STARTED = time.time()
 _threads = CapacityLimiter(2)
 """The status has threads of its own: those of the other requests may all be taken."""
+_COARSE = 1 << 30
+"""Other owners than the first are told sizes of the disk in steps of so many bytes."""
+_OF_A_CLOUD = ("name", "reachable", "model", "error")
 
 
 def router() -> APIRouter:
@@ -35,7 +39,7 @@ async def health() -> dict[str, str]:
 
 
 async def status(here: Here, owner: Asker) -> dict[str, Any]:
-    """What the daemon has and does; of jobs, the asker's own."""
+    """What the daemon has and does; of jobs, the asker's own. What tells when others work, only the first owner has."""
     return await run_sync(_status, here, owner, limiter=_threads)
 
 
@@ -46,6 +50,11 @@ def _status(here: Context, owner: Owner) -> dict[str, Any]:
     answers = dict(here.noted.answers)
     if "hot" in answers:
         answers["hot"] = len(answers["hot"])  # their names are their owners'
+    used, lost, free = here.room.used(), here.room.lost(), shutil.disk_usage(here.home.path).free
+    if owner.name != FIRST:
+        answers = {"clouds": [{key: cloud[key] for key in _OF_A_CLOUD} for cloud in answers.get("clouds", ())]}
+        used, lost = (-(-size // _COARSE) * _COARSE for size in (used, lost))
+        free = free // _COARSE * _COARSE
     return {
         "version": importlib.metadata.version("isthmus"),
         "pid": os.getpid(),
@@ -53,10 +62,10 @@ def _status(here: Context, owner: Owner) -> dict[str, Any]:
         "home": str(here.home.path),
         "owner": owner.name,
         "disk": {
-            "used_bytes": here.room.used(),
-            "lost_bytes": here.room.lost(),
+            "used_bytes": used,
+            "lost_bytes": lost,
             "most_bytes": here.room.most,
-            "free_bytes": shutil.disk_usage(here.home.path).free,
+            "free_bytes": free,
         },
         "jobs": {row[0]: row[1] for row in jobs},
         "clouds": sorted(here.settings.clouds),

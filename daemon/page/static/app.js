@@ -59,7 +59,9 @@ function watchMeter() {
   poll(async () => {
     try {
       const { today } = await ask("/isthmus/v1/traffic", { signal: meter.signal });
-      setText(document.getElementById("meter"), `↑ ${bytes(today.bytes_up)}  ↓ ${bytes(today.bytes_down)}`);
+      const shown = document.getElementById("meter");
+      shown.hidden = today === null;
+      if (today !== null) setText(shown, `↑ ${bytes(today.bytes_up)}  ↓ ${bytes(today.bytes_down)}`);
     } catch {
       // The banner says what is wrong.
     }

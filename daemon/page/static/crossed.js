@@ -9,12 +9,13 @@ const INFERS = "A cloud that attacks can still work out your text: it knows the 
 
 const TRUST = "What stays here is kept out of the network and out of the cloud's logs, disks and backups. It is not hidden from a cloud that attacks: its owner must be trusted not to, by contract or under supervision.";
 
-const STAYS = [
-  ["text", "Text and tokens"],
-  ["labels", "Labels"],
-  ["adapters", "Adapters"],
-  ["optimizer", "Optimizer state"],
-];
+const STAYS = ["Text and tokens", "Labels", "Optimizer state"];
+
+const ADAPTERS = {
+  here: "none was in the cloud's layers",
+  seen: "what they do inside the cloud's layers can be worked out there",
+  leased: "leased: the cloud has had weights of some",
+};
 
 const LOCK = "M4 7V5a4 4 0 0 1 8 0v2h1v7H3V7zm2 0h4V5a2 2 0 0 0-4 0z";
 const OPEN = "M4 7V5a4 4 0 0 1 7.500-2l-1.700 1A2 2 0 0 0 6 5v2h7v7H3V7z";
@@ -33,13 +34,11 @@ function counters(title, set) {
 
 function stayRows(list) {
   return (adapters) => {
-    list.replaceChildren(...STAYS.map(([key, title]) => {
-      const open = key === "adapters" && adapters !== "here";
-      const told = !open ? "0 bytes" : adapters === "leased" ? "leased: the cloud holds a copy, and sees it" : "what they do inside the cloud's layers can be worked out there";
-      return h("li", { class: open ? "open" : null },
+    const rows = [...STAYS.map((title) => [title, "no message carries it", false]), ["Adapters", ADAPTERS[adapters], adapters !== "here"]];
+    list.replaceChildren(...rows.map(([title, told, open]) =>
+      h("li", { class: open ? "open" : null },
         s("svg", { viewBox: "0 0 16 16", width: 16, height: 16, "aria-hidden": "true" }, s("path", { d: open ? OPEN : LOCK })),
-        h("span", {}, title), h("strong", {}, told));
-    }));
+        h("span", {}, title), h("strong", {}, told))));
   };
 }
 
@@ -54,6 +53,9 @@ export function showCrossed(main, _argument, signal) {
   const showStays = stayRows(stays);
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
   const server = h("p", { class: "hint" });
+  const counted = h("div", { class: "counted" }, counters("Today (UTC)", setters), counters("Since this daemon was set up", setters),
+    h("p", { class: "hint" }, "All clouds together, of everybody who uses this daemon. The counters move when an answer or a step ends; a process that is killed takes along what it had not counted. What came back has the weights of this machine's own layers in it, which are fetched once."));
+  const untold = h("p", { class: "hint", hidden: true }, "The counters are shown to the daemon's first owner alone: they would tell you when others work.");
   const picture = drawing(place, signal);
 
   main.append(
@@ -61,11 +63,10 @@ export function showCrossed(main, _argument, signal) {
     h("p", { class: "lead" }, "The cloud computes the middle layers, so activations and their gradients cross to it, sealed on the way."),
     problem, none, choice, place, away,
     h("div", { class: "halves" },
-      h("section", { class: "card" }, h("h2", {}, "What crossed"), counters("Today (UTC)", setters), counters("Since this daemon was set up", setters),
-        h("p", { class: "hint" }, "All clouds together, of everybody who uses this daemon. What came back has the weights of this machine's own layers in it, which are fetched once.")),
+      h("section", { class: "card" }, h("h2", {}, "What crossed"), counted, untold),
       h("div", { class: "stack" },
         h("section", { class: "card" }, h("h2", {}, "What did not"), stays,
-          h("p", { class: "hint" }, "The protocol has no message for text, labels or optimizer state. Adapters inside the cloud's layers cross only where a job asks for it.")),
+          h("p", { class: "hint" }, "The protocol has no message for text, labels or optimizer state. Weights of adapters cross only where a job, or training_layers in daemon.toml, leases those inside the cloud's layers; what is said here of yours is kept, and never taken back.")),
         h("section", { class: "card honest" }, h("h2", {}, "What a cloud can infer"), h("p", {}, INFERS), h("p", {}, TRUST)))),
     server);
 
@@ -90,8 +91,9 @@ export function showCrossed(main, _argument, signal) {
     if (cloud) picture.draw({ cloud, adapters });
     away.hidden = !cloud?.error;
     setText(away, cloud?.error ? `The cloud “${cloud.name}” cannot be reached: ${cloud.error}` : "");
-    setters[0](traffic.today);
-    setters[1](traffic.total);
+    counted.hidden = traffic.total === null;
+    untold.hidden = !counted.hidden;
+    if (traffic.total !== null) [traffic.today, traffic.total].forEach((sum, place) => setters[place](sum));
     showStays(adapters);
     const { jobs, disk } = status;
     setText(server, `isthmus ${status.version} · ${many(jobs.running ?? 0, "job")} running, ${count(jobs.queued ?? 0)} waiting · ${bytes(disk.used_bytes)} of ${bytes(disk.most_bytes)} on disk`);

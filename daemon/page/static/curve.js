@@ -31,10 +31,11 @@ function thinned(points, most) {
 export function makeCurve(signal) {
   const plot = s("svg", { class: "plot", height: HEIGHT, role: "img", tabindex: 0 });
   const reading = h("p", { class: "reading" });
+  const heldOut = h("span", { class: "legend legend-validation", hidden: true }, "validation");
   const element = h("figure", { class: "curve" },
     h("figcaption", {},
       h("span", { class: "legend legend-train" }, "training"),
-      h("span", { class: "legend legend-validation" }, "validation"),
+      heldOut,
       reading),
     plot);
   let data = { train: [], validation: [], total: null };
@@ -46,6 +47,7 @@ export function makeCurve(signal) {
     const train = thinned(data.train.filter((point) => Number.isFinite(point.loss)), width);
     const validation = data.validation.filter((point) => Number.isFinite(point.loss));
     const all = [...train, ...validation];
+    heldOut.hidden = validation.length === 0;
     plot.setAttribute("width", width);
     plot.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     if (all.length === 0) {

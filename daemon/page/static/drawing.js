@@ -27,6 +27,8 @@ function arrow(kind, from, to, moving) {
   return s("path", { class: `wire wire-${kind}${moving ? " moving" : ""}`, d: `M${from[0]} ${from[1]}L${to[0]} ${to[1]}`, "marker-end": `url(#head-${kind})` });
 }
 
+const amount = (number) => (number === undefined ? "" : bytes(number)); // the first owner alone is told it
+
 const words = (x, y, kind, text, anchor = "start") => s("text", { class: kind, x, y, "text-anchor": anchor }, text);
 
 const heads = () => s("defs", {}, ["up", "down", "inner"].map((kind) =>
@@ -35,12 +37,11 @@ const heads = () => s("defs", {}, ["up", "down", "inner"].map((kind) =>
 const cloudNote = (cloud) => (cloud.reachable === null ? "not asked yet" : cloud.reachable ? "reachable" : "not reachable now");
 
 function keptBox(x, y, width, facts) {
-  const rows = ["Text", "Labels", "Adapters", "Optimizer state"];
-  const group = s("g", {}, s("rect", { class: "kept", x, y, width, height: 176, rx: 8 }), words(x + 14, y + 26, "part-name", "Stays here"));
-  rows.forEach((row, place) => {
-    const told = row === "Adapters" && facts.adapters !== "here" ? (facts.adapters === "leased" ? "leased" : "see below") : "0 bytes";
-    const line = y + 58 + place * 32;
-    group.append(words(x + 14, line, "part-text", row), words(x + width - 14, line, "part-figure", told, "end"));
+  const rows = [["Text"], ["Labels"], ["Optimizer state"], ["Adapters", facts.adapters]];
+  const group = s("g", {}, s("rect", { class: "kept", x, y, width, height: 176, rx: 8 }), words(x + 14, y + 26, "part-name", "Stays here"), words(x + 14, y + 45, "part-note", "no message carries"));
+  rows.forEach(([row, told], place) => {
+    const line = y + 72 + place * 26 + (told ? 10 : 0);
+    group.append(words(x + 14, line, "part-text", row), words(x + width - 14, line, "part-figure", told ?? "", "end"));
   });
   return group;
 }
@@ -72,9 +73,9 @@ function wide(width, facts) {
     arrow("inner", [stack.x + stack.width / 2, 288], [stack.x + stack.width / 2, 299]),
     arrow("up", [stack.x + stack.width + 4, 156], [right + 12, 156], moved.up),
     arrow("down", [right + 12, 260], [stack.x + stack.width + 4, 260], moved.down),
-    words(edge + gap / 2, 124, "wire-figure", bytes(cloud.bytes_up), "middle"),
+    words(edge + gap / 2, 124, "wire-figure", amount(cloud.bytes_up), "middle"),
     words(edge + gap / 2, 144, "part-note", "sent, sealed", "middle"),
-    words(edge + gap / 2, 284, "wire-figure", bytes(cloud.bytes_down), "middle"),
+    words(edge + gap / 2, 284, "wire-figure", amount(cloud.bytes_down), "middle"),
     words(edge + gap / 2, 303, "part-note", "came back, sealed", "middle"),
     words(edge + gap / 2, 205, "part-note", "activations and", "middle"),
     words(edge + gap / 2, 221, "part-note", "their gradients", "middle"),
@@ -94,9 +95,9 @@ function narrow(width, facts) {
     ...parts(cloud.plan).map((part, place) => box(14, tops[place], width - 28, 54, part.faint ? "own faint" : "own", part.name, part.note)),
     arrow("up", [side, 508], [side, 592], moved.up),
     arrow("down", [width - side, 592], [width - side, 508], moved.down),
-    words(side + 10, 546, "wire-figure", bytes(cloud.bytes_up)),
+    words(side + 10, 546, "wire-figure", amount(cloud.bytes_up)),
     words(side + 10, 563, "part-note", "sent, sealed"),
-    words(width - side - 10, 546, "wire-figure", bytes(cloud.bytes_down), "end"),
+    words(width - side - 10, 546, "wire-figure", amount(cloud.bytes_down), "end"),
     words(width - side - 10, 563, "part-note", "came back", "end"),
     s("rect", { class: "side side-cloud", x: 1, y: 598, width: width - 2, height: 170, rx: 14 }),
     words(16, 632, "side-name", `Cloud “${cloud.name}”`),
@@ -109,8 +110,9 @@ function narrow(width, facts) {
 function spoken({ cloud, adapters }) {
   const plan = cloud.plan;
   const edge = plan ? `embedding, the first ${plan.first} and the last ${plan.last} of ${plan.n_layers} layers, head` : "embedding, first and last layers, head";
+  const crossed = cloud.bytes_up === undefined ? "" : `${bytes(cloud.bytes_up)} of activations and gradients were sent, ${bytes(cloud.bytes_down)} came back. `;
   const stay = adapters === "here" ? "Text, labels, adapters and optimizer state stay here." : "Text, labels and optimizer state stay here.";
-  return `This machine holds ${edge}. Cloud ${cloud.name}, ${cloudNote(cloud)}, holds the middle layers. ${bytes(cloud.bytes_up)} of activations and gradients were sent, ${bytes(cloud.bytes_down)} came back. ${stay}`;
+  return `This machine holds ${edge}. Cloud ${cloud.name}, ${cloudNote(cloud)}, holds the middle layers. ${crossed}${stay}`;
 }
 
 /** A drawing in `place`: `draw({ cloud, adapters })`. */

@@ -64,7 +64,7 @@ export function showNew(main, _argument, signal) {
     kept: field("Training data", kept, null),
     upload: field("File", chosen, "JSON lines, CSV or TSV. It is copied to the daemon's folder on this machine, and not to the cloud."),
     validation: field("Validation file", heldOut, "Optional. Without one, a tenth of the examples is held out."),
-    model: field("Base model", model, "What the clouds serve that the daemon knows."),
+    model: field("Base model", model, "One that a cloud serves."),
     suffix: field("Name", h("input", { name: "suffix", maxlength: 64, autocomplete: "off", spellcheck: "false", placeholder: "tickets" }), "Optional, at most 64 characters; a part of the tuned model's name."),
     length: field("Length", amount, "An epoch is one pass over the examples.", [length]),
     learning_rate: field("Learning rate", numberInput("learning_rate", { min: 0, step: "any", placeholder: "0.0002" }), "The optimizer's peak."),

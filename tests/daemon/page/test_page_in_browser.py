@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from playwright.sync_api import Browser, Error, Page, expect
 from support.page.browsers import Watched, chromium
 from support.page.page_fakes import BASE, FakeDaemon
+
+from isthmus.daemon.state.owners import READ_EVERY, give_token
 
 pytestmark = pytest.mark.browser
 
@@ -169,14 +172,32 @@ def test_what_left_is_told_as_it_is(fake: FakeDaemon, watch: Opener) -> None:
     expect(picture).to_contain_text("11.8 MiB")
     expect(picture).to_contain_text("26 middle layers")
     expect(page.locator(".stays li")).to_have_text(
-        ["Text and tokens0 bytes", "Labels0 bytes", "Adapters0 bytes", "Optimizer state0 bytes"]
+        [
+            *(f"{what}no message carries it" for what in ("Text and tokens", "Labels", "Optimizer state")),
+            "Adaptersnone was in the cloud's layers",
+        ]
     )
     expect(page.locator(".honest")).to_contain_text("recover nearly all tokens")
     fake.cross(10_000_000, 0, 1)
     expect(picture).to_contain_text("21.3 MiB")
-    fake.know_cloud(sites="all")
-    expect(page.locator(".stays .open")).to_contain_text("leased: the cloud holds a copy")
+    fake.put_adapter("leased")
+    expect(page.locator(".stays .open")).to_contain_text("leased: the cloud has had weights of some")
     assert "adapters" not in (picture.get_attribute("aria-label") or "").partition("Text, labels")[2]
+
+
+def test_counters_are_shown_to_the_first_owner_alone(fake: FakeDaemon, watch: Opener) -> None:
+    second = give_token(fake.context.database, "second")
+    time.sleep(READ_EVERY)
+    page = watch().open(second, "crossed")
+    expect(page.locator(".drawing svg")).to_contain_text("26 middle layers")
+    expect(page.get_by_text("The counters are shown to the daemon's first owner alone")).to_be_visible()
+    for gone in (page.get_by_text("Today (UTC)"), page.locator("#meter")):
+        expect(gone).to_be_hidden()
+    text = page.locator("body").inner_text() + (page.locator(".drawing svg").text_content() or "")
+    assert not re.search(r"\d [KMG]iB(?! of)(?! on)|NaN|undefined", text), text
+    first = watch().open(fake.token, "crossed")
+    expect(first.get_by_text("Today (UTC)")).to_be_visible()
+    expect(first.locator("#meter")).to_contain_text("11.8 MiB")
 
 
 def test_it_works_by_keyboard(fake: FakeDaemon, watch: Opener) -> None:

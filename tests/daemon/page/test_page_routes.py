@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from support.page.page_fakes import FakeDaemon
+from support.page.page_fakes import BASE, FakeDaemon
 
+from isthmus.daemon import disk_room
+from isthmus.daemon.adapter_places import PLACES
 from isthmus.daemon.page.static_files import FOLDER, POLICY, is_unchanged, read_static_files
-from isthmus.daemon.state.tables import Job, Owner, TinkerModel, TinkerSession
+from isthmus.daemon.state.owners import give_token
 from isthmus.daemon.web.application import application
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
@@ -91,58 +93,43 @@ def test_the_traffic_says_what_crossed_and_which_parts_live_where(client: TestCl
     assert found["adapters"] == "here"
 
 
-@pytest.mark.parametrize(
-    ("spec", "adapters"),
-    [
-        ({"sites": "none", "leased": "none"}, "here"),
-        ({"learning_rate": 1e-3}, "here"),
-        ({"sites": "all"}, "seen"),
-        ({"sites": [4, 5], "leased": "none"}, "seen"),
-        ({"sites": "all", "leased": "all"}, "leased"),
-        ({"sites": "all", "leased": [4]}, "leased"),
-        ({"sites": "all", "lend_dead": True}, "leased"),
-        ({"plugged": True}, "leased"),
-    ],
-)
-def test_adapters_are_told_where_a_job_has_had_them(
-    client: TestClient, fake: FakeDaemon, spec: dict[str, object], adapters: str
+@pytest.mark.parametrize("place", PLACES)
+def test_where_adapters_have_been_is_told_after_a_restart_and_to_their_owner_alone(
+    tmp_path: Path, fake: FakeDaemon, place: str
 ) -> None:
-    job = Job(id="j", kind="train", status="queued", model="m", spec=spec, created_at=1.0)
-    with fake.context.database.session() as session:
-        job.owner = session.query(Owner).one().id
-        session.add(job)
-    assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == "here"  # it waits
-    with fake.context.database.session() as session:
-        session.get_one(Job, "j").started_at = 2.0
-    assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == adapters
+    fake.put_adapter(place)
+    fake.put_adapter("here")  # what was told is not taken back
+    other = give_token(fake.context.database, "other")
+    fake.context.database.close()
+    again = FakeDaemon(tmp_path / "home", training_layers="edge")
+    client = TestClient(application(again.context, again.routers()), base_url="http://127.0.0.1")
+    assert client.get("/isthmus/v1/traffic", headers=_authorized(again)).json()["adapters"] == place
+    told = client.get("/isthmus/v1/traffic", headers={"authorization": f"Bearer {other}"}).json()
+    assert told["adapters"] == "here"
+    again.context.database.close()
 
 
-def test_adapters_of_another_owner_are_not_told(client: TestClient, fake: FakeDaemon) -> None:
-    with fake.context.database.session() as session:
-        session.add(Owner(id="o", name="other", token_sha256="0" * 64, created_at=1.0))
-        session.flush()
-        spec = {"sites": "all"}
-        job = Job(id="j", owner="o", kind="train", status="running", model="m", spec=spec, created_at=1.0)
-        job.started_at = 2.0
-        session.add(job)
-    assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == "here"
-
-
-def test_models_of_tinkers_api_count_where_their_adapters_are_leased(tmp_path: Path) -> None:
-    for layers, adapters in (("edge", "here"), ("all", "leased")):
-        fake = FakeDaemon(tmp_path / layers, training_layers=layers)
-        with fake.context.database.session() as session:
-            owner = session.query(Owner).one().id
-            session.add(TinkerSession(id="s", owner=owner, created_at=1.0, seen_at=1.0))
-            session.flush()
-            session.add(
-                TinkerModel(
-                    id="s:train:0", owner=owner, session="s", base="m", settings={}, created_at=1.0, seen_at=1.0
-                )
-            )
-        client = TestClient(application(fake.context, fake.routers()), base_url="http://127.0.0.1")
-        assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == adapters
-        fake.context.database.close()
+def test_counters_are_told_to_the_first_owner_alone(
+    client: TestClient, fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads them again and again sees when somebody works."""
+    monkeypatch.setattr(disk_room, "COUNT_EVERY", 0.0)
+    fake.know_cloud()
+    second = {"authorization": f"Bearer {give_token(fake.context.database, 'second')}"}
+    paths = ("/isthmus/v1/traffic", "/isthmus/v1/status")
+    seen: dict[str, list[object]] = {"first": [], "second": []}
+    for n in range(2):
+        fake.cross(1_000_000, 2_000_000, 5)
+        works = {"name": "main", "reachable": True, "model": BASE, "error": None, "bytes_up": n, "bytes_down": n}
+        fake.context.noted.answers = {"pid": n, "rss_bytes": n, "hot": ["x"] * n, "asked_at": n, "clouds": [works]}
+        (fake.context.home.path / "files" / "more").write_bytes(bytes((n + 1) << 20))
+        for name, headers in (("first", _authorized(fake)), ("second", second)):
+            answers = [client.get(path, headers=headers).json() for path in paths]
+            answers[1]["disk"].pop("free_bytes")  # the test's disk is others', too
+            seen[name].append(answers)
+    assert seen["first"][0] != seen["first"][1]
+    assert seen["second"][0] == seen["second"][1]
+    assert "bytes_up" not in str(seen["second"])
 
 
 def _addresses(text: str) -> set[str]:

@@ -22,9 +22,10 @@ from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.page import page_routes
 from isthmus.daemon.serving.answers import Answers
+from isthmus.daemon.state.crossings import note_adapters
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import first_owner
-from isthmus.daemon.state.tables import BaseModel, Job, Owner, Traffic
+from isthmus.daemon.state.tables import BaseModel, Owner, Traffic
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.context import Context
@@ -66,19 +67,18 @@ class FakeDaemon:
         self.url = ""
         self._numbers = itertools.count(1)
 
-    def know_cloud(self, *, sites: str | None = None) -> None:
-        """Have seen what the cloud serves, some traffic, and a job with `sites`."""
+    def know_cloud(self) -> None:
+        """Have seen what the cloud serves, and some traffic."""
         with self.context.database.session() as session:
             facts = {"plan": "2:2", "n_layers": 30}
             session.merge(BaseModel(name=BASE, cloud="main", facts=facts, seen_at=time.time()))
-            owner = session.query(Owner).one()
-            if sites is not None:
-                spec = {"sites": sites, "leased": sites}
-                job = Job(id="j", owner=owner.id, kind="train", status="running", model=BASE, spec=spec, created_at=1.0)
-                job.started_at = 2.0
-                session.add(job)
-        self.context.noted.answers = {"clouds": [{"name": "main", "reachable": True, "error": None}]}
+        self.context.noted.answers = {"clouds": [{"name": "main", "reachable": True, "model": BASE, "error": None}]}
         self.cross(12_345_678, 11_222_333, 84)
+
+    def put_adapter(self, place: str) -> None:
+        """Have an adapter of the owner's at a place of `PLACES`."""
+        with self.context.database.session() as session:
+            note_adapters(session, session.query(Owner).one().id, place)
 
     def cross(self, up: int, down: int, calls: int) -> None:
         """Let so much more have crossed today."""
