@@ -11,6 +11,7 @@ from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 from support.daemon.openai_fakes import BASE, OpenAIDaemon
 
 from isthmus.daemon import disk_room
+from isthmus.daemon.openai.training_files import LONGEST_LINE
 from isthmus.daemon.state.tables import StoredFile
 
 
@@ -83,6 +84,18 @@ def test_a_large_file_is_refused_and_nothing_stays(client: OpenAI, openai_daemon
     assert caught.value.status_code == 413
     assert sorted((openai_daemon.context.home.path / "files").iterdir()) == before
     assert list(openai_daemon.context.home.uploads.iterdir()) == []
+
+
+def test_a_line_of_training_data_has_a_bound(client: OpenAI) -> None:
+    for more in (0, 1):
+        line = b'{"text": "' + b"x" * (LONGEST_LINE + more - 12) + b'"}'
+        assert len(line) == LONGEST_LINE + more
+        data = b'{"text": "short"}\n' + line + b"\n"
+        if not more:
+            client.files.delete(client.files.create(file=("long.jsonl", data), purpose="fine-tune").id)
+            continue
+        with pytest.raises(BadRequestError, match=f"a line has more than {LONGEST_LINE} bytes: split it"):
+            client.files.create(file=("long.jsonl", data), purpose="fine-tune")
 
 
 def test_a_file_that_a_waiting_job_needs_stays(client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str) -> None:
