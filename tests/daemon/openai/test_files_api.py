@@ -100,8 +100,15 @@ def test_a_line_of_training_data_has_a_bound(client: OpenAI) -> None:
 
 def test_a_file_that_a_waiting_job_needs_stays(client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str) -> None:
     job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file, validation_file=training_file)
-    for status in ("queued", "running", "paused"):
-        openai_daemon.jobs.go_on(job.id, status=status)
+
+    def paused() -> None:
+        client.fine_tuning.jobs.pause(job.id)
+        openai_daemon.jobs.settle()
+
+    states = {"queued": lambda: None, "running": lambda: openai_daemon.jobs.go_on(job.id), "paused": paused}
+    for status, change in states.items():
+        change()
+        assert client.fine_tuning.jobs.retrieve(job.id).to_dict()["isthmus"]["status"] == status  # type: ignore[index]
         with pytest.raises(BadRequestError, match=f"the job {job.id} needs"):
             client.files.delete(training_file)
     client.fine_tuning.jobs.cancel(job.id)

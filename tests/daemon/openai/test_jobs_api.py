@@ -69,7 +69,7 @@ def test_a_file_is_not_read_again_for_a_job(client: OpenAI, openai_daemon: OpenA
         for examples in (20, 40)
     ]
     for file_id in made:
-        openai_daemon.context.home.file(file_id).unlink()
+        openai_daemon.context.home.file(file_id).write_bytes(b"")
     jobs = [client.fine_tuning.jobs.create(model=BASE, training_file=file_id) for file_id in made]
     assert [job.hyperparameters.n_epochs for job in jobs] == [5, 3]
 
@@ -124,13 +124,13 @@ def test_a_file_of_another_purpose_is_refused(client: OpenAI) -> None:
 def test_states_go_as_they_may(client: OpenAI, training_file: str) -> None:
     jobs = client.fine_tuning.jobs
     job = jobs.create(model=BASE, training_file=training_file)
-    with pytest.raises(BadRequestError, match="only paused") as caught:
+    with pytest.raises(BadRequestError, match="takes a job that is paused") as caught:
         jobs.resume(job.id)
     assert caught.value.code == "wrong_state"
     paused = jobs.pause(job.id)
     assert paused.status == "queued"  # the SDK's type has no "paused"
     assert paused.to_dict()["isthmus"] == {"status": "paused", "step": 0, "total": None}
-    assert jobs.list_events(job.id).data[0].message == "the job is paused"
+    assert jobs.list_events(job.id).data[0].message == "The job is paused before it has begun"
     assert jobs.resume(job.id).to_dict()["isthmus"]["status"] == "queued"  # type: ignore[index]
     cancelled = jobs.cancel(job.id)
     assert (cancelled.status, cancelled.finished_at is not None) == ("cancelled", True)
@@ -167,26 +167,30 @@ def test_events_and_checkpoints(
     jobs = client.fine_tuning.jobs
     job = jobs.create(model=BASE, training_file=training_file)
     assert jobs.checkpoints.list(job.id).data == []
-    openai_daemon.jobs.go_on(job.id, steps=[20, 40], step=40, total=100, speed=2.0)
+    openai_daemon.jobs.go_on(job.id, steps=[20, 40], total=100, speed=2.0)
     events = list(jobs.list_events(job.id, limit=2))
-    assert [event.message for event in events] == ["step 40", "step 20", "the job waits for its turn"]
-    assert (events[0].type, events[0].data) == ("metrics", {"step": 40, "train_loss": 0.05})
+    assert [event.message for event in events] == [
+        "Checkpoint created at step 40", "step 40", "Checkpoint created at step 20", "step 20", "The job has begun",
+        f"Created fine-tuning job: {job.id}",
+    ]  # fmt: skip
+    assert (events[1].type, events[1].data) == ("metrics", {"step": 40, "train_loss": 0.05})
     checkpoints = list(jobs.checkpoints.list(job.id, limit=1))
     assert [each.step_number for each in checkpoints] == [40, 20]
     assert checkpoints[0].metrics.to_dict() == {"step": 40, "train_loss": 0.05}
     running = jobs.retrieve(job.id)
     assert (running.status, running.fine_tuned_model) == ("running", None)
     assert running.estimated_finish == 1000 + (100 - 40) * 2
-    openai_daemon.jobs.go_on(job.id, status="succeeded", step=100, results=["file-1"])
+    openai_daemon.jobs.end(job.id)
     done = jobs.retrieve(job.id)
-    assert (done.status, done.result_files, done.estimated_finish) == ("succeeded", ["file-1"], None)
+    assert (done.status, done.estimated_finish) == ("succeeded", None)
+    assert client.files.content(done.result_files[0]).read() == b"step\n"
     assert done.fine_tuned_model in [model.id for model in client.models.list()]
     assert jobs.list().data == [done]
 
 
 def test_a_failed_job_says_why(client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str) -> None:
     job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
-    openai_daemon.jobs.go_on(job.id, status="failed", error={"code": 50, "message": "a loss is NaN"})
+    openai_daemon.jobs.end(job.id, code=50, message="a loss is NaN")
     failed = client.fine_tuning.jobs.retrieve(job.id)
     assert failed.error is not None
     assert (failed.error.code, failed.error.message, failed.hyperparameters.n_epochs) == (
@@ -198,7 +202,7 @@ def test_a_failed_job_says_why(client: OpenAI, openai_daemon: OpenAIDaemon, trai
 
 def test_tuning_goes_on_from_an_adapter(client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str) -> None:
     job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
-    openai_daemon.jobs.go_on(job.id, status="succeeded")
+    openai_daemon.jobs.end(job.id)
     name = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
     assert name is not None
     second = client.fine_tuning.jobs.create(model=name, training_file=training_file)
@@ -216,7 +220,7 @@ def test_tuning_goes_on_from_an_adapter(client: OpenAI, openai_daemon: OpenAIDae
 def test_jobs_of_the_command_line_are_in_the_same_list(client: OpenAI, openai_daemon: OpenAIDaemon) -> None:
     owner, spec = openai_daemon.owner.id, {"data": "/data/mine.csv", "steps": 20, "batch": 300}
     train = openai_daemon.jobs.create(owner, NewJob("train", BASE, spec, {"n": 1}))
-    generate = openai_daemon.jobs.create(owner, NewJob("generate", BASE, {}, {"n": 2}))
+    generate = openai_daemon.jobs.create(owner, NewJob("generate", BASE, {"prompts": "/data/mine.jsonl"}, {"n": 2}))
     assert [job.training_file for job in client.fine_tuning.jobs.list()] == ["/data/mine.csv"]
     assert client.fine_tuning.jobs.retrieve(train.id).hyperparameters.n_epochs is None
     for ask in (client.fine_tuning.jobs.retrieve, client.fine_tuning.jobs.cancel, client.fine_tuning.jobs.list_events):
@@ -227,7 +231,7 @@ def test_jobs_of_the_command_line_are_in_the_same_list(client: OpenAI, openai_da
 def test_another_owner_sees_none_of_it(client: OpenAI, other: OpenAI, openai_daemon: OpenAIDaemon,
                                        training_file: str) -> None:  # fmt: skip
     job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
-    openai_daemon.jobs.go_on(job.id, steps=[1], status="succeeded")
+    openai_daemon.jobs.end(job.id)
     name = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
     assert name is not None
     jobs = other.fine_tuning.jobs

@@ -26,7 +26,7 @@ def test_an_adapter_is_there_until_it_is_deleted(
     name = checkpoint.fine_tuned_model_checkpoint
     assert name.startswith(f"ft:{BASE}:")
     assert client.models.retrieve(name).owned_by == "first"
-    folder = openai_daemon.context.home.model(f"{job.id}-3")
+    folder = openai_daemon.context.home.model(checkpoint.id)
     assert folder.is_dir()
     assert client.models.delete(name).deleted
     assert not folder.exists()

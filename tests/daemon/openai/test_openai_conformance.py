@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.daemon.openai_conformance import OPERATIONS, Conformance, Tally
+from support.daemon.openai_conformance import OPERATIONS, Conformance, main
 from support.daemon.openai_fakes import OpenAIDaemon
+from support.daemon.openai_tally import Tally, missing, table
 
 from isthmus.daemon.openai import job_routes
 from isthmus.daemon.web.api_error import ApiError
@@ -32,7 +35,50 @@ LABELS = [f"{method.upper()} {path}" for path, methods in OPERATIONS.items() for
 def test_an_operation_conforms(conformance: Conformance, label: str) -> None:
     tally = run(conformance, label, 10)
     assert (tally.failures, tally.errors) == ([], 0)
-    assert tally.accepted > 0
+    assert len(tally.distinct) > 0
+    assert missing({label: tally}, distinct=1, in_all=10) == []
+
+
+def test_an_operation_that_takes_nothing_is_told_apart(conformance: Conformance) -> None:
+    assert [label for label in LABELS if not run(conformance, label, 1).takes] == ["GET /models"]
+
+
+def test_what_a_run_lacks_is_named() -> None:
+    def tally(accepted: int, *, same: bool = False, **values: Any) -> Tally:
+        made = Tally(statuses=Counter({200: accepted}), **values)
+        for number in range(accepted):
+            case = SimpleNamespace(
+                path_parameters=None, query={"limit": 1 if same else number, "order": "asc"}, body={}
+            )
+            made.accept(case, mended=number % 2 == 1)
+        return made
+
+    def lacks(of: Tally, in_all: int = 0) -> str:
+        return "\n".join(missing({"GET /files": of}, distinct=50, in_all=in_all))
+
+    assert lacks(tally(50)) == ""
+    assert "49 distinct cases were accepted" in lacks(tally(49))
+    assert "1 distinct cases were accepted" in lacks(tally(60, same=True))
+    assert lacks(tally(60, same=True, takes=False)) == ""
+    assert "0 distinct cases were accepted, and 1 are wanted" in lacks(tally(0, takes=False))
+    assert "50 cases were sent, and 51 are wanted" in lacks(tally(50), in_all=51)
+    assert "1 cases failed" in lacks(tally(50, failures=["no x-request-id"]))
+    broken = tally(50)
+    broken.statuses[503] += 1
+    assert "1 cases were answered by 5xx" in lacks(broken)
+    shown = table({LABELS[9]: broken, "GET /models": tally(3, same=True, takes=False)})
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "GET /models takes nothing" in shown
+    assert broken.row() == {"cases": 51, "first": 25, "mended": 25, "distinct": 50, "5xx": 1, "fail": 0}
+
+
+def test_the_command_ends_with_1_where_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--only", "GET /files/{file_id}/content", "--cases", "4", "--json"]
+    assert main([*asked, "--distinct", "1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["operations"]
+    assert row["first"] + row["mended"] == row["distinct"] > 0
+    assert main([*asked, "--distinct", "1", "--in-all", "1000"]) == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == [f"{row['cases']} cases were sent, and 1000 are wanted"]
 
 
 def test_what_does_not_conform_is_noticed(conformance: Conformance, monkeypatch: pytest.MonkeyPatch) -> None:

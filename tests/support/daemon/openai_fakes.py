@@ -1,4 +1,4 @@
-"""A daemon for OpenAI's API: real doors, database and routes; jobs and answers that do what a test says, at once."""
+"""A daemon for OpenAI's API that is real but for what computes: a job's process and an answer do what a test says."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete
 from support.daemon.served import serving
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
-from isthmus.daemon.jobs.job_service import JobService, NewJob, UnknownJobError, WrongStateError
+from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
+from isthmus.daemon.jobs.job_service import JobService
+from isthmus.daemon.jobs.kinds import RESULTS, Work
+from isthmus.daemon.jobs.reports import Reporter, write_end
 from isthmus.daemon.openai import openai_routes
 from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Prompt, Sampling, Target, TokenChance
 from isthmus.daemon.state.database import Database
@@ -98,152 +102,91 @@ def _chance(token: int, text: str, n_top: int) -> TokenChance:
     return TokenChance(token, text, text.encode(), -0.25, others)
 
 
-class HeldJobs(JobService):
-    """Jobs that run when `go_on` says so."""
+class HeldWorker:
+    """Stands for a job's process: it computes nothing, and reports and ends as it is told, or as the runner asks.
 
-    def __init__(self, home: Home, database: Database) -> None:
-        self._home, self._database = home, database
+    Args:
+        command: The process's; it ends with the job's folder.
+    """
 
-    def start(self) -> None:
-        """Nothing runs by itself."""
+    def __init__(self, command: Sequence[str], **_options: Any) -> None:
+        self._folder = Path(command[-1])
+        self._work = Work.read(self._folder)
+        self.returncode: int | None = None
+        self.stdin = self  # the runner closes it to ask for the end
 
-    def stop(self) -> None:
-        """Nothing runs by itself."""
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended."""
+        return self.returncode is not None
 
-    def create(self, owner: str, new: NewJob) -> Job:
-        """A job that waits."""
-        now = time.time()
-        with self._database.session() as session:
-            recent = session.scalars(select(Job).where(Job.owner == owner, Job.created_at > now - 60))
-            for job in recent:
-                if job.request == dict(new.request):
-                    return job
-            job = Job(
-                id=f"ftjob-{secrets.token_hex(12)}", owner=owner, kind=new.kind, status="queued", model=new.model,
-                spec=dict(new.spec), request=dict(new.request), labels=dict(new.labels), suffix=new.suffix,
-                created_at=now, results=[],
-            )  # fmt: skip
-            session.add(job)
-            session.flush()
-            session.add(_event(job.id, "the job waits for its turn"))
-            session.flush()
-            return job
+    def close(self) -> None:
+        """Stop, as a process does at its next micro-batch."""
+        self.end("stopped")
 
-    def get(self, owner: str, job_id: str) -> Job:
-        """A job."""
-        with self._database.reading() as session:
-            job = session.get(Job, job_id)
-        if job is None or job.owner != owner:
-            raise UnknownJobError(f"there is no job {job_id!r}")
-        return job
+    def poll(self) -> int | None:
+        """0 once it has ended."""
+        return self.returncode
 
-    def list(
-        self,
-        owner: str,
-        *,
-        after: str | None = None,
-        limit: int = 20,
-        labels: Mapping[str, str] | None = None,
-        kinds: Collection[str] | None = None,
-    ) -> tuple[Sequence[Job], bool]:
-        """Jobs, the newest first."""
-        with self._database.reading() as session:
-            jobs = list(session.scalars(select(Job).where(Job.owner == owner).order_by(Job.created_at.desc())))
-        jobs = [job for job in jobs if kinds is None or job.kind in kinds]
-        if labels is not None:
-            jobs = [job for job in jobs if (labels.items() <= job.labels.items() if labels else not job.labels)]
-        return _page(jobs, [job.id for job in jobs], after, limit)
-
-    def cancel(self, owner: str, job_id: str) -> Job:
-        """End a job."""
-        return self._move(owner, job_id, ("queued", "running", "paused"), "cancelled")
-
-    def pause(self, owner: str, job_id: str) -> Job:
-        """Pause a job."""
-        return self._move(owner, job_id, ("queued", "running"), "paused")
-
-    def resume(self, owner: str, job_id: str) -> Job:
-        """Let a job wait again."""
-        return self._move(owner, job_id, ("paused",), "queued")
-
-    def events(
-        self, owner: str, job_id: str, *, after: str | None = None, limit: int = 20
-    ) -> tuple[Sequence[Event], bool]:
-        """Events, the newest first."""
-        self.get(owner, job_id)
-        with self._database.reading() as session:
-            events = list(session.scalars(select(Event).where(Event.job == job_id).order_by(Event.number.desc())))
-        return _page(events, [f"ftevent-{event.number}" for event in events], after, limit)
-
-    def checkpoints(
-        self, owner: str, job_id: str, *, after: str | None = None, limit: int = 10
-    ) -> tuple[Sequence[Model], bool]:
-        """Checkpoints, the newest first."""
-        self.get(owner, job_id)
-        with self._database.reading() as session:
-            of_job = select(Model).where(Model.job == job_id, Model.step.is_not(None), Model.deleted.is_(False))
-            models = list(session.scalars(of_job.order_by(Model.step.desc())))
-        return _page(models, [model.id for model in models], after, limit)
-
-    def go_on(self, job_id: str, *, steps: Sequence[int] = (), status: str = "running", **columns: Any) -> None:
-        """Let a job have checkpoints at some steps, and be in a state; "succeeded" makes its model."""
-        with self._database.session() as session:
-            job = session.get_one(Job, job_id)
+    def report(self, steps: Sequence[int], total: int | None, speed: float | None) -> None:
+        """Report some steps, each with a checkpoint."""
+        with Reporter(self._folder) as reporter:
             for step in steps:
-                session.add(self._model(job, step))
-                session.add(_event(job_id, f"step {step}", {"step": step, "train_loss": 2.0 / step}))
-            if status == "succeeded":
-                session.add(self._model(job, None))
-                job.finished_at = time.time()
-            job.status = status
-            for name, value in columns.items():
-                setattr(job, name, value)
+                own, metrics = checkpoint_id(self._work.job, step), {"step": step, "train_loss": 2.0 / step}
+                (Path(self._work.models) / own).mkdir()
+                reporter.tell("metrics", message=f"step {step}", data=metrics)
+                reporter.tell("checkpoint", id=own, step=step, metrics=metrics)
+            crossed = dict.fromkeys(("bytes_up", "bytes_down", "calls", "retries"), 0)
+            reporter.tell("progress", step=max(steps, default=0), total=total, speed=speed, **crossed)
 
-    def result_name(self, job_id: str) -> str:
-        """The name of the model that a job has made."""
-        with self._database.reading() as session:
-            return session.scalars(select(Model.name).where(Model.job == job_id, Model.step.is_(None))).one()
+    def end(self, outcome: str, **values: Any) -> None:
+        """End in some way; with a model and a file of results if that is "succeeded"."""
+        if outcome == "succeeded":
+            (Path(self._work.models) / result_id(self._work.job)).mkdir()
+            (self._folder / RESULTS[self._work.kind][0]).write_text("step\n", encoding="utf-8")
+        write_end(self._folder, self._work.attempt, outcome, **values)
+        self.returncode = 0
 
-    def forget(self, keep: Collection[str] = ()) -> None:
-        """Remove all jobs but some, with what they have left."""
+
+class HeldJobs(JobService):
+    """The real jobs and their real runner, whose thread is not started: it takes its turns here.
+
+    A job's process is a `HeldWorker`.
+    """
+
+    def go_on(
+        self, job_id: str, *, steps: Sequence[int] = (), total: int | None = None, speed: float | None = None
+    ) -> None:
+        """Begin a job, if it has not begun, and let its process report some steps."""
+        self._worker(job_id).report(steps, total, speed)
+        self._runner._watch(job_id)
+
+    def end(self, job_id: str, **error: Any) -> None:
+        """Let a job's process end: well, or with an error (`code`, `message`)."""
+        self._worker(job_id).end("failed" if error else "succeeded", **error, passing=False)
+        self._runner._watch(job_id)
+
+    def settle(self) -> None:
+        """Take over how processes have ended that were asked to."""
+        for job_id, running in list(self._runner._running.items()):
+            if running.process.poll() is not None:
+                self._runner._watch(job_id)
+
+    def forget(self) -> None:
+        """Remove all jobs, with what they have left."""
+        self._runner._running.clear()
         with self._database.session() as session:
-            session.execute(delete(Model).where(Model.job.not_in(list(keep))))
-            session.execute(delete(Job).where(Job.id.not_in(list(keep))))
+            for table in (Model, Event, Job):
+                session.execute(delete(table))
+        for folder in ("jobs", "models"):
+            for path in (self._home.path / folder).iterdir():
+                shutil.rmtree(path)
 
-    def _move(self, owner: str, job_id: str, from_: Collection[str], to: str) -> Job:
-        self.get(owner, job_id)
-        with self._database.session() as session:
-            job = session.get_one(Job, job_id)
-            if job.status not in from_:
-                raise WrongStateError(f"the job is {job.status}: only {', '.join(from_)} ones can become {to}")
-            job.status = to
-            job.finished_at = time.time() if to == "cancelled" else None
-            session.add(_event(job_id, f"the job is {to}"))
-            return job
-
-    def _model(self, job: Job, step: int | None) -> Model:
-        name = ":".join(["ft", job.model, "", job.suffix, job.id.removeprefix("ftjob-")])
-        folder = self._home.model(f"{job.id}-{step}")
-        folder.mkdir()
-        return Model(
-            name=name if step is None else f"{name}:ckpt-step-{step}",
-            id=f"{job.id}-result" if step is None else f"ftckpt-{job.id}-{step}",
-            owner=job.owner, base=job.model, job=job.id, step=step, folder=str(folder.relative_to(self._home.path)),
-            metrics={} if step is None else {"step": step, "train_loss": 2.0 / step, "valid_loss": None},
-            created_at=time.time(),
-        )  # fmt: skip
-
-
-def _event(job: str, message: str, data: dict[str, Any] | None = None) -> Event:
-    kind = "message" if data is None else "metrics"
-    return Event(job=job, created_at=time.time(), level="info", kind=kind, message=message, data=data or {})
-
-
-def _page(rows: Sequence[Any], ids: Sequence[str], after: str | None, limit: int) -> tuple[Sequence[Any], bool]:
-    if after is not None and after not in ids:
-        raise UnknownJobError(after)
-    rows = rows[ids.index(after) + 1 :] if after is not None else rows
-    return rows[:limit], len(rows) > limit
+    def _worker(self, job_id: str) -> Any:
+        if job_id not in self._runner._running:
+            with patch("isthmus.daemon.jobs.job_runner.subprocess.Popen", HeldWorker):
+                self._runner._begin(job_id)
+        return self._runner._running[job_id].process
 
 
 class OpenAIDaemon:
@@ -260,9 +203,10 @@ class OpenAIDaemon:
         self.owner = first_owner(database, home.token)
         self.token = home.token.read_text(encoding="utf-8").strip()
         self.others_token = give_token(database, "other")
-        self.jobs, self.answers = HeldJobs(home, database), InstantAnswers()
-        made = DaemonSettings.model_validate(settings)
+        cloud = {"main": {"cloud": "isthmus://127.0.0.1:1#SHA256:0"}}  # which nothing connects to
+        made = DaemonSettings.model_validate({"clouds": cloud, **settings})
         room = DiskRoom(home.path, made.disk_gib)
+        self.jobs, self.answers = HeldJobs(made, home, database, room), InstantAnswers()
         self.context = Context(made, home, database, self.jobs, self.answers, room)
         self.app = application(self.context, [openai_routes.router()])
         facts = {"digest": "0", "longest": 256, "chat_template": True}

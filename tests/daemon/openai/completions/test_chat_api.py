@@ -75,7 +75,7 @@ def test_a_checkpoint_answers_while_its_job_runs(
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
     answer = client.chat.completions.create(model=checkpoint.fine_tuned_model_checkpoint, messages=HI)
     assert answer.model == checkpoint.fine_tuned_model_checkpoint
-    folder = str(openai_daemon.context.home.model(f"{job.id}-20"))
+    folder = str(openai_daemon.context.home.model(checkpoint.id))
     assert openai_daemon.answers.asked[-1][0] == Target(BASE, folder)
     gone: Any = [{"role": "user", "content": "gone"}]
     with pytest.raises(NotFoundError, match="has just been deleted"):
