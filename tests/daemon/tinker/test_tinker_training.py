@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import tinker
 import torch
 from support.cloud.train_runs import Runs, cloud_for_runs
 from support.daemon.local_trainer import LocalTrainer, random_data, sampled_data
-from support.daemon.tinker_process import TinkerServer
+from support.daemon.tinker_process import LossyRelay, TinkerServer
 from support.daemon.tinker_server import BASE
 from tinker import types
 
@@ -28,11 +28,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def server(runs: Runs, tmp_path_factory: pytest.TempPathFactory, warm_module: None) -> Iterator[TinkerServer]:
+def start(runs: Runs, folder: Path, *flags: str) -> TinkerServer:
     cloud = {"cloud": runs.server.address, "key": str(runs.server.home.key_file)}
     environment = {"REAL_CLOUD": json.dumps(cloud), "OMP_NUM_THREADS": "1"}  # as the trainer in this process has
-    made = TinkerServer(tmp_path_factory.mktemp("tinker"), environment=environment)
+    return TinkerServer(folder, *flags, environment=environment)
+
+
+@pytest.fixture(scope="module")
+def server(runs: Runs, tmp_path_factory: pytest.TempPathFactory, warm_module: None) -> Iterator[TinkerServer]:
+    made = start(runs, tmp_path_factory.mktemp("tinker"))
     yield made
     made.kill()
 
@@ -162,3 +166,43 @@ def test_a_daemon_killed_between_gradients_and_their_step_changes_no_bit(
         found.append(_logprobs(model.forward(_data(random_data(6)), "cross_entropy").result()))
     assert found[0] == found[1]
     assert found[0] != found[2]
+
+
+def _adapter(client: tinker.ServiceClient, server: TinkerServer) -> bytes:
+    """What a model has learned in two steps, each with the gradients of two requests: the file of its adapter."""
+    model = client.create_lora_training_client(base_model=BASE, rank=4, seed=3).result()
+    for number in (1, 2):
+        promises: list[Any] = [
+            model.forward_backward(_data(random_data(data)), "cross_entropy") for data in (number, 10 + number)
+        ]
+        promises.append(model.optim_step(ADAM))
+        for promise in promises:
+            promise.result()
+    return server.adapter(model.save_state("end").result().path)
+
+
+def _adapter_over_a_relay(server: TinkerServer, loses: Callable[[str, int], bool]) -> tuple[bytes, list[str]]:
+    """The same, where some answers never reach the SDK, which asks again; and which those are."""
+    relay = LossyRelay(server.port, loses)
+    client = tinker.ServiceClient(base_url=relay.url, api_key=server.token())
+    made = _adapter(client, server)
+    client.close("success").result()
+    relay.close()
+    return made, [path.rpartition("/")[2] for path in relay.lost]
+
+
+def test_answers_lost_on_the_wire_change_no_bit(
+    runs: Runs, client: tinker.ServiceClient, server: TinkerServer, tmp_path: Path
+) -> None:
+    """The SDK sends a request again whose answer was lost, and its gradient counts once."""
+    undisturbed = _adapter(client, server)
+    endpoints = ("create_model", "forward_backward", "optim_step", "save_weights", "retrieve_future")
+    found, lost = _adapter_over_a_relay(server, lambda path, count: path.endswith(endpoints) and count % 2 == 0)
+    assert set(lost) == set(endpoints)
+    assert found == undisturbed
+
+    forgetful = start(runs, tmp_path, "--forgetful")  # the control: a server to which each request is a new one
+    found, lost = _adapter_over_a_relay(forgetful, lambda path, count: path.endswith("forward_backward") and count == 0)
+    forgetful.kill()
+    assert lost == ["forward_backward"]
+    assert found != undisturbed

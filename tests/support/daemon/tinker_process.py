@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -96,6 +97,12 @@ class TinkerServer:
             query = "select sum(bytes_up), sum(bytes_down), sum(calls) from traffic where cloud = 'main'"
             (row,) = connection.execute(query).fetchall()
         return dict(zip(("bytes_up", "bytes_down", "calls"), (number or 0 for number in row), strict=True))
+
+    def adapter(self, path: str) -> bytes:
+        """The adapter's file of weights that were saved under a `tinker://` path."""
+        with closing(sqlite3.connect(self.home / "state.db")) as rows:
+            (folder,) = rows.execute("SELECT folder FROM tinker_weights WHERE path = ?", (path,)).fetchone()
+        return (self.home / folder / "adapter_model.safetensors").read_bytes()
 
     def trainer(self) -> int:
         """The process that trains."""
