@@ -101,16 +101,33 @@ def test_from_a_file_to_a_tuned_model(daemon: Daemon) -> None:
     checkpoint = until(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data)[0]
     assert 0 < checkpoint.step_number < STEPS
     assert ask(client, checkpoint.fine_tuned_model_checkpoint).isalpha()
+    assert client.models.delete(checkpoint.fine_tuned_model_checkpoint).deleted
+    spare, waiting, cancelled = tidied(client, base, file.id, job.id)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
     daemon.kill()
 
     client = daemon.start()
     assert client.fine_tuning.jobs.retrieve(job.id).status in ("queued", "running")
+    client.fine_tuning.jobs.pause(job.id)
+    until(lambda: told(client.fine_tuning.jobs.retrieve(job.id)) == "paused")
+    assert told(client.fine_tuning.jobs.retrieve(waiting)) == "paused"  # since before
+    for each in (job.id, waiting):
+        assert told(client.fine_tuning.jobs.resume(each)) == "queued"
+    assert client.fine_tuning.jobs.cancel(waiting).status == "cancelled"
+    with pytest.raises(NotFoundError):
+        client.files.retrieve(spare)
+    with pytest.raises(NotFoundError):
+        client.models.retrieve(checkpoint.fine_tuned_model_checkpoint)
+
     done = until(lambda: ended(client, job.id))
     assert (done.status, done.error) == ("succeeded", None)
     assert steps_of(client, done) == list(range(1, STEPS + 1))
-    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=7)]
-    assert len(messages) == len({event.id for event in client.fine_tuning.jobs.list_events(job.id)})
+    assert paged(client.fine_tuning.jobs.list) == [cancelled, waiting, job.id]
+    assert paged(client.files.list) == [*done.result_files, file.id]
+    assert len(paged(client.fine_tuning.jobs.list_events, job.id, limit=7)) > STEPS
+    checkpoints = paged(client.fine_tuning.jobs.checkpoints.list, job.id)
+    assert checkpoint.id not in checkpoints
+    assert len(checkpoints) >= STEPS // 10 - 2
     name = done.fine_tuned_model
     assert name is not None
     assert name.startswith(f"ft:{base}::story:")
@@ -121,6 +138,38 @@ def test_from_a_file_to_a_tuned_model(daemon: Daemon) -> None:
     with pytest.raises(NotFoundError):
         ask(client, name)
     assert client.files.delete(file.id).deleted
+    assert paged(client.files.list) == done.result_files
+
+
+def tidied(client: OpenAI, base: str, file: str, job: str) -> tuple[str, str, str]:
+    """Page, pause, resume, cancel and delete while a job runs; gives a deleted file, a paused and a cancelled job."""
+    jobs = client.fine_tuning.jobs
+    waiting, cancelled = (jobs.create(model=base, training_file=file, seed=seed).id for seed in (2, 3))
+    assert told(jobs.pause(waiting)) == "paused"
+    assert told(jobs.resume(waiting)) == "queued"
+    assert told(jobs.pause(waiting)) == "paused"
+    assert jobs.cancel(cancelled).status == "cancelled"
+    assert paged(jobs.list) == [cancelled, waiting, job]
+    assert paged(jobs.list_events, cancelled) == [event.id for event in jobs.list_events(cancelled).data]
+    spare = client.files.create(file=("spare.jsonl", chats()), purpose="fine-tune").id
+    assert paged(client.files.list) == [spare, file]
+    assert client.files.delete(spare).deleted
+    assert paged(client.files.list) == [file]
+    return spare, waiting, cancelled
+
+
+def paged(list_: Callable[..., Any], *of: str, limit: int = 1) -> list[str]:
+    """The ids of a list: the SDK's pages, by itself and by `after`, hold what one large page holds."""
+    whole = [each.id for each in list_(*of, limit=1000).data]
+    assert [each.id for each in list_(*of, limit=limit)] == whole
+    assert [each.id for each in list_(*of, limit=limit, after=whole[0])] == whole[1:]
+    return whole
+
+
+def told(job: FineTuningJob) -> Any:
+    """A job's state in the daemon's own words, which have "paused"."""
+    values: Any = job.to_dict()["isthmus"]
+    return values["status"]
 
 
 def chats() -> bytes:
