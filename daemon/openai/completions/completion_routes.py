@@ -1,7 +1,8 @@
 """`POST /v1/completions`; what it takes is in `isthmus.daemon.openai.completions.completion_bodies`.
 
 The document, and the types of the official SDK, let no `finish_reason` be null, also in a stream. So a chunk that is
-not the last one of its answer says "length", which it was cut at; the last chunk says why the answer ended.
+not the last one of its answer says "length", which it was cut at; the last chunk says why the answer ended. Nor may
+`usage` be null there: it is in the last chunk of a stream alone.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ class _Form:
         if not (piece.text or piece.chances or piece.finish or (first and self._body.echo)):
             return
         choice = self.choice(piece.index, piece.text, piece.chances, piece.finish or "length", first=first)
-        chunk = {**self.head(), "choices": [choice]}
-        yield {**chunk, "usage": None} if self._body.with_usage else chunk
+        yield {**self.head(), "choices": [choice]}
 
     def last(self) -> Iterator[dict[str, Any]]:
         """The chunk of the counts, where it is wanted."""

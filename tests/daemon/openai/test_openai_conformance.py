@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 from support.daemon.openai_conformance import OPERATIONS, Conformance, main
-from support.daemon.openai_fakes import OpenAIDaemon
+from support.daemon.openai_fakes import BASE, OpenAIDaemon
 from support.daemon.openai_tally import Tally, missing, table
 
 from isthmus.daemon.openai import job_routes
@@ -118,3 +119,19 @@ def test_a_stray_event_is_noticed(conformance: Conformance) -> None:
     assert "the stream ends" in str(problem(chunk))
     assert '"choices" is a required property' in str(problem(chunk.replace("choices", "others"), "[DONE]"))
     assert "[DONE]" in str(problem("[DONE]", "[DONE]"))
+
+
+def test_streams_conform_with_every_option(conformance: Conformance) -> None:
+    """What valid cases that are drawn seldom ask for: streams with counts, log probabilities, several answers."""
+    daemon = conformance.daemon
+    client = TestClient(daemon.app, "http://127.0.0.1", headers={"authorization": f"Bearer {daemon.token}"})
+    chat = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2}
+    plain = {"prompt": ["a", "b"], "logprobs": 2}
+    for path, body in (("/chat/completions", chat), ("/completions", plain)):
+        for counted in (False, True):
+            asked = {"model": BASE, "n": 2, "stream": True, "stream_options": {"include_usage": counted}, **body}
+            answer = client.post(f"/v1{path}", json=asked)
+            headers = {"content-type": [answer.headers["content-type"]]}
+            response = SimpleNamespace(headers=headers, content=answer.content)
+            assert (b'"total_tokens"' in answer.content) is counted
+            assert conformance._stray_event(f"POST {path}", response) is None

@@ -70,6 +70,8 @@ OPERATIONS = {
     "/completions": ("post",),
 }
 JOB = "fine_tuning_job_id"
+NAMES = ("model", "training_file", "validation_file")
+"""Fields of bodies that name what has to exist."""
 CHUNKS = {"/chat/completions": "CreateChatCompletionStreamResponse", "/completions": "CreateCompletionResponse"}
 """What the events of a stream hold."""
 MENDINGS = 40
@@ -182,15 +184,21 @@ class World:
         return next((model.id for model in jobs.checkpoints(owner, job)[0]), None)
 
     def field(self, name: str) -> Any:
-        """A valid value for a required field of a body."""
-        return {
-            "model": BASE,
-            "messages": [{"role": "user", "content": "hi"}],
-            "prompt": ["a", "b"] if next(self._numbers) % 2 else "a",
-            "training_file": self.file(),
-            "purpose": "fine-tune",
-            "file": _LINE,
-        }.get(name)
+        """A valid value for a field of a body that is required, or names something; None for others."""
+        match name:
+            case "model":
+                return BASE
+            case "messages":
+                return [{"role": "user", "content": "hi"}]
+            case "prompt":
+                return ["a", "b"] if next(self._numbers) % 2 else "a"
+            case "training_file" | "validation_file":
+                return self.file()
+            case "purpose":
+                return "fine-tune"
+            case "file":
+                return _LINE
+        return None
 
 
 class Conformance:
@@ -202,7 +210,7 @@ class Conformance:
     """
 
     def __init__(self, daemon: OpenAIDaemon, seed: int = 0) -> None:
-        self._world, self._seed = World(daemon), seed
+        self.daemon, self._world, self._seed = daemon, World(daemon), seed
         self._renewed = 0
         self._headers = {"Authorization": f"Bearer {daemon.token}"}
         load_all_checks()
@@ -273,6 +281,8 @@ class Conformance:
         if known:
             for name in case.path_parameters:
                 case.path_parameters[name] = self._world.path_value(label, name)
+        if known and mend and isinstance(case.body, dict):
+            case.body |= {name: self._world.field(name) for name in NAMES if name in case.body}
         for mendings in range(MENDINGS):
             response = case.call(base_url="http://127.0.0.1/v1", headers=self._headers)
             tally.statuses[response.status_code] += 1
