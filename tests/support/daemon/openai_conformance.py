@@ -13,8 +13,8 @@ at once. Requests reach it in this process (ASGI), through the same doors as oth
 A fifth of the cases are drawn so that they break the document (`negative`), the others follow it (`positive`). A case
 that names a file, a job or a model gets one that exists, most of the time. Much of what the document allows is refused
 by name, so a positive case that is refused is *mended by what the refusal says*, and sent again: the field that the
-error names is replaced by a valid one where it is required, or says which part of a list is wanted, and left out
-otherwise. Each sending is a case. One that cannot be mended in that way has failed: its refusal misleads.
+error names is replaced by a valid one where it is required, names something, or says which part of a list is wanted;
+others are left out. Each sending is a case. One that cannot be mended in that way has failed: its refusal misleads.
 
 The checks are schemathesis's own, without `status_code_conformance` (the document names only 200), and without
 `positive_data_acceptance` (what is refused by name is that); `negative_data_rejection` is for negative cases. Every
@@ -52,6 +52,7 @@ from support.daemon.openai_tally import Tally, missing, table, tree
 
 from isthmus.daemon.jobs.job_names import model_name
 from isthmus.daemon.jobs.job_service import EVENT, NewJob
+from isthmus.daemon.openai.file_routes import PURPOSES
 
 OPERATIONS = {
     "/files": ("get", "post"),
@@ -79,6 +80,7 @@ MENDINGS = 40
 RENEWED = 250
 """Cases after which the world is made anew, so that lists stay short and no queue is full."""
 STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
+ROLES = ("system", "user", "assistant", "user")
 _LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
@@ -184,20 +186,21 @@ class World:
         return next((model.id for model in jobs.checkpoints(owner, job)[0]), None)
 
     def field(self, name: str) -> Any:
-        """A valid value for a field of a body that is required, or names something; None for others."""
+        """A valid value, each time another, for a field that is required or names something; None for others."""
+        number = next(self._numbers)
         match name:
             case "model":
                 return BASE
             case "messages":
-                return [{"role": "user", "content": "hi"}]
+                return [{"role": role, "content": f"{number}"} for role in ROLES[number % len(ROLES) :]]
             case "prompt":
-                return ["a", "b"] if next(self._numbers) % 2 else "a"
+                return (f"{number}", [number, 1], [f"{number}", "a"], [[number], [1, 2]])[number % 4]
             case "training_file" | "validation_file":
                 return self.file()
             case "purpose":
-                return "fine-tune"
+                return PURPOSES[number % len(PURPOSES)]
             case "file":
-                return _LINE
+                return _LINE * (1 + number % 100)
         return None
 
 
@@ -211,7 +214,6 @@ class Conformance:
 
     def __init__(self, daemon: OpenAIDaemon, seed: int = 0) -> None:
         self.daemon, self._world, self._seed = daemon, World(daemon), seed
-        self._renewed = 0
         self._headers = {"Authorization": f"Bearer {daemon.token}"}
         load_all_checks()
         published = document()
