@@ -202,7 +202,11 @@ def test_answers_lost_on_the_wire_change_no_bit(
     assert found == undisturbed
 
     forgetful = start(runs, tmp_path, "--forgetful")  # the control: a server to which each request is a new one
-    found, lost = _adapter_over_a_relay(forgetful, lambda path, count: path.endswith("forward_backward") and count == 0)
-    forgetful.kill()
+    try:
+        found, lost = _adapter_over_a_relay(
+            forgetful, lambda path, count: path.endswith("forward_backward") and count == 0
+        )
+    finally:
+        forgetful.kill()
     assert lost == ["forward_backward"]
     assert found != undisturbed
