@@ -124,6 +124,19 @@ def test_what_clouds_serve_is_noted(daemon: Daemon, server: ThreadServer) -> Non
     assert cloud["bytes_up"] > 0
 
 
+def test_of_two_clouds_with_one_model_the_first_that_is_there_counts(settings: DaemonSettings, tmp_path: Path) -> None:
+    (config,) = settings.clouds.values()
+    made = Daemon(settings.model_copy(update={"clouds": {"main": config, "second": config}}), tmp_path / "daemon")
+    both = [{"name": name, "model": "tiny", "facts": {}} for name in ("main", "second")]
+    found = []
+    for there in (both, both[1:], both, []):
+        made.answers._note_models(there)
+        with made.database.reading() as session:
+            found += [row.cloud for row in session.query(BaseModel)]
+    made.close()
+    assert found == ["main", "second", "main", "main"]  # while all are away, it is known where the model was last
+
+
 def test_answers_to_one_prompt_have_their_own_seeds(daemon: Daemon) -> None:
     sampling = Sampling(n=3, max_tokens=12, seed=5)
     found = daemon.pieces(sampling=sampling)
