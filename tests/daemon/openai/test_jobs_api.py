@@ -46,7 +46,7 @@ def test_a_job_has_what_was_asked_for(client: OpenAI, openai_daemon: OpenAIDaemo
     assert (kept.kind, kept.model, kept.suffix) == ("train", BASE, "my-model_2.0")
     assert kept.spec == {
         "data": training_file, "validation": training_file, "format": "jsonl", "seed": 7, "max_length": 256,
-        "epochs": 2, "batch": 6, "accumulate": 2, "learning_rate": 1e-4,
+        "epochs": 2, "batch": 6, "accumulate": 2, "learning_rate": 5e-4,
     }  # fmt: skip
 
 

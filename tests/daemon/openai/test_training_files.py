@@ -75,7 +75,7 @@ def test_a_mistake_names_its_line(tmp_path: Path, record: object, error: str) ->
 def test_what_auto_means(examples: int, epochs: int, batch: int) -> None:
     settings = settings_of(AUTO, examples)
     assert hyperparameters_of(settings) == {"n_epochs": epochs, "batch_size": batch, "learning_rate_multiplier": 1.0}
-    assert settings["learning_rate"] == 2e-4
+    assert settings["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize("batch", [1, 7, 8, 12, 13, 96, 251, 256])
@@ -87,5 +87,5 @@ def test_numbers_are_followed_exactly(batch: int) -> None:
     assert hyperparameters_of(settings) == numbers
 
 
-def test_a_job_of_steps_tells_no_epochs() -> None:
-    assert hyperparameters_of({"steps": 20}) == {"batch_size": 4, "learning_rate_multiplier": 1.0}
+def test_a_job_of_steps_tells_no_epochs_and_the_rate_of_edge_train() -> None:
+    assert hyperparameters_of({"steps": 20}) == {"batch_size": 4, "learning_rate_multiplier": 0.2}
