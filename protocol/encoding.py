@@ -203,6 +203,8 @@ def _unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 _NAMES = {kind: re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower() for kind in typing.get_args(Message)}
 _KINDS = {name: kind for kind, name in _NAMES.items()}
+for _kind in _NAMES:
+    _fields_of(_kind)  # now, so that the bounds are those of the source, whoever changes a constant later
 _SCALARS = (bool, int, float, str, bytes)
 _UNWRITABLE = (MessageError, LimitError, ValueError, TypeError, OverflowError)
 """What the checks raise, and protobuf where a value does not fit its field."""

@@ -14,7 +14,7 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.cloud.directory import Peer
 from isthmus.cloud.gateway.open_sessions import REPORTS
-from isthmus.common.errors import ConnectionLostError, TooManySessionsError
+from isthmus.common.errors import ConnectionLostError, OverQuotaError, TooManySessionsError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.link import Link, connect
 from isthmus.protocol.enrolment import Quota
@@ -209,7 +209,7 @@ def test_of_the_sessions_that_two_workers_took_at_once_the_oldest_stay(strangers
         for _ in range(REPORTS):
             strangers.introduce()
         assert strangers.sessions() == [1 - first, first]
-        with pytest.raises(TooManySessionsError, match="1 sessions of alice are open, 1 are allowed: close one"):
+        with pytest.raises(OverQuotaError, match="1 sessions of alice are open, 1 are allowed: close one"):
             newer.forward_span(hidden(), None, None, keep=False)
         older.forward_span(hidden(), None, None, keep=False)
         assert older.traffic.sessions == 1

@@ -21,7 +21,7 @@ from support.daemon.daemon_parts import make_parts
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
-from isthmus.daemon.jobs.job_runner import JobRunner
+from isthmus.daemon.jobs.job_runner import JobRunner, Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob
 from isthmus.daemon.openai import file_routes
 from isthmus.daemon.openai.upload_stream import UploadStream
@@ -72,7 +72,7 @@ def job(context: Context) -> None:
 
 def model(context: Context) -> None:
     """A checkpoint of which a job's process had not told, when the job was cancelled."""
-    runner = JobRunner(context.settings, context.home, context.database, context.room)
+    runner = JobRunner(context.settings, context.home, context.database, context.room, Patience())
     with context.database.session() as session:
         own = Job(id="ftjob-x", owner=OWNER, kind="train", status="running", model="tiny", spec={}, created_at=0.0)
         own.wanted = "cancel"
