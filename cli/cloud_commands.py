@@ -154,6 +154,16 @@ def serve(
     device: Annotated[
         str, typer.Option(help="Where the span computes: cpu, or cuda, with a GPU for each worker or stage.")
     ] = "cpu",
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to record what edges send and get, for attacks on it: activations and gradients, from which "
+            "their texts can be recovered. Their owners should know."
+        ),
+    ] = None,
+    record_mib: Annotated[
+        int, typer.Option(min=1, help="MiB of a recording at most: then it ends, and the cloud goes on.")
+    ] = 1024,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     tls_client_ca: Annotated[
@@ -278,6 +288,8 @@ def serve(
         emulator=emulator,
         sites=sites,
         device=device,
+        record=None if record is None else record.expanduser(),
+        record_mib=record_mib,
         tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key, tls_client_ca),
         bounds=Bounds(
             max_connections=max_connections,

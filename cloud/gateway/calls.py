@@ -30,6 +30,7 @@ from isthmus.cloud.session.handler import TenantSession, kind_of
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry import event_history
 from isthmus.cloud.telemetry.metrics import Metrics
+from isthmus.privacy.recording.recorder import Recorder
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import Limits
@@ -55,6 +56,7 @@ class Calls:
         metrics: where calls are counted.
         options: how the engine computes.
         clock: seconds that never go back, by which deadlines are kept.
+        recorder: writes down what edges send and get; None for nothing.
 
     Attributes:
         engine: computes requests, in their turn.
@@ -62,8 +64,7 @@ class Calls:
         files: the threads that read and write files for edges.
         caches: keys and values of all sessions.
         records_history: whether answers are recorded (`isthmus.cloud.telemetry.event_history`).
-        metrics: see above.
-        clock: see above.
+        metrics, clock, recorder: see above.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Calls:
         metrics: Metrics,
         options: EngineOptions,
         clock: Callable[[], float],
+        recorder: Recorder | None = None,
     ) -> None:
         self.in_flight = InFlight(fraction)
         self.metrics = metrics
         self.clock = clock
+        self.recorder = recorder
         self._served = served
         self._fraction = fraction
         self._options = options
@@ -98,6 +101,10 @@ class Calls:
             limits: what it accepts.
             stage: with the pipeline's next stage, where there is one.
         """
+        if self.recorder is not None:
+            tenant, info = session.tenant, dataclasses.replace(self._served.info, session_id=session.id.hex())
+            account = m.Account(tenant.name, tenant.quota.weight)
+            self.recorder.opened(info, m.Attach(session.link, session.interactive, account=account))
         batching = self._options.batching
         work = self._served.session(
             session.id, session.tenant, self._call_threads, limits, batching=batching, decoding=self._decoding
@@ -113,6 +120,8 @@ class Calls:
         """Give no more turns, and end once what waits is done, or, with `cancel`, cancelled."""
         self.files.shutdown()
         self.engine.shutdown(cancel=cancel)
+        if self.recorder is not None:
+            self.recorder.close()
 
 
 class SessionCalls:
@@ -140,6 +149,8 @@ class SessionCalls:
     async def answer(self, stream: SealedStream, received: Received) -> None:
         """Have a message answered when it has had its turn, and send the answer."""
         calls, session, message = self._calls, self._session, received.message
+        if calls.recorder is not None:
+            calls.recorder.received(session.id, message)
         due = self._due(message)
         crypto_ns = stream.take_crypto_ns()
         with calls.in_flight.call():
@@ -161,6 +172,8 @@ class SessionCalls:
             if reply is not None and not session.fenced:  # the edge goes on in a newer session
                 if calls.records_history:
                     self._record(reply)
+                if calls.recorder is not None:
+                    calls.recorder.sent(session.id, message, reply)
                 await stream.send(reply)
             calls.metrics.calls.labels(_operation(message)).inc()
 

@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 from typing import Final
 
-from isthmus.common.files import disk_errors
 from isthmus.privacy.recording.recording_file import MAGIC, PATTERN, Kind, entry_of, opening_of
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Buffer
@@ -27,67 +26,66 @@ RECORDED: Final = (m.Sites, m.Lease, m.Forward, m.Backward, m.Decode, m.SiteAnsw
 class Recorder:
     """Writes one process's file of a recording. For one thread.
 
-    A process makes a file of its own (`recording.bin`, then `recording-1.bin` and so on), mode 0600, so that neither
-    another worker nor one that was killed and started again writes into what is there.
+    With its first session a process makes a file of its own (`recording.bin`, then `recording-1.bin` and so on), mode
+    0600, so that neither another worker nor one that was killed and started again writes into what is there.
 
-    When the folder's files would take more than the bound, or the disk is full, recording ends and the log says so
-    once; the cloud goes on. What was written is whole.
+    When the folder's files would take more than the bound, or the file cannot be written, recording ends and the log
+    says so once; the cloud goes on. What was written is whole.
 
     Args:
         folder: an existing folder.
         max_bytes: the bound of all files of the folder together. Processes that write at the same time may go over it
             by a message each.
-
-    Raises:
-        DiskError: the file cannot be made.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         self._size = 0
-        with disk_errors(folder):
-            self._file: int | None = _new_file(folder)
-            self._write([MAGIC])
+        self._file: int | None = None
+        self._ended = False
 
     def opened(self, info: m.SessionInfo, attach: m.Attach) -> None:
         """A session was opened: what its edge was told of the model, and its link and account."""
-        if self._file is not None:
+        if not self._ended:
             self._write(opening_of(info, attach))
 
     def received(self, session: bytes, message: m.Message) -> None:
         """A message came, before anything is done with it."""
-        if self._file is not None and isinstance(message, RECORDED):
+        if not self._ended and isinstance(message, RECORDED):
             self._write(entry_of(Kind.FROM_EDGE, session, message))
 
     def sent(self, session: bytes, question: m.Message, reply: m.Message) -> None:
         """A reply is about to be sent to a message."""
-        if self._file is not None and isinstance(question, RECORDED):
+        if not self._ended and isinstance(question, RECORDED):
             self._write(entry_of(Kind.TO_EDGE, session, reply))
 
     def close(self) -> None:
         """Write nothing any more."""
+        self._ended = True
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _write(self, pieces: list[Buffer]) -> None:
         """Write an entry, whole or not at all."""
-        if self._file is None:
-            return
+        pieces = pieces if self._size else [MAGIC, *pieces]
+        size = sum(len(piece) for piece in pieces)
         try:
-            size = sum(len(piece) for piece in pieces)
             if _bytes_in(self._folder) + size > self._max_bytes:
                 self._end(f"it would take more than {self._max_bytes} bytes")
                 return
+            if self._file is None:
+                self._file = _new_file(self._folder)
             for piece in pieces:
                 left = memoryview(piece).cast("B")
                 while len(left):
                     left = left[os.write(self._file, left) :]
             self._size += size
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._size)
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, self._size)
             self._end(str(error.strerror))
 
     def _end(self, reason: str) -> None:
