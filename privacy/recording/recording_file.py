@@ -63,11 +63,13 @@ class Entry:
         kind: what it holds.
         session: the session's id, 16 bytes.
         content: the message, whose tensors are views of memory of its own; or the session that was opened.
+        offset: the byte of the file that it begins at.
     """
 
     kind: Kind
     session: bytes
     content: Message | Opened
+    offset: int
 
 
 def entry_of(kind: Kind, session: bytes, message: Message) -> list[Buffer]:
@@ -126,28 +128,29 @@ def read_entries(path: Path) -> Iterator[Entry]:
 def _read_entry(file: BinaryIO, path: Path, offset: int, size: int) -> Entry:
     start = file.read(_ENTRY.size)
     if len(start) < _ENTRY.size:
-        raise _fault(path, offset, "is cut off")
+        raise fault(path, offset, "is cut off")
     kind, session, header_bytes, body_bytes, checksum = _ENTRY.unpack(start)
     if header_bytes + body_bytes > size - offset - _ENTRY.size:
-        raise _fault(path, offset, "is cut off, or its length is damaged")
+        raise fault(path, offset, "is cut off, or its length is damaged")
     header, body = file.read(header_bytes), bytearray(body_bytes)
     file.readinto(body)  # type: ignore[attr-defined]  # every buffered file has it
     if _checksum((kind, session, header_bytes, body_bytes), (header, body)) != checksum:
-        raise _fault(path, offset, "is damaged: its checksum is another")
+        raise fault(path, offset, "is damaged: its checksum is another")
     try:
         if kind == Kind.OPENED:
             attach = unpack(bytes(body), b"", UNLIMITED)
             if not isinstance(attach, Attach):
-                raise _fault(path, offset, f"opens a session with {type(attach).__name__}")
-            return Entry(Kind.OPENED, session, Opened(unpack_info(header), attach))
-        return Entry(Kind(kind), session, unpack(header, body, UNLIMITED))
+                raise fault(path, offset, f"opens a session with {type(attach).__name__}")
+            return Entry(Kind.OPENED, session, Opened(unpack_info(header), attach), offset)
+        return Entry(Kind(kind), session, unpack(header, body, UNLIMITED), offset)
     except (RemoteProtocolError, ValueError) as error:  # the second: of a kind that there is not
         if isinstance(error, DataError):
             raise
-        raise _fault(path, offset, f"is none of this release: {error}") from error
+        raise fault(path, offset, f"is none of this release: {error}") from error
 
 
-def _fault(path: Path, offset: int, what: str) -> DataError:
+def fault(path: Path, offset: int, what: str) -> DataError:
+    """What is wrong with the entry at an offset of a file."""
     return DataError(
         f"the entry at byte {offset} of {path} {what}. What is before it is whole: `truncate -s {offset}` of a copy "
         "keeps that"

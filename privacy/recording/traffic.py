@@ -7,7 +7,6 @@ takes those of one session or one tenant.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from isthmus.backbone.sites.site_spec import SiteSpec
-from isthmus.common.errors import DataError, NonFiniteError
-from isthmus.privacy.recording.recording_file import PATTERN, UNLIMITED, Opened, read_entries
+from isthmus.common.errors import DataError, NonFiniteError, RemoteProtocolError
+from isthmus.privacy.recording.recording_file import PATTERN, UNLIMITED, Entry, Opened, fault, read_entries
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, codec_by_id, decode
 
@@ -220,7 +219,7 @@ def read_traffic(folder: Path) -> Traffic:
     reader = _Reader()
     for file in files:
         for entry in read_entries(file):
-            reader.take(file, entry.session, entry.content)
+            reader.take(file, entry)
     return reader.traffic(folder)
 
 
@@ -246,17 +245,21 @@ class _Reader:
     asked: list[Asked] = field(default_factory=list)
     leased: list[Leased] = field(default_factory=list)
 
-    def take(self, file: Path, session: bytes, content: m.Message | Opened) -> None:
-        """Take the next entry. Raises DataError where its session was not opened."""
-        if isinstance(content, Opened):
-            account = content.attach.account
-            self.sessions[session] = _Session(session.hex(), "" if account is None else account.tenant, content)
+    def take(self, file: Path, entry: Entry) -> None:
+        """Take the next entry. Raises DataError where its session was not opened, or a tensor cannot be decoded."""
+        if isinstance(entry.content, Opened):
+            account, name = entry.content.attach.account, entry.session.hex()
+            self.sessions[entry.session] = _Session(name, "" if account is None else account.tenant, entry.content)
             return
-        known = self.sessions.get(session)
+        known = self.sessions.get(entry.session)
         if known is None:
-            raise DataError(f"{file} has a message of session {session.hex()}, which was not opened: record anew")
-        with contextlib.suppress(NonFiniteError):  # the cloud refuses such numbers, and nobody learns from them
-            self._message(known, content)
+            raise fault(file, entry.offset, f"is of session {entry.session.hex()}, which was not opened")
+        try:
+            self._message(known, entry.content)
+        except NonFiniteError:
+            pass  # the cloud refuses such numbers, and nobody learns from them
+        except RemoteProtocolError as error:
+            raise fault(file, entry.offset, f"cannot be decoded: {error}") from error
 
     def traffic(self, folder: Path) -> Traffic:
         """All that was taken. Raises DataError where it is no session's, or several models'."""
