@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import DataError
 from isthmus.privacy.recording.recorder import Recorder
+from isthmus.privacy.recording.recording_file import MAGIC
 from isthmus.privacy.recording.traffic import Traffic, read_traffic
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, encode, encode_mask, encode_positions
@@ -20,7 +22,6 @@ A, B = b"a" * 16, b"b" * 16
 LINK = b"l" * 16
 FP32 = codec_id("fp32")
 SITES = (SiteSpec(1, "q_proj"), SiteSpec(1, "v_proj"), SiteSpec(2, "q_proj"))
-EDGE, CLOUD = "edge", "cloud"
 
 
 def tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -144,9 +145,8 @@ def test_leased_adapters_and_decode_calls_are_there(tmp_path: Path) -> None:
 
 
 def test_a_call_that_is_not_finite_is_no_call(tmp_path: Path) -> None:
-    bad = m.Forward(
-        m.CallId(1, 1), True, unchecked(torch.full((1, 2, 8), torch.nan), "fp32", Role.ACTIVATION), None, None, FP32
-    )
+    nothing = unchecked(torch.full((1, 2, 8), torch.nan), "fp32", Role.ACTIVATION)
+    bad = m.Forward(m.CallId(1, 1), True, nothing, None, None, FP32)
     refused = m.Status(m.StatusCode.NON_FINITE, m.CallId(1, 1), "")
     traffic = read(tmp_path, (bad, refused), (forward((1, 2, 8), call=2), None))
     assert [each.call for each in traffic.forwards] == [2]
@@ -158,14 +158,14 @@ def test_a_recording_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     read(tmp_path, (forward((1, 2, 8)), None))
     file = tmp_path / "recording.bin"
     whole = file.read_bytes()
-    file.write_bytes(whole[:20])  # the magic, and no session
+    file.write_bytes(whole[: len(MAGIC)])  # the magic, and no session
     with pytest.raises(DataError, match="has no session"):
         read_traffic(tmp_path)
-    opening = len(whole) - len(whole[20:])
-    assert opening == 20
     recorder = Recorder(tmp_path, 1 << 20)
     recorder.received(A, forward((1, 2, 8)))
-    with pytest.raises(DataError, match=rf"the entry at byte 20 of .*recording-1.bin is of session {A.hex()}"):
+    with pytest.raises(
+        DataError, match=rf"the entry at byte {len(MAGIC)} of .*recording-1.bin is of session {A.hex()}"
+    ):
         read_traffic(tmp_path)
     recorder.close()
     (tmp_path / "recording-1.bin").unlink()
@@ -174,7 +174,6 @@ def test_a_recording_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         read_traffic(tmp_path)
     file.write_bytes(whole)
     other = Recorder(tmp_path, 1 << 20)
-    info = session_info(TENANT, B)
-    other.opened(m.SessionInfo(**{**{f: getattr(info, f) for f in info.__slots__}, "plan": "2:1"}), m.Attach(LINK))
+    other.opened(dataclasses.replace(session_info(TENANT, B), plan="2:1"), m.Attach(LINK))
     with pytest.raises(DataError, match="several models or split plans"):
         read_traffic(tmp_path)
