@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import LayerStandIn, arrange_layers, sharing_copy
+from isthmus.backbone.split.split_cache import window_of
 
 
 class ModelTop:
@@ -17,6 +19,8 @@ class ModelTop:
 
     Attributes:
         head: The rows of the head, `[V, width]`, in fp64.
+        rows: The same as what comes out of the last layer would be compared with them, `[V, h]`: behind OPT's
+            projection the head is narrower.
 
     Args:
         model: A whole transformers causal LM, which stays as it is.
@@ -39,7 +43,14 @@ class ModelTop:
             setattr(base, name, None)
         arrange_layers(base, [self._given, *(layers[index] for index in kept)], [last, *kept], model.config)
         self._base: Any = base.eval()
+        self._types: list[str] | None = getattr(base.config, "layer_types", None)
+        entries = DynamicCache(config=model.config).layers
+        self._windows = [window_of(entries[index]) for index in (last, *kept)]
         self.head: Tensor = model.get_output_embeddings().weight.detach().double()
+        self.rows = self.head
+        for part in self._tail:
+            if isinstance(part, nn.Linear):
+                self.rows = self.rows @ part.weight.detach().double()
         self._cap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     def through(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -47,8 +58,8 @@ class ModelTop:
 
         Args:
             hidden: The span's output, `[1, S, h]`.
-            mask: `[1, S]`, or None.
-            positions: `[1, S]`, or None.
+            mask: `[1, S]`, or None for no padding.
+            positions: `[1, S]`, or None where the model counts by itself.
 
         Returns:
             What comes out of the last layer, `[1, S, h]`.
@@ -59,6 +70,52 @@ class ModelTop:
         output = self._base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
+
+    def alone(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the layers so that each position's result depends on its own state alone; the others are constants.
+
+        Behind the sequence stands each position once more, and sees the sequence before it and itself. So one backward
+        gives a product with the diagonal block of the Jacobian at every position.
+
+        Args:
+            hidden, mask, positions: As for `through`.
+
+        Returns:
+            The states that the result depends on, `[1, S, h]`, and what comes out of the last layer, `[1, S, h]`.
+        """
+        length = hidden.shape[1]
+        own = hidden.detach().clone().requires_grad_()
+        self._given.states = torch.cat([hidden.detach(), own], 1)
+        places = torch.arange(length)
+        counted = places[None] if positions is None else positions
+        before = torch.ones(length, length, dtype=torch.bool).tril(-1)
+        if mask is not None:
+            before &= mask.bool()
+        itself = torch.eye(length, dtype=torch.bool)
+        sees = torch.cat(
+            [torch.cat([before | itself, torch.zeros_like(itself)], 1), torch.cat([before, itself], 1)]
+        )
+        output = self._base(
+            input_ids=torch.zeros(1, 2 * length, dtype=torch.long),
+            attention_mask=self._masks(sees, places.repeat(2)),
+            position_ids=torch.cat([counted, counted], 1),
+            use_cache=False,
+        )
+        return own, output.last_hidden_state[:, length:]
+
+    def _masks(self, sees: Tensor, places: Tensor) -> Any:
+        """What a base model takes for which position sees which, `[n, n]`: for each kind of layer within its window."""
+        distance = places[:, None] - places[None]
+        lowest = torch.finfo(torch.float32).min
+        masks = {
+            window: torch.zeros(1, 1, *sees.shape).masked_fill(
+                ~(sees if window is None else sees & (distance < window)), lowest
+            )
+            for window in self._windows
+        }
+        if self._types is None:
+            return masks[self._windows[0]]
+        return {kind: masks[window] for kind, window in zip(self._types, self._windows, strict=True)}
 
     def tail(self, states: Tensor) -> Tensor:
         """What the head reads, `[..., width]`, of what comes out of the last layer, `[..., h]`."""
