@@ -44,7 +44,7 @@ def held_out(knowledge: Knowledge) -> tuple[PublicText, ...]:
 
 def first_tokens(knowledge: Knowledge) -> Tensor:
     """The whole vocabulary, likely first tokens first, `[V]`: by their places and numbers in public texts."""
-    counts = torch.zeros(knowledge.n_tokens)
+    counts = torch.zeros(knowledge.n_tokens, dtype=torch.float64)
     for tokens in knowledge.public:
         counts += torch.bincount(tokens, minlength=knowledge.n_tokens)
         counts[tokens[0]] += 1e6
