@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def secret_hits(guessed: Sequence[str], secrets: Sequence[Sequence[str]]) -> Hit
     return Hits(torch.tensor(right, dtype=torch.float64), torch.tensor(of, dtype=torch.float64))
 
 
-def decoded(tokenizer: object, guess: Tensor) -> str:
+def decoded(tokenizer: Any, guess: Tensor) -> str:
     """The text of a guess `[n]`; where nothing is guessed stands U+FFFD, which no secret goes across."""
     pieces: list[list[int]] = [[]]
     for token in guess.tolist():
@@ -38,7 +39,6 @@ def decoded(tokenizer: object, guess: Tensor) -> str:
             pieces.append([])
         else:
             pieces[-1].append(token)
-    decode = tokenizer.decode  # type: ignore[attr-defined]  # transformers has no types
     return "\N{REPLACEMENT CHARACTER}".join(
-        decode(piece, clean_up_tokenization_spaces=False) if piece else "" for piece in pieces
+        tokenizer.decode(piece, clean_up_tokenization_spaces=False) if piece else "" for piece in pieces
     )
