@@ -62,6 +62,7 @@ class Knowledge:
         known: Tokens `[n]` of texts of which the attacker knows that the edge has sent them, and the hidden states
             `[n, h]` that came.
         defence: What is known of the defence; None for none.
+        inverter_steps: Steps that the learned inverter is trained for.
         seed: Of whatever is drawn.
     """
 
@@ -74,6 +75,7 @@ class Knowledge:
     private_front: bool = False
     known: tuple[tuple[Tensor, Tensor], ...] = ()
     defence: KnownDefence | None = None
+    inverter_steps: int = 240
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,22 +92,22 @@ class Knowledge:
     @cached_property
     def public_texts(self) -> tuple[PublicText, ...]:
         """The public texts of two tokens or more, as the wire would show them. Computed once."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            texts = []
-            for tokens in self.public:
-                if len(tokens) > 1:
-                    exact = self.front.states(tokens)
-                    texts.append(PublicText(tokens, exact, self._sent(exact)))
+        texts = []
+        for number, tokens in enumerate(self.public):
+            if len(tokens) > 1:
+                exact = self.front.states(tokens)
+                texts.append(PublicText(tokens, exact, self.sent(exact, number)))
         return tuple(texts)
 
     def expect(self, hidden: Tensor) -> Tensor:
         """What comes of hidden states `[n, h]` on average, `[n, h]`."""
         return hidden if self.defence is None else self.defence.expect(hidden[None])[0]
 
-    def _sent(self, hidden: Tensor) -> Tensor:
-        """What the cloud has once the edge has sent `[n, h]`."""
-        sent = hidden[None] if self.defence is None else self.defence.send(hidden[None])
+    def sent(self, hidden: Tensor, number: int) -> Tensor:
+        """What a cloud would have once an edge had sent `[n, h]`, `[n, h]`; another number draws other noise."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + number)
+            sent = hidden[None] if self.defence is None else self.defence.send(hidden[None])
         return decode(encode(sent, self.codec, Role.ACTIVATION))[0]
 
     def with_front(self, front: Front) -> Knowledge:

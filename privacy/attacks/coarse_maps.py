@@ -17,8 +17,8 @@ HELD_OUT = 8
 """One public text in so many is not learned from, and tells how good a map is."""
 
 _FIRST_TOKENS = 1024
+_FEW = 256  # candidates of one forward, whose mask has the square of their number
 _RIDGE = 0.1
-_STEPS = 240
 _TOKENS_A_STEP = 512
 _NEGATIVES = 2048
 _RATE = 1e-3
@@ -44,7 +44,7 @@ def held_out(knowledge: Knowledge) -> tuple[PublicText, ...]:
 
 def first_tokens(knowledge: Knowledge) -> Tensor:
     """The whole vocabulary, likely first tokens first, `[V]`: by their places and numbers in public texts."""
-    counts = torch.zeros(knowledge.n_tokens)
+    counts = torch.zeros(knowledge.n_tokens, dtype=torch.float64)
     for tokens in knowledge.public:
         counts += torch.bincount(tokens, minlength=knowledge.n_tokens)
         counts[tokens[0]] += 1e6
@@ -68,9 +68,11 @@ class RidgeMap:
         self._later = _solve(
             torch.cat([text.sent[1:] for text in texts]), embedding[torch.cat([text.tokens[1:] for text in texts])]
         )
-        first = first_tokens(knowledge)[:_FIRST_TOKENS]
-        states = knowledge.expect(torch.cat([knowledge.front.states(token[None]) for token in first]))
-        self._first = _solve(states, embedding[first])
+        first, front = first_tokens(knowledge)[:_FIRST_TOKENS], knowledge.front
+        states = [front.candidates(front.begin(), tokens, torch.tensor(0)) for tokens in first.split(_FEW)]
+        # Each is sent as a text of one token.
+        sent = torch.cat([knowledge.sent(state[None], number) for number, state in enumerate(torch.cat(states))])
+        self._first = _solve(sent, embedding[first])
 
     def scores(self, hidden: Tensor) -> Tensor:
         """See `CoarseMap`."""
@@ -112,7 +114,7 @@ class InverterMap(nn.Module):
     def __init__(self, knowledge: Knowledge) -> None:
         super().__init__()
         texts = learned_from(knowledge)
-        self._ridge = RidgeMap(knowledge)
+        self._ridge = ridge_of(knowledge)
         self._rows = normalize(knowledge.front.embedding, dim=1)
         later = torch.cat([text.sent[1:] for text in texts])
         self._mean, self._spread = later.mean(0), later.std(0).clamp_min(1e-9)
@@ -126,7 +128,7 @@ class InverterMap(nn.Module):
             nn.init.zeros_(self.out.weight)  # begins as the ridge regression
             nn.init.zeros_(self.out.bias)
             self.sharpness = nn.Parameter(torch.tensor(math.log(20.0)))
-            self._learn(texts)
+            self._learn(texts, knowledge.inverter_steps)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -146,11 +148,11 @@ class InverterMap(nn.Module):
             for hidden, row in zip(sequences, found, strict=True)
         ]
 
-    def _learn(self, texts: Sequence[PublicText]) -> None:
+    def _learn(self, texts: Sequence[PublicText], steps: int) -> None:
         optimizer = torch.optim.AdamW(self.parameters(), lr=_RATE, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
         batches = _batches(texts)
-        for _ in range(_STEPS):
+        for _ in range(steps):
             batch = next(batches)
             tokens = torch.cat([text.tokens for text in batch])
             others = torch.randint(len(self._rows), (min(_NEGATIVES, len(self._rows)),))
@@ -176,9 +178,16 @@ def _batches(texts: Sequence[PublicText]) -> Iterator[list[PublicText]]:
                 batch = []
 
 
+# The last maps are kept, for the attacks that use them one after the other.
+@functools.lru_cache(maxsize=1)
+def ridge_of(knowledge: Knowledge) -> RidgeMap:
+    """The ridge regression."""
+    return RidgeMap(knowledge)
+
+
 @functools.lru_cache(maxsize=1)
 def inverter_of(knowledge: Knowledge) -> InverterMap:
-    """The learned map; the last one is kept, for the attacks that use it one after the other."""
+    """The learned map."""
     return InverterMap(knowledge)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from isthmus.privacy.attacks.attack import Guess, Knowledge, rows
-from isthmus.privacy.attacks.coarse_maps import RidgeMap
+from isthmus.privacy.attacks.coarse_maps import ridge_of
 from isthmus.privacy.recording.traffic import Traffic
 
 
@@ -18,7 +18,7 @@ class RidgeInversion:
 
     def prepare(self, knowledge: Knowledge) -> None:
         """Fit the map to public texts."""
-        self._front, self._map = knowledge.front, RidgeMap(knowledge)
+        self._front, self._map = knowledge.front, ridge_of(knowledge)
 
     def run(self, traffic: Traffic) -> Guess:
         """See `Attack`."""

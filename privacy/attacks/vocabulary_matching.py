@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from isthmus.privacy.attacks.attack import Guess, Knowledge, Row, rows
-from isthmus.privacy.attacks.coarse_maps import CoarseMap, RidgeMap, held_out, inverter_of, ranks
+from isthmus.privacy.attacks.coarse_maps import CoarseMap, held_out, inverter_of, ranks, ridge_of
 from isthmus.privacy.attacks.first_states import FirstStates
 from isthmus.privacy.attacks.front import Prefix
 from isthmus.privacy.attacks.private_front import held_out_known
@@ -64,8 +64,7 @@ class VocabularyMatching:
             drift = torch.cat([hidden - knowledge.expect(self._front.states(tokens)) for tokens, hidden in judged])
         self._noise = WireNoise(noise, exact, correlated=len(noise) > 2 * noise.shape[1], drift=drift)
         self._first = FirstStates(knowledge, _SLACK)
-        self._map = self._coarse_map(knowledge)
-        self._ranks = torch.cat([ranks(self._map, text)[1:] for text in held_out(knowledge)])
+        self._map, self._ranks = _coarse_map(knowledge)
         if knowledge.private_front and not judged:
             self._threshold, self._tells, self._shortest = float("inf"), False, _PRIVATE_LIST
             return
@@ -79,17 +78,6 @@ class VocabularyMatching:
             guesses.append(row.spread(tokens))
             credits.extend(credit)
         return Guess(tuple(guesses), sum(credits) / max(len(credits), 1))
-
-    def _coarse_map(self, knowledge: Knowledge) -> CoarseMap:
-        """The ridge regression where its first list holds nearly everything; else the better of it and the inverter."""
-        found: list[tuple[float, CoarseMap]] = []
-        for make in (RidgeMap, inverter_of):
-            coarse = make(knowledge)
-            missed = torch.cat([ranks(coarse, text)[1:] for text in held_out(knowledge)]) >= _LISTS[0]
-            found.append((1 - float(missed.float().mean()), coarse))
-            if found[-1][0] >= _ENOUGH:
-                break
-        return max(found, key=lambda pair: pair[0])[1]
 
     def _calibrate(self, texts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Learn from texts `[n]` and what came of them `[n, h]` how near the right token lies, and how near others."""
@@ -125,6 +113,8 @@ class VocabularyMatching:
     def _read(self, row: Row) -> tuple[Tensor, list[float]]:
         """The tokens of a sequence `[n]`, and the chance that each one's list held it."""
         n, prefix = len(row.hidden), self._front.begin()
+        if not n:
+            return torch.empty(0, dtype=torch.long), []
         scores = self._map.scores(row.hidden)
         token, explained = self._first.find(row.hidden[0], row.positions[0])
         self._front.extend(prefix, token[None], row.positions[:1])
@@ -170,3 +160,19 @@ class VocabularyMatching:
                 return token, 1.0 if self._tells else self._recall(stop)
             tried = stop
         return token, 0.0
+
+
+def _coarse_map(knowledge: Knowledge) -> tuple[CoarseMap, Tensor]:
+    """A coarse map, and how many tokens it places before the right one at each held-out public position.
+
+    The ridge regression where its shortest list holds nearly everything; else the better of it and the learned inverter.
+    """
+
+    def judged(coarse: CoarseMap) -> tuple[CoarseMap, Tensor]:
+        return coarse, torch.cat([ranks(coarse, text)[1:] for text in held_out(knowledge)])
+
+    def recall(of: tuple[CoarseMap, Tensor]) -> float:
+        return float((of[1] < _LISTS[0]).float().mean())
+
+    ridge = judged(ridge_of(knowledge))
+    return ridge if recall(ridge) >= _ENOUGH else max(ridge, judged(inverter_of(knowledge)), key=recall)
