@@ -3,6 +3,6 @@
 `recording` is what an honest-but-curious cloud has of a session, as a file and as tensors; `attacks` guess texts from
 it; `measures` say how good a guess is.
 
-It may import `isthmus.backbone`, `isthmus.protocol` (messages and codecs), `isthmus.common`, torch and transformers;
-never the edge, the cloud, gRPC or Ray.
+It may import `isthmus.backbone`, `isthmus.training` (the schedule of learning rates), `isthmus.protocol` (messages and
+codecs), `isthmus.common`, torch and transformers; never the edge, the cloud, gRPC or Ray.
 """

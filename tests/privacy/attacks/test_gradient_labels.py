@@ -1,0 +1,123 @@
+"""Labels out of gradients, and what must not give them away."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.models.attacked import tiny_model
+from support.models.tiny import CONFIGS, N_LAYERS, VOCAB, tiny_tokenizer
+from torch import Tensor
+
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import DataError
+from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge
+from isthmus.privacy.attacks.front import Front
+from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, labelled_row
+from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
+
+LENGTH, START = 20, 9
+
+
+def knowing(model: Any, plan: str = "2:2", codec: str = "fp32") -> Knowledge:
+    random = torch.Generator().manual_seed(1)
+    public = tuple(torch.randint(3, VOCAB, (LENGTH,), generator=random) for _ in range(4))
+    split = SplitPlan.parse(plan, N_LAYERS)
+    return Knowledge(model, tiny_tokenizer(), split, Front(model, split.bottom), public, codec)
+
+
+def sent(knowledge: Knowledge, rows: int = 3) -> tuple[Traffic, list[Tensor]]:
+    """Calls of an edge with the model that `knowledge` has, two rows in the first one, and their labels."""
+    random = torch.Generator().manual_seed(2)
+    made = [
+        labelled_row(knowledge, torch.randint(3, VOCAB, (LENGTH,), generator=random), START) for _ in range(rows)
+    ]
+    forwards, backwards = [], []
+    for call, together in enumerate((made[:2], made[2:])):
+        output = torch.cat([each.row.output for each in together])
+        gradient = torch.cat([each.row.gradient for each in together])
+        mask = torch.ones(output.shape[:2], dtype=torch.bool)
+        forwards.append(Forward(call, 0, output, mask, None, "fp32", output, True))
+        backwards.append(Backward(call, 0, gradient, knowledge.codec, None))
+    return Traffic("", str(knowledge.plan), tuple(forwards), tuple(backwards)), [each.labels for each in made]
+
+
+def accuracy(attack: DirectLabels | ExactLabels, knowledge: Knowledge, traffic: Traffic, labels: list[Tensor]) -> float:
+    attack.prepare(knowledge)
+    guess = attack.run(traffic).labels
+    assert guess is not None
+    right = sum(int(((given == true) & (true != UNKNOWN)).sum()) for given, true in zip(guess, labels, strict=True))
+    return right / sum(int((true != UNKNOWN).sum()) for true in labels)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_all_labels_come_out_where_the_top_is_known(family: str) -> None:
+    knowledge = knowing(tiny_model(family))
+    traffic, labels = sent(knowledge)
+    assert accuracy(ExactLabels(), knowledge, traffic, labels) == 1
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_a_coarse_wire_hides_few_labels(codec: str) -> None:
+    knowledge = knowing(tiny_model("llama"), codec=codec)
+    traffic, labels = sent(knowledge)
+    assert accuracy(ExactLabels(), knowledge, traffic, labels) > 0.9
+
+
+def test_most_labels_come_out_of_the_gradient_as_it_is() -> None:
+    knowledge = knowing(tiny_model("llama"))
+    traffic, labels = sent(knowledge)
+    assert 0.5 < accuracy(DirectLabels(), knowledge, traffic, labels) <= 1
+
+
+def test_positions_without_a_label_are_mostly_left_alone() -> None:
+    knowledge = knowing(tiny_model("llama"))
+    traffic, labels = sent(knowledge)
+    attack = ExactLabels()
+    attack.prepare(knowledge)
+    guess = attack.run(traffic).labels
+    assert guess is not None
+    guessed = torch.cat(guess)[torch.cat(labels) == UNKNOWN] != UNKNOWN
+    assert guessed.double().mean() < 0.1
+    assert attack.coarse_recall is not None and attack.coarse_recall > 0.99
+
+
+def tuned_in_secret(model: Any, by: float, layers: range) -> Any:
+    """The model with its weights in `layers` moved by a share of their size."""
+    tuned, random = copy.deepcopy(model), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for layer in layers:
+            for weight in tuned.model.layers[layer].parameters():
+                weight += by * weight.std() * torch.randn(weight.shape, generator=random)
+    return tuned
+
+
+def test_base_weights_are_near_enough_to_a_top_tuned_in_secret() -> None:
+    model = tiny_model("llama")
+    traffic, labels = sent(knowing(tuned_in_secret(model, 0.1, range(4, 6))))
+    assert accuracy(ExactLabels(), knowing(model), traffic, labels) > 0.9
+
+
+@pytest.mark.parametrize("attack", [DirectLabels, ExactLabels])
+def test_another_head_and_gradients_of_other_calls_give_nothing(attack: type[DirectLabels | ExactLabels]) -> None:
+    knowledge = knowing(tiny_model("llama"))
+    traffic, labels = sent(knowledge)
+    assert accuracy(attack(), knowing(tiny_model("llama", seed=9)), traffic, labels) < 0.1
+    random = torch.Generator().manual_seed(5)
+    elsewhere = tuple(
+        replace(each, gradient=each.gradient[:, torch.randperm(LENGTH, generator=random)])
+        for each in traffic.backwards
+    )
+    assert accuracy(attack(), knowledge, replace(traffic, backwards=elsewhere), labels) < 0.4
+
+
+def test_a_gradient_without_its_output_is_refused() -> None:
+    knowledge = knowing(tiny_model("llama"))
+    traffic, _ = sent(knowledge)
+    attack = ExactLabels()
+    attack.prepare(knowledge)
+    with pytest.raises(DataError, match="call 0 has a gradient and no output"):
+        attack.run(replace(traffic, forwards=()))
