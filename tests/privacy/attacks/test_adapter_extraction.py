@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,17 +100,20 @@ def test_what_is_no_product_of_the_input_does_not_come_out(loras: Adapters) -> N
     mixed = traffic_of(loras, 200)
     down, up = mixed.asked
     other = torch.Generator().manual_seed(7)
-    shuffled = Asked(0, 5, down.phase, down.sites, (down.question[0][:, torch.randperm(200, generator=other)],), down.answer)
+    order = torch.randperm(200, generator=other)
+    shuffled = replace(down, question=(down.question[0][:, order],))
     found = AdapterExtraction().run(Traffic("", "2:2", asked=(shuffled, up)))
     assert all(each.error > 0.5 for each in found)
 
 
 def test_a_low_rank_site_gives_its_core() -> None:
     torch.manual_seed(0)
-    specs = (SiteSpec(3, "mlp.up_proj", Placement.LOW_RANK, RANK, 1), SiteSpec(3, "mlp.gate_proj", Placement.LOW_RANK, RANK, 2))
+    parts = ("mlp.up_proj", "mlp.gate_proj")
+    specs = tuple(SiteSpec(3, part, Placement.LOW_RANK, RANK, seed) for seed, part in enumerate(parts))
     cores, z = [torch.randn(RANK, RANK) for _ in specs], [torch.randn(1, 20, RANK) for _ in specs]
     answer = tuple(each @ core.T for each, core in zip(z, cores, strict=True))
-    found = AdapterExtraction().run(Traffic("", "2:2", asked=(Asked(0, 1, SitePhase.FORWARD, specs, tuple(z), answer),)))
+    asked = Asked(0, 1, SitePhase.FORWARD, specs, tuple(z), answer)
+    found = AdapterExtraction().run(Traffic("", "2:2", asked=(asked,)))
     for each, core in zip(found, cores, strict=True):
         torch.testing.assert_close(each.product, core, rtol=1e-3, atol=1e-4)
 
