@@ -24,6 +24,8 @@ _NEGATIVES = 2048
 _RATE = 1e-3
 _CLAMP = 8.0
 
+_Affine = tuple[Tensor, Tensor]  # a matrix [h, e] and a row [e]
+
 
 class CoarseMap(Protocol):
     """Scores every token at every position of a sequence."""
@@ -82,9 +84,6 @@ class RidgeMap:
         """The regression's token embeddings of one sequence `[n, h]`, of norm 1, `[n, e]`."""
         parts = [_applied(self._first, hidden[:1]), _applied(self._later, hidden[1:])]
         return normalize(torch.cat(parts), dim=1)
-
-
-_Affine = tuple[Tensor, Tensor]  # a matrix [h, e] and a row [e]
 
 
 def _solve(inputs: Tensor, targets: Tensor) -> _Affine:

@@ -52,4 +52,6 @@ def true_positive_rate(members: Tensor, others: Tensor, *, at: float = 0.01) -> 
 
 def _check(members: Tensor, others: Tensor) -> None:
     if not len(members) or not len(others):
-        raise ConfigError(f"{len(members)} members and {len(others)} non-members cannot be told apart; give some of both")
+        raise ConfigError(
+            f"{len(members)} members and {len(others)} non-members cannot be told apart; give some of both"
+        )

@@ -102,6 +102,13 @@ def attacked(
     hidden = decode(encode(sent, codec, Role.ACTIVATION))
     forward = Forward(0, 0, hidden, None, None, codec, None, False)
     knowledge = Knowledge(
-        model, tiny_tokenizer(), SplitPlan(N_LAYERS, bottom, 2), front, public, codec=codec, defence=defence, inverter_steps=80
+        model,
+        tiny_tokenizer(),
+        SplitPlan(N_LAYERS, bottom, 2),
+        front,
+        public,
+        codec=codec,
+        defence=defence,
+        inverter_steps=80,
     )
     return Attacked(private, Traffic("", f"{bottom}:2", (forward,)), knowledge)
