@@ -167,7 +167,7 @@ class VocabularyMatching:
 def _coarse_map(knowledge: Knowledge) -> tuple[CoarseMap, Tensor]:
     """A coarse map, and how many tokens it places before the right one at each held-out public position.
 
-    The ridge regression where its shortest list holds nearly everything; else the better of it and the learned inverter.
+    The ridge regression where its shortest list holds nearly everything; else the better of it and the inverter.
     """
 
     def judged(coarse: CoarseMap) -> tuple[CoarseMap, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.privacy.attacks.attack import Attack, Guess, KnownDefence, Knowledge
+from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.recording.traffic import Forward, Traffic
 from isthmus.protocol.tensor_codecs import Role, decode, encode
