@@ -17,7 +17,7 @@ from isthmus.privacy.recording.traffic import Forward, Traffic
 from isthmus.protocol.tensor_codecs import Role, decode, encode
 
 LENGTH = 14
-_PRIVATE, _PUBLIC = 4, 60
+_PRIVATE, _PUBLIC = 4, 50
 
 
 def tiny_model(family: str, seed: int = 0) -> Any:
@@ -104,11 +104,11 @@ def attacked(
     knowledge = Knowledge(
         model,
         tiny_tokenizer(),
-        SplitPlan(N_LAYERS, bottom, 2),
+        SplitPlan(N_LAYERS, bottom, 1),
         front,
         public,
         codec=codec,
         defence=defence,
-        inverter_steps=80,
+        inverter_steps=40,
     )
-    return Attacked(private, Traffic("", f"{bottom}:2", (forward,)), knowledge)
+    return Attacked(private, Traffic("", f"{bottom}:1", (forward,)), knowledge)
