@@ -24,6 +24,8 @@ _NEGATIVES = 2048
 _RATE = 1e-3
 _CLAMP = 8.0
 
+_Affine = tuple[Tensor, Tensor]  # a matrix [h, e] and a row [e]
+
 
 class CoarseMap(Protocol):
     """Scores every token at every position of a sequence."""
@@ -69,7 +71,7 @@ class RidgeMap:
             torch.cat([text.sent[1:] for text in texts]), embedding[torch.cat([text.tokens[1:] for text in texts])]
         )
         first, front = first_tokens(knowledge)[:_FIRST_TOKENS], knowledge.front
-        states = [front.candidates(front.begin(), tokens, torch.tensor(0)) for tokens in first.split(_FEW)]
+        states = [front.candidates(front.begin(), tokens, torch.tensor(0)) for tokens in torch.split(first, _FEW)]
         # Each is sent as a text of one token.
         sent = torch.cat([knowledge.sent(state[None], number) for number, state in enumerate(torch.cat(states))])
         self._first = _solve(sent, embedding[first])
@@ -82,9 +84,6 @@ class RidgeMap:
         """The regression's token embeddings of one sequence `[n, h]`, of norm 1, `[n, e]`."""
         parts = [_applied(self._first, hidden[:1]), _applied(self._later, hidden[1:])]
         return normalize(torch.cat(parts), dim=1)
-
-
-_Affine = tuple[Tensor, Tensor]  # a matrix [h, e] and a row [e]
 
 
 def _solve(inputs: Tensor, targets: Tensor) -> _Affine:
@@ -156,7 +155,7 @@ class InverterMap(nn.Module):
             batch = next(batches)
             tokens = torch.cat([text.tokens for text in batch])
             others = torch.randint(len(self._rows), (min(_NEGATIVES, len(self._rows)),))
-            compared, targets = torch.cat([tokens, others]).unique(return_inverse=True)
+            compared, targets = torch.unique(torch.cat([tokens, others]), return_inverse=True)
             found = torch.cat(self._embeddings([text.sent for text in batch]))
             logits = self.sharpness.exp() * found @ self._rows[compared].T
             loss = cross_entropy(logits, targets[: len(tokens)])

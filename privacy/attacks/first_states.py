@@ -57,7 +57,7 @@ class FirstStates:
         """The vocabulary `[m]` with what is expected of each token at a position, `[m, h]`, piece by piece."""
         computed = self._computed.setdefault(int(position), [])
         front = self._knowledge.front
-        pieces = [self._order[:_FIRST], *self._order[_FIRST:].split(_CHUNK)]
+        pieces = [self._order[:_FIRST], *torch.split(self._order[_FIRST:], _CHUNK)]
         for number, tokens in enumerate(pieces):
             if number == len(computed):
                 states = front.candidates(front.begin(), tokens, position)

@@ -1,7 +1,7 @@
 """The first layers of a model as an attacker runs them: forwards, and many candidates for one position at once.
 
-transformers' own base model does the work, so embeddings, learned and rotary positions, and windows are the model's. Its
-list of layers ends in a module that keeps what comes to it: the hidden states at the cut.
+transformers' own base model does the work, so embeddings, learned and rotary positions, and windows are the model's.
+Its list of layers ends in a module that keeps what comes to it: the hidden states at the cut.
 
 Candidates for the next position are one row of queries. All have the same position id, and a mask lets each see the
 tokens before and itself; their keys and values are then removed from the cache. So a thousand candidates cost one

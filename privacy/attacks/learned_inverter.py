@@ -22,6 +22,4 @@ class LearnedInverter:
 
     def run(self, traffic: Traffic) -> Guess:
         """See `Attack`."""
-        return Guess(
-            tuple(row.spread(self._map.scores(row.hidden).argmax(1)) for row in rows(traffic, self._front))
-        )
+        return Guess(tuple(row.spread(self._map.scores(row.hidden).argmax(1)) for row in rows(traffic, self._front)))

@@ -149,7 +149,9 @@ class VocabularyMatching:
         """The next token by longer and longer lists, and the chance that the list held it."""
         place, size = prefix.length, len(scores)
         longest = size if everything else min(_LISTS[-1], size)
-        stops = [stop for stop in (*_LISTS, *range(2 * _LISTS[-1], size, _LISTS[-1])) if self._shortest <= stop < longest]
+        stops = [
+            stop for stop in (*_LISTS, *range(2 * _LISTS[-1], size, _LISTS[-1])) if self._shortest <= stop < longest
+        ]
         order = scores.argsort(descending=True) if everything else scores.topk(longest).indices
         best, token, tried = float("inf"), order[0], 0
         for stop in (*stops, longest):
@@ -165,7 +167,7 @@ class VocabularyMatching:
 def _coarse_map(knowledge: Knowledge) -> tuple[CoarseMap, Tensor]:
     """A coarse map, and how many tokens it places before the right one at each held-out public position.
 
-    The ridge regression where its shortest list holds nearly everything; else the better of it and the learned inverter.
+    The ridge regression where its shortest list holds nearly everything; else the better of it and the inverter.
     """
 
     def judged(coarse: CoarseMap) -> tuple[CoarseMap, Tensor]:

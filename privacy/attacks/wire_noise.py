@@ -30,5 +30,6 @@ class WireNoise:
         self._whiten = inverse.T.float()
 
     def distances(self, expected: Tensor, arrived: Tensor) -> Tensor:
-        """Root mean square of the whitened difference, `[m]`, of `[m, h]` from `[h]` or `[m, h]`; noise alone gives 1."""
-        return ((arrived - expected) @ self._whiten).square().mean(-1).sqrt()
+        """Root mean square of the whitened difference, `[m]`, of `[m, h]` from `[h]` or `[m, h]`; 1 for noise alone."""
+        whitened: Tensor = (arrived - expected) @ self._whiten
+        return whitened.square().mean(-1).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError
@@ -22,8 +23,8 @@ def membership_auc(members: Tensor, others: Tensor) -> float:
     _check(members, others)
     ordered = others.double().sort().values
     scores = members.double()
-    below = ordered.searchsorted(scores, right=False)
-    up_to = ordered.searchsorted(scores, right=True)
+    below = torch.searchsorted(ordered, scores)
+    up_to = torch.searchsorted(ordered, scores, right=True)
     return float((below + up_to).double().mean() / (2 * len(others)))
 
 
@@ -52,4 +53,6 @@ def true_positive_rate(members: Tensor, others: Tensor, *, at: float = 0.01) -> 
 
 def _check(members: Tensor, others: Tensor) -> None:
     if not len(members) or not len(others):
-        raise ConfigError(f"{len(members)} members and {len(others)} non-members cannot be told apart; give some of both")
+        raise ConfigError(
+            f"{len(members)} members and {len(others)} non-members cannot be told apart; give some of both"
+        )

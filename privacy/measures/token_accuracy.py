@@ -40,10 +40,11 @@ def token_hits(guessed: Sequence[Tensor], true: Sequence[Tensor], *, rare: Tenso
     Raises:
         ConfigError: Guess and truth have other numbers of sequences or tokens.
     """
-    if [len(each) for each in guessed] != [len(each) for each in true]:
+    sizes = [[len(each) for each in texts] for texts in (guessed, true)]
+    if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"a guess of {[len(each) for each in guessed]} tokens does not fit texts of {[len(each) for each in true]}: "
-            "give the texts that were attacked, in their order"
+            f"a guess of {sizes[0]} tokens does not fit texts of {sizes[1]}: give the texts that were attacked, in "
+            "their order"
         )
     right, of = [], []
     for guess, tokens in zip(guessed, true, strict=True):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models.attacked import LENGTH, attacked, tiny_model
+from support.models.attacked import attacked, tiny_model
 from support.models.tiny import VOCAB
 
 from isthmus.common.errors import ConfigError
@@ -24,16 +24,16 @@ def tuned_front(model: object, by: float) -> Front:
 
 def test_a_tuned_front_is_read_with_the_base_weights_and_better_with_known_texts() -> None:
     model = tiny_model("llama")
-    edges = tuned_front(model, 0.15)
+    edges = tuned_front(model, 0.1)
     case = attacked(model=model, edges_front=edges).knowing(private_front=True)
     alone = case.accuracy(case.attack(VocabularyMatching()))
     assert alone > 0.5
 
     random = torch.Generator().manual_seed(5)
-    texts = [torch.randint(3, VOCAB, (LENGTH,), generator=random) for _ in range(8)]
+    texts = [torch.randint(3, VOCAB, (60,), generator=random) for _ in range(8)]
     known = case.knowing(known=tuple((text, edges.states(text)) for text in texts))
     fitted = known.knowing(front=fit_front(known.knowledge).front)
-    assert fitted.accuracy(fitted.attack(VocabularyMatching())) > max(alone, 0.95)
+    assert fitted.accuracy(fitted.attack(VocabularyMatching())) > alone + 0.1
 
     # The control: known texts that are not what came of them teach nothing.
     mixed = known.knowing(known=tuple((text, edges.states(text.flip(0))) for text in texts))

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.privacy.attacks.attack import Attack, Guess, KnownDefence, Knowledge
+from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.recording.traffic import Forward, Traffic
 from isthmus.protocol.tensor_codecs import Role, decode, encode
 
 LENGTH = 14
-_PRIVATE, _PUBLIC = 4, 60
+_PRIVATE, _PUBLIC = 4, 50
 
 
 def tiny_model(family: str, seed: int = 0) -> Any:
@@ -102,6 +102,13 @@ def attacked(
     hidden = decode(encode(sent, codec, Role.ACTIVATION))
     forward = Forward(0, 0, hidden, None, None, codec, None, False)
     knowledge = Knowledge(
-        model, tiny_tokenizer(), SplitPlan(N_LAYERS, bottom, 2), front, public, codec=codec, defence=defence, inverter_steps=80
+        model,
+        tiny_tokenizer(),
+        SplitPlan(N_LAYERS, bottom, 1),
+        front,
+        public,
+        codec=codec,
+        defence=defence,
+        inverter_steps=40,
     )
-    return Attacked(private, Traffic("", f"{bottom}:2", (forward,)), knowledge)
+    return Attacked(private, Traffic("", f"{bottom}:1", (forward,)), knowledge)
