@@ -92,9 +92,7 @@ class ModelTop:
         if mask is not None:
             before &= mask.bool()
         itself = torch.eye(length, dtype=torch.bool)
-        sees = torch.cat(
-            [torch.cat([before | itself, torch.zeros_like(itself)], 1), torch.cat([before, itself], 1)]
-        )
+        sees = torch.cat([torch.cat([before | itself, torch.zeros_like(itself)], 1), torch.cat([before, itself], 1)])
         output = self._base(
             input_ids=torch.zeros(1, 2 * length, dtype=torch.long),
             attention_mask=self._masks(sees, places.repeat(2)),
@@ -138,4 +136,3 @@ class _Given(LayerStandIn):
 
     def forward(self, _hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return self.states
-

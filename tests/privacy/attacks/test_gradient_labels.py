@@ -34,9 +34,7 @@ def knowing(model: Any, plan: str = "2:2", codec: str = "fp32") -> Knowledge:
 def sent(knowledge: Knowledge, rows: int = 3) -> tuple[Traffic, list[Tensor]]:
     """Calls of an edge with the model that `knowledge` has, two rows in the first one, and their labels."""
     random = torch.Generator().manual_seed(2)
-    made = [
-        labelled_row(knowledge, torch.randint(3, VOCAB, (LENGTH,), generator=random), START) for _ in range(rows)
-    ]
+    made = [labelled_row(knowledge, torch.randint(3, VOCAB, (LENGTH,), generator=random), START) for _ in range(rows)]
     forwards, backwards = [], []
     for call, together in enumerate((made[:2], made[2:])):
         output = torch.cat([each.row.output for each in together])
@@ -110,8 +108,7 @@ def test_another_head_and_gradients_of_other_calls_give_nothing(attack: type[Dir
     assert accuracy(attack(), knowing(tiny_model("llama", seed=9)), traffic, labels) < 0.1
     random = torch.Generator().manual_seed(5)
     elsewhere = tuple(
-        replace(each, gradient=each.gradient[:, torch.randperm(LENGTH, generator=random)])
-        for each in traffic.backwards
+        replace(each, gradient=each.gradient[:, torch.randperm(LENGTH, generator=random)]) for each in traffic.backwards
     )
     assert accuracy(attack(), knowledge, replace(traffic, backwards=elsewhere), labels) < 0.4
 
