@@ -10,8 +10,7 @@ sends is `J^T u`, J the Jacobian of the top layers and the final norm.
 position t of its output depends on positions up to t. So the gradient at the last position with a label is
 `J_tt^T u_t`, one of V directions, and that at an earlier one is the same and what comes of later labels. A list of
 candidates for each position is compared with what is left once the other positions' best candidates are taken off. This
-is repeated until what is left stays, after as many rounds as there are positions at most. Solving `J^T u = g` at large does not work: on SmolLM2-135M, GMRES is at a residual of 72 %
-after 400 products.
+is repeated until what is left stays, after as many rounds as there are positions at most.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_positions_without_a_label_are_mostly_left_alone() -> None:
     assert guess is not None
     guessed = torch.cat(guess)[torch.cat(labels) == UNKNOWN] != UNKNOWN
     assert guessed.double().mean() < 0.25
-    assert attack.coarse_recall is not None and attack.coarse_recall > 0.99
+    assert attack.coarse_recall == 1
 
 
 def tuned_in_secret(model: Any, by: float, layers: range) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models.tiny import N_LAYERS, VOCAB, tiny_config, tiny_tokenizer
+from support.models.tiny import N_LAYERS, tiny_config, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
