@@ -31,7 +31,7 @@ from isthmus.privacy.attacks.model_top import ModelTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
 from isthmus.protocol.tensor_codecs import Role, decode, encode
 
-LISTS = (64, 256)
+LISTS = (16, 64, 256)
 """Candidates for a position: the shortest list that held every label of the public texts is taken."""
 _PUBLIC_TEXTS = 4
 _NOISE = 0.99  # so many positions without a label stay below the threshold
@@ -85,9 +85,11 @@ class _LabelAttack:
 
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
         """Set the threshold."""
-        self.threshold = 0.0
-        noise = [self.match(each.row)[1][each.labels == UNKNOWN] for each in public]
-        self.threshold = float(torch.cat(noise).quantile(_NOISE))
+        cosines = torch.cat([self.match(each.row)[1] for each in public])
+        self._set_threshold(cosines, torch.cat([each.labels for each in public]))
+
+    def _set_threshold(self, cosines: Tensor, labels: Tensor) -> None:
+        self.threshold = float(cosines[labels == UNKNOWN].quantile(_NOISE))
 
     def run(self, traffic: Traffic) -> Guess:
         """Guess the labels of each row of each backward: at place t the token that position t learns to predict.
@@ -131,16 +133,16 @@ class ExactLabels(_LabelAttack):
     name: ClassVar[str] = "labels-exact"
 
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
-        """Take the shortest lists that hold all labels of the public texts, or the longest ones."""
+        """Take the shortest lists that hold all labels of the public texts, or the longest ones; set the threshold."""
         self.threshold = 0.0
+        labels = torch.cat([each.labels for each in public])
         for self._listed in LISTS:
-            lists = torch.cat([self._match(each.row)[0] for each in public])
-            labels = torch.cat([each.labels for each in public])
-            held = (lists == labels[:, None]).any(1)[labels != UNKNOWN]
-            self.coarse_recall = held.double().mean().item()
+            matched = [self._match(each.row) for each in public]
+            held = (torch.cat([lists for lists, _, _ in matched]) == labels[:, None]).any(1)
+            self.coarse_recall = held[labels != UNKNOWN].double().mean().item()
             if self.coarse_recall == 1:
                 break
-        super().calibrate(public)
+        self._set_threshold(torch.cat([cosines for _, _, cosines in matched]), labels)
 
     def match(self, row: Row) -> tuple[Tensor, Tensor]:
         """See `_LabelAttack`."""
@@ -149,60 +151,73 @@ class ExactLabels(_LabelAttack):
 
     def _match(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates of each position `[S, candidates]`, the best one's place among them, and its cosine, `[S]`."""
-        top, head = self._top, self._top.head
-        output = row.output.detach().requires_grad_()
-        states = top.through(output, row.mask, row.positions)
-        read = top.tail(states)[0]
-        own, states_alone = top.alone(output, row.mask, row.positions)
-        read_alone = top.tail(states_alone)[0]
-        logits, slopes = top.logit_slopes(read.detach().double() @ head.T)
-        means = (slopes * logits.softmax(-1)) @ head
-
-        def direction(tokens: Tensor) -> Tensor:  # of the loss's gradient where the head reads, `[S, width]`
-            return means - slopes.gather(1, tokens[:, None]) * head[tokens]
-
-        def drawn(tokens: Tensor) -> Tensor:
-            given = direction(tokens).to(read_alone)
-            return torch.autograd.grad(read_alone, own, given, retain_graph=True)[0][0]
-
-        gradient, places = row.gradient[0], torch.arange(len(read))
+        top, head = _RowTop(self._top, row), self._top.head
+        gradient, places = row.gradient[0], torch.arange(row.gradient.shape[1])
         left = gradient
         for _ in range(_LISTINGS):
-            scores = self._scores(left, states.detach()[0], means, slopes)
-            lists = scores.topk(min(self._listed, len(head))).indices
-            directions = torch.stack([drawn(tokens) for tokens in lists.T], 1)  # [S, candidates, h]
+            lists = top.scores(left).topk(min(self._listed, len(head))).indices
+            directions = torch.stack([top.drawn(tokens) for tokens in lists.T], 1)  # [S, candidates, h]
             listed_of = left
             for _ in range(len(lists)):
                 cosines, best = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY).max(-1)
-                chosen, tokens = directions[places, best], lists[places, best]
+                chosen = directions[places, best]
                 scales = (left * chosen).sum(-1) / chosen.square().sum(-1).clamp_min(_TINY)
                 scales = scales.where(cosines > self.threshold, 0)[:, None]
-                given = (scales * direction(tokens)).to(read)
-                (together,) = torch.autograd.grad(read, output, given, retain_graph=True)
-                before, left = left, gradient - (together[0] - scales * chosen)  # without what later labels give
+                together = top.drawn_together(lists[places, best], scales)
+                before, left = left, gradient - (together - scales * chosen)  # without what later labels give
                 if (left - before).norm() <= _SETTLED * gradient.norm():
                     break
             if (left - listed_of).norm() <= _SETTLED * gradient.norm():
                 break
         return lists, best, cosines
 
-    def _scores(self, gradient: Tensor, states: Tensor, means: Tensor, slopes: Tensor) -> Tensor:
-        """How likely each label is for each position, `[S, V]`: the cosine as if the layers did nothing.
 
-        Of the norm's Jacobian N, `N N^T` is taken for diagonal, as it nearly is.
+class _RowTop:
+    """The top at a row: what the gradients of labels become on their way through it."""
+
+    def __init__(self, top: ModelTop, row: Row) -> None:
+        self._head = head = top.head
+        self._output = row.output.detach().requires_grad_()
+        states = top.through(self._output, row.mask, row.positions)
+        self._read = top.tail(states)[0]
+        self._own, states_alone = top.alone(self._output, row.mask, row.positions)
+        self._read_alone = top.tail(states_alone)[0]
+        logits, self._slopes = top.logit_slopes(self._read.detach().double() @ head.T)
+        self._means = (self._slopes * logits.softmax(-1)) @ head
+        # Backward is linear in what is given: the backward of that is the product with the Jacobian itself.
+        self._given = torch.zeros_like(self._read_alone, requires_grad=True)
+        (self._pulled,) = torch.autograd.grad(self._read_alone, self._own, self._given, create_graph=True)
+        sizes = torch.func.vmap(lambda x: torch.func.jacrev(top.tail)(x).square().sum(-1), chunk_size=_AT_ONCE)
+        scales = sizes(states.detach()[0]).double()
+        squares = (scales * self._means.square()).sum(-1, keepdim=True)
+        squares = squares - 2 * self._slopes * ((scales * self._means) @ head.T)
+        squares = squares + self._slopes.square() * (scales @ head.square().T)
+        self._lengths = squares.clamp_min(_TINY).sqrt()
+
+    def direction(self, tokens: Tensor) -> Tensor:
+        """Of the loss's gradient where the head reads, `[S, width]`, with the labels `[S]`."""
+        return self._means - self._slopes.gather(1, tokens[:, None]) * self._head[tokens]
+
+    def drawn(self, tokens: Tensor) -> Tensor:
+        """What each position's label `[S]` gives to its own position alone, `[S, h]`."""
+        given = self.direction(tokens).to(self._read_alone)
+        return torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True)[0][0]
+
+    def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
+        """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""
+        given = (scales * self.direction(tokens)).to(self._read)
+        return torch.autograd.grad(self._read, self._output, given, retain_graph=True)[0][0]
+
+    def scores(self, gradient: Tensor) -> Tensor:
+        """How likely each label is for each position, `[S, V]`: the cosine of what it would give with `[S, h]`.
+
+        Its lengths are those that the norm alone would leave, with N N^T of its Jacobian N taken for diagonal, as it
+        nearly is.
         """
-        head = self._top.head
-
-        def through_norm(state: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-            jacobian = torch.func.jacrev(self._top.tail)(state)
-            return jacobian @ given, jacobian.square().sum(-1)
-
-        each = torch.func.vmap(through_norm, chunk_size=_AT_ONCE)(states, gradient)
-        along, scales = (part.double() for part in each)
-        products = (along * means).sum(-1, keepdim=True) - slopes * (along @ head.T)
-        squares = (scales * means.square()).sum(-1, keepdim=True) - 2 * slopes * ((scales * means) @ head.T)
-        squares += slopes.square() * (scales @ head.square().T)
-        return products / squares.clamp_min(_TINY).sqrt()
+        (along,) = torch.autograd.grad(self._pulled, self._given, gradient[None], retain_graph=True)
+        along = along.double()
+        products = (along * self._means).sum(-1, keepdim=True) - self._slopes * (along @ self._head.T)
+        return products / self._lengths
 
 
 def _rows(forward: Forward, output: Tensor, gradient: Tensor) -> list[Row]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from isthmus.backbone.families import family_of
@@ -75,7 +76,7 @@ class ModelTop:
         """Run the layers so that each position's result depends on its own state alone; the others are constants.
 
         Behind the sequence stands each position once more, and sees the sequence before it and itself. So one backward
-        gives a product with the diagonal block of the Jacobian at every position.
+        gives a product with the diagonal block of the Jacobian at every position, and can be differentiated again.
 
         Args:
             hidden, mask, positions: As for `through`.
@@ -93,12 +94,13 @@ class ModelTop:
             before &= mask.bool()
         itself = torch.eye(length, dtype=torch.bool)
         sees = torch.cat([torch.cat([before | itself, torch.zeros_like(itself)], 1), torch.cat([before, itself], 1)])
-        output = self._base(
-            input_ids=torch.zeros(1, 2 * length, dtype=torch.long),
-            attention_mask=self._masks(sees, places.repeat(2)),
-            position_ids=torch.cat([counted, counted], 1),
-            use_cache=False,
-        )
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative, with which the Jacobian multiplies
+            output = self._base(
+                input_ids=torch.zeros(1, 2 * length, dtype=torch.long),
+                attention_mask=self._masks(sees, places.repeat(2)),
+                position_ids=torch.cat([counted, counted], 1),
+                use_cache=False,
+            )
         return own, output.last_hidden_state[:, length:]
 
     def _masks(self, sees: Tensor, places: Tensor) -> Any:
