@@ -39,7 +39,7 @@ from isthmus.daemon.tinker import tinker_routes
 from isthmus.daemon.web.access import is_loopback, urls
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.connections import HEAD_BYTES, KEEP_ALIVE_SECONDS, BoundedConnection
-from isthmus.daemon.web.context import Context
+from isthmus.daemon.web.context import UNIX_SOCKET, Context
 
 log = logging.getLogger("isthmus.daemon")
 
@@ -208,7 +208,7 @@ class _Server(uvicorn.Server):
         def connection() -> asyncio.Protocol:
             kind: Any = self.config.http_protocol_class
             made: asyncio.Protocol = kind(
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+                config=self.config, server_state=self.server_state, app_state={UNIX_SOCKET: True}
             )
             return made
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
 from pydantic import Field
 from sqlalchemy import select
@@ -17,7 +17,7 @@ from isthmus.daemon.jobs.job_specs import names_paths
 from isthmus.daemon.state.tables import Event, Job, Model, StoredFile
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.bounded_body import BoundedBody, few
-from isthmus.daemon.web.context import Asker, Here
+from isthmus.daemon.web.context import Asker, Here, OverUnixSocket
 
 After = Annotated[str | None, Query(max_length=64, description="The id before the first one.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="So many at most.")]
@@ -63,10 +63,10 @@ def list_jobs(
     return {"jobs": _trees(here, jobs), "has_more": more}
 
 
-def create(here: Here, owner: Asker, request: Request, wanted: JobRequest) -> dict[str, Any]:
+def create(here: Here, owner: Asker, over_unix_socket: OverUnixSocket, wanted: JobRequest) -> dict[str, Any]:
     """Put a job into the queue. The same request within a minute is the same job."""
     # Who connects to the Unix socket is this machine's user, who may read the files anyway; a token is not.
-    if names_paths(wanted.spec) and request.client is not None:
+    if names_paths(wanted.spec) and not over_unix_socket:
         raise ApiError(400, "paths of files are taken over the Unix socket alone: upload the file, and give its id")
     job = here.jobs.create(
         owner.id,
