@@ -95,7 +95,7 @@ def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
     lines = [
         f"url     {said['url']}  (process {said['pid']}, release {said['version']})",
         f"home    {said['home']}: {size(disk['used_bytes'])} of {size(disk['most_bytes'])}",
-        *([f"lost    {size(disk['lost_bytes'])} of that in lost+found"] if disk["lost_bytes"] else []),
+        *([f"aside   {size(disk['set_aside_bytes'])} of that in set-aside"] if disk["set_aside_bytes"] else []),
         f"clouds  {', '.join(said['clouds']) or 'none'}",
         *_models(said),
         f"jobs    {jobs}",

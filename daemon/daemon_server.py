@@ -29,10 +29,10 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
-from isthmus.daemon.lost_found import move_unknown, remove_old
 from isthmus.daemon.openai import openai_routes
 from isthmus.daemon.page import jobs_api, page_routes
 from isthmus.daemon.serving.answers import Answers
+from isthmus.daemon.set_aside import move_unknown, remove_old
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import first_owner
 from isthmus.daemon.tinker import tinker_routes

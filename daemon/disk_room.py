@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.common.errors import DiskError
-from isthmus.daemon.home import LOST_FOUND
+from isthmus.daemon.home import SET_ASIDE
 
 COUNT_EVERY = 10.0
 """Seconds for which a count is good; what is reserved meanwhile is added to it."""
@@ -28,7 +28,7 @@ class DiskRoom:
         self._path, self._now = path, now
         self.most = int(most_gib * 2**30)
         self._lock = threading.Lock()
-        self._used, self._lost, self._counted_at = 0, 0, float("-inf")
+        self._used, self._aside, self._counted_at = 0, 0, float("-inf")
         self._reserved = 0
 
     def used(self) -> int:
@@ -36,11 +36,11 @@ class DiskRoom:
         with self._lock:
             return self._count()
 
-    def lost(self) -> int:
-        """Those of them that `lost+found` takes."""
+    def set_aside(self) -> int:
+        """Those of them that `set-aside` takes."""
         with self._lock:
             self._count()
-            return self._lost
+            return self._aside
 
     def room_for(self, size: int) -> None:
         """See to it that `size` bytes more are possible.
@@ -66,7 +66,7 @@ class DiskRoom:
 
     def _count(self) -> int:
         if self._now() - self._counted_at >= COUNT_EVERY:
-            self._used, self._lost = taken(self._path), taken(self._path / LOST_FOUND)
+            self._used, self._aside = taken(self._path), taken(self._path / SET_ASIDE)
             self._counted_at = self._now()
         return self._used
 
@@ -85,7 +85,11 @@ class DiskRoom:
 
 
 def taken(path: Path) -> int:
-    """Bytes of the disk that a folder takes, with what is in it. Links are not followed; what vanishes is left out."""
+    """Bytes of the disk that a folder takes, with what is in it.
+
+    Links are not followed. What vanishes is left out, and so is what this user may not read, as root's `lost+found`
+    where the home is a file system of its own.
+    """
     total, folders = 0, [path]
     while folders:
         try:
@@ -95,7 +99,7 @@ def taken(path: Path) -> int:
                         folders.append(Path(entry.path))
                     else:
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             continue
     return total
 

@@ -136,7 +136,7 @@ def test_a_body_that_no_promise_needs_any_more_is_removed(promises: Promises, ho
     home.tinker_request(answered.id).write_bytes(b"data")  # as if a kill had come before it was removed
     home.tinker_request("req-of-nobody").write_bytes(b"data")
     promises.start()
-    assert bodies(home) == {promise.id, "req-of-nobody"}  # the latter is for `lost+found`
+    assert bodies(home) == {promise.id, "req-of-nobody"}  # the latter is for `set-aside`
 
 
 def test_a_body_goes_with_a_promise_that_is_not_written(
