@@ -37,7 +37,7 @@ class Context:
 
     Attributes:
         room: How much the home may still take: what is written into it asks before. All parts have this one, since each
-            must know what the others have reserved.
+            must know what comes to the others.
     """
 
     settings: DaemonSettings
