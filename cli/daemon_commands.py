@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.common.errors import ConfigError, NotRunningError
+from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError
 from isthmus.daemon.daemon_settings import DEFAULT_HOME, EXPORT_NO_PROXY, FILE
 
 if TYPE_CHECKING:
@@ -285,8 +285,12 @@ def _start_in_background(home: Home, settings: DaemonSettings, config: Path | No
     """Start a process that outlives this one, and wait until it answers or has ended."""
     from isthmus.common.files import disk_errors, private_opener
     from isthmus.common.terminal import printable
+    from isthmus.daemon.daemon_lock import occupied
     from isthmus.daemon.web.access import is_loopback
 
+    # What a killed daemon has left may name the number that the new process gets, as in a container.
+    with suppress(HomeInUseError), occupied(home):
+        home.running.unlink(missing_ok=True)
     command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--detached"]
     command += ["--home", str(home.path)]
     command += [] if config is None else ["--config", str(config.absolute())]
