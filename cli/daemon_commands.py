@@ -106,7 +106,7 @@ def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
 @app.command()
 def stop(
     home: DaemonHome = DEFAULT_HOME,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait until it has ended.")] = 120.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait until it has ended.")] = 180.0,
 ) -> None:
     """Stop the daemon: its jobs are paused, and go on at the next start.
 

@@ -47,8 +47,8 @@ IDLE = 30.0
 """Seconds between looks at the queue when nobody asks for one."""
 TIDY = 3600.0
 """Seconds between looks for what has been kept long enough."""
-STOP_SECONDS = 60.0
-"""How long a daemon that stops waits for its workers."""
+STOP_SECONDS = 130.0
+"""How long a daemon that stops waits for its workers; somewhat longer than they allow themselves."""
 
 _log = logging.getLogger(__name__)
 
