@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -39,6 +40,7 @@ from isthmus.daemon.state.tables import (
 )
 from isthmus.daemon.tinker import held_models, tinker_patience, training_queue
 from isthmus.daemon.tinker.promises import NewPromise, Promises, Told
+from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.sampling_queue import AT_ONCE, SamplingQueue
 from isthmus.daemon.tinker.saved_weights import SavedWeights
 from isthmus.daemon.tinker.training_queue import TrainingQueue
@@ -266,6 +268,33 @@ def test_weights_that_are_deleted_while_others_take_their_name(parts: Parts) -> 
         parts.worker.ask = meanwhile  # type: ignore[method-assign]
         assert "path" in await parts.save(overwrite=True)
         assert len(parts.rows()) == 1
+
+    run(parts, steps)
+
+
+def test_weights_that_are_deleted_twice_at_once_are_not_there_for_one_of_them(parts: Parts) -> None:
+    found: list[str] = []
+
+    def delete(path: str) -> None:
+        try:
+            parts.weights.delete("a", path)
+            found.append("deleted")
+        except RefusalError as error:
+            found.append(str(error))
+        except Exception as error:  # noqa: BLE001  # a defect, which the test tells
+            found.append(repr(error))
+
+    async def steps() -> None:
+        path = (await parts.save())["path"]
+        threads = [threading.Thread(target=delete, args=(path,)) for _ in range(2)]
+        with parts.database.session():
+            for thread in threads:
+                thread.start()
+            while parts.database._open_blocks < 3:  # until both wait for this one
+                time.sleep(0.01)
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == ["deleted", f"there are no weights at {path}"]
 
     run(parts, steps)
 
