@@ -235,6 +235,24 @@ def test_a_waiting_job_is_paused_and_cancelled_at_once(jobs: Jobs) -> None:
     assert (job.status, job.finished_at is None) == ("cancelled", False)
 
 
+@pytest.mark.parametrize(("ask", "status"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_job_that_a_stop_has_left_needs_no_place_to_end(tmp_path: Path, ask: str, status: str) -> None:
+    jobs = jobs_in(tmp_path, jobs_at_once=2)
+    with jobs.service() as service:
+        wanted = does(jobs, *WAITS)
+        made = [service.create("one", wanted).id for _ in range(2)]
+        for one in made:
+            until(service, one, lambda job: job.status == "running")
+    jobs.settings = jobs.settings.model_copy(update={"jobs_at_once": 1})
+    with jobs.service() as service:
+        first, second = made
+        until(service, first, lambda job: job.attempts == 2)
+        assert (service.get("one", second).status, service.get("one", second).attempts) == ("running", 1)
+        getattr(service, ask)("one", second)
+        until(service, second, lambda job: job.status == status)
+        assert service.get("one", first).status == "running"
+
+
 @pytest.mark.parametrize("status", ["queued", "running", "paused", "succeeded", "failed", "cancelled"])
 def test_what_a_state_does_not_allow_is_refused(jobs: Jobs, status: str) -> None:
     allowed = {
