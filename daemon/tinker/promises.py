@@ -172,12 +172,12 @@ class Promises:
         with self._database.reading() as session:
             return session.scalar(select(TinkerPromise).where(TinkerPromise.id == promise_id))
 
-    def unanswered(self) -> Sequence[tuple[str, str, str | None]]:
-        """Id, kind and model of all promises without an answer, in order."""
-        rows = select(TinkerPromise.id, TinkerPromise.kind, TinkerPromise.model)
+    def unanswered(self) -> Sequence[TinkerPromise]:
+        """All promises without an answer, in order: their ids, owners, kinds and models."""
+        needed = load_only(TinkerPromise.id, TinkerPromise.owner, TinkerPromise.kind, TinkerPromise.model)
+        rows = select(TinkerPromise).where(TinkerPromise.answer.is_(None)).order_by(TinkerPromise.number)
         with self._database.reading() as session:
-            found = session.execute(rows.where(TinkerPromise.answer.is_(None)).order_by(TinkerPromise.number))
-            return [(row.id, row.kind, row.model) for row in found]
+            return session.scalars(rows.options(needed)).all()
 
     def to_repeat(self, model: str, saved: int, before: int) -> Sequence[TinkerPromise]:
         """Answered promises whose gradients are in no state on the disk, in order.

@@ -74,9 +74,8 @@ class TinkerService:
     async def start(self) -> None:
         """Take up what a stop or a crash has left."""
         await run_in_threadpool(self.promises.start)
-        self.sampling.start()
-        for promise_id, kind, model in await run_in_threadpool(self.promises.unanswered):
-            self._dispatch(promise_id, kind, model)
+        for promise in await run_in_threadpool(self.promises.unanswered):
+            self._dispatch(promise)
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
@@ -90,14 +89,14 @@ class TinkerService:
         """Promise something, once, and have it done. Raises FullError."""
         made = await run_in_threadpool(self.promises.make, new, also)
         if made.answer is None:
-            self._dispatch(made.id, made.kind, made.model)
+            self._dispatch(made)
         return made
 
-    def _dispatch(self, promise_id: str, kind: str, model: str | None) -> None:
-        if kind == "asample":
-            self.sampling.add(promise_id)
-        elif model is not None:
-            self.training.wake(model)
+    def _dispatch(self, promise: TinkerPromise) -> None:
+        if promise.kind == "asample":
+            self.sampling.add(promise)
+        elif promise.model is not None:
+            self.training.wake(promise.model)
 
     async def _sweep(self) -> None:
         while True:

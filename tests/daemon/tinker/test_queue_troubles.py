@@ -105,11 +105,14 @@ class FakeAnswers:
     def __init__(self) -> None:
         self.errors: dict[str, list[Exception]] = {}
         self.owners: list[str] = []
+        self.go_on = asyncio.Event()
+        self.go_on.set()
 
     async def generate(
         self, target: Target, prompt: Prompt, sampling: Sampling, *, owner: str = ""
     ) -> AsyncIterator[Piece]:
         self.owners.append(owner)
+        await self.go_on.wait()
         if self.errors.get(owner):
             raise self.errors[owner].pop(0)
         yield Piece(0, "x", [1], [], "stop", 1)
@@ -175,7 +178,7 @@ class Parts:
             "sampling_params": {"max_tokens": 1},
         }
         made = self.promises.make(NewPromise(owner, f"of-{owner}", str(self.count), "asample", None, request))
-        self.sampling.add(made.id)
+        self.sampling.add(made)
         return made.id
 
     def rows(self) -> list[str]:
@@ -232,7 +235,6 @@ def run(parts: Parts, steps: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run steps while the queues are there."""
 
     async def all_of_it() -> None:
-        parts.sampling.start()
         try:
             await steps()
         finally:
@@ -389,6 +391,61 @@ def test_an_owner_is_told_why_his_own_samples_wait(parts: Parts, monkeypatch: py
         assert await parts.promises.wait("b", other, SECONDS) is not None
         assert parts.sampling.reasons == dict.fromkeys(waits, "the cloud of a is away")
         assert parts.answers.owners == ["a"] * count + ["b"]
+
+    run(parts, steps)
+
+
+def test_owners_take_turns_in_sampling(parts: Parts) -> None:
+    async def steps() -> None:
+        parts.answers.go_on.clear()
+        made = [("a", parts.sample("a")) for _ in range(AT_ONCE + 3)]
+        async with asyncio.timeout(SECONDS):
+            while len(parts.answers.owners) < AT_ONCE:
+                await asyncio.sleep(0.01)
+        made += [("b", parts.sample("b")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert parts.answers.owners == ["a"] * AT_ONCE  # the control: all places are taken
+        parts.answers.go_on.set()
+        for owner, promise in made:
+            assert await parts.promises.wait(owner, promise, SECONDS) is not None
+        assert sorted(parts.answers.owners[AT_ONCE : AT_ONCE + 2]) == ["a", "b"]
+        assert sorted(parts.answers.owners[AT_ONCE + 2 : AT_ONCE + 4]) == ["a", "b"]
+
+    run(parts, steps)
+
+
+@pytest.mark.parametrize("errors", [[], [WorkerError("the cloud is away", 40, "UnreachableError")]])
+def test_a_sample_that_is_asked_for_again_is_computed_once(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, errors: list[Exception]
+) -> None:
+    """Also while it is put off."""
+    monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 0.1)
+
+    async def steps() -> None:
+        parts.answers.errors["a"] = list(errors)
+        parts.answers.go_on.clear()
+        promise = parts.promises.find(parts.sample("a"))
+        assert promise is not None
+        parts.sampling.add(promise)  # it waits
+        async with asyncio.timeout(SECONDS):
+            while not parts.answers.owners:
+                await asyncio.sleep(0.01)
+        parts.sampling.add(promise)  # it is under way
+        parts.answers.go_on.set()
+        async with asyncio.timeout(SECONDS):
+            while errors and not parts.sampling.reasons:
+                await asyncio.sleep(0.01)
+        parts.sampling.add(promise)  # it is put off
+        assert await parts.promises.wait("a", promise.id, SECONDS) is not None
+        async with asyncio.timeout(SECONDS):
+            while parts.sampling._tasks:
+                await asyncio.sleep(0.01)
+        parts.sampling.add(promise)  # it has its answer
+        async with asyncio.timeout(SECONDS):
+            while parts.sampling._tasks:
+                await asyncio.sleep(0.01)
+        assert len(parts.answers.owners) == 1 + len(errors)
+        assert parts.sampling.reasons == {}
 
     run(parts, steps)
 
