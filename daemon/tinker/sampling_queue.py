@@ -21,7 +21,7 @@ from isthmus.daemon.state.tables import TinkerPromise, TinkerSampler
 from isthmus.daemon.tinker.promises import Promises, Told, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import SavedWeights
-from isthmus.daemon.tinker.tinker_patience import MINE, MOST_DEATHS, MOST_FAILURES, passes, pause_after, told_failure
+from isthmus.daemon.tinker.tinker_patience import MINE, MOST_DEATHS, MOST_FAILURES, Waits, pause_after, told_failure
 from isthmus.daemon.tinker.tinker_requests import Sample, SamplingParams
 from isthmus.daemon.tinker.wire_bodies import PROTOBUF, Sampled, written_samples
 from isthmus.daemon.workers.asking import WorkerError
@@ -75,27 +75,27 @@ class SamplingQueue:
 
     async def _work(self, owner: str, promise_id: str) -> None:
         """Answer a promise; between two tries others have their turns."""
-        tries = 0
+        waits = Waits()
         try:
             while True:
                 async with self._turns.turn(owner):
-                    reason = await self._do(promise_id, tries := tries + 1)
+                    reason = await self._do(promise_id, waits)
                 if reason is None:
                     return
                 self.reasons[promise_id] = reason
-                await asyncio.sleep(pause_after(tries))
+                await asyncio.sleep(waits.pause())
         finally:
             del self._tasks[promise_id]
             self.reasons.pop(promise_id, None)
 
-    async def _do(self, promise_id: str, tries: int) -> str | None:
+    async def _do(self, promise_id: str, waits: Waits) -> str | None:
         """Answer a promise, or say why it waits. One that meets defects is refused."""
         failures, told = 0, None
         while True:
             try:
                 promise = await run_in_threadpool(self._promises.find, promise_id)
                 if promise is not None and promise.answer is None:
-                    found = told or await self._answer(promise, tries)
+                    found = told or await self._answer(promise, waits)
                     if isinstance(found, str):
                         return found
                     told = found
@@ -108,7 +108,7 @@ class SamplingQueue:
                     told = told_failure(failures, error)
             await asyncio.sleep(pause_after(failures))
 
-    async def _answer(self, promise: TinkerPromise, tries: int) -> Told | str:
+    async def _answer(self, promise: TinkerPromise, waits: Waits) -> Told | str:
         """The answer to a promise, or why it waits."""
         deaths = 0
         while True:
@@ -122,7 +122,7 @@ class SamplingQueue:
             except BusyError as error:
                 return str(error)
             except WorkerError as error:
-                if passes(error, tries):
+                if waits.passes(error):
                     return str(error)
                 why = RefusalError(str(error), "server" if error.code in MINE else "user")
             except RefusalError as error:

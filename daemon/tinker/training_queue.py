@@ -34,7 +34,7 @@ from isthmus.daemon.tinker.tinker_patience import (
     MINE,
     MOST_DEATHS,
     MOST_FAILURES,
-    passes,
+    Waits,
     pause_after,
     told_failure,
 )
@@ -166,7 +166,7 @@ class TrainingQueue:
 
     async def _do(self, model: str, promise: TinkerPromise) -> None:
         """Do what a promise asks until there is an answer."""
-        deaths, tries = 0, 0
+        deaths, waits = 0, Waits()
         while True:
             try:
                 async with self._turn:
@@ -179,9 +179,9 @@ class TrainingQueue:
                     if deaths < MOST_DEATHS:
                         continue
                     why = RefusalError(f"the training process has died {deaths} times at it ({error})", "server")
-                elif passes(error, tries := tries + 1):
+                elif waits.passes(error):
                     self.reasons[model] = str(error)
-                    await asyncio.sleep(pause_after(tries))
+                    await asyncio.sleep(waits.pause())
                     continue
                 else:
                     why = RefusalError(str(error), "server" if error.code in MINE else "user")

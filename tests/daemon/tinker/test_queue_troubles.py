@@ -455,9 +455,9 @@ def test_the_same_passes_for_jobs() -> None:
     assert passing == {*job_worker._PASSING, TooManySessionsError}
     assert issubclass(TooManySessionsError, job_worker._PASSING)
     for kind in passing:
-        assert tinker_patience.passes(WorkerError("", kind.exit_code, kind.__name__), 1)
+        assert tinker_patience.Waits().passes(WorkerError("", kind.exit_code, kind.__name__))
     for other in (ConfigError, CheckpointError, DiskError, RefusedError, TooLateError):
-        assert not tinker_patience.passes(WorkerError("", other.exit_code, other.__name__), 1)
+        assert not tinker_patience.Waits().passes(WorkerError("", other.exit_code, other.__name__))
 
 
 @pytest.mark.parametrize(
@@ -483,6 +483,24 @@ def test_what_a_cloud_declines_waits_as_long_as_it_may_pass(
         told = await parts.promises.wait("a", parts.sample("a"), SECONDS)
         assert told is not None
         assert (b"the cloud declines" in told.body) is refused
+
+    run(parts, steps)
+
+
+@pytest.mark.parametrize(("declined", "refused"), [(4, False), (5, True)])
+def test_waits_for_a_cloud_that_is_away_do_not_count_as_declined(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, declined: int, refused: bool
+) -> None:
+    monkeypatch.setattr(tinker_patience, "MOST_REFUSED", 5)
+
+    async def steps() -> None:
+        errors: list[Exception] = [WorkerError("the cloud is away", 40, "UnreachableError")] * 20
+        errors += [WorkerError("the cloud declines", 42, "OverQuotaError")] * declined
+        parts.worker.errors["save"], parts.answers.errors["a"] = list(errors), list(errors)
+        assert ("error" in await parts.save()) is refused
+        told = await parts.promises.wait("a", parts.sample("a"), SECONDS)
+        assert told is not None
+        assert (b"error" in told.body) is refused
 
     run(parts, steps)
 
