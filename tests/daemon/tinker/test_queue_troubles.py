@@ -38,7 +38,7 @@ from isthmus.daemon.state.tables import (
     TinkerSession,
     TinkerWeights,
 )
-from isthmus.daemon.tinker import held_models, tinker_patience, training_queue
+from isthmus.daemon.tinker import tinker_patience, training_queue
 from isthmus.daemon.tinker.promises import NewPromise, Promises, Told
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.sampling_queue import AT_ONCE, SamplingQueue
@@ -60,9 +60,9 @@ class FakeWorker:
         self.errors: dict[str, list[Exception]] = {}
         self.loads = 0
 
-    async def ask(self, method: str, **values: Any) -> tuple[dict[str, Any], bytes]:
+    async def ask(self, method: str, blob: bytes = b"", **values: Any) -> tuple[dict[str, Any], bytes]:
         self.asked.append(method)
-        model = values["model"]
+        model, written = values["model"], b""
         error = self.errors[method].pop(0) if self.errors.get(method) else None
         if error is not None and method != "forward_backward":
             raise error
@@ -75,7 +75,8 @@ class FakeWorker:
             self.models[model]["gradient"] += 1
             if error is not None:
                 raise error  # when it has counted
-            answer = {"outputs": [{"logprobs": [-1.0]}], "metrics": {}}
+            assert values == {"model": model}  # data are no JSON, which the daemon would be busy with
+            written = b"the result of " + blob
         elif method == "optim_step":
             state = self.models[model]
             if state["number"] != values["number"]:
@@ -93,7 +94,7 @@ class FakeWorker:
                 self.loads += 1
         elif method == "forget":
             del self.models[model]
-        return answer, b""
+        return answer, written
 
     async def stop(self) -> None:
         pass
@@ -211,9 +212,9 @@ def test_that_an_adapter_is_leased_is_noted_before_it_is_made(parts: Parts, lora
     seen: list[dict[str, str]] = []
     ask = parts.worker.ask
 
-    async def noticing(method: str, **values: Any) -> tuple[dict[str, Any], bytes]:
+    async def noticing(method: str, blob: bytes = b"", **values: Any) -> tuple[dict[str, Any], bytes]:
         seen.append(places())
-        return await ask(method, **values)
+        return await ask(method, blob, **values)
 
     parts.worker.ask = noticing  # type: ignore[method-assign]
 
@@ -227,7 +228,6 @@ def test_that_an_adapter_is_leased_is_noted_before_it_is_made(parts: Parts, lora
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(held_models, "read_question", lambda body: {"data": []})
     return Parts(tmp_path)
 
 
@@ -262,10 +262,10 @@ def test_weights_that_are_deleted_while_others_take_their_name(parts: Parts) -> 
         path = (await parts.save())["path"]
         ask = parts.worker.ask
 
-        async def meanwhile(method: str, **values: Any) -> Any:
+        async def meanwhile(method: str, blob: bytes = b"", **values: Any) -> Any:
             if method == "save":
                 parts.weights.delete("a", path)
-            return await ask(method, **values)
+            return await ask(method, blob, **values)
 
         parts.worker.ask = meanwhile  # type: ignore[method-assign]
         assert "path" in await parts.save(overwrite=True)
@@ -331,6 +331,14 @@ def test_the_older_folder_goes_after_the_newer_row_is_there(parts: Parts, monkey
         await asyncio.sleep(0.05)
         assert left == [True]
         assert not (parts.home.path / older).exists()  # the control: it does go
+
+    run(parts, steps)
+
+
+def test_data_and_results_pass_through_the_daemon_as_bytes(parts: Parts) -> None:
+    async def steps() -> None:
+        told = await parts.train("forward_backward", b"the data")
+        assert told == Told(b"the result of the data", "application/x-protobuf")
 
     run(parts, steps)
 
