@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from isthmus.daemon.state.migrate import migrate
 
 BUSY_SECONDS = 30.0
 """So long a transaction waits for one of another process."""
+FREED_AT_ONCE = 4096
+"""Pages that one transaction gives back to the disk."""
 
 _HELD = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN})
@@ -85,6 +87,19 @@ class Database:
         with self._block(), self._readers() as session:
             yield session
 
+    def shrink(self) -> None:
+        """Give what the file no longer needs back to the disk, some at a time, so that others write in between."""
+        left, before = self._free_pages(), -1
+        while left and left != before:
+            before = left
+            with self.session() as session:
+                # The driver's cursor: each row is a page that is freed, and SQLAlchemy reads none that has no columns.
+                cursor = session.connection().connection.cursor()
+                cursor.execute(f"PRAGMA incremental_vacuum({FREED_AT_ONCE})").fetchall()
+            left = self._free_pages()
+        with self._block(), closing(self._engine.raw_connection()) as connection:
+            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def close(self) -> None:
         """Close all connections once the blocks that run have ended; no further one begins.
 
@@ -97,6 +112,10 @@ class Database:
             self._closed = True
             self._blocks.wait_for(lambda: self._open_blocks == 0)
         self._engine.dispose()
+
+    def _free_pages(self) -> int:
+        with self.reading() as session:
+            return int(session.connection().exec_driver_sql("PRAGMA freelist_count").scalar_one())
 
     @contextmanager
     def _block(self) -> Iterator[None]:

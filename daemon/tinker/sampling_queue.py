@@ -130,7 +130,7 @@ class SamplingQueue:
             return told_refusal(why)
 
     async def _sampled(self, promise: TinkerPromise) -> Told:
-        request = Sample.model_validate(promise.request)
+        request = await run_in_threadpool(lambda: Sample.model_validate_json(self._promises.body(promise)))
         tokens, sampling = checked(request)
         target = await run_in_threadpool(self._target, promise.owner, request)
         found = [_Collected() for _ in range(sampling.n)]

@@ -107,7 +107,10 @@ class TinkerService:
             await asyncio.sleep(_SWEEP_EVERY)
 
     def sweep(self) -> None:
-        """Remove what is kept no longer: old promises, models that nobody has asked for, expired weights."""
+        """Remove what is kept no longer: old promises, models that nobody has asked for, expired weights.
+
+        The database's file is as small as what stays, then.
+        """
         before = time.time() - self.context.settings.keep_days * _DAY
         with self.context.database.session() as session:
             old = session.scalars(select(TinkerModel).where(TinkerModel.seen_at < before)).all()
@@ -120,6 +123,7 @@ class TinkerService:
         self.promises.sweep(before)
         self.weights.sweep()
         self._sweep_sessions(before)
+        self.context.database.shrink()
 
     def _sweep_sessions(self, before: float) -> None:
         """Remove samplers whose weights have gone, and sessions that have nothing any more."""

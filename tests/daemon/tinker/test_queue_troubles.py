@@ -178,7 +178,9 @@ class Parts:
             "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]},
             "sampling_params": {"max_tokens": 1},
         }
-        made = self.promises.make(NewPromise(owner, f"of-{owner}", str(self.count), "asample", None, request))
+        made = self.promises.make(
+            NewPromise(owner, f"of-{owner}", str(self.count), "asample", body=json.dumps(request).encode())
+        )
         self.sampling.add(made)
         return made.id
 
