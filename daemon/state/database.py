@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, ExceptionContext, create_engine, event
+from sqlalchemy import Connection, PoolProxiedConnection, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
 from isthmus.common.errors import DiskError
@@ -46,7 +46,7 @@ class Database:
         )
         event.listen(self._engine, "connect", _prepare)
         event.listen(self._engine, "begin", _begin)
-        event.listen(self._engine, "handle_error", self._check_disk)
+        event.listen(self._engine, "handle_error", lambda context: self._check_disk(context.original_exception))
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
         self._readers = sessionmaker(
             self._engine.execution_options(isthmus_reads=True), expire_on_commit=False, autoflush=False
@@ -93,12 +93,11 @@ class Database:
         while left and left != before:
             before = left
             with self.session() as session:
-                # The driver's cursor: each row is a page that is freed, and SQLAlchemy reads none that has no columns.
-                cursor = session.connection().connection.cursor()
-                cursor.execute(f"PRAGMA incremental_vacuum({FREED_AT_ONCE})").fetchall()
+                # SQLAlchemy reads no rows without columns, of which each is a page that is freed.
+                self._run(session.connection().connection, f"incremental_vacuum({FREED_AT_ONCE})")
             left = self._free_pages()
-        with self._block(), closing(self._engine.raw_connection()) as connection:
-            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with self._block(), self._writing, closing(self._engine.raw_connection()) as connection:
+            self._run(connection, "wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close all connections once the blocks that run have ended; no further one begins.
@@ -131,8 +130,14 @@ class Database:
                 self._open_blocks -= 1
                 self._blocks.notify_all()
 
-    def _check_disk(self, context: ExceptionContext) -> None:
-        error = context.original_exception
+    def _run(self, connection: PoolProxiedConnection, pragma: str) -> None:
+        try:
+            connection.cursor().execute(f"PRAGMA {pragma}").fetchall()
+        except sqlite3.OperationalError as error:
+            self._check_disk(error)
+            raise
+
+    def _check_disk(self, error: BaseException) -> None:
         if not isinstance(error, sqlite3.OperationalError):
             return
         code = error.sqlite_errorcode & 0xFF  # the rest says where it happened

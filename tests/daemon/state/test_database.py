@@ -230,3 +230,15 @@ def test_the_file_shrinks_when_much_was_deleted(tmp_path: Path, monkeypatch: pyt
     with database.session() as session:
         session.add(_owner("later"))
     database.close()
+
+
+def test_a_disk_that_is_full_while_the_file_shrinks_is_told_in_one_line(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with database._engine.connect() as connection:
+        raw = connection.connection
+        with pytest.raises(sqlite3.OperationalError, match="incomplete"):  # the control: a defect stays one
+            database._run(raw, "")
+        raw.cursor().execute("PRAGMA query_only=ON")
+        with pytest.raises(DiskError, match="free some space"):
+            database._run(raw, "user_version=1")
+    database.close()
