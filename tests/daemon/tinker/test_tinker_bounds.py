@@ -107,7 +107,7 @@ def test_a_prompt_that_the_disk_has_no_room_for_is_refused_in_its_promise(api: A
     api.room.most = api.room.used() + 1500
     assert isinstance(api.sample(sampler, 2, [1]), bytes)
     refusal = api.sample(sampler, 3, [1] * 1000)
-    assert "more do not fit" in refusal["error"]
+    assert "the daemon's disk is full" in refusal["error"]
     assert refusal["category"] == "user"
 
 
