@@ -213,7 +213,7 @@ def read_traffic(folder: Path) -> Traffic:
         DataError: there is none, it has no session, or several models' or plans', or a file of it is damaged or cut
             off; the message names the file and the offset of the first entry that is not whole.
     """
-    files = sorted(folder.glob(PATTERN))
+    files = sorted(folder.glob(PATTERN), key=lambda path: (len(path.name), path.name))  # as they were begun
     if not files:
         raise DataError(f"{folder} has no recording: give the folder of `isthmus cloud serve --record`")
     reader = _Reader()
