@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from isthmus.cli.cloud_flags import DEFAULT_HOME, Home
+from isthmus.cli.cloud_status_command import status
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.experiments.harness.bench_flags import EdgeLayers, Model
 from isthmus.protocol.limits import TransferTimeout
 
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
 
-Home = Annotated[Path, typer.Option("--home", help="Folder of the cloud's keys, enrolments and state.")]
-DEFAULT_HOME = Path("~/.isthmus/cloud")
 BOUNDS = Bounds()
 
 
@@ -155,6 +154,16 @@ def serve(
     device: Annotated[
         str, typer.Option(help="Where the span computes: cpu, or cuda, with a GPU for each worker or stage.")
     ] = "cpu",
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to record what edges send and get, for attacks on it: activations and gradients, from which "
+            "their texts can be recovered. Their owners should know."
+        ),
+    ] = None,
+    record_mib: Annotated[
+        int, typer.Option(min=1, help="MiB of a recording at most: then it ends, and the cloud goes on.")
+    ] = 1024,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     tls_client_ca: Annotated[
@@ -279,6 +288,8 @@ def serve(
         emulator=emulator,
         sites=sites,
         device=device,
+        record=None if record is None else record.expanduser(),
+        record_mib=record_mib,
         tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key, tls_client_ca),
         bounds=Bounds(
             max_connections=max_connections,
@@ -351,47 +362,4 @@ def quantize(
     )
 
 
-@app.command()
-def status(
-    home: Home = DEFAULT_HOME,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line of it each time.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, also while the cloud is away.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates, with --watch.")] = 1.0,
-) -> None:
-    """Show what the cloud on this machine serves: model, plan, and each worker's sessions, load, stash and restarts.
-
-    Example: isthmus cloud status --watch
-    """
-    from isthmus.cloud.control.serve_state import read_status
-
-    folder = home.expanduser()
-    if as_json:
-        typer.echo(json.dumps(read_status(folder)))
-        while watch:
-            time.sleep(every)
-            typer.echo(json.dumps(_next_status(folder)))
-        return
-    from rich.console import Console
-    from rich.live import Live
-
-    from isthmus.cloud.control.status_view import view
-
-    shown = view(read_status(folder))
-    if not watch:
-        Console().print(shown)
-        return
-    with Live(shown, auto_refresh=False) as live:
-        while True:
-            time.sleep(every)
-            live.update(view(_next_status(folder)), refresh=True)
-
-
-def _next_status(home: Path) -> dict[str, Any]:
-    """The status of a cloud that has answered before; where it does not answer now, this state and the reason."""
-    from isthmus.cloud.control.serve_state import read_status
-    from isthmus.common.errors import UnreachableError
-
-    try:
-        return read_status(home)
-    except UnreachableError as error:
-        return {"state": "unreachable", "error": str(error), "workers": []}
+app.command()(status)

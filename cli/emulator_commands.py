@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cli.cloud_commands import DEFAULT_HOME
+from isthmus.cli.cloud_flags import DEFAULT_HOME
 from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
 from isthmus.edge.config.flags import AsJson

@@ -50,5 +50,7 @@ class ServeOptions:
     emulator: Path | None = None
     sites: bool = True
     device: str = "cpu"
+    record: Path | None = None
+    record_mib: int = 1024
     tls: TlsFiles | None = None
     bounds: Bounds = field(default_factory=Bounds)

@@ -23,6 +23,7 @@ from isthmus.cloud.control.worker_specs import (
     backbone_of,
     check_device,
     check_package,
+    check_recording,
     check_tls,
     count_workers,
     worker_specs,
@@ -71,6 +72,9 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
         check_tls(options.tls)
     if options.emulator is not None:
         check_package(options.emulator, identity, backbone)
+    if options.record is not None:
+        check_recording(options.record)
+        console.print(_recording_line(options.record, options.record_mib), highlight=False)
     with occupied(home) as lock, contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
         addresses = ports.take_several(options.listen, 1 if options.pipeline > 1 else count.most)
         operator = ports.take(options.metrics, "--metrics") if options.metrics else ""
@@ -124,6 +128,14 @@ def _warn_of_intruders(backbone: Backbone, console: Console) -> None:
         fault = intruder(folder) if folder.exists() else None
         if fault is not None:
             console.print(f"another user may change what is served from {folder}: {fault}", highlight=False)
+
+
+def _recording_line(folder: Path, mib: int) -> str:
+    """What is recorded, for the operator."""
+    return (
+        f"everything that edges send to be computed, and get for it, is recorded in {folder}, {mib} MiB at most. Their "
+        "texts can be recovered from it, and they do not notice: tell the edges' owners"
+    )
 
 
 def _threads_line(threads: int, workers: int, cores: int) -> str:

@@ -65,6 +65,8 @@ class WorkerSpec:
     compute_bytes: int | None = None  # budget of calls that are computed; None as above
     beside: int = 1  # workers that share this machine's memory
     next_key: str = ""  # file with the key that the next stage has enrolled
+    record: str = ""  # folder of the recording; "" for none
+    record_bytes: int = 0  # that it takes at most
     bounds: Bounds = field(default_factory=Bounds)  # limits on what others can make it hold
 
 
@@ -88,7 +90,7 @@ class Worker:
                 os._exit(1)  # Ray tries again
 
     def _start(self, spec: WorkerSpec, rebinds: int) -> None:
-        from isthmus.cloud.control.worker_setup import EdgesFile, next_stage_of, served_by, tls_of
+        from isthmus.cloud.control.worker_setup import EdgesFile, next_stage_of, recorder_of, served_by, tls_of
         from isthmus.cloud.gateway.server import GatewayServer
         from isthmus.cloud.home.identity import IdentityFiles
 
@@ -97,7 +99,15 @@ class Worker:
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
         identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
-        self._server = GatewayServer(served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds)
+        self._server = GatewayServer(
+            served,
+            identity,
+            edges,
+            spec.threads,
+            next_stage_of(spec),
+            bounds=spec.bounds,
+            recorder=recorder_of(spec),
+        )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         self._port = self._listen(spec.listen, tls_of(spec), rebinds)

@@ -28,6 +28,7 @@ from isthmus.common.errors import ConfigError, KeyFileError
 from isthmus.common.files import locked
 from isthmus.common.machine import usable_memory
 from isthmus.emulator.package.package import open_package
+from isthmus.privacy.recording.recorder import Recorder
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.messages import MAX_FILE_CHUNK, FileSet, SessionInfo, SpanLimits
 from isthmus.protocol.secure.keys import load_edge, load_worker
@@ -195,6 +196,11 @@ def next_stage_of(spec: WorkerSpec) -> NextStage | None:
         return None
     pin, key = load_worker(Path(spec.home)).pin, load_edge(Path(spec.next_key))
     return NextStage(spec.next_stage, pin, key, spec.dtype)  # the codec of the dtype's name carries it as it is
+
+
+def recorder_of(spec: WorkerSpec) -> Recorder | None:
+    """What writes the recording; None where there is none to be, and in a pipeline's stage that no edge talks to."""
+    return Recorder(Path(spec.record), spec.record_bytes) if spec.record and not spec.edges else None
 
 
 def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:

@@ -31,9 +31,11 @@ from isthmus.cloud.control.worker import DEVICES, WorkerSpec
 from isthmus.cloud.telemetry.logs import log_file
 from isthmus.common.errors import ConfigError, PackageError
 from isthmus.common.files import disk_errors, sha256_of
+from isthmus.common.ownership import private_folder
 from isthmus.emulator.package.verification import check_package_fits, verified
+from isthmus.privacy.recording.recording_file import PATTERN
 from isthmus.protocol.enrolment import Quota, add_line
-from isthmus.protocol.limits import MAX_WORKERS
+from isthmus.protocol.limits import MAX_WORKERS, MIB
 from isthmus.protocol.secure.keys import WorkerIdentity, generate_edge
 
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
@@ -169,6 +171,21 @@ def check_package(folder: Path, identity: WorkerIdentity, backbone: Backbone) ->
         )
 
 
+def check_recording(folder: Path) -> None:
+    """Make the folder of a recording where it is not there yet.
+
+    Raises:
+        ConfigError: it holds a recording.
+        DiskError: it cannot be made.
+        OwnershipError: others may write to it.
+    """
+    with disk_errors(folder):
+        private_folder(folder)
+        held = next(folder.glob(PATTERN), None)
+    if held is not None:
+        raise ConfigError(f"--record {folder} holds a recording already ({held.name}): choose another folder")
+
+
 def check_tls(files: TlsFiles) -> None:
     """Check the files of an outer TLS layer: gRPC would say only that it cannot listen. Raises ConfigError."""
     given = [path for path in (files.cert, files.key, files.client_ca) if path is not None]
@@ -219,6 +236,8 @@ def worker_specs(
         emulator="" if options.emulator is None else str(options.emulator.absolute()),
         sites=options.sites,
         device=options.device,
+        record="" if options.record is None else str(options.record.absolute()),
+        record_bytes=options.record_mib * MIB,
         bounds=options.bounds,
         tls_cert="" if tls is None else str(tls.cert.absolute()),
         tls_key="" if tls is None else str(tls.key.absolute()),

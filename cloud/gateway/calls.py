@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Request, Share, TooLate
 from isthmus.cloud.gateway.decode_requests import decoded
+from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.cloud.gateway.open_sessions import OpenSession
 from isthmus.cloud.gateway.pipeline import StageSession
 from isthmus.cloud.gateway.stream import SealedStream
@@ -30,6 +30,7 @@ from isthmus.cloud.session.handler import TenantSession, kind_of
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry import event_history
 from isthmus.cloud.telemetry.metrics import Metrics
+from isthmus.privacy.recording.recorder import Recorder
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import Limits
@@ -45,82 +46,6 @@ An edge computes for seconds; the rest is for one whose machine swaps, or that s
 """
 
 
-@dataclass(slots=True)
-class _Room:
-    """A tenant's bytes in flight, and the calls that wait for room beside them."""
-
-    nbytes: int = 0
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the call that has waited longest
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class InFlight:
-    """The calls that a worker has received and not answered. For the server's event loop alone.
-
-    Args:
-        fraction: this worker's fraction of a tenant's quotas, which may change.
-
-    Attributes:
-        calls: how many there are. May be asked from any thread.
-    """
-
-    def __init__(self, fraction: Callable[[Tenant], float]) -> None:
-        self.calls = 0
-        self._fraction = fraction
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._rooms: dict[str, _Room] = {}  # by tenant
-
-    async def all_answered(self) -> None:
-        """Wait until there are none."""
-        await self._idle.wait()
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """Count a call until it is answered."""
-        self.calls += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.calls -= 1
-            if not self.calls:
-                self._idle.set()
-
-    @contextlib.asynccontextmanager
-    async def room_for(self, tenant: Tenant, body: bytearray, patience: float | None) -> AsyncIterator[None]:
-        """Count a call's bytes against its tenant's quota; wait until they fit.
-
-        A tenant's calls get room in the order in which they came, so that small ones do not keep a large one waiting.
-        A call that is larger than the quota gets room when it is alone.
-
-        Args:
-            tenant: whose call it is.
-            body: its bytes, which are overwritten where the call is given up.
-            patience: seconds that it may wait; None for no limit.
-
-        Raises:
-            TooLate: there was no room within `patience`.
-        """
-        room, size = self._rooms.setdefault(tenant.name, _Room()), len(body)
-        try:
-            async with asyncio.timeout(patience), room.turn:
-                while room.nbytes and room.nbytes + size > tenant.quota.max_inflight_bytes * self._fraction(tenant):
-                    room.freed.clear()
-                    await room.freed.wait()
-                room.nbytes += size
-        except BaseException as error:  # it is too late, or the edge is gone
-            wipe(body)
-            if isinstance(error, TimeoutError):
-                raise TooLate from None
-            raise
-        try:
-            yield
-        finally:
-            room.nbytes -= size
-            room.freed.set()
-
-
 class Calls:
     """What the calls of all sessions share.
 
@@ -131,6 +56,7 @@ class Calls:
         metrics: where calls are counted.
         options: how the engine computes.
         clock: seconds that never go back, by which deadlines are kept.
+        recorder: writes down what edges send and get; None for nothing.
 
     Attributes:
         engine: computes requests, in their turn.
@@ -138,8 +64,7 @@ class Calls:
         files: the threads that read and write files for edges.
         caches: keys and values of all sessions.
         records_history: whether answers are recorded (`isthmus.cloud.telemetry.event_history`).
-        metrics: see above.
-        clock: see above.
+        metrics, clock, recorder: see above.
     """
 
     def __init__(
@@ -150,10 +75,12 @@ class Calls:
         metrics: Metrics,
         options: EngineOptions,
         clock: Callable[[], float],
+        recorder: Recorder | None = None,
     ) -> None:
         self.in_flight = InFlight(fraction)
         self.metrics = metrics
         self.clock = clock
+        self.recorder = recorder
         self._served = served
         self._fraction = fraction
         self._options = options
@@ -174,6 +101,10 @@ class Calls:
             limits: what it accepts.
             stage: with the pipeline's next stage, where there is one.
         """
+        if self.recorder is not None:
+            tenant, info = session.tenant, dataclasses.replace(self._served.info, session_id=session.id.hex())
+            account = m.Account(tenant.name, tenant.quota.weight)
+            self.recorder.opened(info, m.Attach(session.link, session.interactive, account=account))
         batching = self._options.batching
         work = self._served.session(
             session.id, session.tenant, self._call_threads, limits, batching=batching, decoding=self._decoding
@@ -189,6 +120,8 @@ class Calls:
         """Give no more turns, and end once what waits is done, or, with `cancel`, cancelled."""
         self.files.shutdown()
         self.engine.shutdown(cancel=cancel)
+        if self.recorder is not None:
+            self.recorder.close()
 
 
 class SessionCalls:
@@ -216,6 +149,8 @@ class SessionCalls:
     async def answer(self, stream: SealedStream, received: Received) -> None:
         """Have a message answered when it has had its turn, and send the answer."""
         calls, session, message = self._calls, self._session, received.message
+        if calls.recorder is not None:
+            calls.recorder.received(session.id, message)
         due = self._due(message)
         crypto_ns = stream.take_crypto_ns()
         with calls.in_flight.call():
@@ -237,6 +172,8 @@ class SessionCalls:
             if reply is not None and not session.fenced:  # the edge goes on in a newer session
                 if calls.records_history:
                     self._record(reply)
+                if calls.recorder is not None:
+                    calls.recorder.sent(session.id, message, reply)
                 await stream.send(reply)
             calls.metrics.calls.labels(_operation(message)).inc()
 

@@ -35,6 +35,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import LimitError, PortInUseError, RemoteProtocolError, VersionError
+from isthmus.privacy.recording.recorder import Recorder
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import Limits
@@ -75,6 +76,7 @@ class GatewayServer:
         bounds: limits on what others can make it hold.
         next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
         clock: seconds that never go back, by which deadlines are kept.
+        recorder: writes down what edges send and get; None for nothing.
 
     Attributes:
         metrics: what it counts.
@@ -91,6 +93,7 @@ class GatewayServer:
         *,
         bounds: Bounds | None = None,
         clock: Callable[[], float] = time.monotonic,
+        recorder: Recorder | None = None,
     ) -> None:
         self.metrics = Metrics()
         self.sessions = Sessions(self.metrics)
@@ -107,7 +110,8 @@ class GatewayServer:
         self._next_stage = next_stage
         half_open = HalfOpen(self._bounds)
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
-        self._calls = Calls(served, threads, self.sessions.fraction_of, self.metrics, self._bounds.engine, clock)
+        fraction, engine = self.sessions.fraction_of, self._bounds.engine
+        self._calls = Calls(served, threads, fraction, self.metrics, engine, clock, recorder)
         caches = self._calls.caches
         self.metrics.cache_bytes.set_function(lambda: caches.used)
         self.metrics.caches_evicted.set_function(lambda: caches.counters.evicted)

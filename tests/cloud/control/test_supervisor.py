@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from support.cloud.clouds import Home
 from support.models.tiny import tiny_checkpoint
+from typer.testing import CliRunner
 
+from isthmus.cli.cloud_commands import app
 from isthmus.cloud.control import supervisor
 from isthmus.cloud.control.serve_options import ServeOptions
 from isthmus.cloud.control.supervisor import _wait
 from isthmus.cloud.control.worker import WorkerSpec
+from isthmus.cloud.control.worker_setup import recorder_of
 from isthmus.common.errors import ConfigError, PackageError, SignerError, UnreachableError
 from isthmus.emulator.package.package import Package
 
@@ -59,6 +62,41 @@ def test_workers_share_the_cores_at_their_largest_number_and_the_operator_is_tol
     logs = [Path(spec.log_file).name for spec in started]
     assert logs == ["worker.log", *(f"worker-{number}.log" for number in range(1, len(started)))]
     assert not (home / "pipeline").exists()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_recording_is_announced_and_made_by_the_worker_that_edges_talk_to(
+    recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[WorkerSpec] = []
+
+    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
+        started.extend(specs)
+        raise StartedError
+
+    monkeypatch.setattr(supervisor, "Serving", start)
+    home, model = Home(tmp_path).folder, tiny_checkpoint("llama", tmp_path / "model")
+    folder = tmp_path / "deep" / "recording"
+    options = ServeOptions(str(model), home, listen="127.0.0.1:0", pipeline=2, record=folder if recorded else None)
+    with pytest.raises(StartedError):
+        supervisor.serve(options)
+    assert ("is recorded in" in " ".join(capsys.readouterr().err.split())) == recorded
+    assert [recorder_of(spec) is not None for spec in started] == [recorded, False]
+    assert folder.exists() == recorded
+    if recorded:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "recording.bin").touch()
+        with pytest.raises(ConfigError, match="holds a recording already"):
+            supervisor.serve(options)
+
+
+def test_a_recording_is_an_option_of_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ServeOptions] = []
+    monkeypatch.setattr(supervisor, "serve", lambda options, **_: given.append(options) or True)
+    for options in ([], ["--record", str(tmp_path), "--record-mib", "7"]):
+        result = CliRunner().invoke(app, ["serve", "--model", "tiny", *options])
+        assert result.exit_code == 0, result.output
+    assert [(options.record, options.record_mib) for options in given] == [(None, 1024), (tmp_path, 7)]
 
 
 def test_serve_ends_when_the_worker_is_gone_for_good() -> None:

@@ -17,7 +17,7 @@ from support.protocol.wire import TENANT
 
 from isthmus.cloud.directory import Peer, SessionEntry
 from isthmus.cloud.engine.requests import TooLate
-from isthmus.cloud.gateway.calls import InFlight
+from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import OverQuotaError
 from isthmus.protocol import messages as m

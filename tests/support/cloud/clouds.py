@@ -22,6 +22,7 @@ from isthmus.cloud.gateway.server import GatewayServer, ServerTls
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
 from isthmus.edge.client.link import Link
+from isthmus.privacy.recording.recorder import Recorder
 from isthmus.protocol.enrolment import ConnectionString, Quota, add_line
 from isthmus.protocol.secure.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge, load_worker
 from isthmus.rpc.transport import GrpcTransport, Tls
@@ -109,6 +110,7 @@ class ThreadServer:
         clock: Callable[[], float] = time.monotonic,
         bounds: Bounds | None = None,
         threads: int = 1,
+        recorder: Recorder | None = None,
     ) -> None:
         if not batching:
             bounds = bounds or Bounds()
@@ -127,6 +129,7 @@ class ThreadServer:
             next_stage,
             bounds=bounds,
             clock=clock,
+            recorder=recorder,
         )
         self.port = 0
 

@@ -19,6 +19,7 @@ from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.run_report import Report
 from isthmus.edge.split_run import run_training, train_over
+from isthmus.privacy.recording.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Runs:
 
 
 @contextmanager
-def cloud_for_runs(folder: Path, plan: str = "1:1", layers: int = 4) -> Iterator[Runs]:
+def cloud_for_runs(
+    folder: Path, plan: str = "1:1", layers: int = 4, recorder: Recorder | None = None
+) -> Iterator[Runs]:
     """Start a cloud that holds the middle of a tiny Llama; torch has one thread meanwhile, as the cloud has."""
     model = tiny_checkpoint("llama", folder / "model", num_hidden_layers=layers)
     texts = folder / "texts.jsonl"
@@ -62,7 +65,7 @@ def cloud_for_runs(folder: Path, plan: str = "1:1", layers: int = 4) -> Iterator
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadServer(served(model, folder / "parts", plan=plan), Home(folder)) as server:
+        with ThreadServer(served(model, folder / "parts", plan=plan), Home(folder), recorder=recorder) as server:
             yield Runs(server, model, texts)
     finally:
         torch.set_num_threads(threads)
