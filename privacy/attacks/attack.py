@@ -1,0 +1,186 @@
+"""The shape of an attack: what it knows, what it sees, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import ConfigError
+from isthmus.privacy.attacks.front import Front
+from isthmus.privacy.recording.traffic import Traffic
+from isthmus.protocol.tensor_codecs import Role, decode, encode
+
+UNKNOWN = -1
+"""Stands in a guess where there is no token or none is guessed."""
+
+
+class KnownDefence(Protocol):
+    """What the attacker knows of a defence that changes hidden states before they are sent.
+
+    Both take and give `[batch, sequence, h]`.
+    """
+
+    def send(self, hidden: Tensor) -> Tensor:
+        """What the edge would send, with noise of the attacker's own drawing."""
+
+    def expect(self, hidden: Tensor) -> Tensor:
+        """The mean of what the edge would send."""
+
+
+class PublicText(NamedTuple):
+    """A text that the attacker has run through the front by itself.
+
+    Attributes:
+        tokens: `[n]`.
+        exact: Hidden states at the cut, `[n, h]`.
+        sent: The same as they would come out of the defence and the codec.
+    """
+
+    tokens: Tensor
+    exact: Tensor
+    sent: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Knowledge:
+    """What an attacker knows before it looks at the traffic.
+
+    Attributes:
+        model: A whole transformers model with the frozen weights, fp32.
+        tokenizer: Its tokenizer.
+        plan: Which layers are the edge's.
+        front: The first layers as the attacker believes that the edge runs them.
+        public: Tokens of public texts, `[n]` each, none of which is attacked.
+        codec: What hidden states are sent in.
+        private_front: Whether the edge has tuned its first layers in secret, so that `front` is near them at best.
+        known: Tokens `[n]` of texts of which the attacker knows that the edge has sent them, and the hidden states
+            `[n, h]` that came.
+        defence: What is known of the defence; None for none.
+        inverter_steps: Steps that the learned inverter is trained for.
+        seed: Of whatever is drawn.
+    """
+
+    model: Any
+    tokenizer: Any
+    plan: SplitPlan
+    front: Front
+    public: tuple[Tensor, ...]
+    codec: str = "fp32"
+    private_front: bool = False
+    known: tuple[tuple[Tensor, Tensor], ...] = ()
+    defence: KnownDefence | None = None
+    inverter_steps: int = 240
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if sum(len(tokens) > 1 for tokens in self.public) < 2:
+            raise ConfigError(
+                f"{len(self.public)} public texts are too few to attack with; give two or more of two tokens or more"
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        """Size of the vocabulary."""
+        return len(self.front.embedding)
+
+    @cached_property
+    def public_texts(self) -> tuple[PublicText, ...]:
+        """The public texts of two tokens or more, as the wire would show them. Computed once."""
+        texts = []
+        for number, tokens in enumerate(self.public):
+            if len(tokens) > 1:
+                exact = self.front.states(tokens)
+                texts.append(PublicText(tokens, exact, self.sent(exact, number)))
+        return tuple(texts)
+
+    def expect(self, hidden: Tensor) -> Tensor:
+        """What comes of hidden states `[n, h]` on average, `[n, h]`."""
+        return hidden if self.defence is None else self.defence.expect(hidden[None])[0]
+
+    def sent(self, hidden: Tensor, number: int) -> Tensor:
+        """What a cloud would have once an edge had sent `[n, h]`, `[n, h]`; another number draws other noise."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + number)
+            sent = hidden[None] if self.defence is None else self.defence.send(hidden[None])
+        return decode(encode(sent, self.codec, Role.ACTIVATION))[0]
+
+    def with_front(self, front: Front) -> Knowledge:
+        """The same with another front."""
+        return replace(self, front=front)
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What an attack makes of the traffic.
+
+    Attributes:
+        tokens: One tensor `[sequence]` for each row of each forward, in their order, with `UNKNOWN` where nothing is
+            guessed; padding is never guessed.
+        coarse_recall: For an attack that picks from lists of candidates: the share of positions, by the attacker's own
+            estimate, whose list held the right token. None for others.
+        labels: As `tokens`, for attacks on labels; None for others.
+    """
+
+    tokens: tuple[Tensor, ...]
+    coarse_recall: float | None = None
+    labels: tuple[Tensor, ...] | None = None
+
+
+class Attack(Protocol):
+    """An attack.
+
+    Attributes:
+        name: Its name in tables.
+        sees: What of the traffic it uses.
+        knows: What else it needs.
+    """
+
+    name: ClassVar[str]
+    sees: ClassVar[str]
+    knows: ClassVar[str]
+
+    def prepare(self, knowledge: Knowledge) -> None:
+        """Learn what there is to learn from public texts alone."""
+
+    def run(self, traffic: Traffic) -> Guess:
+        """Attack a recording."""
+
+
+class Row(NamedTuple):
+    """One sequence of a forward, without its padding.
+
+    Attributes:
+        hidden: What the edge sent, `[n, h]`.
+        positions: What the model counts its positions as, `[n]`.
+        columns: Where its tokens stand in the padded row, `[n]`.
+        length: Positions of the padded row.
+    """
+
+    hidden: Tensor
+    positions: Tensor
+    columns: Tensor
+    length: int
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """Guessed tokens `[n]` as a row `[length]` with `UNKNOWN` for padding."""
+        row = torch.full((self.length,), UNKNOWN)
+        row[self.columns] = tokens
+        return row
+
+
+def rows(traffic: Traffic, front: Front) -> Iterator[Row]:
+    """The sequences of a recording, in its order."""
+    for forward in traffic.forwards:
+        batch, length, _ = forward.hidden.shape
+        mask = torch.ones(batch, length, dtype=torch.bool) if forward.mask is None else forward.mask.bool()
+        positions = None if forward.positions is None else forward.positions.expand(batch, length)
+        for number in range(batch):
+            columns = mask[number].nonzero()[:, 0]
+            counted = front.counted(columns) if positions is None else positions[number, columns]
+            yield Row(forward.hidden[number, columns].float(), counted, columns, length)

@@ -1,0 +1,52 @@
+"""A front that the edge has tuned in secret: the attacker's own, fitted to texts that it knows to have been sent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.common.errors import ConfigError
+from isthmus.privacy.attacks.attack import Knowledge
+
+_STEPS = 300
+_RATE = 3e-4
+_JUDGED = 4  # one known text in so many is not fitted to
+
+
+def held_out_known(knowledge: Knowledge) -> list[tuple[Tensor, Tensor]]:
+    """The known texts that the front is not fitted to, and what came of them."""
+    return list(knowledge.known[::_JUDGED])
+
+
+def fit_front(knowledge: Knowledge) -> Knowledge:
+    """The same knowledge with all weights of the front's layers fitted to the known texts.
+
+    Channels count by their spread, the first position (a sink) not at all.
+
+    Raises:
+        ConfigError: Fewer than two texts are known.
+    """
+    fitted = [pair for number, pair in enumerate(knowledge.known) if number % _JUDGED]
+    if not fitted:
+        raise ConfigError(
+            f"{len(knowledge.known)} known texts are too few to fit a front to and to judge it; give two or more"
+        )
+    front = knowledge.front.with_own_layers()
+    weights = [weight.requires_grad_(True) for weight in front.layers.parameters()]
+    spread = torch.cat([hidden[1:] for _, hidden in fitted]).std(0).clamp_min(1e-6)
+    optimizer = torch.optim.Adam(weights, lr=_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS, pct_start=0.1)
+    for step in range(_STEPS):
+        tokens, hidden = fitted[step % len(fitted)]
+        expected = front.states(tokens, graph=True)
+        if knowledge.defence is not None:
+            expected = knowledge.expect(expected)
+        loss = ((expected - hidden)[1:] / spread).square().mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+    for weight in weights:
+        weight.requires_grad_(False)
+    return knowledge.with_front(front)

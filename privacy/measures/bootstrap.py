@@ -1,0 +1,61 @@
+"""Intervals by the bootstrap over sequences: tokens of one sequence depend on each other, sequences do not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from isthmus.common.errors import ConfigError
+from isthmus.privacy.measures.token_accuracy import Hits
+
+_DRAWS = 2000
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share_interval(hits: Hits, *, seed: int = 0) -> Interval:
+    """The share of right ones, with the 2.5th and 97.5th percentile of what redrawn sequences give (Efron 1979).
+
+    Where all or none are right, every redrawn sample says so; the interval then reaches as far as the rule of three
+    allows for so many sequences (3 / n), so that ten perfect sequences are not taken for certainty.
+
+    Args:
+        hits: By sequence.
+        seed: Of the draws.
+
+    Raises:
+        ConfigError: Nothing was counted.
+    """
+    if not len(hits.of) or float(hits.of.sum()) == 0:
+        raise ConfigError("a share of nothing has no interval: give sequences with at least one token that counts")
+    drawn = _drawn(len(hits.of), seed)
+    right, of = hits.right[drawn].sum(1), hits.of[drawn].sum(1)
+    value, shares = hits.share, (right / of)[of > 0]
+    low, high = (float(shares.quantile(q)) for q in (0.025, 0.975))
+    room = min(1.0, 3 / int((hits.of > 0).sum()))
+    return Interval(value, 1 - room if value == 1 else low, room if value == 0 else high)
+
+
+def mean_interval(values: Tensor, *, seed: int = 0) -> Interval:
+    """The mean of one value a sequence, `[sequences]`, with its interval.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not len(values):
+        raise ConfigError("no values have no mean: give one for each sequence")
+    means = values.double()[_drawn(len(values), seed)].mean(1)
+    return Interval(float(values.double().mean()), *(float(means.quantile(q)) for q in (0.025, 0.975)))
+
+
+def _drawn(n: int, seed: int) -> Tensor:
+    """Sequences drawn with replacement, `[draws, n]`."""
+    return torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(seed))
