@@ -16,7 +16,8 @@ from torch import Tensor
 
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import DataError, NonFiniteError, RemoteProtocolError
-from isthmus.privacy.recording.recording_file import PATTERN, UNLIMITED, Entry, Opened, fault, read_entries
+from isthmus.privacy.recording.file_names import PATTERN
+from isthmus.privacy.recording.recording_file import UNLIMITED, Entry, Opened, fault, read_entries
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, codec_by_id, decode
 
