@@ -127,6 +127,7 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench abuse --json
 	$(BIN)/isthmus bench tenants --n 8 --figure docs/figures/tenants.png --json
 	$(BIN)/isthmus bench qos --json
+	$(BIN)/isthmus bench daemon --json
 	$(BIN)/isthmus bench kernels --json
 	$(BIN)/isthmus bench quantize --data-folder $(DATA) --json
 	$(BIN)/isthmus bench curve --data $(DATA)/e2e/train.csv --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \

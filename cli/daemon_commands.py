@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.common.errors import ConfigError, NotRunningError
+from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError
 from isthmus.daemon.daemon_settings import DEFAULT_HOME, EXPORT_NO_PROXY, FILE
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
     lines = [
         f"url     {said['url']}  (process {said['pid']}, release {said['version']})",
         f"home    {said['home']}: {size(disk['used_bytes'])} of {size(disk['most_bytes'])}",
-        *([f"lost    {size(disk['lost_bytes'])} of that in lost+found"] if disk["lost_bytes"] else []),
+        *([f"aside   {size(disk['set_aside_bytes'])} of that in set-aside"] if disk["set_aside_bytes"] else []),
         f"clouds  {', '.join(said['clouds']) or 'none'}",
         *_models(said),
         f"jobs    {jobs}",
@@ -106,7 +106,7 @@ def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
 @app.command()
 def stop(
     home: DaemonHome = DEFAULT_HOME,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait until it has ended.")] = 120.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait until it has ended.")] = 180.0,
 ) -> None:
     """Stop the daemon: its jobs are paused, and go on at the next start.
 
@@ -285,8 +285,12 @@ def _start_in_background(home: Home, settings: DaemonSettings, config: Path | No
     """Start a process that outlives this one, and wait until it answers or has ended."""
     from isthmus.common.files import disk_errors, private_opener
     from isthmus.common.terminal import printable
+    from isthmus.daemon.daemon_lock import occupied
     from isthmus.daemon.web.access import is_loopback
 
+    # What a killed daemon has left may name the number that the new process gets, as in a container.
+    with suppress(HomeInUseError), occupied(home):
+        home.running.unlink(missing_ok=True)
     command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--detached"]
     command += ["--home", str(home.path)]
     command += [] if config is None else ["--config", str(config.absolute())]

@@ -5,7 +5,7 @@ computes goes over the links of `isthmus.edge`.
 
     doctor          what may be wrong, and what to do about it; cloud_check asks a cloud
     daemon_server   composes what follows into one process, and serves it on loopback and on a Unix socket
-    lost_found      moves aside what the home has that the database does not know
+    set_aside       moves aside what the home has that the database does not know
     openai          OpenAI's API: files, fine-tuning jobs, models, completions
     tinker          Tinker's API: training by single steps, and sampling
     page            the page at `/`, and the daemon's own API, which the page and `isthmus edge jobs` use

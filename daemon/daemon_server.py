@@ -29,17 +29,17 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
-from isthmus.daemon.lost_found import move_unknown, remove_old
 from isthmus.daemon.openai import openai_routes
 from isthmus.daemon.page import jobs_api, page_routes
 from isthmus.daemon.serving.answers import Answers
+from isthmus.daemon.set_aside import move_unknown, remove_old
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import first_owner
 from isthmus.daemon.tinker import tinker_routes
 from isthmus.daemon.web.access import is_loopback, urls
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.connections import HEAD_BYTES, KEEP_ALIVE_SECONDS, BoundedConnection
-from isthmus.daemon.web.context import Context
+from isthmus.daemon.web.context import UNIX_SOCKET, Context
 
 log = logging.getLogger("isthmus.daemon")
 
@@ -208,7 +208,7 @@ class _Server(uvicorn.Server):
         def connection() -> asyncio.Protocol:
             kind: Any = self.config.http_protocol_class
             made: asyncio.Protocol = kind(
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+                config=self.config, server_state=self.server_state, app_state={UNIX_SOCKET: True}
             )
             return made
 

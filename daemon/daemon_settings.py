@@ -74,7 +74,7 @@ class DaemonSettings(BaseModel):
     keep_days: float = Field(
         30.0,
         gt=0,
-        description="Days that promises of Tinker's API, folders of ended jobs, and what is in lost+found are kept.",
+        description="Days that promises of Tinker's API, folders of ended jobs, and what is in set-aside are kept.",
     )
     adapters_hot: int = Field(
         4, ge=1, description="Adapters that are kept in memory for answers; the one not used for longest gives way."

@@ -13,7 +13,7 @@ jobs/ID/         a job: `spec.json`, `run/` (the run's folder, as `isthmus edge 
 models/ID/       adapters that can be talked to
 tmp/             uploads on their way
 tinker/          models in training (`models/ID/`), saved weights (`weights/ID/`) and data that wait (`requests/ID`)
-lost+found/TIME/ what the start at TIME found in these folders that the database does not know
+set-aside/TIME/  what the start at TIME found in these folders that the database does not know
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from isthmus.common.errors import OwnershipError
 from isthmus.common.files import disk_errors
 from isthmus.common.ownership import private_folder
 
-LOST_FOUND = "lost+found"
+SET_ASIDE = "set-aside"
 
 _FOLDERS = (
     ("files",),
@@ -139,6 +139,6 @@ class Home:
         return self.path / "tinker" / "weights" / promise_id
 
     @property
-    def lost_found(self) -> Path:
+    def set_aside(self) -> Path:
         """What starts have found that the database does not know; made when it is needed."""
-        return self.path / LOST_FOUND
+        return self.path / SET_ASIDE

@@ -33,7 +33,7 @@ from isthmus.common.errors import ConfigError, PackageError
 from isthmus.common.files import disk_errors, sha256_of
 from isthmus.common.ownership import private_folder
 from isthmus.emulator.package.verification import check_package_fits, verified
-from isthmus.privacy.recording.recording_file import PATTERN
+from isthmus.privacy.recording.file_names import PATTERN
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.limits import MAX_WORKERS, MIB
 from isthmus.protocol.secure.keys import WorkerIdentity, generate_edge

@@ -47,8 +47,8 @@ IDLE = 30.0
 """Seconds between looks at the queue when nobody asks for one."""
 TIDY = 3600.0
 """Seconds between looks for what has been kept long enough."""
-STOP_SECONDS = 60.0
-"""How long a daemon that stops waits for its workers."""
+STOP_SECONDS = 130.0
+"""How long a daemon that stops waits for its workers; somewhat longer than they allow themselves."""
 
 _log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class JobRunner:
         """Begin jobs while there is room; returns the seconds until one may be tried again."""
         pause = IDLE
         waiting = select(Job).where(Job.status.in_(("running", "queued")))
-        with self.database.session() as session:
+        with self.database.reading() as session:
             # "running" comes after "queued": what a crash has left goes first.
             jobs = session.scalars(
                 waiting.order_by(Job.status.desc(), Job.priority.desc(), Job.created_at, Job.id)
@@ -227,11 +227,11 @@ class JobRunner:
         for job in jobs:
             if job.id in self._running:
                 continue
-            if self._taken() >= self.settings.jobs_at_once:
-                break
             rest = self._trouble[job.id].until - time.monotonic() if job.id in self._trouble else 0.0
             if job.wanted != "run":
                 self._guarded(job.id, self._settle)  # its worker ended, and somebody wants no other one
+            elif self._taken() >= self.settings.jobs_at_once:
+                continue  # one behind it may be cancelled, and needs no place for that
             elif rest > 0:
                 pause = min(pause, rest)
             else:

@@ -55,21 +55,28 @@ async def upload(request: Request, here: Here, asker: Asker, _: NoQuery) -> Any:
     file_id = f"file-{secrets.token_hex(12)}"
     most = here.settings.upload_mib * 2**20
     said = request.headers.get("content-length", "")
-    size = min(int(said), most) if said.isdecimal() else most
+    size = min(int(said), most) if said.isdecimal() else 0
     here.home.uploads.mkdir(mode=0o700, exist_ok=True)
     temporary = here.home.uploads / file_id
-    try:
-        async with contextmanager_in_threadpool(here.room.reserved(size)):  # which may look through the whole home
+    # The room may look through the whole home.
+    await run_in_threadpool(here.room.room_for, size)  # what cannot fit is refused before it comes
+    async with contextmanager_in_threadpool(here.room.growing()) as take:
+        try:
             with disk_errors(temporary), temporary.open("xb") as file:
                 received = UploadStream(request.headers.get("content-type", ""), file, most)
+
+                def write(chunk: bytes) -> None:
+                    take(len(chunk))
+                    received.write(chunk)
+
                 async for chunk in request.stream():
-                    await run_in_threadpool(received.write, chunk)
+                    await run_in_threadpool(write, chunk)
                 received.finish()
-        return await run_in_threadpool(_keep, here, asker.id, file_id, temporary, received)
-    except ClientDisconnect as error:
-        raise ApiError(400, "the client has closed its connection", code="client_gone") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+            return await run_in_threadpool(_keep, here, asker.id, file_id, temporary, received)
+        except ClientDisconnect as error:
+            raise ApiError(400, "the client has closed its connection", code="client_gone") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @routes.get("")

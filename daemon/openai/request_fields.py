@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.bounded_body import UNKNOWN, BoundedBody, shown
+from isthmus.daemon.web.json_object import parse_object
 
 
 class Fields(BoundedBody):
@@ -85,23 +86,6 @@ NoQuery = Annotated[Fields, Depends(query(Fields))]
 """For a handler whose request has no query."""
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body.
-
-    Raises:
-        ApiError: It is none, or says something twice.
-    """
-    try:
-        values = json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
-        if b"\\ud" in body.lower():  # perhaps half of a surrogate pair, which no answer could repeat
-            json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON ({error}): send one JSON object", code="invalid_json") from error
-    if not isinstance(values, dict):
-        raise ApiError(400, "the body is JSON, but no object: send one JSON object", code="invalid_json")
-    return values
-
-
 def checked(cls: type[Read], values: dict[str, Any]) -> Read:
     """The fields of plain values.
 
@@ -122,14 +106,3 @@ def checked(cls: type[Read], values: dict[str, Any]) -> Read:
     reason = first["msg"].removeprefix("Value error, ")
     message = f"{param} = {shown(first['input'])}: {reason[:1].lower()}{reason[1:]}"
     raise ApiError(400, message, param=param or None, code="invalid_value")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a name stands twice in an object")
-    return values
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")

@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
-from pydantic import Field
+from pydantic import Field, ValidationError
 from sqlalchemy import select
 
 from isthmus.daemon.jobs.job_names import MOST_SUFFIX
@@ -17,7 +18,8 @@ from isthmus.daemon.jobs.job_specs import names_paths
 from isthmus.daemon.state.tables import Event, Job, Model, StoredFile
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.bounded_body import BoundedBody, few
-from isthmus.daemon.web.context import Asker, Here
+from isthmus.daemon.web.context import Asker, Here, OverUnixSocket
+from isthmus.daemon.web.json_object import parse_object
 
 After = Annotated[str | None, Query(max_length=64, description="The id before the first one.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="So many at most.")]
@@ -35,6 +37,16 @@ class JobRequest(BoundedBody):
     labels: Annotated[dict[str, Label], few(16)] = Field(default_factory=dict)
     priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] = 0
     suffix: Annotated[str, Field(max_length=MOST_SUFFIX)] = ""
+
+
+async def job_request(request: Request) -> JobRequest:
+    """The job that a request wants. Raises ApiError for what is no JSON object, RequestValidationError for others."""
+    values = parse_object(await request.body())
+    try:
+        return JobRequest.model_validate(values)
+    except ValidationError as error:
+        wrong = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(wrong) from error
 
 
 def router() -> APIRouter:
@@ -63,10 +75,15 @@ def list_jobs(
     return {"jobs": _trees(here, jobs), "has_more": more}
 
 
-def create(here: Here, owner: Asker, request: Request, wanted: JobRequest) -> dict[str, Any]:
+def create(
+    here: Here,
+    owner: Asker,
+    over_unix_socket: OverUnixSocket,
+    wanted: Annotated[JobRequest, Depends(job_request)],
+) -> dict[str, Any]:
     """Put a job into the queue. The same request within a minute is the same job."""
     # Who connects to the Unix socket is this machine's user, who may read the files anyway; a token is not.
-    if names_paths(wanted.spec) and request.client is not None:
+    if names_paths(wanted.spec) and not over_unix_socket:
         raise ApiError(400, "paths of files are taken over the Unix socket alone: upload the file, and give its id")
     job = here.jobs.create(
         owner.id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,7 +17,7 @@ class FairTurns:
 
     def __init__(self, at_once: int) -> None:
         self._free = at_once
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._waiting: OrderedDict[str, OrderedDict[asyncio.Future[None], None]] = OrderedDict()  # none without a wait
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
@@ -33,19 +33,23 @@ class FairTurns:
 
     async def _wait(self, owner: str) -> None:
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(owner, deque()).append(turn)
+        self._waiting.setdefault(owner, OrderedDict())[turn] = None
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():
                 self._pass_on()  # it has come meanwhile
+            elif turn in self._waiting.get(owner, ()):
+                del self._waiting[owner][turn]
+                if not self._waiting[owner]:
+                    del self._waiting[owner]
             raise
 
     def _pass_on(self) -> None:
         """Give a turn that is over to the owner who has waited longest since its last one."""
         while self._waiting:
             owner, turns = next(iter(self._waiting.items()))
-            turn = turns.popleft()
+            turn, _ = turns.popitem(last=False)
             if turns:
                 self._waiting.move_to_end(owner)
             else:

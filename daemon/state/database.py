@@ -5,11 +5,11 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, ExceptionContext, create_engine, event
+from sqlalchemy import Connection, PoolProxiedConnection, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
 from isthmus.common.errors import DiskError
@@ -17,6 +17,8 @@ from isthmus.daemon.state.migrate import migrate
 
 BUSY_SECONDS = 30.0
 """So long a transaction waits for one of another process."""
+FREED_AT_ONCE = 4096
+"""Pages that one transaction gives back to the disk."""
 
 _HELD = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN})
@@ -44,7 +46,7 @@ class Database:
         )
         event.listen(self._engine, "connect", _prepare)
         event.listen(self._engine, "begin", _begin)
-        event.listen(self._engine, "handle_error", self._check_disk)
+        event.listen(self._engine, "handle_error", lambda context: self._check_disk(context.original_exception))
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
         self._readers = sessionmaker(
             self._engine.execution_options(isthmus_reads=True), expire_on_commit=False, autoflush=False
@@ -85,6 +87,18 @@ class Database:
         with self._block(), self._readers() as session:
             yield session
 
+    def shrink(self) -> None:
+        """Give what the file no longer needs back to the disk, some at a time, so that others write in between."""
+        left, before = self._free_pages(), -1
+        while left and left != before:
+            before = left
+            with self.session() as session:
+                # SQLAlchemy reads no rows without columns, of which each is a page that is freed.
+                self._run(session.connection().connection, f"incremental_vacuum({FREED_AT_ONCE})")
+            left = self._free_pages()
+        with self._block(), self._writing, closing(self._engine.raw_connection()) as connection:
+            self._run(connection, "wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
         """Close all connections once the blocks that run have ended; no further one begins.
 
@@ -97,6 +111,10 @@ class Database:
             self._closed = True
             self._blocks.wait_for(lambda: self._open_blocks == 0)
         self._engine.dispose()
+
+    def _free_pages(self) -> int:
+        with self.reading() as session:
+            return int(session.connection().exec_driver_sql("PRAGMA freelist_count").scalar_one())
 
     @contextmanager
     def _block(self) -> Iterator[None]:
@@ -112,8 +130,14 @@ class Database:
                 self._open_blocks -= 1
                 self._blocks.notify_all()
 
-    def _check_disk(self, context: ExceptionContext) -> None:
-        error = context.original_exception
+    def _run(self, connection: PoolProxiedConnection, pragma: str) -> None:
+        try:
+            connection.cursor().execute(f"PRAGMA {pragma}").fetchall()
+        except sqlite3.OperationalError as error:
+            self._check_disk(error)
+            raise
+
+    def _check_disk(self, error: BaseException) -> None:
         if not isinstance(error, sqlite3.OperationalError):
             return
         code = error.sqlite_errorcode & 0xFF  # the rest says where it happened

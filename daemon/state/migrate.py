@@ -114,6 +114,8 @@ def _engine(path: Path) -> Engine:
     def _prepare(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None
         connection.execute("PRAGMA synchronous=FULL")
+        if path.stat().st_size == 0:
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # for `Database.shrink`; later it changes nothing
 
     @event.listens_for(engine, "begin")
     def _begin(connection: object) -> None:

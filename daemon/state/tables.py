@@ -232,7 +232,8 @@ class TinkerPromise(Table):
         number: The order in which they came in. None is given twice, since states on the disk go by them.
         scope, key: What a repeated request has in common: `(model_id, seq_id)` and the like.
         kind: The endpoint's name.
-        request: Its body, where it is JSON; a protobuf one's is in the home, at `tinker/requests/<id>`.
+        request: Its body, where it is small; one with data or a prompt is in the home, at `tinker/requests/<id>`, and
+            this has its `bytes`.
         answer: The result's bytes; None while there is none.
         answer_type: The media type of `answer`.
     """

@@ -23,7 +23,7 @@ from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerPromise
 from isthmus.daemon.tinker.promises import Promises
 from isthmus.daemon.tinker.refusal import RefusalError
-from isthmus.daemon.tinker.wire_bodies import read_question
+from isthmus.daemon.workers.answering import Answer
 from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 
 
@@ -96,12 +96,13 @@ class HeldModels:
             with suppress(WorkerDiedError):  # then it is free, too
                 await self.ask("forget", model=model)
 
-    async def forward_backward(self, model: str, promise: TinkerPromise) -> dict[str, Any]:
-        """Do what a promise asks of a model that is held. Raises what `ask` does, RefusalError and BodyError."""
-        question = await run_in_threadpool(lambda: read_question(self._promises.body(promise)))
-        return await self.ask("forward_backward", model=model, **question)
+    async def forward_backward(self, model: str, promise: TinkerPromise) -> bytes:
+        """Do what a promise asks of a model that is held; its answer. Raises what `ask` does, and RefusalError."""
+        body = await run_in_threadpool(self._promises.body, promise)
+        _, answer = await self.ask("forward_backward", body, model=model)
+        return answer
 
-    async def ask(self, method: str, **values: Any) -> dict[str, Any]:
+    async def ask(self, method: str, blob: bytes = b"", **values: Any) -> Answer:
         """Ask the process that holds the models; another one, which took its place meanwhile, has none of them.
 
         Raises:
@@ -109,7 +110,7 @@ class HeldModels:
             WorkerDiedError: It has ended.
         """
         try:
-            answer, _ = await self._worker.ask(method, **values)
+            answer = await self._worker.ask(method, blob, **values)
         except WorkerError:
             if self._worker.pid != self._pid:
                 raise WorkerDiedError("the training process has ended") from None

@@ -1,8 +1,8 @@
 """Promises: requests that are answered later, each once, whatever crashes in between.
 
-A request that is sent again finds its first promise. Its row, and its body where that is no JSON, are on the disk
-before the client is told its number, and its answer before anybody is told that. Bodies of `forward_backward` stay
-until the state that has their gradients is on the disk, since a crash loses what is not.
+A request that is sent again finds its first promise. Its row, and its body where that has data or a prompt, are on the
+disk before the client is told its number, and its answer before anybody is told that. Bodies of `forward_backward` stay
+until the state that has their gradients is on the disk, since a crash loses what is not; others until the answer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ MOST_ANSWER_BYTES = 1 << 30
 
 _NEVER = 2**62
 _GRADIENTS = "forward_backward"
-_WITH_BODY = (_GRADIENTS, "forward")
+_UNTIL_ANSWERED = ("forward", "asample")
+_WITH_BODY = (_GRADIENTS, *_UNTIL_ANSWERED)
 
 
 class FullError(Exception):
@@ -172,12 +173,12 @@ class Promises:
         with self._database.reading() as session:
             return session.scalar(select(TinkerPromise).where(TinkerPromise.id == promise_id))
 
-    def unanswered(self) -> Sequence[tuple[str, str, str | None]]:
-        """Id, kind and model of all promises without an answer, in order."""
-        rows = select(TinkerPromise.id, TinkerPromise.kind, TinkerPromise.model)
+    def unanswered(self) -> Sequence[TinkerPromise]:
+        """All promises without an answer, in order: their ids, owners, kinds and models."""
+        needed = load_only(TinkerPromise.id, TinkerPromise.owner, TinkerPromise.kind, TinkerPromise.model)
+        rows = select(TinkerPromise).where(TinkerPromise.answer.is_(None)).order_by(TinkerPromise.number)
         with self._database.reading() as session:
-            found = session.execute(rows.where(TinkerPromise.answer.is_(None)).order_by(TinkerPromise.number))
-            return [(row.id, row.kind, row.model) for row in found]
+            return session.scalars(rows.options(needed)).all()
 
     def to_repeat(self, model: str, saved: int, before: int) -> Sequence[TinkerPromise]:
         """Answered promises whose gradients are in no state on the disk, in order.
@@ -300,8 +301,6 @@ class Promises:
     def _write(self, promise: TinkerPromise, told: Told, also: Callable[[Session], None] | None) -> None:
         with self._database.session() as session:
             values: dict[str, Any] = {"answer": told.body, "answer_type": told.media_type}
-            if promise.kind == "asample":
-                values["request"] = {}  # prompts are long, and nobody needs them any more
             session.execute(
                 update(TinkerPromise)
                 .where(TinkerPromise.id == promise.id, TinkerPromise.answer.is_(None))
@@ -309,7 +308,7 @@ class Promises:
             )
             if also is not None:
                 also(session)
-        if promise.kind == "forward" or (promise.kind == _GRADIENTS and told.media_type == REFUSED):
+        if promise.kind in _UNTIL_ANSWERED or (promise.kind == _GRADIENTS and told.media_type == REFUSED):
             self._remove_bodies([promise.id])
 
     def _check_room(self, session: Session, new: NewPromise) -> None:
@@ -326,7 +325,10 @@ class Promises:
             .where(TinkerPromise.owner == new.owner, TinkerPromise.kind.in_(_WITH_BODY), _needs_its_body())
         )
         if (held or 0) + len(new.body) > MOST_HELD_BYTES:
-            raise FullError(f"{held} bytes of data wait already for their optim_step: make one, and send these again")
+            raise FullError(
+                f"{held} bytes of data and prompts wait already: make an optim_step, or wait for answers, and send "
+                "these again"
+            )
 
 
 def _remove_oldest(session: Session, owner: str) -> Sequence[str]:

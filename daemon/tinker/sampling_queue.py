@@ -15,12 +15,13 @@ from starlette.concurrency import run_in_threadpool
 from isthmus.common.errors import WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Sampling, Target, TokenChance
+from isthmus.daemon.serving.fair_turns import FairTurns
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import TinkerPromise, TinkerSampler
 from isthmus.daemon.tinker.promises import Promises, Told, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import SavedWeights
-from isthmus.daemon.tinker.tinker_patience import MINE, MOST_DEATHS, MOST_FAILURES, passes, pause_after, told_failure
+from isthmus.daemon.tinker.tinker_patience import MINE, MOST_DEATHS, MOST_FAILURES, Waits, pause_after, told_failure
 from isthmus.daemon.tinker.tinker_requests import Sample, SamplingParams
 from isthmus.daemon.tinker.wire_bodies import PROTOBUF, Sampled, written_samples
 from isthmus.daemon.workers.asking import WorkerError
@@ -56,43 +57,50 @@ class SamplingQueue:
     ) -> None:
         self._settings, self._database = settings, database
         self._promises, self._weights, self._answers = promises, weights, answers
-        self._ids: asyncio.Queue[str] = asyncio.Queue()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._tries: dict[str, int] = {}  # of those that wait, by their ids
+        self._turns = FairTurns(AT_ONCE)
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # of the promises that have no answer, by their ids
         self.reasons: dict[str, str] = {}  # why they wait
 
-    def start(self) -> None:
-        """Begin to answer."""
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(AT_ONCE)]
-
-    def add(self, promise_id: str) -> None:
-        """Answer a promise when its turn comes."""
-        self._ids.put_nowait(promise_id)
+    def add(self, promise: TinkerPromise) -> None:
+        """Answer a promise when its owner's turn comes. One that waits, or is under way, already is left as it is."""
+        if promise.id not in self._tasks:
+            self._tasks[promise.id] = asyncio.create_task(self._work(promise.owner, promise.id))
 
     async def stop(self) -> None:
         """Stop answering. What was under way is asked again after the next start."""
-        for task in self._tasks:
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _work(self) -> None:
-        while True:
-            await self._do(await self._ids.get())
+    async def _work(self, owner: str, promise_id: str) -> None:
+        """Answer a promise; between two tries others have their turns."""
+        waits = Waits()
+        try:
+            while True:
+                async with self._turns.turn(owner):
+                    reason = await self._do(promise_id, waits)
+                if reason is None:
+                    return
+                self.reasons[promise_id] = reason
+                await asyncio.sleep(waits.pause())
+        finally:
+            del self._tasks[promise_id]
+            self.reasons.pop(promise_id, None)
 
-    async def _do(self, promise_id: str) -> None:
-        """Answer a promise, or put it off. One that meets defects is refused."""
+    async def _do(self, promise_id: str, waits: Waits) -> str | None:
+        """Answer a promise, or say why it waits. One that meets defects is refused."""
         failures, told = 0, None
         while True:
             try:
                 promise = await run_in_threadpool(self._promises.find, promise_id)
                 if promise is not None and promise.answer is None:
-                    told = told or await self._answer(promise)
-                    if told is None:
-                        return
+                    found = told or await self._answer(promise, waits)
+                    if isinstance(found, str):
+                        return found
+                    told = found
                     await self._promises.tell(promise, told)
-                self.reasons.pop(promise_id, None)
-                self._tries.pop(promise_id, None)
-                return
+                return None
             except Exception as error:  # it is logged, and tried again: the disk was full, say
                 failures += 1
                 log.exception("a defect met %s, for the %d. time", promise_id, failures)
@@ -100,32 +108,29 @@ class SamplingQueue:
                     told = told_failure(failures, error)
             await asyncio.sleep(pause_after(failures))
 
-    async def _answer(self, promise: TinkerPromise) -> Told | None:
-        """The answer to a promise; None for one that waits for its next turn, while others are answered."""
+    async def _answer(self, promise: TinkerPromise, waits: Waits) -> Told | str:
+        """The answer to a promise, or why it waits."""
         deaths = 0
         while True:
             try:
-                told = await self._sampled(promise)
+                return await self._sampled(promise)
             except WorkerDiedError as error:
                 deaths += 1
                 if deaths < MOST_DEATHS:
                     continue
-                told = told_refusal(
-                    RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server")
-                )
-            except (WorkerError, BusyError) as error:
-                tries = self._tries[promise.id] = self._tries.get(promise.id, 0) + 1
-                if isinstance(error, BusyError) or passes(error, tries):
-                    self.reasons[promise.id] = str(error) or "many requests wait for answers"
-                    asyncio.get_running_loop().call_later(pause_after(tries), self.add, promise.id)
-                    return None
-                told = told_refusal(RefusalError(str(error), "server" if error.code in MINE else "user"))
+                why = RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server")
+            except BusyError as error:
+                return str(error)
+            except WorkerError as error:
+                if waits.passes(error):
+                    return str(error)
+                why = RefusalError(str(error), "server" if error.code in MINE else "user")
             except RefusalError as error:
-                told = told_refusal(error)
-            return told
+                why = error
+            return told_refusal(why)
 
     async def _sampled(self, promise: TinkerPromise) -> Told:
-        request = Sample.model_validate(promise.request)
+        request = await run_in_threadpool(lambda: Sample.model_validate_json(self._promises.body(promise)))
         tokens, sampling = checked(request)
         target = await run_in_threadpool(self._target, promise.owner, request)
         found = [_Collected() for _ in range(sampling.n)]

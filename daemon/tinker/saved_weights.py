@@ -70,15 +70,12 @@ class SavedWeights:
     def find(self, owner: str, path: str) -> TinkerWeights | None:
         """Weights of an owner."""
         with self._database.reading() as session:
-            found = session.get(TinkerWeights, path)
-            gone = found is None or found.owner != owner or (found.expires_at or time.time() + 1) < time.time()
-            return None if gone else found
+            return _find(session, owner, path)
 
     def needed(self, owner: str, path: str) -> TinkerWeights:
         """Weights of an owner. Raises RefusalError where there are none."""
-        if (found := self.find(owner, path)) is None:
-            raise RefusalError(f"there are no weights at {path}")
-        return found
+        with self._database.reading() as session:
+            return _needed(session, owner, path)
 
     def folder(self, weights: TinkerWeights) -> Path:
         """Where weights are."""
@@ -102,18 +99,16 @@ class SavedWeights:
 
     def expire(self, owner: str, path: str, ttl: int | None) -> None:
         """Say when weights are removed. Raises RefusalError."""
-        self.needed(owner, path)
         with self._database.session() as session:
-            row = session.get_one(TinkerWeights, path)
-            row.expires_at = None if ttl is None else time.time() + ttl
+            _needed(session, owner, path).expires_at = None if ttl is None else time.time() + ttl
 
     def delete(self, owner: str, path: str) -> None:
         """Remove weights. Raises RefusalError where there are none, or a model is to load them."""
-        found = self.needed(owner, path)
         with self._database.session() as session:
+            found = _needed(session, owner, path)
             if self._is_needed(session, path):
                 raise RefusalError(f"a model is about to load {path}: delete it afterwards")
-            session.delete(session.get_one(TinkerWeights, path))
+            session.delete(found)
         self.remove_folder(found.folder)
 
     def remove_folder(self, folder: str) -> None:
@@ -156,3 +151,15 @@ def samplers_of(session: Session, owner: str, in_session: str) -> Sequence[Tinke
     """The samplers of a session."""
     query = select(TinkerSampler).where(TinkerSampler.owner == owner, TinkerSampler.session == in_session)
     return session.scalars(query.order_by(TinkerSampler.created_at)).all()
+
+
+def _find(session: Session, owner: str, path: str) -> TinkerWeights | None:
+    found = session.get(TinkerWeights, path)
+    gone = found is None or found.owner != owner or (found.expires_at or time.time() + 1) < time.time()
+    return None if gone else found
+
+
+def _needed(session: Session, owner: str, path: str) -> TinkerWeights:
+    if (found := _find(session, owner, path)) is None:
+        raise RefusalError(f"there are no weights at {path}")
+    return found

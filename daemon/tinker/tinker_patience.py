@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from isthmus.common.errors import (
     CloudFailedError,
     ConnectionLostError,
@@ -19,7 +21,8 @@ WAITS = (UnreachableError, ConnectionLostError, DrainingError, TooManySessionsEr
 MAY_PASS = (OverQuotaError, CloudFailedError)
 """What passes where a cloud had too little memory just then, and does not where a request is too large for it."""
 MOST_REFUSED = 20
-"""Times that a promise meets something that may pass, over about 8 minutes, after which it is refused."""
+"""Times that a promise meets something that may pass, over about 8 minutes, after which it is refused. Waits for what
+passes by itself do not count."""
 DEFECT = 1
 """The code of a defect of a process, after which nobody knows what it holds."""
 MOST_DEATHS = 3
@@ -35,9 +38,29 @@ _WAITS = frozenset(error.__name__ for error in WAITS)
 _MAY_PASS = frozenset(error.__name__ for error in MAY_PASS)
 
 
-def passes(error: WorkerError, tries: int) -> bool:
-    """Whether what met an error, in so many tries, is tried again."""
-    return error.kind in _WAITS or (error.kind in _MAY_PASS and tries < MOST_REFUSED)
+@dataclass(slots=True)
+class Waits:
+    """How often a promise was put off.
+
+    Attributes:
+        times: In all.
+        declined: By something that may pass.
+    """
+
+    times: int = 0
+    declined: int = 0
+
+    def passes(self, error: WorkerError) -> bool:
+        """Whether what met an error is tried again. To be asked once for each error."""
+        if error.kind in _MAY_PASS:
+            self.declined += 1
+            return self.declined < MOST_REFUSED
+        return error.kind in _WAITS
+
+    def pause(self) -> float:
+        """Seconds until the next try."""
+        self.times += 1
+        return pause_after(self.times)
 
 
 def pause_after(tries: int) -> float:

@@ -74,9 +74,8 @@ class TinkerService:
     async def start(self) -> None:
         """Take up what a stop or a crash has left."""
         await run_in_threadpool(self.promises.start)
-        self.sampling.start()
-        for promise_id, kind, model in await run_in_threadpool(self.promises.unanswered):
-            self._dispatch(promise_id, kind, model)
+        for promise in await run_in_threadpool(self.promises.unanswered):
+            self._dispatch(promise)
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
@@ -90,14 +89,14 @@ class TinkerService:
         """Promise something, once, and have it done. Raises FullError."""
         made = await run_in_threadpool(self.promises.make, new, also)
         if made.answer is None:
-            self._dispatch(made.id, made.kind, made.model)
+            self._dispatch(made)
         return made
 
-    def _dispatch(self, promise_id: str, kind: str, model: str | None) -> None:
-        if kind == "asample":
-            self.sampling.add(promise_id)
-        elif model is not None:
-            self.training.wake(model)
+    def _dispatch(self, promise: TinkerPromise) -> None:
+        if promise.kind == "asample":
+            self.sampling.add(promise)
+        elif promise.model is not None:
+            self.training.wake(promise.model)
 
     async def _sweep(self) -> None:
         while True:
@@ -108,7 +107,10 @@ class TinkerService:
             await asyncio.sleep(_SWEEP_EVERY)
 
     def sweep(self) -> None:
-        """Remove what is kept no longer: old promises, models that nobody has asked for, expired weights."""
+        """Remove what is kept no longer: old promises, models that nobody has asked for, expired weights.
+
+        The database's file is as small as what stays, then.
+        """
         before = time.time() - self.context.settings.keep_days * _DAY
         with self.context.database.session() as session:
             old = session.scalars(select(TinkerModel).where(TinkerModel.seen_at < before)).all()
@@ -121,6 +123,7 @@ class TinkerService:
         self.promises.sweep(before)
         self.weights.sweep()
         self._sweep_sessions(before)
+        self.context.database.shrink()
 
     def _sweep_sessions(self, before: float) -> None:
         """Remove samplers whose weights have gone, and sessions that have nothing any more."""

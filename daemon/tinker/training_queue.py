@@ -34,11 +34,11 @@ from isthmus.daemon.tinker.tinker_patience import (
     MINE,
     MOST_DEATHS,
     MOST_FAILURES,
-    passes,
+    Waits,
     pause_after,
     told_failure,
 )
-from isthmus.daemon.tinker.wire_bodies import PROTOBUF, BodyError, written_output
+from isthmus.daemon.tinker.wire_bodies import PROTOBUF
 from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 
 MODULE = "isthmus.daemon.tinker.training_worker"
@@ -166,7 +166,7 @@ class TrainingQueue:
 
     async def _do(self, model: str, promise: TinkerPromise) -> None:
         """Do what a promise asks until there is an answer."""
-        deaths, tries = 0, 0
+        deaths, waits = 0, Waits()
         while True:
             try:
                 async with self._turn:
@@ -179,16 +179,14 @@ class TrainingQueue:
                     if deaths < MOST_DEATHS:
                         continue
                     why = RefusalError(f"the training process has died {deaths} times at it ({error})", "server")
-                elif passes(error, tries := tries + 1):
+                elif waits.passes(error):
                     self.reasons[model] = str(error)
-                    await asyncio.sleep(pause_after(tries))
+                    await asyncio.sleep(waits.pause())
                     continue
                 else:
                     why = RefusalError(str(error), "server" if error.code in MINE else "user")
             except RefusalError as error:
                 why = error
-            except BodyError as error:
-                why = RefusalError(str(error))
             except IsthmusError as error:
                 why = RefusalError(str(error), "server")
             done = self._refused(promise, told_refusal(why))
@@ -218,13 +216,11 @@ class TrainingQueue:
             case "create_model":
                 return _Done(told_json({"model_id": model, "type": "create_model"}))
             case "forward_backward" | "forward":
-                answer = await self._models.forward_backward(model, promise)
-                body = await run_in_threadpool(written_output, answer["outputs"], answer["metrics"])
-                return _Done(Told(body, PROTOBUF))
+                return _Done(Told(await self._models.forward_backward(model, promise), PROTOBUF))
             case "optim_step":
                 await run_in_threadpool(self._room.room_for, 0)
                 waiting = await run_in_threadpool(self._promises.to_repeat, model, saved, number)
-                done = await self._models.ask(
+                done, _ = await self._models.ask(
                     "optim_step", model=model, number=number, adam=values["adam"], calls=len(waiting)
                 )
                 self._models.is_saved(model, number)

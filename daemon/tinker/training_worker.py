@@ -6,8 +6,8 @@ What it answers, one question after the other (`isthmus.daemon.workers.answering
                       layers "edge"|"all", spare_tied_head? (leave out a head that is tied to the embedding)
                       -> targets, parameters, layers, alpha, unembed (whether the head is trained), saved (number of the
                       step or load gone on from; null for a new one)
-    forward_backward  model, loss, loss_config, forward_only, data [{tokens, targets, weights?, logprobs?, advantages?}]
-                      -> outputs [{logprobs, shaped as targets}], metrics {"loss:sum"}
+    forward_backward  model; the request of Tinker's API as bytes -> {}; its result as bytes (`wire_bodies`): outputs
+                      [{logprobs, shaped as targets}], metrics {"loss:sum"}
     optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}, calls?
                       -> metrics {"grad_norm:mean": before it is clipped}
     save              model, folder, optimizer -> {}
@@ -16,10 +16,12 @@ What it answers, one question after the other (`isthmus.daemon.workers.answering
     state             -> pid, models {name: {number, calls}}, clouds
     traffic           -> clouds {connection string: {bytes_up, bytes_down, calls, retries}}, since it was asked last
 
-Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. After a step or a load, the state is in the
-model's folder before the answer is given, and what has the number that it has already is answered as it was then.
-Gradients since then end with the process: who asks makes the model again and repeats forward_backward. `calls`, how
-often it was answered since then, makes a gradient that is missing an error where it is given.
+Data and results are bytes, since the daemon answers nobody while it reads or writes so much JSON.
+
+After a step or a load, the state is in the model's folder before the answer is given, and what has the number that it
+has already is answered as it was then. Gradients since then end with the process: who asks makes the model again and
+repeats forward_backward. `calls`, how often it was answered since then, makes a gradient that is missing an error where
+it is given.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import use_threads
+from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.training.datum_batches import Datum
 from isthmus.daemon.tinker.training.lora_shape import LoraShape
 from isthmus.daemon.tinker.training.trained_model import AdamParams
 from isthmus.daemon.tinker.training.training_models import TrainingModels
+from isthmus.daemon.tinker.wire_bodies import BodyError, read_question, written_output
 from isthmus.daemon.workers.answering import Answer, Handler, Question, answer_questions
 from isthmus.edge.config.client_config import ClientConfig
 
@@ -100,7 +104,6 @@ class TrainingHandlers:
         """For `answer_questions`."""
         methods: Mapping[str, Callable[[Values], Values]] = {
             "create": self.create,
-            "forward_backward": self.forward_backward,
             "optim_step": self.optim_step,
             "save": self.save,
             "load": self.load,
@@ -108,7 +111,16 @@ class TrainingHandlers:
             "state": self.state,
             "traffic": self.traffic,
         }
-        return {name: _handler(method) for name, method in methods.items()}
+        return {"forward_backward": self._of_body, **{name: _handler(method) for name, method in methods.items()}}
+
+    def _of_body(self, question: Question) -> Iterator[Answer]:
+        """`forward_backward`, by the bytes of its request and its result."""
+        try:
+            asked = read_question(question.blob)
+        except (RefusalError, BodyError) as error:
+            raise ConfigError(str(error)) from error
+        answer = self.forward_backward(question.values | asked)
+        yield {}, written_output(answer["outputs"], answer["metrics"])
 
     def create(self, values: Values) -> Values:
         """See the top of the file."""
@@ -118,7 +130,10 @@ class TrainingHandlers:
         return self.models.create(asked.model, Path(asked.folder), config, shape, spare_tied_head=asked.spare_tied_head)
 
     def forward_backward(self, values: Values) -> Values:
-        """See the top of the file."""
+        """Of data {tokens, targets, weights?, logprobs?, advantages?}, as `read_question` reads them.
+
+        Sparse targets and weights come dense, with token 0 of weight 0 in the gaps.
+        """
         asked = _check(_ForwardBackward, values)
         model = self.models.model(asked.model)
         logprobs, loss = model.forward_backward(

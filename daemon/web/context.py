@@ -16,6 +16,9 @@ from isthmus.daemon.serving.answers import Answers
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Owner
 
+UNIX_SOCKET = "unix_socket"
+"""What the listener of the Unix socket sets in the state of its requests."""
+
 
 @dataclass
 class Noted:
@@ -34,7 +37,7 @@ class Context:
 
     Attributes:
         room: How much the home may still take: what is written into it asks before. All parts have this one, since each
-            must know what the others have reserved.
+            must know what comes to the others.
     """
 
     settings: DaemonSettings
@@ -51,11 +54,18 @@ async def context_of(request: Request) -> Context:
     return cast(Context, request.app.state.context)
 
 
+async def over_unix_socket(request: Request) -> bool:
+    """Whether a request came over the Unix socket: its listener marks its connections. Addresses tell nothing, since a
+    connection over the network that was reset has none either."""
+    return getattr(request.state, UNIX_SOCKET, False) is True
+
+
 async def owner_of(request: Request) -> Owner:
     """Whose token a request has; `isthmus.daemon.web.access` has refused those without one."""
     return cast(Owner, request.state.owner)
 
 
-# Both are coroutines: a plain function would wait for a thread.
+# All are coroutines: a plain function would wait for a thread.
 Here = Annotated[Context, Depends(context_of)]
 Asker = Annotated[Owner, Depends(owner_of)]
+OverUnixSocket = Annotated[bool, Depends(over_unix_socket)]

@@ -16,8 +16,10 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from isthmus.common.errors import IsthmusError
+from isthmus.daemon.disk_room import NoRoomError
 from isthmus.daemon.jobs.job_service import UnknownJobError, WrongStateError
 from isthmus.daemon.serving.answers import BusyError
+from isthmus.daemon.state.owners import FIRST
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.bounded_body import UNKNOWN
 from isthmus.daemon.workers.asking import WorkerError
@@ -76,8 +78,10 @@ def internal(request_id: str) -> ApiError:
 def install(app: FastAPI) -> None:
     """Let an application answer its handlers' errors so. What is a defect propagates."""
 
-    async def handle(_request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
         told = as_api_error(error)
+        if told is not None and isinstance(error, NoRoomError) and request.state.owner.name == FIRST:
+            told = ApiError(told.status, error.figures, code=told.code)
         if told is None:
             raise error
         return respond(told)

@@ -50,10 +50,10 @@ def _status(here: Context, owner: Owner) -> dict[str, Any]:
     answers = dict(here.noted.answers)
     if "hot" in answers:
         answers["hot"] = len(answers["hot"])  # their names are their owners'
-    used, lost, free = here.room.used(), here.room.lost(), shutil.disk_usage(here.home.path).free
+    used, aside, free = here.room.used(), here.room.set_aside(), shutil.disk_usage(here.home.path).free
     if owner.name != FIRST:
         answers = {"clouds": [{key: cloud[key] for key in _OF_A_CLOUD} for cloud in answers.get("clouds", ())]}
-        used, lost = (-(-size // _COARSE) * _COARSE for size in (used, lost))
+        used, aside = (-(-size // _COARSE) * _COARSE for size in (used, aside))
         free = free // _COARSE * _COARSE
     return {
         "version": importlib.metadata.version("isthmus"),
@@ -63,7 +63,7 @@ def _status(here: Context, owner: Owner) -> dict[str, Any]:
         "owner": owner.name,
         "disk": {
             "used_bytes": used,
-            "lost_bytes": lost,
+            "set_aside_bytes": aside,
             "most_bytes": here.room.most,
             "free_bytes": free,
         },

@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 from typing import Final
 
-from isthmus.privacy.recording.recording_file import MAGIC, PATTERN, Kind, entry_of, opening_of
+from isthmus.privacy.recording.file_names import PATTERN
+from isthmus.privacy.recording.recording_file import MAGIC, Kind, entry_of, opening_of
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Buffer
 

@@ -28,8 +28,6 @@ from isthmus.protocol.encoding import pack, pack_info, unpack, unpack_info
 from isthmus.protocol.limits import Buffer, Limits
 from isthmus.protocol.messages import Attach, Message, SessionInfo
 
-PATTERN = "recording*.bin"
-"""The files of a recording in its folder: one for each process that has written."""
 MAGIC = b"isthmus recording 1\n"
 _ENTRY = struct.Struct("!B16sIQI")
 UNLIMITED = Limits(max_message_bytes=1 << 62)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import DataError, NonFiniteError, RemoteProtocolError
-from isthmus.privacy.recording.recording_file import PATTERN, UNLIMITED, Entry, Opened, fault, read_entries
+from isthmus.privacy.recording.file_names import PATTERN
+from isthmus.privacy.recording.recording_file import UNLIMITED, Entry, Opened, fault, read_entries
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, codec_by_id, decode
 
@@ -213,7 +214,7 @@ def read_traffic(folder: Path) -> Traffic:
         DataError: there is none, it has no session, or several models' or plans', or a file of it is damaged or cut
             off; the message names the file and the offset of the first entry that is not whole.
     """
-    files = sorted(folder.glob(PATTERN))
+    files = sorted(folder.glob(PATTERN), key=lambda path: (len(path.name), path.name))  # as they were begun
     if not files:
         raise DataError(f"{folder} has no recording: give the folder of `isthmus cloud serve --record`")
     reader = _Reader()

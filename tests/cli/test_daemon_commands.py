@@ -28,7 +28,7 @@ from isthmus.cli import daemon_commands
 from isthmus.cli.main import app
 from isthmus.common.errors import ConfigError, NotRunningError, PortInUseError, StateError
 from isthmus.daemon import daemon_lock, daemon_server as server
-from isthmus.daemon.daemon_lock import holder
+from isthmus.daemon.daemon_lock import holder, occupied
 from isthmus.daemon.home import Home
 from isthmus.daemon.state.migrate import copy_of
 from isthmus.daemon.state.owners import READ_EVERY
@@ -242,6 +242,31 @@ def test_in_the_background_it_says_which_clouds_are_not_to_be_had(tmp_path: Path
         assert "away    main: cloud = " in _run("status", *home)
     finally:
         _run("stop", *home)
+
+
+def test_in_the_background_what_a_killed_daemon_has_left_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended:
+        pid, returncode = 4321, 51
+
+        def __init__(self, _words: list[str], **_options: Any) -> None:
+            pass
+
+        def poll(self) -> int:
+            return self.returncode
+
+    home = Home.make(tmp_path / "home")
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    start = ["edge", "daemon", "start", "--background", "--home", str(home.path)]
+    record = json.dumps({"pid": Ended.pid, "url": "http://127.0.0.1:1", "started": 0.0})
+    home.running.write_text(record)
+    done = runner.invoke(app, start)
+    assert (done.exit_code, done.stdout) == (Ended.returncode, "")
+    home.running.write_text(record)
+    with occupied(home):  # of a daemon that runs it stays
+        assert runner.invoke(app, start).stdout.startswith(f"started process {Ended.pid}")
+    assert home.running.read_text() == record
 
 
 def test_config_prints_a_file_that_can_be_read() -> None:

@@ -203,6 +203,23 @@ def test_a_body_that_makes_no_sense_is_refused(daemon: RunningDaemon, body: dict
     assert daemon.post(JOBS, json=body).status_code == 400
 
 
+@pytest.mark.parametrize("value", [r'"\ud800"', "1e999", "NaN", '{"a": 1, "a": 2}', '{"\\udc00": 1}'])
+@pytest.mark.parametrize("where", ["spec", "labels", "suffix"])
+def test_what_could_not_be_told_again_is_refused(daemon: RunningDaemon, where: str, value: str) -> None:
+    whole = {"spec": '{"data": "file-0"}', "labels": "{}", "suffix": '""'}
+    whole[where] = value if where == "suffix" else f'{{"data": {value}}}'
+    body = ", ".join(f'"{name}": {text}' for name, text in whole.items())
+    answer = daemon.post(JOBS, content=f'{{"kind": "train", "model": "tiny", {body}}}')
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+def test_a_whole_surrogate_pair_is_a_character(daemon: RunningDaemon) -> None:
+    body = r'{"kind": "train", "model": "tiny", "spec": {"data": "file-0"}, "suffix": "\ud83d\ude00"}'
+    answer = daemon.post(JOBS, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] != "invalid_json"
+
+
 def test_lists_go_by_pages(daemon: RunningDaemon, run: Any, tmp_path: Path) -> None:
     made = [submit(run, script(tmp_path, *SUCCEEDS), "--set", f"seed={n}") for n in range(3)][::-1]
     first = daemon.get(JOBS, params={"limit": 2}).json()

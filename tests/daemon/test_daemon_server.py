@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from support.daemon.daemon_parts import NoAnswers, NoJobs, make_parts
 from support.daemon.running_daemon import RunningDaemon, running_daemon
 
@@ -29,7 +30,7 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.connections import HEAD_BYTES, BoundedConnection
-from isthmus.daemon.web.context import Context
+from isthmus.daemon.web.context import Context, over_unix_socket
 
 pytestmark = pytest.mark.server
 
@@ -79,6 +80,47 @@ def test_the_socket_asks_for_the_token_too(daemon: RunningDaemon) -> None:
         assert client.get("http://localhost/isthmus/v1/status").status_code == 401
         assert client.get("http://localhost/healthz").status_code == 200
         assert client.get("http://evil.example/healthz").status_code == 403
+
+
+def test_a_connection_that_was_reset_is_none_of_the_unix_socket(tmp_path: Path) -> None:
+    """It has no address either. It waits, reset, before the server begins, so that the server sees nothing else."""
+    seen: dict[str, tuple[bool, bool]] = {}
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        seen[scope["path"]] = (scope["client"] is None, await over_unix_socket(Request(scope)))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    def ask(client: socket.socket, path: str, *, reset: bool = False) -> None:
+        client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        if reset:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+
+    async def serve(serving: server._Server, tcp: socket.socket) -> None:
+        serving.told = lambda: None
+        task = asyncio.create_task(serving.serve(sockets=[tcp]))
+        async with asyncio.timeout(30):
+            while len(seen) < 3:
+                await asyncio.sleep(0)
+        serving.should_exit = True
+        await task
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        server._listen_unix(tmp_path / "s") as unix,
+        socket.create_connection(tcp.getsockname()) as reset,
+        socket.create_connection(tcp.getsockname()) as whole,
+        socket.socket(socket.AF_UNIX) as owners,
+    ):
+        unix.listen()
+        owners.connect(str(tmp_path / "s"))
+        ask(reset, "/reset", reset=True)
+        ask(whole, "/whole")
+        ask(owners, "/owners")
+        any_app: Any = app
+        asyncio.run(serve(server._Server(server._config(any_app, DaemonSettings()), unix), tcp))
+    assert seen == {"/reset": (True, False), "/whole": (False, False), "/owners": (True, True)}
 
 
 def test_the_serving_process_imports_neither_torch_nor_grpc() -> None:

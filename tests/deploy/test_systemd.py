@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.cli import daemon_commands
 from isthmus.common.errors import ConfigError, HomeInUseError, KeyFileError, OwnershipError, StateError
+from isthmus.daemon import daemon_server
+from isthmus.daemon.jobs import job_runner, job_worker
 
 UNITS = sorted((Path(__file__).parents[2] / "deploy" / "systemd").glob("*.service"))
 USERS = [unit for unit in UNITS if "daemon" in unit.name]
@@ -92,6 +96,16 @@ def test_a_drain_has_time_to_end() -> None:
     (grace,) = re.findall(r"--grace (\d+)", _values(cloud, "ExecStart")[0])
     (timeout,) = _values(cloud, "TimeoutStopSec")
     assert int(timeout) > int(grace)
+
+
+def test_who_stops_a_daemon_waits_for_its_jobs_to_save() -> None:
+    """Each waits for longer than the next one: systemd and `stop`, the daemon, the processes of jobs."""
+    (unit,) = USERS
+    (timeout,) = _values(unit, "TimeoutStopSec")
+    patience = inspect.signature(daemon_commands.stop).parameters["patience"].default
+    daemon = daemon_server.GRACE_SECONDS + job_runner.STOP_SECONDS
+    assert min(int(timeout), patience) > daemon
+    assert job_runner.STOP_SECONDS > job_worker.STOP_SECONDS
 
 
 @pytest.mark.parametrize("unit", USERS, ids=lambda unit: unit.stem)

@@ -105,6 +105,7 @@ export function showChat(main, wanted, signal) {
 
   async function submit(event) {
     event.preventDefault();
+    await filled; // a question may come before the names of the models
     const asked = mode.value === "text" ? prompt.value : prompt.value.trim();
     if (asked.trim() === "" || asking !== null) return;
     problem.hidden = true;
@@ -145,7 +146,7 @@ export function showChat(main, wanted, signal) {
       problem.hidden = false;
     }
   }
-  fillIn().catch((error) => {
+  const filled = fillIn().catch((error) => {
     if (signal.aborted) return;
     setText(problem, error.message);
     problem.hidden = false;

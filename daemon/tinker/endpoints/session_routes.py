@@ -13,10 +13,18 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from isthmus.common.errors import DiskError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerSampler, TinkerSession
-from isthmus.daemon.tinker.endpoints.tinker_bodies import checked_page, not_found, promised, read_body, read_json
-from isthmus.daemon.tinker.promises import FullError, NewPromise, UnknownPromiseError
+from isthmus.daemon.tinker.endpoints.tinker_bodies import (
+    checked_page,
+    not_found,
+    parsed,
+    promised,
+    read_body,
+    read_json,
+)
+from isthmus.daemon.tinker.promises import FullError, NewPromise, Told, UnknownPromiseError, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.sampling_queue import MOST_SAMPLES
 from isthmus.daemon.tinker.saved_weights import samplers_of
@@ -230,22 +238,21 @@ def get_sampler(sampler_id: str, here: Here, owner: Asker) -> dict[str, Any]:
 @sessions.post("/asample")
 async def asample(request: Request, here: Here, owner: Asker, tinker: Tinker) -> Response:
     """Promise samples."""
-    new = await read_json(request, Sample, here.settings.body_mib << 20)
+    body: bytes | None = await read_body(request, here.settings.body_mib << 20)
+    new = parsed(body or b"", Sample)
     sampler = await run_in_threadpool(get_sampler, new.sampling_session_id, here, owner)
     for name in ("base_model", "model_path"):
         if (asked := getattr(new, name)) not in {None, sampler[name]}:
             problem = f"{name} = {asked!r}: the sampler has {sampler[name]!r}; leave it out, or make another sampler"
             raise ApiError(400, problem, param=name)
+    told: Told | None = None
     try:
-        promise = await tinker.promise(
-            NewPromise(
-                owner=owner.id,
-                scope=f"sampler/{new.sampling_session_id}",
-                key=str(new.seq_id),
-                kind="asample",
-                request=new.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
-            )
-        )
+        await run_in_threadpool(here.room.room_for, len(body or b""))
+    except DiskError as error:
+        told, body = told_refusal(RefusalError(str(error))), None
+    scope = f"sampler/{new.sampling_session_id}"
+    try:
+        promise = await tinker.promise(NewPromise(owner.id, scope, str(new.seq_id), "asample", body=body, told=told))
     except FullError as error:
         raise ApiError(429, str(error), code="too_many_waiting") from error
     return promised(

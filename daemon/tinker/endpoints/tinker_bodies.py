@@ -31,7 +31,11 @@ async def read_body(request: Request, most: int = SMALL_BODY) -> bytes:
 
 async def read_json(request: Request, kind: type[T], most: int = SMALL_BODY) -> T:
     """A request's JSON. Raises ApiError where it is no `kind`."""
-    body = await read_body(request, most)
+    return parsed(await read_body(request, most), kind)
+
+
+def parsed(body: bytes, kind: type[T]) -> T:
+    """The JSON of a body. Raises ApiError where it is no `kind`."""
     try:
         return kind.model_validate_json(body or b"{}")
     except ValidationError as error:

@@ -91,12 +91,12 @@ def test_a_recording_is_announced_and_made_by_the_worker_that_edges_talk_to(
 
 
 def test_a_recording_is_an_option_of_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[tuple[Path | None, int]] = []
-    monkeypatch.setattr(supervisor, "serve", lambda options, **_: given.append((options.record, options.record_mib)) or True)
+    given: list[ServeOptions] = []
+    monkeypatch.setattr(supervisor, "serve", lambda options, **_: given.append(options) or True)
     for options in ([], ["--record", str(tmp_path), "--record-mib", "7"]):
         result = CliRunner().invoke(app, ["serve", "--model", "tiny", *options])
         assert result.exit_code == 0, result.output
-    assert given == [(None, 1024), (tmp_path, 7)]
+    assert [(options.record, options.record_mib) for options in given] == [(None, 1024), (tmp_path, 7)]
 
 
 def test_serve_ends_when_the_worker_is_gone_for_good() -> None:

@@ -18,7 +18,7 @@ from support.daemon.jobs import scripted_worker
 from support.daemon.jobs.job_homes import Jobs, ended, said, until
 
 from isthmus.common.errors import ConfigError, DiskError, UnknownModelError
-from isthmus.daemon.disk_room import DiskRoom
+from isthmus.daemon.disk_room import DiskRoom, NoRoomError
 from isthmus.daemon.jobs import job_rows, job_runner, job_service
 from isthmus.daemon.jobs.job_runner import Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
@@ -235,6 +235,24 @@ def test_a_waiting_job_is_paused_and_cancelled_at_once(jobs: Jobs) -> None:
     assert (job.status, job.finished_at is None) == ("cancelled", False)
 
 
+@pytest.mark.parametrize(("ask", "status"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_job_that_a_stop_has_left_needs_no_place_to_end(tmp_path: Path, ask: str, status: str) -> None:
+    jobs = jobs_in(tmp_path, jobs_at_once=2)
+    with jobs.service() as service:
+        wanted = does(jobs, *WAITS)
+        made = [service.create("one", wanted).id for _ in range(2)]
+        for one in made:
+            until(service, one, lambda job: job.status == "running")
+    jobs.settings = jobs.settings.model_copy(update={"jobs_at_once": 1})
+    with jobs.service() as service:
+        first, second = made
+        until(service, first, lambda job: job.attempts == 2)
+        assert (service.get("one", second).status, service.get("one", second).attempts) == ("running", 1)
+        getattr(service, ask)("one", second)
+        until(service, second, lambda job: job.status == status)
+        assert service.get("one", first).status == "running"
+
+
 @pytest.mark.parametrize("status", ["queued", "running", "paused", "succeeded", "failed", "cancelled"])
 def test_what_a_state_does_not_allow_is_refused(jobs: Jobs, status: str) -> None:
     allowed = {
@@ -379,6 +397,9 @@ def test_a_full_home_ends_jobs_and_takes_no_new_ones(tmp_path: Path, monkeypatch
         job = ended(service, made)
         assert job.error is not None
         assert (job.status, job.error["code"]) == ("failed", DiskError.exit_code)
+        assert job.error["message"] == (
+            "the daemon's disk is full: delete files, models or jobs of yours, and retry the job"
+        )
         with pytest.raises(DiskError):
             service.create("one", does(jobs, *SUCCEEDS))
 
@@ -542,10 +563,12 @@ def test_a_long_log_is_put_aside(jobs: Jobs) -> None:
     assert sizes["worker.log"] <= 10
 
 
-def test_what_another_part_has_reserved_is_no_room_for_a_job(jobs: Jobs) -> None:
+def test_what_another_part_has_taken_is_no_room_for_a_job(jobs: Jobs) -> None:
     room = DiskRoom(jobs.home.path, 32 / 1024)
     service = JobService(jobs.settings, jobs.home, jobs.database, room)
     wanted = does(jobs, *SUCCEEDS)
-    with room.reserved(24 << 20), pytest.raises(DiskError, match="do not fit"):
-        service.create("one", wanted)
+    with room.growing() as take:
+        take(24 << 20)
+        with pytest.raises(NoRoomError):
+            service.create("one", wanted)
     assert service.create("one", wanted).status == "queued"

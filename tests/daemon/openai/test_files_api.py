@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import hashlib
+import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -125,6 +130,53 @@ def test_another_owner_sees_none_of_it(client: OpenAI, other: OpenAI, training_f
     assert client.files.retrieve(training_file).id == training_file
 
 
+def test_a_full_disk_is_told_in_figures_to_the_first_owner_alone(
+    client: OpenAI, other: OpenAI, openai_daemon: OpenAIDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_daemon.context.room, "most", 0)
+    told = []
+    for one in (client, other):
+        with pytest.raises(APIStatusError) as full:
+            one.with_options(max_retries=0).files.create(file=("a.bin", b"1"), purpose="batch")
+        assert full.value.status_code == 507
+        told.append(full.value.body["message"])  # type: ignore[index]  # a dictionary
+    assert "MiB of the 0.0 MiB that it may" in told[0]
+    assert told[1] == "the daemon's disk is full: delete files, models or jobs of yours"
+
+
+def test_uploads_that_do_not_come_take_no_room_and_those_that_come_do(
+    client: OpenAI, openai_daemon: OpenAIDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, uploads = openai_daemon.context.room, openai_daemon.context.home.uploads
+    monkeypatch.setattr(room, "most", disk_room.taken(openai_daemon.context.home.path) + (8 << 20))
+    at = (client.base_url.host, client.base_url.port)
+    head = (
+        "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+        f"X-API-Key: {openai_daemon.others_token}\r\nContent-Length: {6 << 20}\r\n\r\n"
+        '--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n1'
+    ).encode()
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(at)) for _ in range(4)]
+        for each in slow:
+            each.sendall(head)
+        _until(lambda: len(list(uploads.iterdir())) == len(slow))
+        upload = functools.partial(client.files.create, purpose="batch")
+        client.files.delete(upload(file=("a.bin", bytes(3 << 20))).id)
+        slow[0].sendall(bytes(5 << 20))
+        _until(lambda: sum(path.stat().st_size for path in uploads.iterdir()) > 4 << 20)
+        with pytest.raises(APIStatusError) as full:
+            upload(file=("a.bin", bytes(4 << 20)))
+        assert full.value.status_code == 507
+    _until(lambda: not list(uploads.iterdir()))
+
+
+def _until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_the_home_is_looked_through_beside_the_event_loop(
     client: OpenAI, openai_daemon: OpenAIDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,12 +190,6 @@ def test_the_home_is_looked_through_beside_the_event_loop(
     monkeypatch.setattr(openai_daemon.context.room, "_counted_at", float("-inf"))
     client.files.delete(client.files.create(file=("a.bin", b"1"), purpose="batch").id)
     assert set(on_the_loop) == {False}
-    assert openai_daemon.context.room._reserved == 0
-    monkeypatch.setattr(openai_daemon.context.room, "most", 0)
-    with pytest.raises(APIStatusError) as full:
-        client.with_options(max_retries=0).files.create(file=("a.bin", b"1"), purpose="batch")
-    assert full.value.status_code == 507
-    assert openai_daemon.context.room._reserved == 0
 
     async def here() -> None:
         taken(None)

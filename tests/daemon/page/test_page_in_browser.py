@@ -135,6 +135,20 @@ def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
     assert watched.faults == []
 
 
+def test_a_question_that_comes_before_the_models_names_waits_for_them(fake: FakeDaemon, watch: Opener) -> None:
+    watched = watch()
+    held: list[Any] = []
+    watched.page.route("**/v1/models", lambda route: held.append(route))
+    page = watched.open(fake.token, "chat")
+    page.get_by_label("Your message").fill("What now?")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(200)
+    assert page.locator(".notice:visible").count() == 0
+    for route in held:
+        route.continue_()
+    expect(page.locator(".said").first).to_have_text(re.compile("base"))
+
+
 def test_chat_compares_base_and_tuned_and_can_be_stopped(fake: FakeDaemon, watch: Opener) -> None:
     name = _job(fake, 20)
     page = watch().open(fake.token, f"job/{name}")

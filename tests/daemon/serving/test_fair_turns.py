@@ -65,3 +65,27 @@ def test_one_who_stops_waiting_loses_no_turn_for_others() -> None:
         assert turns._free == 1
 
     asyncio.run(run())
+
+
+def test_one_who_stops_waiting_leaves_nothing_behind() -> None:
+    async def run() -> None:
+        turns = FairTurns(1)
+
+        async def work(owner: str) -> None:
+            async with turns.turn(owner):
+                pass
+
+        async with turns.turn("first"):
+            tasks = [asyncio.create_task(work(owner)) for owner in "aab"]
+            await asyncio.sleep(0)
+            assert {owner: len(waits) for owner, waits in turns._waiting.items()} == {"a": 2, "b": 1}
+            for task in (tasks[0], tasks[2]):
+                task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert {owner: len(waits) for owner, waits in turns._waiting.items()} == {"a": 1}
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert [task.cancelled() for task in tasks] == [True, False, True]
+        assert turns._free == 1
+
+    asyncio.run(run())

@@ -208,3 +208,37 @@ def test_a_full_disk_and_another_process_are_told_in_one_line(tmp_path: Path, mo
             session.execute(text("SELECT * FROM missing"))
         session.add(_owner("later"))
     database.close()
+
+
+def test_the_file_shrinks_when_much_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_database, "FREED_AT_ONCE", 100)
+    database = Database(tmp_path / "state.db")
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.glob("state.db*"))
+
+    database.shrink()
+    before = size()
+    with database.session() as session:
+        session.add_all(_owner(f"{number}" * 10_000) for number in range(200))
+    database.shrink()
+    assert size() > before + (2 << 20)  # the control: what is there stays
+    with database.session() as session:
+        session.execute(text("DELETE FROM owners"))
+    database.shrink()
+    assert size() < before + (1 << 16)
+    with database.session() as session:
+        session.add(_owner("later"))
+    database.close()
+
+
+def test_a_disk_that_is_full_while_the_file_shrinks_is_told_in_one_line(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with database._engine.connect() as connection:
+        raw = connection.connection
+        with pytest.raises(sqlite3.OperationalError, match="incomplete"):  # the control: a defect stays one
+            database._run(raw, "")
+        raw.cursor().execute("PRAGMA query_only=ON")
+        with pytest.raises(DiskError, match="free some space"):
+            database._run(raw, "user_version=1")
+    database.close()

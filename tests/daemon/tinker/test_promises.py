@@ -136,7 +136,7 @@ def test_a_body_that_no_promise_needs_any_more_is_removed(promises: Promises, ho
     home.tinker_request(answered.id).write_bytes(b"data")  # as if a kill had come before it was removed
     home.tinker_request("req-of-nobody").write_bytes(b"data")
     promises.start()
-    assert bodies(home) == {promise.id, "req-of-nobody"}  # the latter is for `lost+found`
+    assert bodies(home) == {promise.id, "req-of-nobody"}  # the latter is for `set-aside`
 
 
 def test_a_body_goes_with_a_promise_that_is_not_written(
@@ -187,12 +187,29 @@ def test_data_that_wait_for_a_step_are_bounded(
     made = [promises.make(new(key)) for key in (1, 2)]
     for promise in made:
         asyncio.run(promises.tell(promise, GRADIENTS))
-    with pytest.raises(FullError, match="8 bytes of data wait"):
+    with pytest.raises(FullError, match="8 bytes of data and prompts wait"):
         promises.make(new(3))
     step = promises.make(new(4, "optim_step", None))
     asyncio.run(promises.tell(step, DONE, lambda _: None))
     _save(database, step.number)
     promises.make(new(3))
+
+
+def test_prompts_that_wait_are_bounded_and_go_with_their_answers(
+    promises: Promises, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prompt(key: int, owner: str = "a") -> NewPromise:
+        return NewPromise(owner, "sampler/s", f"{owner}{key}", "asample", body=b"text")
+
+    monkeypatch.setattr(promises_module, "MOST_HELD_BYTES", 9)
+    first, second = promises.make(prompt(1)), promises.make(prompt(2))
+    with pytest.raises(FullError, match="8 bytes of data and prompts wait"):
+        promises.make(prompt(3))
+    assert promises.make(prompt(1)).id == first.id  # a repeated one takes no room
+    other = promises.make(prompt(1, "b"))  # nor do another owner's
+    asyncio.run(promises.tell(first, GRADIENTS))
+    third = promises.make(prompt(3))
+    assert bodies(home) == {second.id, third.id, other.id}
 
 
 def test_answers_that_are_kept_are_bounded_and_still_count_once(

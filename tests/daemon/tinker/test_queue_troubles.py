@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from support.daemon.queue_parts import SECONDS, Parts, run
 
 from isthmus.common.errors import (
     CheckpointError,
@@ -22,167 +23,12 @@ from isthmus.common.errors import (
     TooLateError,
     TooManySessionsError,
 )
-from isthmus.daemon.daemon_settings import DaemonSettings
-from isthmus.daemon.disk_room import DiskRoom
-from isthmus.daemon.home import Home
 from isthmus.daemon.jobs import job_worker
-from isthmus.daemon.serving.answers import Piece, Prompt, Sampling, Target
-from isthmus.daemon.state.database import Database
-from isthmus.daemon.state.tables import (
-    BaseModel,
-    Owner,
-    TinkerModel,
-    TinkerPromise,
-    TinkerSampler,
-    TinkerSession,
-    TinkerWeights,
-)
-from isthmus.daemon.tinker import held_models, tinker_patience, training_queue
-from isthmus.daemon.tinker.promises import NewPromise, Promises, Told
-from isthmus.daemon.tinker.sampling_queue import AT_ONCE, SamplingQueue
-from isthmus.daemon.tinker.saved_weights import SavedWeights
-from isthmus.daemon.tinker.training_queue import TrainingQueue
+from isthmus.daemon.state.tables import Owner, TinkerModel
+from isthmus.daemon.tinker import tinker_patience, training_queue
+from isthmus.daemon.tinker.promises import Told
+from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.workers.asking import WorkerError
-
-SECONDS = 20.0
-
-
-class FakeWorker:
-    """Trains a number: it counts gradients in its memory, and writes their sum with a step."""
-
-    def __init__(self) -> None:
-        self.pid: int | None = 1
-        self.models: dict[str, dict[str, int]] = {}
-        self.disk: dict[str, dict[str, int]] = {}
-        self.asked: list[str] = []
-        self.errors: dict[str, list[Exception]] = {}
-        self.loads = 0
-
-    async def ask(self, method: str, **values: Any) -> tuple[dict[str, Any], bytes]:
-        self.asked.append(method)
-        model = values["model"]
-        error = self.errors[method].pop(0) if self.errors.get(method) else None
-        if error is not None and method != "forward_backward":
-            raise error
-        answer: dict[str, Any] = {}
-        if method == "create":
-            saved = self.disk.get(model)
-            self.models[model] = {"sum": 0, "gradient": 0, "number": 0} | (saved or {})
-            answer = {"unembed": values["unembed"], "saved": saved and saved["number"]}
-        elif method == "forward_backward":
-            self.models[model]["gradient"] += 1
-            if error is not None:
-                raise error  # when it has counted
-            answer = {"outputs": [{"logprobs": [-1.0]}], "metrics": {}}
-        elif method == "optim_step":
-            state = self.models[model]
-            if state["number"] != values["number"]:
-                assert state["gradient"] == values["calls"]
-                state |= {"sum": state["sum"] + state["gradient"], "gradient": 0, "number": values["number"]}
-                self.disk[model] = dict(state)
-            answer = {"metrics": {}}
-        elif method == "save":
-            Path(values["folder"]).mkdir()
-        elif method == "load":
-            state = self.models[model]
-            if state["number"] != values["number"]:
-                state |= {"sum": 100, "gradient": 0, "number": values["number"]}
-                self.disk[model] = dict(state)
-                self.loads += 1
-        elif method == "forget":
-            del self.models[model]
-        return answer, b""
-
-    async def stop(self) -> None:
-        pass
-
-
-class FakeAnswers:
-    """Raises what it is given, for each owner, and then answers."""
-
-    def __init__(self) -> None:
-        self.errors: dict[str, list[Exception]] = {}
-        self.owners: list[str] = []
-
-    async def generate(
-        self, target: Target, prompt: Prompt, sampling: Sampling, *, owner: str = ""
-    ) -> AsyncIterator[Piece]:
-        self.owners.append(owner)
-        if self.errors.get(owner):
-            raise self.errors[owner].pop(0)
-        yield Piece(0, "x", [1], [], "stop", 1)
-
-
-class Parts:
-    """The queues, on a database with an owner's model `m` and a sampler for each of two owners."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home = Home.make(folder / "home")
-        self.database = Database(self.home.database)
-        settings = DaemonSettings.model_validate({"clouds": {"main": {"cloud": "isthmus://127.0.0.1:1#SHA256:0"}}})
-        lora = dict.fromkeys(("rank", "seed", "train_attn", "train_mlp", "train_unembed", "layers"), 1)
-        times = {"created_at": 0.0, "seen_at": 0.0}
-        with self.database.session() as session:
-            for name in ("a", "b"):
-                session.add(Owner(id=name, name=name, token_sha256=name, created_at=0.0))
-            session.add(BaseModel(name="base", cloud="main", facts={}, seen_at=0.0))
-            session.flush()
-            session.add(TinkerSession(id="s", owner="a", **times))
-            session.flush()
-            session.add(TinkerModel(id="m", owner="a", session="s", base="base", settings=lora, **times))
-            for name in ("a", "b"):
-                session.add(TinkerSampler(id=f"of-{name}", owner=name, session="s", base="base", created_at=0.0))
-        self.promises = Promises(self.database, self.home)
-        self.promises.start()
-        self.weights = SavedWeights(self.database, self.home)
-        self.worker, self.answers = FakeWorker(), FakeAnswers()
-        room = DiskRoom(self.home.path, settings.disk_gib)
-        self.training = TrainingQueue(
-            settings,
-            self.home,
-            self.database,
-            room,
-            self.promises,
-            self.weights,
-            self.worker,  # type: ignore[arg-type]
-        )
-        self.sampling = SamplingQueue(settings, self.database, self.promises, self.weights, self.answers)  # type: ignore[arg-type]
-        self.count = 0
-
-    def make(self, kind: str, body: bytes | None = None, **request: Any) -> TinkerPromise:
-        self.count += 1
-        return self.promises.make(NewPromise("a", "model/m", str(self.count), kind, "m", request, body))
-
-    async def train(self, kind: str, body: bytes | None = None, **request: Any) -> Told:
-        made = self.make(kind, body, **request)
-        self.training.wake("m")
-        told = await self.promises.wait("a", made.id, SECONDS)
-        assert told is not None
-        return told
-
-    async def save(self, *, overwrite: bool = False, ttl: int | None = None) -> Any:
-        told = await self.train("save_weights", name="x", overwrite=overwrite, ttl=ttl, labels=None, sampler=None)
-        return json.loads(told.body)
-
-    def sample(self, owner: str) -> str:
-        self.count += 1
-        request = {
-            "sampling_session_id": f"of-{owner}",
-            "seq_id": self.count,
-            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]},
-            "sampling_params": {"max_tokens": 1},
-        }
-        made = self.promises.make(NewPromise(owner, f"of-{owner}", str(self.count), "asample", None, request))
-        self.sampling.add(made.id)
-        return made.id
-
-    def rows(self) -> list[str]:
-        with self.database.reading() as session:
-            return [row.folder for row in session.query(TinkerWeights)]
-
-    def write(self, change: Callable[[TinkerWeights], None]) -> None:
-        with self.database.session() as session:
-            change(session.query(TinkerWeights).one())
 
 
 @pytest.mark.parametrize(
@@ -206,9 +52,9 @@ def test_that_an_adapter_is_leased_is_noted_before_it_is_made(parts: Parts, lora
     seen: list[dict[str, str]] = []
     ask = parts.worker.ask
 
-    async def noticing(method: str, **values: Any) -> tuple[dict[str, Any], bytes]:
+    async def noticing(method: str, blob: bytes = b"", **values: Any) -> tuple[dict[str, Any], bytes]:
         seen.append(places())
-        return await ask(method, **values)
+        return await ask(method, blob, **values)
 
     parts.worker.ask = noticing  # type: ignore[method-assign]
 
@@ -217,27 +63,6 @@ def test_that_an_adapter_is_leased_is_noted_before_it_is_made(parts: Parts, lora
 
     run(parts, steps)
     assert seen[0] == {"a": place, "b": "here"}
-
-
-@pytest.fixture
-def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
-    monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(held_models, "read_question", lambda body: {"data": []})
-    return Parts(tmp_path)
-
-
-def run(parts: Parts, steps: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run steps while the queues are there."""
-
-    async def all_of_it() -> None:
-        parts.sampling.start()
-        try:
-            await steps()
-        finally:
-            await parts.sampling.stop()
-            await parts.training.stop()
-
-    asyncio.run(all_of_it())
 
 
 def test_weights_that_have_expired_give_their_name_free(parts: Parts) -> None:
@@ -258,14 +83,41 @@ def test_weights_that_are_deleted_while_others_take_their_name(parts: Parts) -> 
         path = (await parts.save())["path"]
         ask = parts.worker.ask
 
-        async def meanwhile(method: str, **values: Any) -> Any:
+        async def meanwhile(method: str, blob: bytes = b"", **values: Any) -> Any:
             if method == "save":
                 parts.weights.delete("a", path)
-            return await ask(method, **values)
+            return await ask(method, blob, **values)
 
         parts.worker.ask = meanwhile  # type: ignore[method-assign]
         assert "path" in await parts.save(overwrite=True)
         assert len(parts.rows()) == 1
+
+    run(parts, steps)
+
+
+def test_weights_that_are_deleted_twice_at_once_are_not_there_for_one_of_them(parts: Parts) -> None:
+    found: list[str] = []
+
+    def delete(path: str) -> None:
+        try:
+            parts.weights.delete("a", path)
+            found.append("deleted")
+        except RefusalError as error:
+            found.append(str(error))
+        except Exception as error:  # noqa: BLE001  # a defect, which the test tells
+            found.append(repr(error))
+
+    async def steps() -> None:
+        path = (await parts.save())["path"]
+        threads = [threading.Thread(target=delete, args=(path,)) for _ in range(2)]
+        with parts.database.session():
+            for thread in threads:
+                thread.start()
+            while parts.database._open_blocks < 3:  # until both wait for this one
+                time.sleep(0.01)
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == ["deleted", f"there are no weights at {path}"]
 
     run(parts, steps)
 
@@ -304,6 +156,14 @@ def test_the_older_folder_goes_after_the_newer_row_is_there(parts: Parts, monkey
     run(parts, steps)
 
 
+def test_data_and_results_pass_through_the_daemon_as_bytes(parts: Parts) -> None:
+    async def steps() -> None:
+        told = await parts.train("forward_backward", b"the data")
+        assert told == Told(b"the result of the data", "application/x-protobuf")
+
+    run(parts, steps)
+
+
 @pytest.mark.parametrize("where", ["worker", "tell"])
 def test_a_defect_doubles_no_gradient(parts: Parts, where: str) -> None:
     async def steps() -> None:
@@ -334,44 +194,14 @@ def test_a_promise_that_meets_a_defect_always_is_refused_and_the_next_is_done(pa
     run(parts, steps)
 
 
-def test_samples_outlive_defects(parts: Parts) -> None:
-    async def steps() -> None:
-        for times, refused in ((2, False), (3, True)):
-            parts.answers.errors["a"] = [OSError("no process")] * times
-            told = await parts.promises.wait("a", parts.sample("a"), SECONDS)
-            assert told is not None
-            assert (b"has failed 3 times" in told.body) is refused
-        assert await parts.promises.wait("a", parts.sample("a"), SECONDS) is not None
-
-    run(parts, steps)
-
-
-def test_an_owner_is_told_why_his_own_samples_wait(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinker_patience, "FIRST_PAUSE", 30.0)
-
-    async def steps() -> None:
-        count = AT_ONCE + 1  # as many as would leave no place for another owner
-        parts.answers.errors["a"] = [WorkerError("the cloud of a is away", 40, "UnreachableError")] * count
-        waits = [parts.sample("a") for _ in range(count)]
-        async with asyncio.timeout(SECONDS):
-            while len(parts.sampling.reasons) < count:
-                await asyncio.sleep(0.01)
-        other = parts.sample("b")
-        assert await parts.promises.wait("b", other, SECONDS) is not None
-        assert parts.sampling.reasons == dict.fromkeys(waits, "the cloud of a is away")
-        assert parts.answers.owners == ["a"] * count + ["b"]
-
-    run(parts, steps)
-
-
 def test_the_same_passes_for_jobs() -> None:
     passing = {*tinker_patience.WAITS, *tinker_patience.MAY_PASS}
     assert passing == {*job_worker._PASSING, TooManySessionsError}
     assert issubclass(TooManySessionsError, job_worker._PASSING)
     for kind in passing:
-        assert tinker_patience.passes(WorkerError("", kind.exit_code, kind.__name__), 1)
+        assert tinker_patience.Waits().passes(WorkerError("", kind.exit_code, kind.__name__))
     for other in (ConfigError, CheckpointError, DiskError, RefusedError, TooLateError):
-        assert not tinker_patience.passes(WorkerError("", other.exit_code, other.__name__), 1)
+        assert not tinker_patience.Waits().passes(WorkerError("", other.exit_code, other.__name__))
 
 
 @pytest.mark.parametrize(
@@ -397,6 +227,24 @@ def test_what_a_cloud_declines_waits_as_long_as_it_may_pass(
         told = await parts.promises.wait("a", parts.sample("a"), SECONDS)
         assert told is not None
         assert (b"the cloud declines" in told.body) is refused
+
+    run(parts, steps)
+
+
+@pytest.mark.parametrize(("declined", "refused"), [(4, False), (5, True)])
+def test_waits_for_a_cloud_that_is_away_do_not_count_as_declined(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, declined: int, refused: bool
+) -> None:
+    monkeypatch.setattr(tinker_patience, "MOST_REFUSED", 5)
+
+    async def steps() -> None:
+        errors: list[Exception] = [WorkerError("the cloud is away", 40, "UnreachableError")] * 20
+        errors += [WorkerError("the cloud declines", 42, "OverQuotaError")] * declined
+        parts.worker.errors["save"], parts.answers.errors["a"] = list(errors), list(errors)
+        assert ("error" in await parts.save()) is refused
+        told = await parts.promises.wait("a", parts.sample("a"), SECONDS)
+        assert told is not None
+        assert (b"error" in told.body) is refused
 
     run(parts, steps)
 

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from support.cloud.train_runs import Runs, cloud_for_runs
 from support.daemon.local_trainer import ADAM, LocalTrainer, creation, random_data
 from support.run_folders import same
 
+from isthmus.daemon.tinker import tinker_wire_pb2 as wire
 from isthmus.daemon.workers.frames import Frame, read_frame
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("warm_children")]
@@ -49,22 +51,24 @@ class Worker:
         self._numbers = itertools.count(1)
         self.running.append(self)
 
-    def send(self, method: str, values: dict[str, Any]) -> None:
+    def send(self, method: str, values: dict[str, Any], blob: bytes = b"") -> None:
         """Ask."""
         pipe = self.process.stdin
         assert pipe is not None
-        pipe.write(Frame({"id": next(self._numbers), "method": method, "values": values}).to_bytes())
+        pipe.write(Frame({"id": next(self._numbers), "method": method, "values": values}, blob).to_bytes())
         pipe.flush()
 
-    def ask(self, method: str, **values: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Ask, and wait for the answer and the error."""
-        self.send(method, values)
+    def ask(self, method: str, blob: bytes = b"", **values: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Ask, and wait for the answer and the error. A result in bytes is told by its metrics."""
+        self.send(method, values, blob)
         pipe, answer = self.process.stdout, {}
         assert pipe is not None
         while (frame := read_frame(pipe)) is not None:
             if "end" in frame.values:
                 return answer, frame.values["end"]
             answer = frame.values["values"]
+            if frame.blob:
+                answer = {"metrics": dict(wire.ForwardBackwardOutput.FromString(frame.blob).metrics)}
         raise AssertionError("the process has ended")
 
     def end(self) -> int:
@@ -83,6 +87,22 @@ class Worker:
         self.end()
 
 
+def body(data: list[dict[str, Any]], loss: str = "cross_entropy") -> bytes:
+    """A request of `forward_backward`, with what `random_data` makes."""
+    request = wire.ForwardBackwardRequest(model_id="a", seq_id=1, loss=loss)
+    for values in data:
+        datum = request.data.add()
+        datum.input.add().text.tokens = np.asarray(values["tokens"], "<i4").tobytes()
+        for name, value in values.items():
+            if name == "targets":
+                datum.loss_inputs["target_tokens"].number = wire.NUMBER_INT64
+                datum.loss_inputs["target_tokens"].dense = np.asarray(value, "<i8").tobytes()
+            elif name != "tokens":
+                datum.loss_inputs[name].number = wire.NUMBER_FLOAT32
+                datum.loss_inputs[name].dense = np.asarray(value, "<f4").tobytes()
+    return bytes(request.SerializeToString())
+
+
 def test_a_killed_process_has_left_the_state_before_or_after_a_step(runs: Runs, tmp_path: Path) -> None:
     steps = 8
     with LocalTrainer(runs, tmp_path / "undisturbed") as trainer:
@@ -94,7 +114,7 @@ def test_a_killed_process_has_left_the_state_before_or_after_a_step(runs: Runs, 
     deaths = {2: 0.0, 4: 0.01, 6: 0.1}  # seconds after a step is asked for, by the steps that are made
     assert worker.ask("create", **question)[0]["saved"] is None
     while done < steps:
-        answer, error = worker.ask("forward_backward", model="a", loss="cross_entropy", data=random_data(done + 1))
+        answer, error = worker.ask("forward_backward", body(random_data(done + 1)), model="a")
         assert error is None
         found[done + 1] = answer["metrics"]["loss:sum"]
         step = {"model": "a", "number": done + 1, "adam": ADAM, "calls": 1}
@@ -123,22 +143,22 @@ def test_what_is_wrong_is_said_with_its_code(runs: Runs, tmp_path: Path) -> None
     worker = Worker()
     assert worker.ask("create", **creation(runs, "a", tmp_path / "a"))[1] is None
     cases: list[tuple[str, dict[str, Any], int, str]] = [
-        ("forward_backward", {"model": "b", "loss": "ppo", "data": []}, 20, "model b is not in training"),
-        ("forward_backward", {"model": "a", "loss": "gspo", "data": random_data(1)}, 10, "no loss 'gspo'"),
-        (
-            "forward_backward",
-            {"model": "a", "loss": "ppo", "data": random_data(1)},
-            10,
-            "ppo takes no weights",
-        ),
-        ("forward_backward", {"model": "a", "loss": "ppo", "data": random_data(1, mask=[])}, 10, "data.0.mask: Extra"),
         ("optim_step", {"model": "a", "number": 1, "adam": ADAM, "calls": 0}, 10, "no gradients"),
         ("optim_step", {"model": "a", "number": 1, "adam": {**ADAM, "beta1": 1.0}, "calls": 0}, 10, "adam.beta1"),
         ("optim_step", {"model": "a", "number": 1, "adam": ADAM, "calls": 3}, 1, "of 3 calls"),
         ("load", {"model": "a", "number": 1, "folder": str(tmp_path / "none"), "optimizer": True}, 23, "none"),
     ]
-    for method, values, code, said in cases:
-        answer, error = worker.ask(method, **values)
+    bodies = [
+        ("b", body(random_data(1)), 20, "model b is not in training"),
+        ("a", b"no message", 10, "the body is no request of forward_backward"),
+        ("a", body([]), 10, "data is empty"),
+        ("a", body(random_data(1), "gspo"), 10, "loss_fn 'gspo' is not offered"),
+        ("a", body(random_data(1), "ppo"), 10, "ppo takes no weights"),
+        ("a", body(random_data(1, (2,), mask=[1.0, 1.0])), 10, "data.0.mask: Extra"),
+    ]
+    asked = [("forward_backward", {"model": model}, code, said, blob) for model, blob, code, said in bodies]
+    for method, values, code, said, blob in [*asked, *((*case, b"") for case in cases)]:
+        answer, error = worker.ask(method, blob, **values)
         assert answer == {}
         assert error is not None
         assert error["code"] == code

@@ -107,10 +107,11 @@ def test_a_long_log_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("how", ["by itself", "killed"])
 def test_a_worker_that_dies_is_started_anew(tmp_path: Path, how: str) -> None:
     async def work(worker: WorkerProcess) -> None:
+        await worker.ask("echo")
+        before = worker.pid  # asked for now, since one that dies by itself may have none any more a moment later
+        assert before is not None
         async with aclosing(worker.stream("die" if how == "by itself" else "count")) as answers:
             await anext(answers)
-            before = worker.pid
-            assert before is not None
             if how == "killed":
                 os.kill(before, signal.SIGKILL)
             with pytest.raises(WorkerDiedError, match=r"has ended \(see .*log\): ask again"):

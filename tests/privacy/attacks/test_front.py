@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models.attacked import tiny_model
 from support.models.tiny import CONFIGS, VOCAB
+from support.privacy.attacked import tiny_model
 from torch import Tensor
 
 from isthmus.backbone.families import family_of

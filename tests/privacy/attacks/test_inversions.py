@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models.attacked import attacked
+from support.privacy.attacked import attacked
 
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.attacks.attack import Attack, Guess

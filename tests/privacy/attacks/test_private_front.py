@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models.attacked import attacked, tiny_model
 from support.models.tiny import VOCAB
+from support.privacy.attacked import attacked, tiny_model
 
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.attacks.front import Front

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models.attacked import Attacked, GaussianNoise, attacked, tiny_model
 from support.models.tiny import VOCAB
+from support.privacy.attacked import Attacked, GaussianNoise, attacked, tiny_model
 
 from isthmus.privacy.attacks.attack import UNKNOWN
 from isthmus.privacy.attacks.front import Front

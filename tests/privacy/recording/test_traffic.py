@@ -95,6 +95,13 @@ def test_a_call_that_is_repeated_is_there_once_as_it_was_answered(tmp_path: Path
     assert traffic.of(session=A.hex()).forwards == ()
 
 
+def test_files_are_read_in_the_order_in_which_they_were_begun(tmp_path: Path) -> None:
+    for number in range(12):
+        session = bytes([number]) * 16
+        recording(tmp_path, (session, "alice", session, [(forward((1, 2, 8), call=number), None)]))
+    assert [each.call for each in read_traffic(tmp_path).forwards] == list(range(12))
+
+
 def test_a_backward_has_the_gradients_of_both_ends(tmp_path: Path) -> None:
     gradient, id, silent = tensor(1, 2, 8), m.CallId(3, 5), m.CallId(3, 6)
     wanted = m.Backward(id, sent(gradient, Role.GRADIENT), None, FP32)

@@ -18,6 +18,8 @@ from typing import Any
 
 from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError
 from isthmus.common.files import write_atomic
+from isthmus.daemon.tinker.refusal import RefusalError
+from isthmus.daemon.tinker.wire_bodies import BodyError, read_question, written_output
 from isthmus.daemon.workers.answering import Answer, Handler, Question, answer_questions
 
 KILLS, AWAY = 13, 14
@@ -48,7 +50,10 @@ def create(question: Question) -> Iterator[Answer]:
 
 
 def forward_backward(question: Question) -> Iterator[Answer]:
-    values, model = question.values, _model(question)
+    try:
+        values, model = read_question(question.blob), _model(question)
+    except (RefusalError, BodyError) as error:
+        raise ConfigError(str(error)) from error
     outputs, total = [], 0.0
     for datum in values["data"]:
         if KILLS in datum["tokens"]:
@@ -67,7 +72,7 @@ def forward_backward(question: Question) -> Iterator[Answer]:
         if not values["forward_only"]:
             model["gradient"] += gradient(targets, weights)
     model["calls"] += not values["forward_only"]
-    yield {"outputs": outputs, "metrics": {"loss:sum": total}}, b""
+    yield {}, written_output(outputs, {"loss:sum": total})
 
 
 def optim_step(question: Question) -> Iterator[Answer]:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from isthmus.common.files import disk_errors
 from isthmus.common.ownership import private_folder
-from isthmus.daemon.home import LOST_FOUND, Home
+from isthmus.daemon.home import SET_ASIDE, Home
 from isthmus.daemon.jobs.job_names import checkpoint_prefix, result_file_id, result_id
 from isthmus.daemon.jobs.job_rows import ENDED
 from isthmus.daemon.state.database import Database
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def move_unknown(home: Home, database: Database) -> list[Path]:
-    """Move what no row of the database knows to `lost+found/TIME/`, each under its path in the home.
+    """Move what no row of the database knows to `set-aside/TIME/`, each under its path in the home.
 
     Only for a daemon that has the home, before its parts work. What belongs to a job that has not ended stays, since
     that job's next process goes on with it.
@@ -55,24 +55,24 @@ def move_unknown(home: Home, database: Database) -> list[Path]:
     ]
     if unknown:
         aside = datetime.now(UTC).strftime(_TIME)
-        with disk_errors(home.lost_found):
+        with disk_errors(home.set_aside):
             for path in unknown:
                 place = path.relative_to(home.path)
-                path.rename(private_folder(home.path, LOST_FOUND, aside, *place.parent.parts) / path.name)
+                path.rename(private_folder(home.path, SET_ASIDE, aside, *place.parent.parts) / path.name)
         log.warning(
             "moved %d files and folders that the database does not know to %s: the guide says what they may be",
             len(unknown),
-            home.lost_found / aside,
+            home.set_aside / aside,
         )
     return unknown
 
 
 def remove_old(home: Home, keep_days: float, now: float | None = None) -> None:
     """Remove what was moved aside more than `keep_days` ago. What has another name is its owner's, and stays."""
-    if not home.lost_found.exists():
+    if not home.set_aside.exists():
         return
     before = (time.time() if now is None else now) - keep_days * _DAY
-    for folder in home.lost_found.iterdir():
+    for folder in home.set_aside.iterdir():
         try:
             moved = datetime.strptime(folder.name, _TIME).replace(tzinfo=UTC)
         except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.daemon.killed_between import BETWEEN, OWNER, rows
@@ -19,7 +21,7 @@ from isthmus.cli.main import app
 from isthmus.common.readable import size
 from isthmus.daemon.disk_room import DiskRoom, taken
 from isthmus.daemon.home import Home
-from isthmus.daemon.lost_found import move_unknown, remove_old
+from isthmus.daemon.set_aside import move_unknown, remove_old
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Job, Model, TinkerPromise, TinkerWeights
 
@@ -95,7 +97,7 @@ def test_what_a_kill_leaves_between_disk_and_database_is_moved_aside(home: Home,
     with opened(home) as database:
         (moved,) = move_unknown(home, database)
         assert moved.relative_to(home.path) in left
-        (aside,) = home.lost_found.iterdir()
+        (aside,) = home.set_aside.iterdir()
         assert (aside / moved.relative_to(home.path)).exists()
         assert aside.stat().st_mode & 0o777 == 0o700
         assert before <= everything(home)
@@ -107,7 +109,7 @@ def test_what_the_database_knows_stays_and_all_else_of_the_home(home: Home) -> N
     with opened(home) as database:
         assert move_unknown(home, database) == []
     assert everything(home) == before
-    assert not home.lost_found.exists()
+    assert not home.set_aside.exists()
 
 
 def test_an_older_database_that_is_put_back_loses_nothing(home: Home) -> None:
@@ -116,9 +118,31 @@ def test_an_older_database_that_is_put_back_loses_nothing(home: Home) -> None:
         path.unlink()
     with opened(home) as database:
         assert set(move_unknown(home, database)) == set(known(home))
-    (aside,) = home.lost_found.iterdir()
+    (aside,) = home.set_aside.iterdir()
     assert (aside / "files" / "file-texts" / "text").read_text() == "data"
     assert (home.path / "my-notes").exists()
+
+
+def test_a_home_that_is_a_file_system_of_its_own_has_a_folder_of_roots(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home.path / "lost+found").mkdir(mode=0o700)
+    home.file("lost").write_bytes(bytes([1]) * (1 << 20))
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "lost+found":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "listdir", lambda path: [entry.name for entry in scandir(path)])
+    with pytest.raises(PermissionError):
+        list((home.path / "lost+found").iterdir())
+    with opened(home) as database:
+        assert len(move_unknown(home, database)) == 1
+    remove_old(home, 30.0)
+    assert DiskRoom(home.path, 1.0).used() > 1 << 20
 
 
 def test_what_was_moved_counts_and_goes_when_it_is_old(home: Home) -> None:
@@ -126,14 +150,14 @@ def test_what_was_moved_counts_and_goes_when_it_is_old(home: Home) -> None:
     with opened(home) as database:
         move_unknown(home, database)
     room = DiskRoom(home.path, 1.0)
-    assert 1 << 20 <= room.lost() <= room.used()
-    (home.lost_found / "kept by hand").mkdir()
-    (aside,) = home.lost_found.glob("2*Z")
+    assert 1 << 20 <= room.set_aside() <= room.used()
+    (home.set_aside / "kept by hand").mkdir()
+    (aside,) = home.set_aside.glob("2*Z")
     moved = aside.stat().st_ctime
     remove_old(home, 30.0, moved + 29.9 * DAY)
     assert aside.exists()
     remove_old(home, 30.0, moved + 30.1 * DAY)
-    assert [path.name for path in home.lost_found.iterdir()] == ["kept by hand"]
+    assert [path.name for path in home.set_aside.iterdir()] == ["kept by hand"]
 
 
 @pytest.mark.server
@@ -144,6 +168,6 @@ def test_a_start_moves_it_and_says_so(home: Home) -> None:
         assert all(path.exists() for path in known(home))
         assert "moved 1 files and folders that the database does not know" in home.log.read_text()
         said = daemon.get("/isthmus/v1/status").json()["disk"]
-        assert said["lost_bytes"] == taken(home.lost_found)
+        assert said["set_aside_bytes"] == taken(home.set_aside)
         told = CliRunner().invoke(app, ["edge", "daemon", "status", "--home", str(home.path)]).stdout
-        assert f"{size(said['lost_bytes'])} of that in lost+found" in told
+        assert f"{size(said['set_aside_bytes'])} of that in set-aside" in told
