@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models.attacked import tiny_model
 from support.models.tiny import N_LAYERS, VOCAB, tiny_tokenizer
+from support.privacy.attacked import tiny_model
 from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models.attacked import tiny_model
 from support.models.tiny import VOCAB
+from support.privacy.attacked import tiny_model
 
 from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.membership import CalibratedMembership, Candidate, LossMembership
