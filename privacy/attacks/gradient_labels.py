@@ -201,12 +201,14 @@ class _RowTop:
     def drawn(self, tokens: Tensor) -> Tensor:
         """What each position's label `[S]` gives to its own position alone, `[S, h]`."""
         given = self.direction(tokens).to(self._read_alone)
-        return torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True)[0][0]
+        (own,) = torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True)
+        return own[0]
 
     def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
         """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""
         given = (scales * self.direction(tokens)).to(self._read)
-        return torch.autograd.grad(self._read, self._output, given, retain_graph=True)[0][0]
+        (together,) = torch.autograd.grad(self._read, self._output, given, retain_graph=True)
+        return together[0]
 
     def scores(self, gradient: Tensor) -> Tensor:
         """How likely each label is for each position, `[S, V]`: the cosine of what it would give with `[S, h]`.
@@ -217,15 +219,21 @@ class _RowTop:
         (along,) = torch.autograd.grad(self._pulled, self._given, gradient[None], retain_graph=True)
         along = along.double()
         products = (along * self._means).sum(-1, keepdim=True) - self._slopes * (along @ self._head.T)
-        return products / self._lengths
+        cosines: Tensor = products / self._lengths
+        return cosines
 
 
 def _rows(forward: Forward, output: Tensor, gradient: Tensor) -> list[Row]:
-    masks = [None] * len(output) if forward.mask is None else forward.mask.long().split(1)
-    positions = [None] * len(output)
-    if forward.positions is not None:
-        positions = forward.positions.expand(output.shape[:2]).split(1)
-    return [Row(*row) for row in zip(output.split(1), gradient.split(1), masks, positions, strict=True)]
+    positions = None if forward.positions is None else forward.positions.expand(output.shape[:2])
+    return [
+        Row(
+            output[place, None],
+            gradient[place, None],
+            None if forward.mask is None else forward.mask[place, None].long(),
+            None if positions is None else positions[place, None],
+        )
+        for place in range(len(output))
+    ]
 
 
 def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int) -> LabelledRow:
