@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
-from isthmus.privacy.attacks.adapter_extraction import AdapterExtraction
+from isthmus.privacy.attacks.weights.adapter_extraction import AdapterExtraction
 from isthmus.privacy.recording.traffic import Asked, Leased, Traffic
 from isthmus.protocol.site_messages import SitePhase
 from isthmus.protocol.tensor_codecs import Role, decode, encode

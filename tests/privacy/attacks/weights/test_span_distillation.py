@@ -14,7 +14,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.attacks.attack import Knowledge
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.attacks.span_distillation import SpanDistillation, StolenSpan, Theft
+from isthmus.privacy.attacks.weights.span_distillation import SpanDistillation, StolenSpan, Theft
 
 PLAN = SplitPlan.parse("1:1", N_LAYERS)
 CALLS = 24

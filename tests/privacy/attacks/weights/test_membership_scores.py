@@ -10,7 +10,7 @@ from support.models.tiny import VOCAB
 from support.privacy.attacked import tiny_model
 
 from isthmus.common.errors import DataError
-from isthmus.privacy.attacks.membership import CalibratedMembership, Candidate, LossMembership
+from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership
 from isthmus.privacy.measures.membership import membership_auc
 
 COUNT = 24
