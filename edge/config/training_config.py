@@ -18,6 +18,7 @@ from isthmus.edge.config.adapter_config import AdapterConfig, Method, SitesConfi
 from isthmus.edge.config.client_config import SCHEMES, ClientConfig, EvalConfig, GenerateConfig, PluggedConfig
 from isthmus.edge.config.config_text import check_name, one_line, read_text, read_toml
 from isthmus.edge.config.data_config import ComputationConfig, DataConfig
+from isthmus.edge.config.defence_config import DefenceConfig, check_defended
 from isthmus.edge.config.settings import Settings, field_names
 from isthmus.training.rate_schedule import Schedule
 
@@ -161,7 +162,7 @@ class DraftConfig(Settings):
         return None if self.draft in ("none", "ngram") else Path(self.draft)
 
 
-class TrainConfig(TrainClientConfig, DraftConfig, SitesConfig, PluggedConfig, TuningConfig):
+class TrainConfig(TrainClientConfig, DraftConfig, DefenceConfig, SitesConfig, PluggedConfig, TuningConfig):
     """A run whose middle layers are in the cloud."""
 
     @model_validator(mode="after")
@@ -202,6 +203,7 @@ class TrainConfig(TrainClientConfig, DraftConfig, SitesConfig, PluggedConfig, Tu
         if self.plugged and self.start_from is not None:
             raise ValueError(f"plugged and start_from = {str(self.start_from)!r} exclude each other: give one of them")
         self._check_draft()
+        check_defended(self)
         return self
 
     def _check_draft(self) -> None:
@@ -296,13 +298,13 @@ def load_config(path: Path | None, overrides: Mapping[str, object], cls: type[Se
     Args:
         path: The TOML file, flat, with the names of `cls`'s fields; `None` for flags alone. The commands `edge train`,
             `edge eval` and `edge generate` can share a file: each takes its own keys and ignores those of the others.
-        overrides: Flags by field name. `None` means that a flag was not given.
+        overrides: Flags by field name. `None`, or no value of one that may be repeated, means that a flag was not given.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown, or a value does not make sense. The message is one line.
     """
     values = read_toml(path) if path is not None else {}
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value not in (None, [])}
     for name in values:
         check_name(name, path, _names_in_files(cls))
     for name in given:
