@@ -108,8 +108,8 @@ class Report:
     `draft_*` are means over the first and the last ten steps: the KL divergence of a tuned draft in nats, and its top-1
     agreement, the share of labels where its likeliest token is the model's; null where none is tuned.
 
-    `epsilon` and `delta` are what `defences` guarantee, and `guarantee` says of what; null where they guarantee nothing,
-    and then `guarantee` says why, if one of them would.
+    `epsilon` and `delta` are what `defences` guarantee, and `guarantee` says of what. They are null where nothing is
+    guaranteed; `guarantee` says why not, if one of the defences could.
     """
 
     loss_before: float | None
@@ -181,9 +181,8 @@ class Report:
         if self.defences:
             defences = f"defences: {'; '.join(self.defences)}\n"
         if self.epsilon is not None:
-            defences += (
-                f"differential privacy: epsilon {self.epsilon:.3g} at delta {self.delta:g}, of {self.guarantee}\n"
-            )
+            privacy = f"epsilon {self.epsilon:.3g} at delta {self.delta:g}"
+            defences += f"differential privacy: {privacy}, of {self.guarantee}\n"
         return (
             f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
             f"{wire if self.calls else ''}{draft}{defences}"

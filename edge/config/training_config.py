@@ -298,7 +298,8 @@ def load_config(path: Path | None, overrides: Mapping[str, object], cls: type[Se
     Args:
         path: The TOML file, flat, with the names of `cls`'s fields; `None` for flags alone. The commands `edge train`,
             `edge eval` and `edge generate` can share a file: each takes its own keys and ignores those of the others.
-        overrides: Flags by field name. `None`, or no value of one that may be repeated, means that a flag was not given.
+        overrides: Flags by field name. `None`, or an empty list of one that may be repeated, means that a flag was not
+            given.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown, or a value does not make sense. The message is one line.

@@ -117,13 +117,13 @@ class BatchLoss:
     ) -> float:
         """The same, with a gradient for each example, of which `private` makes the step's."""
         total = 0.0
-        for batch in (example for batch in batches for example in single_examples(batch)):
-            own = label_count(batch)
-            loss, value, logits = self._weighted(step, own, batch)
+        for example in (example for batch in batches for example in single_examples(batch)):
+            own = label_count(example)
+            loss, value, logits = self._weighted(step, own, example)
             found = torch.autograd.grad(loss, trained, allow_unused=True)
             private.add([torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)])
             self._check_stop()
-            self._report_logits(batch, logits, labels)
+            self._report_logits(example, logits, labels)
             total += value * own / labels
         _add(trained, private.mean())
         return total
@@ -148,9 +148,10 @@ class BatchLoss:
 
     def _weighted(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float, Tensor | None]:
         """What a micro-batch adds to the loss, with its graph and as a number; and logits, where somebody asks."""
+        inputs = to_device(batch, self._model)
         with computing_in(self._precision, self._model):
-            output = self._model(**to_device(batch, self._model), use_cache=False)
-            extra = None if self._defended is None else self._defended.extra_loss(output.logits, _labels(batch, output))
+            output = self._model(**inputs, use_cache=False)
+            extra = None if self._defended is None else self._defended.extra_loss(output.logits, inputs["labels"])
         loss: Tensor = output.loss
         if self._accuracy is not None:
             self._accuracy.add(batch, output.logits.detach())
@@ -162,11 +163,6 @@ class BatchLoss:
     def _report_logits(self, batch: Batch, logits: Tensor | None, labels: int) -> None:
         if self._on_logits is not None and logits is not None and len(logits):
             self._on_logits(batch, logits, label_count(batch) / labels)
-
-
-def _labels(batch: Batch, output: Any) -> Tensor:
-    labels: Tensor = batch["labels"].to(output.logits.device)
-    return labels
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -32,7 +32,8 @@ class SecretRotation(Defence):
         return output @ self._matrix(now).to(output).T
 
     def _matrix(self, now: Pass) -> Tensor:
-        return torch.linalg.qr(now.noise.normal((self.width, self.width), "rotation")).Q
+        matrix: Tensor = torch.linalg.qr(now.noise.normal((self.width, self.width), "rotation")).Q
+        return matrix
 
 
 class Rounding(Defence):
@@ -46,4 +47,5 @@ class Rounding(Defence):
         """See `Defence`."""
         plain = hidden.detach()
         scale = plain.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(plain.dtype).tiny) / self._most
-        return hidden + ((plain / scale).round() * scale - plain)
+        rounded: Tensor = (plain / scale).round() * scale
+        return hidden + (rounded - plain)

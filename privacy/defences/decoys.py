@@ -58,11 +58,10 @@ class Decoys:
         self.count = count
         rows = sorted(set(real), key=lambda ids: (len(ids), ids))
         # In a secret order among those of equal length, so that their place in the file says nothing.
-        left = sorted(
-            (texts[index] for index in noise.order(len(texts), "decoys/texts")), key=lambda text: len(text[0])
-        )
+        shuffled = [texts[index] for index in noise.order(len(texts), "decoys/texts")]
+        left = sorted(shuffled, key=lambda text: len(text[0]))
         self._of: dict[bytes, list[Text]] = {}
-        # The shortest rows first, each with the shortest texts that are long enough: if any assignment works, this one does.
+        # The shortest rows first, each with the shortest texts that are long enough: if any choice works, this does.
         for ids in rows:
             key = torch.tensor(ids, dtype=torch.int64).numpy().tobytes()
             first = bisect_left(left, len(ids), key=lambda text: len(text[0]))

@@ -35,9 +35,8 @@ class Pass:
 
     def contents(self) -> list[bytes]:
         """The tokens of each row, without padding, as the bytes that stand for an example."""
-        return [
-            ids[real].to(torch.int64).cpu().numpy().tobytes() for ids, real in zip(self.ids, self.real, strict=True)
-        ]
+        rows = zip(self.ids.to(torch.int64).cpu(), self.real.cpu(), strict=True)
+        return [ids[real].numpy().tobytes() for ids, real in rows]
 
     def fresh_normal(self, width: int, purpose: str) -> Tensor:
         """Standard normal noise of this pass alone, `[B, S, width]` fp32, 0 on padding."""
@@ -106,4 +105,5 @@ class Defence:
 def clipped(vectors: Tensor, norm: float) -> Tensor:
     """Vectors along the last dimension, those longer than `norm` scaled down to it; fp32."""
     vectors = vectors.float()
-    return vectors * (norm / vectors.norm(dim=-1, keepdim=True).clamp_min(norm))
+    scale: Tensor = norm / vectors.norm(dim=-1, keepdim=True).clamp_min(norm)
+    return vectors * scale

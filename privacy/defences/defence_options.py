@@ -29,9 +29,8 @@ class DefenceOptions(BaseModel):
     def text(self) -> str:
         """As an option writes it, with every parameter that is set."""
         given = self.model_dump(exclude_none=True)
-        values = ",".join(
-            f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()
-        )
+        words = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
+        values = ",".join(f"{name}={word}" for name, word in words.items())
         return f"{self.name}:{values}" if values else self.name
 
 
@@ -133,9 +132,9 @@ DEFENCES: dict[str, type[DefenceOptions]] = {
 """By the names that options have for them."""
 
 NO_DEFENCE: dict[str, str] = {
-    "permutation": "token ids never leave the edge, so a permuted vocabulary, with its embedding's rows permuted alike, "
+    "permutation": "token ids never leave the edge, so a permuted vocabulary, with the embedding permuted alike, "
     "sends the same hidden states; matching breaks it as it breaks no defence",
-    "depth": "where the model is cut is the cloud's `--edge-layers`; matching through the known layers breaks every cut",
+    "depth": "where the model is cut is the cloud's `--edge-layers`; matching through known layers breaks every cut",
 }
 """What is taken for a defence and changes nothing that is sent, and why."""
 

@@ -44,4 +44,5 @@ def metric_noise(noise: SecretNoise, count: int, width: int, eta: float, content
     direction = noise.normal((count, width), "embedding/direction", content)
     # A Gamma number of whole shape is a sum of exponential ones.
     length = -noise.uniform(count * width, "embedding/length", content).log().view(count, width).sum(-1) / eta
-    return direction / direction.norm(dim=-1, keepdim=True) * length.float().unsqueeze(-1)
+    scale: Tensor = length.float().unsqueeze(-1) / direction.norm(dim=-1, keepdim=True)
+    return direction * scale

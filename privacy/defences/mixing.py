@@ -52,7 +52,7 @@ class RowMixing(Defence):
 
 def _partners(now: Pass) -> tuple[Tensor, Tensor]:
     """The partner of each row, `[B]`, and the place there of each of its tokens, `[B, S]`."""
-    rows, length = now.real.shape
+    rows = len(now.real)
     if rows < 2:
         raise ConfigError(
             "mixing takes two examples of a micro-batch, and one has a single example: choose --batch so that none is "

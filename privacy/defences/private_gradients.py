@@ -5,7 +5,8 @@ of standard deviation σC is added to each number, and the sum is divided by how
 
 Claims: the adapters after every step, and so the one that is returned, are (ε, δ)-differentially private in each
 example. An example is in one step of each epoch, whose sum it changes by at most 2C where another takes its place.
-Batches are a shuffled epoch's and no Poisson samples, so nothing is gained by subsampling; the accountant counts epochs.
+Batches are those of a shuffled epoch and no Poisson samples, so nothing is gained by subsampling; the accountant
+counts epochs.
 
 Not claimed: anything about messages. What the cloud sees of an example while it is trained on is not less for it;
 with `gaussian` beside it, the claims add up to one about everything.

@@ -32,23 +32,23 @@ class BottleneckPair(Defence):
         # Not secret, and not of the run's random state, whose other uses it must not move.
         start = torch.randn(width, options.rank, generator=torch.Generator().manual_seed(0))
         basis = torch.linalg.qr(start).Q
-        self._pair = nn.ModuleDict(
-            {"down": nn.Linear(width, options.rank, bias=False), "up": nn.Linear(options.rank, width, bias=False)}
+        self._down, self._up = (
+            nn.Linear(*sizes, bias=False) for sizes in ((width, options.rank), (options.rank, width))
         )
         with torch.no_grad():
-            self._pair["down"].weight.copy_(basis.T)
-            self._pair["up"].weight.copy_(basis)
+            self._down.weight.copy_(basis.T)
+            self._up.weight.copy_(basis)
 
     def hidden(self, hidden: Tensor, now: Pass) -> Tensor:
         """See `Defence`."""
-        code: Tensor = self._pair["down"](hidden.float())
+        code: Tensor = self._down(hidden.float())
         clip, sigma = self._options.clip, self._options.sigma
         if clip is not None and sigma is not None:
             noise = now.fresh_normal(self._options.rank, "bottleneck") * (sigma * clip)
             code = clipped(code, clip) * now.real.unsqueeze(-1) + noise
-        sent: Tensor = self._pair["up"](code)
+        sent: Tensor = self._up(code)
         return sent.to(hidden.dtype)
 
     def module(self) -> nn.Module:
         """See `Defence`."""
-        return self._pair
+        return nn.ModuleDict({"down": self._down, "up": self._up})
