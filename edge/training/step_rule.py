@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -117,7 +118,7 @@ class BatchLoss:
     ) -> float:
         """The same, with a gradient for each example, of which `private` makes the step's."""
         total = 0.0
-        for example in (example for batch in batches for example in single_examples(batch)):
+        for example in chain.from_iterable(map(single_examples, batches)):
             own = label_count(example)
             loss, value, logits = self._weighted(step, own, example)
             found = torch.autograd.grad(loss, trained, allow_unused=True)
