@@ -63,6 +63,7 @@ def train_over(
         model = wire.load_model(config)
         tuned = build_peft(model, config, total_steps=total)
         hold_frozen_linears(tuned, config)
+        identity = ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation)
         # Sites first: codecs are chosen for those of the coming step.
         observers = (
             live_sites(model, config, total, progress.message),
@@ -71,13 +72,13 @@ def train_over(
         )
         with (
             cache_of(link, config, tuned),
-            defended_run(model, tuned, config, data, tokenizer, progress.message) as defended,
+            defended_run(model, tuned, config, identity, data, tokenizer, progress.message) as defended,
         ):
             trainer = Trainer(
                 tuned,
                 data,
                 config,
-                ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
+                identity,
                 meter=wire.meter,
                 codec=config.codec,
                 span_parameters=_span_parameters(model, link.plan),

@@ -1,11 +1,14 @@
 """The defences of a training run: what stands between model and span, and what the loop does differently for them.
 
-All that is drawn follows from the key, the step and the number of the pass in it. So a repeated step sends the same,
-and there is nothing to resume but the key, which the checkpoints know by its fingerprint.
+All that is drawn follows from the key, the run's settings and data, the step, and the number of the pass in it. So a
+repeated step sends the same, a key that is used for another run draws other noise, and there is nothing to resume but
+the key, which the checkpoints know by its fingerprint.
 """
 
 from __future__ import annotations
 
+import hmac
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isthmus.backbone.adapters.adapter_files import adapter_digest
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, write_atomic
@@ -22,7 +26,7 @@ from isthmus.edge.config.schedule import steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData, encode, fingerprint
 from isthmus.edge.data.readers import read_examples
-from isthmus.edge.training.run_identity import START_ANEW
+from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
 from isthmus.privacy.defences.decoys import Decoys
 from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd, TrainedBottleneck
@@ -120,7 +124,13 @@ class DefendedRun:
 
 @contextmanager
 def defended_run(
-    model: Any, trained: Any, config: TrainConfig, data: TrainingData, tokenizer: Any, say: Callable[[str], None]
+    model: Any,
+    trained: Any,
+    config: TrainConfig,
+    identity: ModelIdentity,
+    data: TrainingData,
+    tokenizer: Any,
+    say: Callable[[str], None],
 ) -> Iterator[DefendedRun | None]:
     """Put the defences of `config` between a model and its span while the block runs; None where there are none.
 
@@ -137,13 +147,14 @@ def defended_run(
     if not options:
         yield None
         return
-    noise = SecretNoise(read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None))
+    key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
+    noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
     promised = guarantee(options, exposure_of(model, trained, config, data, options))
     try:
         defences = build_defences(options, model.config.hidden_size)
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
-    decoys, identity = _decoys(options, config, data, tokenizer, noise)
+    decoys, made_of = _decoys(options, config, data, tokenizer, noise)
     modules = [module.to(model.device) for module in (each.module() for each in defences) if module is not None]
     for each in options:
         broken = each.broken_by
@@ -152,7 +163,7 @@ def defended_run(
         say(guarantee_line(promised))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
-        yield DefendedRun(options, span, modules, noise, promised, identity)
+        yield DefendedRun(options, span, modules, noise, promised, made_of)
 
 
 def guarantee_line(promised: Guarantee) -> str:
@@ -206,6 +217,13 @@ def exposure_of(
         held_out=evaluations if data.validation else 0,
         steps=epochs,
     )
+
+
+def _of_run(config: TrainConfig, identity: ModelIdentity, data: TrainingData) -> bytes:
+    """What noise is for, beside the step: two runs that send something else may not share any."""
+    start = None if config.start_from is None else adapter_digest(config.start_from)
+    settings = fixed_settings(config, total_steps(config, len(data.train)), start)
+    return json.dumps([settings, identity_entries(identity, data.fingerprint)], sort_keys=True).encode()
 
 
 def _trained_below(model: Any, trained: Any) -> bool:
