@@ -164,9 +164,7 @@ def test_the_flag_may_be_given_several_times_and_wins_over_the_file(tmp_path: Pa
     assert seen == [("mixing", "smoothing:share=0.1"), ("rotation",)]
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("xyz", "is none"), ("ab" * 31, "has 31 bytes"), (None, "cannot be read")]
-)
+@pytest.mark.parametrize(("text", "said"), [("xyz", "is none"), ("ab" * 31, "has 31 bytes"), (None, "cannot be read")])
 def test_a_bad_key_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
         (tmp_path / "key").write_text(text)

@@ -62,7 +62,7 @@ def test_with_dp_sgd_the_adapters_are_covered_too() -> None:
     assert "the messages have none" in alone.of
 
 
-def test_a_bottlenecks_noise_counts_once_for_each_pass() -> None:
+def test_of_two_noises_the_louder_counts() -> None:
     noisy = ("bottleneck:rank=4,clip=5,sigma=6", "gaussian:clip=5,sigma=1e9,gradient_clip=1,gradient_sigma=6")
     assert of(replace(ONCE, backwards=1), *noisy).epsilon == pytest.approx(epsilon(1, 1e-5), rel=1e-3)
 

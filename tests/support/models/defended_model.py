@@ -74,7 +74,7 @@ class DefendedModel:
         output = self.model(**batch, use_cache=False)
         extra = None if span is None else span.extra_loss(output.logits, batch["labels"])
         loss: Tensor = output.loss if extra is None else output.loss + extra
-        self.plain_loss = float(output.loss)
+        self.plain_loss = float(output.loss.detach())
         return loss
 
     def gradient(self, rows: Rows, span: DefendedSpan | None = None) -> tuple[float, list[Tensor]]:
