@@ -298,14 +298,13 @@ def load_config(path: Path | None, overrides: Mapping[str, object], cls: type[Se
     Args:
         path: The TOML file, flat, with the names of `cls`'s fields; `None` for flags alone. The commands `edge train`,
             `edge eval` and `edge generate` can share a file: each takes its own keys and ignores those of the others.
-        overrides: Flags by field name. `None`, or an empty list of one that may be repeated, means that a flag was not
-            given.
+        overrides: Flags by field name. `None` means that a flag was not given.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown, or a value does not make sense. The message is one line.
     """
     values = read_toml(path) if path is not None else {}
-    given = {name: value for name, value in overrides.items() if value not in (None, [])}
+    given = {name: value for name, value in overrides.items() if value is not None}
     for name in values:
         check_name(name, path, _names_in_files(cls))
     for name in given:

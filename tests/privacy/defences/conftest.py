@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models.defended_model import DefendedModel
 from support.models.tiny import tiny_checkpoint
+from support.privacy.defended_model import DefendedModel
 
 from isthmus.privacy.defences.defence import Pass
 from isthmus.privacy.defences.secret_noise import SecretNoise

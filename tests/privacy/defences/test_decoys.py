@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.models.defended_model import DefendedModel, Rows
+from support.privacy.defended_model import DefendedModel, Rows
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError

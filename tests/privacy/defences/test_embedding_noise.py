@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.models.defended_model import DefendedModel
+from support.privacy.defended_model import DefendedModel
 
 from isthmus.privacy.defences.embedding_noise import metric_noise
 from isthmus.privacy.defences.secret_noise import SecretNoise

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.models.defended_model import DefendedModel
+from support.privacy.defended_model import DefendedModel
 from torch import Tensor
 
 from isthmus.privacy.defences.defence import Pass, clipped
