@@ -107,6 +107,9 @@ class Report:
 
     `draft_*` are means over the first and the last ten steps: the KL divergence of a tuned draft in nats, and its top-1
     agreement, the share of labels where its likeliest token is the model's; null where none is tuned.
+
+    `epsilon` and `delta` are what `defences` guarantee, and `guarantee` says of what. They are null where nothing is
+    guaranteed; `guarantee` says why not, if one of the defences could.
     """
 
     loss_before: float | None
@@ -149,6 +152,10 @@ class Report:
     draft_kl_last: float | None = None
     draft_agreement_first: float | None = None
     draft_agreement_last: float | None = None
+    defences: Sequence[str] = ()
+    epsilon: float | None = None
+    delta: float | None = None
+    guarantee: str | None = None
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -170,9 +177,15 @@ class Report:
                 f"draft: KL divergence {self.draft_kl_first:.3f} -> {self.draft_kl_last:.3f}, top-1 agreement "
                 f"{self.draft_agreement_first:.0%} -> {self.draft_agreement_last:.0%}; in {out / 'draft.safetensors'}\n"
             )
+        defences = ""
+        if self.defences:
+            defences = f"defences: {'; '.join(self.defences)}\n"
+        if self.epsilon is not None:
+            privacy = f"epsilon {self.epsilon:.3g} at delta {self.delta:g}"
+            defences += f"differential privacy: {privacy}, of {self.guarantee}\n"
         return (
             f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
-            f"{wire if self.calls else ''}{draft}"
+            f"{wire if self.calls else ''}{draft}{defences}"
             f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
         )
 

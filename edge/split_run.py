@@ -23,6 +23,7 @@ from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, load_data, load_examples
 from isthmus.edge.run_report import Report, linear_parameters
 from isthmus.edge.sites.live_sites import live_sites
+from isthmus.edge.training.defended_run import defended_run
 from isthmus.edge.training.draft_tuning import draft_tuning
 from isthmus.edge.training.edge_steps import StepObserver
 from isthmus.edge.training.evaluation import evaluate
@@ -52,7 +53,8 @@ def train_over(
     """Train over a link that is open already, with `watchers` around every step. Raises what `run_training` raises."""
     use_threads(config.threads)
     info = link.info
-    data = load_data(config, link.load_tokenizer())
+    tokenizer = link.load_tokenizer()
+    data = load_data(config, tokenizer)
     if config.plugged:
         config = config.model_copy(update={"start_from": link.plugged_adapter()})
     total = total_steps(config, len(data.train))
@@ -61,18 +63,22 @@ def train_over(
         model = wire.load_model(config)
         tuned = build_peft(model, config, total_steps=total)
         hold_frozen_linears(tuned, config)
+        identity = ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation)
         # Sites first: codecs are chosen for those of the coming step.
         observers = (
             live_sites(model, config, total, progress.message),
             wire.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
             *watchers,
         )
-        with cache_of(link, config, tuned):
+        with (
+            cache_of(link, config, tuned),
+            defended_run(model, tuned, config, identity, data, tokenizer, progress.message) as defended,
+        ):
             trainer = Trainer(
                 tuned,
                 data,
                 config,
-                ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
+                identity,
                 meter=wire.meter,
                 codec=config.codec,
                 span_parameters=_span_parameters(model, link.plan),
@@ -82,6 +88,7 @@ def train_over(
                 in_flight=wire.in_flight,
                 draft=draft_tuning(model, config, link.pin),
                 listener=listener,
+                defended=defended,
             )
             wire.watch(trainer.check_stop)
             return trainer.fit().report

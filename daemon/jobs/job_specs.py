@@ -44,7 +44,12 @@ _ENDINGS = (".jsonl", ".csv", ".tsv")
 _DECIDED = {*ClientConfig.model_fields, "out", "resume", "report_to", "keep_checkpoints", "log_every", "deadline"} - {
     "codec"
 }
-_ELSEWHERE = ("draft", "draft_learning_rate")
+_ELSEWHERE = {
+    "draft": "tune a draft",
+    "draft_learning_rate": "tune a draft",
+    "defence": "defend a run",
+    "defence_key": "defend a run",
+}
 
 
 def prepare(
@@ -68,7 +73,7 @@ def prepare(
         if name in _DECIDED:
             raise ConfigError(f"{name!r} is the daemon's to decide: set what daemon.toml offers, and leave it out here")
         if kind == "train" and name in _ELSEWHERE:
-            raise ConfigError(f"{name!r} is not offered in jobs: tune a draft with `isthmus edge train`")
+            raise ConfigError(f"{name!r} is not offered in jobs: {_ELSEWHERE[name]} with `isthmus edge train`")
         check_name(name, None, names)
     if kind == "generate" and "prompts" not in spec:
         raise ConfigError("'prompts' is missing: give a file of JSON Lines, each with `prompt` or `messages`")

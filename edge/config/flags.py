@@ -102,19 +102,21 @@ def _flags(cls: type[Settings], without: Collection[str]) -> list[inspect.Parame
         if name in without:
             continue
         field = cls.model_fields[name]
-        default = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
+        default = "" if field.is_required() or field.default in (None, ()) else f" [default: {field.default}]"
         option = typer.Option(
             f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if field.annotation is bool else ""),
             help=f"{field.description}{default}",
             show_default=False,
             rich_help_panel=panel_of(cls, name),
         )
+        # An option that may be given several times.
+        several = field.annotation == tuple[str, ...]
         flags.append(
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[_plain(field.annotation) | None, option],
+                annotation=Annotated[(list[str] if several else _plain(field.annotation)) | None, option],
             )
         )
     return flags

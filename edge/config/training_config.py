@@ -18,6 +18,7 @@ from isthmus.edge.config.adapter_config import AdapterConfig, Method, SitesConfi
 from isthmus.edge.config.client_config import SCHEMES, ClientConfig, EvalConfig, GenerateConfig, PluggedConfig
 from isthmus.edge.config.config_text import check_name, one_line, read_text, read_toml
 from isthmus.edge.config.data_config import ComputationConfig, DataConfig
+from isthmus.edge.config.defence_config import DefenceConfig, check_defended
 from isthmus.edge.config.settings import Settings, field_names
 from isthmus.training.rate_schedule import Schedule
 
@@ -161,7 +162,7 @@ class DraftConfig(Settings):
         return None if self.draft in ("none", "ngram") else Path(self.draft)
 
 
-class TrainConfig(TrainClientConfig, DraftConfig, SitesConfig, PluggedConfig, TuningConfig):
+class TrainConfig(TrainClientConfig, DraftConfig, DefenceConfig, SitesConfig, PluggedConfig, TuningConfig):
     """A run whose middle layers are in the cloud."""
 
     @model_validator(mode="after")
@@ -202,6 +203,7 @@ class TrainConfig(TrainClientConfig, DraftConfig, SitesConfig, PluggedConfig, Tu
         if self.plugged and self.start_from is not None:
             raise ValueError(f"plugged and start_from = {str(self.start_from)!r} exclude each other: give one of them")
         self._check_draft()
+        check_defended(self)
         return self
 
     def _check_draft(self) -> None:

@@ -288,6 +288,12 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
     }
 
 
+def single_examples(batch: Batch) -> Iterator[Batch]:
+    """The examples of a batch that was padded on the right, each as a batch without padding."""
+    for row, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
+        yield {name: tensor[row : row + 1, :length] for name, tensor in batch.items()}
+
+
 def label_count(batch: Batch) -> int:
     """Tokens of `batch` that the loss is a mean over."""
     return int(label_mask(batch).sum())

@@ -25,6 +25,7 @@ from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
 from isthmus.edge.run_report import Spent, WireMeter, WireTotals
 from isthmus.edge.training import methods
+from isthmus.edge.training.defended_run import DefendedRun
 from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.micro_batches import InFlight
@@ -70,6 +71,7 @@ class EdgeSteps(Task):
         draft: The draft that is tuned beside the model; None for none.
         listener: Hears how the run goes on; None for nobody.
         save: Writes the adapter, for the listener.
+        defended: The run's defences, which are among the observers; None for none.
     """
 
     def __init__(
@@ -86,13 +88,16 @@ class EdgeSteps(Task):
         draft: DraftTuning | None = None,
         listener: RunListener | None = None,
         save: SaveAdapter = lambda folder: None,
+        defended: DefendedRun | None = None,
     ) -> None:
         self.total = total_steps(config, len(data.train))
         self.spent = Spent()
         self.loss_before: float | None = None
         self.loss_after: float | None = None
         self.add_points: AddPoints = no_curves
-        self.parameters: Mapping[str, nn.Parameter] = methods.trained(model)  # before the rule freezes some of them
+        beside = {} if defended is None else defended.parameters()
+        # Before the rule freezes some of them.
+        self.parameters: Mapping[str, nn.Parameter] = {**methods.trained(model), **beside}
         self._accuracy = None if listener is None else accuracy_for(config)
         self.rule: EdgeRule = step_rule(
             model,
@@ -102,6 +107,7 @@ class EdgeSteps(Task):
             in_flight,
             None if draft is None else draft.learn,
             self._accuracy,
+            defended,
         )
         self.device: torch.device = model.device
         start = None if config.start_from is None else adapter_digest(config.start_from)

@@ -21,6 +21,7 @@ from torch import nn
 
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch
+from isthmus.edge.training.defended_run import DefendedRun
 from isthmus.edge.training.mezo import Mezo
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.run_listener import TokenAccuracy
@@ -36,14 +37,15 @@ def step_rule(
     in_flight: InFlight | None = None,
     on_logits: OnLogits | None = None,
     accuracy: TokenAccuracy | None = None,
+    defended: DefendedRun | None = None,
 ) -> EdgeRule:
     """The rule that `config.optimizer` names.
 
     Args:
         parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
-        on_logits, accuracy: See `BatchLoss`.
+        on_logits, accuracy, defended: See `BatchLoss`.
     """
-    loss = BatchLoss(model, config.precision, check_stop, in_flight, on_logits, accuracy)
+    loss = BatchLoss(model, config.precision, check_stop, in_flight, on_logits, accuracy, defended)
     if config.optimizer == "mezo":
         return Mezo(parameters.values(), config, loss)
     return Backprop(_optimizer(model, parameters, config), parameters, config, loss)

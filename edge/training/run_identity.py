@@ -54,6 +54,7 @@ _FREE = {
     "plugged",
     "draft",
     "draft_learning_rate",
+    "defence_key",
 }
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.edge.config.data_config import Precision
-from isthmus.edge.data.batches import Batch, label_count, label_mask
+from isthmus.edge.data.batches import Batch, label_count, label_mask, single_examples
+from isthmus.edge.training.defended_run import DefendedRun
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.precision import computing_in
 from isthmus.edge.training.run_listener import TokenAccuracy
+from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.training.gradient_step import StepRule, require_finite
 
 OnLogits = Callable[[Batch, Tensor, float], None]
@@ -58,6 +61,7 @@ class BatchLoss:
         in_flight: Where several micro-batches may be in flight; None for one at a time.
         on_logits: Called for each micro-batch after its backward, in their order and in the calling thread.
         accuracy: Counts each micro-batch; None where nobody asks.
+        defended: The run's defences; None for none.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class BatchLoss:
         in_flight: InFlight | None = None,
         on_logits: OnLogits | None = None,
         accuracy: TokenAccuracy | None = None,
+        defended: DefendedRun | None = None,
     ) -> None:
         self._model = model
         self._precision: Precision = precision
@@ -75,6 +80,7 @@ class BatchLoss:
         self._in_flight = in_flight
         self._on_logits = on_logits
         self._accuracy = accuracy
+        self._defended = defended
 
     def over(self, step: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter] = ()) -> float:
         """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
@@ -89,6 +95,9 @@ class BatchLoss:
         labels = sum(map(label_count, batches))
         if self._in_flight is not None:
             return self._over_in_flight(self._in_flight, step, labels, batches, trained)
+        private = None if self._defended is None else self._defended.private_gradients()
+        if private is not None:
+            return self._over_examples(private, step, labels, batches, trained)
         total = 0.0
         for batch in batches:
             loss, value, logits = self._weighted(step, labels, batch)
@@ -97,6 +106,27 @@ class BatchLoss:
             self._check_stop()
             self._report_logits(batch, logits, labels)
             total += value
+        return total
+
+    def _over_examples(
+        self,
+        private: PrivateGradients,
+        step: int,
+        labels: int,
+        batches: Sequence[Batch],
+        trained: Sequence[nn.Parameter],
+    ) -> float:
+        """The same, with a gradient for each example, of which `private` makes the step's."""
+        total = 0.0
+        for example in chain.from_iterable(map(single_examples, batches)):
+            own = label_count(example)
+            loss, value, logits = self._weighted(step, own, example)
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+            private.add([torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)])
+            self._check_stop()
+            self._report_logits(example, logits, labels)
+            total += value * own / labels
+        _add(trained, private.mean())
         return total
 
     def _over_in_flight(
@@ -119,15 +149,17 @@ class BatchLoss:
 
     def _weighted(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float, Tensor | None]:
         """What a micro-batch adds to the loss, with its graph and as a number; and logits, where somebody asks."""
+        inputs = to_device(batch, self._model)
         with computing_in(self._precision, self._model):
-            output = self._model(**to_device(batch, self._model), use_cache=False)
+            output = self._model(**inputs, use_cache=False)
+            extra = None if self._defended is None else self._defended.extra_loss(output.logits, inputs["labels"])
         loss: Tensor = output.loss
         if self._accuracy is not None:
             self._accuracy.add(batch, output.logits.detach())
         weight = label_count(batch) / labels
         value = require_finite(f"the loss of step {step} is", loss.item(), REMEDY)
         logits = None if self._on_logits is None else output.logits.detach()[label_mask(batch)]
-        return loss * weight, value * weight, logits
+        return (loss if extra is None else loss + extra) * weight, value * weight, logits
 
     def _report_logits(self, batch: Batch, logits: Tensor | None, labels: int) -> None:
         if self._on_logits is not None and logits is not None and len(logits):

@@ -33,6 +33,7 @@ from isthmus.edge.run_report import (
     traffic,
 )
 from isthmus.edge.training import methods
+from isthmus.edge.training.defended_run import DefendedRun
 from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.edge_steps import EdgeSteps, StepObserver
 from isthmus.edge.training.micro_batches import InFlight
@@ -66,6 +67,7 @@ class Trainer:
         in_flight: Where several micro-batches may be in flight; None for one at a time.
         draft: The draft that is tuned beside the model; None for none.
         listener: Hears how the run goes on; None for nobody.
+        defended: The run's defences; None for none.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Trainer:
         in_flight: InFlight | None = None,
         draft: DraftTuning | None = None,
         listener: RunListener | None = None,
+        defended: DefendedRun | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -97,6 +100,7 @@ class Trainer:
         self._draft = draft
         self._meter = meter
         self._listener = listener
+        self._defended = defended
         self._stop = StopRequest()
         total = total_steps(config, len(data.train))
         self._progress = progress or StepProgress("step", total, every=config.log_every)
@@ -108,11 +112,12 @@ class Trainer:
             self._stop,
             self._progress,
             meter,
-            step_observers,
+            [*step_observers, *([] if defended is None else [defended])],
             in_flight,
             draft,
             listener,
             self._save_adapter,
+            defended,
         )
         self._n_trained = count(methods.trained(model).values())  # the rule has frozen what it does not move
         options = LoopOptions(
@@ -190,6 +195,7 @@ class Trainer:
         spent, lines = self._steps.spent, [json.loads(line) for line in self._loop.log]
         figures: dict[str, Any] = {
             **({} if self._draft is None else draft_fit(lines)),
+            **({} if self._defended is None else self._defended.figures()),
             **shares(spent),
             **traffic(spent),
             **self._flops(spent.positions),

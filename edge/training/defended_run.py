@@ -1,0 +1,246 @@
+"""The defences of a training run: what stands between model and span, and what the loop does differently for them.
+
+All that is drawn follows from the key, the run's settings and data, the step, and the number of the pass in it. So a
+repeated step sends the same, a key that is used for another run draws other noise, and there is nothing to resume but
+the key, which the checkpoints know by its fingerprint.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from isthmus.backbone.adapters.adapter_files import adapter_digest
+from isthmus.backbone.families import family_of
+from isthmus.common.errors import CheckpointError, ConfigError
+from isthmus.common.files import disk_errors, write_atomic
+from isthmus.edge.config.defence_config import KEY_FILE
+from isthmus.edge.config.schedule import steps_per_epoch, total_steps
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.data.batches import TrainingData, encode, fingerprint
+from isthmus.edge.data.readers import read_examples
+from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
+from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
+from isthmus.privacy.defences.decoys import Decoys
+from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd, TrainedBottleneck
+from isthmus.privacy.defences.defended_span import DefendedSpan, build_defences
+from isthmus.privacy.defences.private_gradients import PrivateGradients
+from isthmus.privacy.defences.secret_noise import KEY_BYTES, SecretNoise
+
+_BEFORE = 0  # the step of what passes before the first one
+
+
+class DefendedRun:
+    """A `StepObserver`, so that its key is in the checkpoints, and what the loop asks of defences.
+
+    Attributes:
+        texts: The defences as options write them.
+        guarantee: What they guarantee of the run; None where none claims an (ε, δ).
+    """
+
+    def __init__(
+        self,
+        options: Sequence[DefenceOptions],
+        span: DefendedSpan,
+        modules: Sequence[nn.Module],
+        noise: SecretNoise,
+        promised: Guarantee | None,
+        decoys: str | None,
+    ) -> None:
+        self.texts = [each.text() for each in options]
+        self.guarantee = promised
+        self._span = span
+        self._noise = noise
+        self._private = next((each for each in options if isinstance(each, DpSgd)), None)
+        self._modules = modules
+        self._identity = {"key": noise.fingerprint, "decoys": decoys}
+        self._step = _BEFORE
+        span.begin("after", _BEFORE)
+
+    def figures(self) -> dict[str, Any]:
+        """What the report says of them, under the names that `Report` has for it."""
+        promised = self.guarantee
+        if promised is None:
+            return {"defences": self.texts}
+        figures = {"epsilon": promised.epsilon, "delta": promised.delta, "guarantee": promised.of}
+        return {"defences": self.texts, **figures}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained beside the adapters, by name."""
+        return {
+            f"defence.{index}.{name}": parameter
+            for index, module in enumerate(self._modules)
+            for name, parameter in module.named_parameters()
+        }
+
+    def extra_loss(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """See `DefendedSpan.extra_loss`."""
+        return self._span.extra_loss(logits, labels)
+
+    def private_gradients(self) -> PrivateGradients | None:
+        """What adds up a step's gradients example by example; None where they are taken by micro-batches."""
+        return None if self._private is None else PrivateGradients(self._private, self._noise, ("step", self._step))
+
+    def before_step(self, step: int) -> None:
+        """See `StepObserver`."""
+        self._step = step
+        self._span.begin("step", step)
+
+    def after_step(self, step: int) -> None:
+        """See `StepObserver`."""
+        self._span.begin("after", step)
+
+    def points(self) -> Mapping[str, float]:
+        """See `StepObserver`."""
+        return {}
+
+    def state(self) -> Mapping[str, Any]:
+        """See `StepObserver`."""
+        return {**self._identity, "step": self._step}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `StepObserver`.
+
+        Raises:
+            CheckpointError: The key or the decoys are others than before.
+        """
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                what = "key" if name == "key" else "file of decoys"
+                raise CheckpointError(
+                    f"the run cannot be resumed: its defences had another {what}. Resume with the one that it was "
+                    f"started with, or {START_ANEW}."
+                )
+        self._step = int(state["step"])
+        self._span.begin("after", self._step)
+
+
+@contextmanager
+def defended_run(
+    model: Any,
+    trained: Any,
+    config: TrainConfig,
+    identity: ModelIdentity,
+    data: TrainingData,
+    tokenizer: Any,
+    say: Callable[[str], None],
+) -> Iterator[DefendedRun | None]:
+    """Put the defences of `config` between a model and its span while the block runs; None where there are none.
+
+    Args:
+        model: The edge's model.
+        trained: The same, with adapters and perhaps PEFT's wrapper.
+        say: Told what each defence claims.
+
+    Raises:
+        ConfigError: A defence does not fit the run, or the key is no key.
+        DataError: The file of decoys is malformed.
+    """
+    options = config.defences()
+    if not options:
+        yield None
+        return
+    key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
+    noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
+    promised = guarantee(options, exposure_of(model, trained, config, data, options))
+    try:
+        defences = build_defences(options, model.config.hidden_size)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
+    decoys, made_of = _decoys(options, config, data, tokenizer, noise)
+    modules = [module.to(model.device) for module in (each.module() for each in defences) if module is not None]
+    for each in options:
+        broken = each.broken_by
+        say(f"defence {each.text()}: {f'an example, broken by {broken}' if broken else f'claims {each.claim}'}")
+    if promised is not None:
+        say(guarantee_line(promised))
+    span = DefendedSpan(model, defences, noise, decoys)
+    with span.in_place():
+        yield DefendedRun(options, span, modules, noise, promised, made_of)
+
+
+def guarantee_line(promised: Guarantee) -> str:
+    """A guarantee for a person."""
+    if promised.epsilon is None:
+        return f"differential privacy: {promised.of}"
+    return f"differential privacy: epsilon {promised.epsilon:.3g} at delta {promised.delta:g}, of {promised.of}"
+
+
+def read_key(path: Path, *, make: bool) -> bytes:
+    """The key in a file.
+
+    Args:
+        make: Whether to make one, readable by its owner alone, where there is no file.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+        DiskError: It cannot be written.
+    """
+    if make and not path.exists():
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, f"{os.urandom(KEY_BYTES).hex()}\n".encode(), 0o600)
+    remedy = f"give a file with {2 * KEY_BYTES} hexadecimal digits, which `openssl rand -hex {KEY_BYTES}` prints."
+    try:
+        key = bytes.fromhex(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the defences' key {path} cannot be read ({error.strerror}): {remedy}") from error
+    except ValueError as error:
+        raise ConfigError(f"the defences' key {path} is none: {remedy}") from error
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"the defences' key {path} has {len(key)} bytes: {remedy}")
+    return key
+
+
+def exposure_of(
+    model: Any, trained: Any, config: TrainConfig, data: TrainingData, options: Sequence[DefenceOptions]
+) -> Exposure:
+    """What the run does with the example that it shows most."""
+    total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
+    epochs = -(-total // per_epoch)
+    evaluations = 2 + (0 if config.eval_every is None else (total - 1) // config.eval_every)
+    mezo = config.optimizer == "mezo"
+    pair = any(isinstance(each, TrainedBottleneck) for each in options)
+    goes_back = not mezo and (pair or _trained_below(model, trained))
+    lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
+    return Exposure(
+        tokens=max(lengths),
+        forwards=epochs * (2 if mezo else 1),
+        backwards=epochs if goes_back else 0,
+        held_out=evaluations if data.validation else 0,
+        steps=epochs,
+    )
+
+
+def _of_run(config: TrainConfig, identity: ModelIdentity, data: TrainingData) -> bytes:
+    """What noise is for, beside the step: two runs that send something else may not share any."""
+    start = None if config.start_from is None else adapter_digest(config.start_from)
+    settings = fixed_settings(config, total_steps(config, len(data.train)), start)
+    return json.dumps([settings, identity_entries(identity, data.fingerprint)], sort_keys=True).encode()
+
+
+def _trained_below(model: Any, trained: Any) -> bool:
+    """Whether something is trained below the cloud's layers, so that gradients go up."""
+    layers = model.get_submodule(family_of(model.config).layers_path)
+    above = {id(parameter) for layer in layers[model.split_plan.cloud.stop :] for parameter in layer.parameters()}
+    return any(parameter.requires_grad and id(parameter) not in above for parameter in trained.parameters())
+
+
+def _decoys(
+    options: Sequence[DefenceOptions], config: TrainConfig, data: TrainingData, tokenizer: Any, noise: SecretNoise
+) -> tuple[Decoys | None, str | None]:
+    """The decoys of the run's examples, and the fingerprint of what they were made of."""
+    wanted = next((each for each in options if isinstance(each, DecoyOptions)), None)
+    if wanted is None:
+        return None, None
+    texts, _ = encode(read_examples(wanted.file, config), tokenizer, config.max_length)
+    real = [example.input_ids for example in (*data.train, *data.validation)]
+    generated = [(text.input_ids, text.labels) for text in texts]
+    return Decoys(wanted.count, real, generated, noise), fingerprint(texts)

@@ -1,0 +1,133 @@
+"""The (ε, δ) of a run.
+
+The unit of privacy is one example: its tokens at the cut, in all passes and both directions. Neighbours differ in one
+example, in whose place is another of the same length with labels in the same places, as the cloud sees lengths anyway.
+
+Each release with Gaussian noise is Gaussian differentially private with μ = sensitivity / deviation (Dong, Roth and Su
+2022), and releases compose, also where a later one depends on what came before, to μ² = Σ μᵢ²:
+
+    a pass forward or backward    T tokens, each moved by at most 2C, under noise σC:  μ² = 4T / σ²
+    a step of DP-SGD              a sum moved by at most 2C, under noise σC:           μ² = 4 / σ²
+
+No subsampling is counted: the cloud sees every message, and batches are no Poisson samples. ε follows from μ and δ
+exactly (Balle and Wang 2018), by Google's dp-accounting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isthmus.common.errors import ConfigError
+from isthmus.privacy.defences.defence_options import DefenceOptions, DpSgd, Gaussian, Guaranteed, TrainedBottleneck
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """What a run does with the example that it shows most.
+
+    Attributes:
+        tokens: Of the longest example.
+        forwards: Passes of a training example up to the cloud's layers.
+        backwards: Those whose gradient goes up; 0 where nothing is trained below or in the cloud's layers.
+        held_out: Passes of a held-out example, which has no backwards and no steps.
+        steps: Steps that a training example takes part in.
+    """
+
+    tokens: int
+    forwards: int
+    backwards: int
+    held_out: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """What a run's defences guarantee.
+
+    Attributes:
+        epsilon: None where nothing is guaranteed.
+        delta: Of epsilon.
+        of: What it is a guarantee of, in a sentence; why there is none where there is none.
+    """
+
+    epsilon: float | None
+    delta: float | None
+    of: str
+
+
+def guarantee(defences: Sequence[DefenceOptions], exposure: Exposure) -> Guarantee | None:
+    """What the defences guarantee of a run; None where none of them claims an (ε, δ).
+
+    Raises:
+        ConfigError: The package that computes it is missing, or two defences have different δ.
+    """
+    formal = [each for each in defences if isinstance(each, Guaranteed)]
+    messages = [each for each in formal if not isinstance(each, DpSgd)]
+    private = next((each for each in formal if isinstance(each, DpSgd)), None)
+    messages = [each for each in messages if not (isinstance(each, TrainedBottleneck) and each.sigma is None)]
+    if not messages and private is None:
+        return None
+    deltas = {each.delta for each in [*messages, *([] if private is None else [private])]}
+    if len(deltas) > 1:
+        raise ConfigError(f"defences have delta {' and '.join(map(str, sorted(deltas)))}: give all the same")
+    (delta,) = deltas
+    steps = 0.0 if private is None else exposure.steps * 4 / private.sigma**2
+    if not messages:
+        return Guarantee(
+            epsilon(math.sqrt(steps), delta), delta, "the adapters, of each example; the messages have none"
+        )
+    gap = _gap(messages, exposure)
+    if gap is not None:
+        return Guarantee(None, None, gap)
+    mu_squared = _messages(messages, exposure) + steps
+    of = (
+        "each example's own messages, given the adapters; what other examples' messages tell through these is covered "
+        "with dp-sgd alone"
+        if private is None
+        else "everything that the cloud sees, and the adapters, of each example"
+    )
+    return Guarantee(epsilon(math.sqrt(mu_squared), delta), delta, of)
+
+
+def epsilon(mu: float, delta: float) -> float:
+    """The least ε of a release that is Gaussian differentially private with μ.
+
+    Raises:
+        ConfigError: dp-accounting is not installed.
+    """
+    try:
+        from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
+    except ImportError:
+        raise ConfigError("defences that guarantee an epsilon need dp-accounting: install isthmus[privacy]") from None
+    return float(get_epsilon_gaussian(1 / mu, delta)) if mu else 0.0
+
+
+def _gap(messages: Sequence[DefenceOptions], exposure: Exposure) -> str | None:
+    """Why the messages have no guarantee; None where they have one."""
+    gaussian = next((each for each in messages if isinstance(each, Gaussian)), None)
+    if exposure.backwards and (gaussian is None or gaussian.gradient_sigma is None):
+        return "none: gradients go up without noise (gaussian's gradient_clip and gradient_sigma)"
+    if exposure.backwards and gaussian is not None and gaussian.memo and len(messages) == 1:
+        return "none: what is trained below the cut moves between passes, and memoised noise shows by how much"
+    return None
+
+
+def _messages(messages: Sequence[DefenceOptions], exposure: Exposure) -> float:
+    """μ² of an example's own messages."""
+    squares = []
+    gaussian = next((each for each in messages if isinstance(each, Gaussian)), None)
+    back = 0.0
+    if gaussian is not None and gaussian.gradient_sigma is not None:
+        back = exposure.backwards * 4 * exposure.tokens / gaussian.gradient_sigma**2
+    for each in messages:
+        if isinstance(each, Gaussian | TrainedBottleneck) and each.sigma is not None:
+            memo = isinstance(each, Gaussian) and each.memo
+            if memo and exposure.backwards:
+                continue
+            once = 4 * exposure.tokens / each.sigma**2
+            training = once if memo else once * exposure.forwards
+            held_out = once if memo else once * exposure.held_out
+            squares.append(max(training + back, held_out))
+    return min(squares)  # one after the other: the later is computed from the earlier alone, or says less

@@ -1,0 +1,98 @@
+"""The (epsilon, delta) of a run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+
+from isthmus.common.errors import ConfigError
+from isthmus.privacy.defences.accountant import Exposure, Guarantee, epsilon, guarantee
+from isthmus.privacy.defences.defence_options import read_defence
+
+ONCE = Exposure(tokens=9, forwards=1, backwards=0, held_out=0, steps=1)
+
+
+def of(exposure: Exposure, *texts: str) -> Guarantee:
+    found = guarantee([read_defence(text) for text in texts], exposure)
+    assert found is not None
+    return found
+
+
+def delta_of(epsilon_: float, mu: float) -> float:
+    """Balle and Wang 2018, theorem 8."""
+
+    def below(x: float) -> float:
+        return math.erfc(-x / math.sqrt(2)) / 2
+
+    return below(mu / 2 - epsilon_ / mu) - math.exp(epsilon_) * below(-mu / 2 - epsilon_ / mu)
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0, 4.0])
+def test_epsilon_is_the_least_with_that_delta(mu: float) -> None:
+    found = epsilon(mu, 1e-5)
+    assert delta_of(found, mu) == pytest.approx(1e-5, rel=1e-3)
+    assert delta_of(found * 0.99, mu) > 1e-5
+
+
+def test_no_release_costs_nothing_and_a_loud_one_much() -> None:
+    assert epsilon(0, 1e-5) == 0
+    assert epsilon(20, 1e-5) == pytest.approx(284.39, abs=0.1)
+
+
+def test_tokens_passes_and_directions_add_up() -> None:
+    # mu = 2 * sqrt(9) / 6 = 1 for each pass.
+    assert of(ONCE, "gaussian:clip=5,sigma=6").epsilon == pytest.approx(epsilon(1, 1e-5))
+    assert of(replace(ONCE, forwards=4), "gaussian:clip=5,sigma=6").epsilon == pytest.approx(epsilon(2, 1e-5))
+    both = replace(ONCE, forwards=2, backwards=2)
+    noisy = "gaussian:clip=5,sigma=6,gradient_clip=1,gradient_sigma=6"
+    assert of(both, noisy).epsilon == pytest.approx(epsilon(2, 1e-5))
+    assert of(replace(ONCE, held_out=9), "gaussian:clip=5,sigma=6").epsilon == pytest.approx(epsilon(3, 1e-5))
+
+
+def test_with_dp_sgd_the_adapters_are_covered_too() -> None:
+    found = of(replace(ONCE, forwards=3, steps=3), "gaussian:clip=5,sigma=6", "dp-sgd:clip=1,sigma=2")
+    assert found.epsilon == pytest.approx(epsilon(math.sqrt(3 + 3), 1e-5))
+    assert "everything that the cloud sees" in found.of
+    assert "given the adapters" in of(ONCE, "gaussian:clip=5,sigma=6").of
+    alone = of(replace(ONCE, steps=4), "dp-sgd:clip=1,sigma=2")
+    assert alone.epsilon == pytest.approx(epsilon(2, 1e-5))
+    assert "the messages have none" in alone.of
+
+
+def test_of_two_noises_the_louder_counts() -> None:
+    noisy = ("bottleneck:rank=4,clip=5,sigma=6", "gaussian:clip=5,sigma=1e9,gradient_clip=1,gradient_sigma=6")
+    assert of(replace(ONCE, backwards=1), *noisy).epsilon == pytest.approx(epsilon(1, 1e-5), rel=1e-3)
+
+
+def test_memoised_noise_counts_once_where_nothing_below_is_trained() -> None:
+    memo = "gaussian:clip=5,sigma=6,gradient_clip=1,gradient_sigma=6,memo=true"
+    assert of(replace(ONCE, forwards=50, held_out=50), memo).epsilon == pytest.approx(epsilon(1, 1e-5))
+    trained = of(replace(ONCE, forwards=50, backwards=50), memo)
+    assert trained.epsilon is None
+    assert "moves between passes" in trained.of
+
+
+def test_gradients_without_noise_leave_no_guarantee() -> None:
+    for text in ("gaussian:clip=5,sigma=6", "bottleneck:rank=4,clip=5,sigma=6"):
+        found = of(replace(ONCE, backwards=1), text)
+        assert found.epsilon is None
+        assert "gradients go up without noise" in found.of
+
+
+def test_other_defences_claim_no_epsilon() -> None:
+    others = ("bottleneck:rank=4", "rotation", "smoothing:share=.1", "embedding-noise:eta=1")
+    assert guarantee([read_defence(text) for text in others], ONCE) is None
+
+
+def test_two_deltas_are_refused() -> None:
+    with pytest.raises(ConfigError, match="give all the same"):
+        of(ONCE, "gaussian:clip=5,sigma=6,delta=1e-6", "dp-sgd:clip=1,sigma=2")
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting.gaussian_mechanism", None)
+    with pytest.raises(ConfigError, match=r"isthmus\[privacy\]"):
+        epsilon(1, 1e-5)

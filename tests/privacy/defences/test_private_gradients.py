@@ -1,0 +1,45 @@
+"""DP-SGD: the sensitivity and the deviation that the accountant goes by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from isthmus.privacy.defences.defence_options import DpSgd
+from isthmus.privacy.defences.private_gradients import PrivateGradients
+from isthmus.privacy.defences.secret_noise import SecretNoise
+
+
+def mean(noise: SecretNoise, sigma: float, examples: list[list[Tensor]], step: int = 1) -> list[Tensor]:
+    private = PrivateGradients(DpSgd(clip=2.0, sigma=sigma), noise, ("step", step))
+    for gradients in examples:
+        private.add(gradients)
+    return private.mean()
+
+
+def test_the_noise_has_the_stated_deviation(noise: SecretNoise) -> None:
+    zeros = [torch.zeros(300, 40), torch.zeros(200)]
+    large, small = mean(noise, 3.0, [zeros] * 4)
+    assert large.std() == pytest.approx(2 * 3 / 4, rel=0.03)
+    assert small.std() == pytest.approx(2 * 3 / 4, rel=0.2)
+    assert not torch.equal(large, mean(noise, 3.0, [zeros] * 4, step=2)[0])
+    assert torch.equal(large, mean(noise, 3.0, [zeros] * 4)[0])
+
+
+def test_an_example_moves_the_sum_by_twice_the_clip_at_most(noise: SecretNoise) -> None:
+    others = [[torch.randn(5), torch.randn(3)] for _ in range(3)]
+    one, other = [torch.full((5,), 50.0), torch.zeros(3)], [torch.full((5,), -50.0), torch.zeros(3)]
+
+    def moved(sigma: float) -> float:
+        first, second = (mean(noise, sigma, [*others, example]) for example in (one, other))
+        return 4 * float(torch.cat(first).sub(torch.cat(second)).norm())
+
+    assert moved(1e-9) == pytest.approx(4, rel=1e-5)
+    # The control: without clipping it is moved by 100 times the square root of five.
+    assert float(one[0].sub(other[0]).norm()) > 50 * 4
+
+
+def test_small_gradients_are_averaged_as_they_are(noise: SecretNoise) -> None:
+    found = mean(noise, 1e-12, [[torch.tensor([1.0])], [torch.tensor([0.5])]])
+    assert found[0] == pytest.approx(0.75)
