@@ -18,7 +18,7 @@ STAMP       := $(VENV)/.installed$(if $(filter 1,$(LOCKED)),-by-hashes)
 LOWEST      := .venv-lowest
 PROTO       := .venv-proto
 TEST_PROCESSES ?= 3
-PACKAGES    := backbone cli cloud common daemon edge emulator experiments kernels planner protocol rpc training
+PACKAGES    := backbone cli cloud common daemon edge emulator experiments kernels planner privacy protocol rpc training
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
 .PHONY: setup demo test test-lowest fuzz lint format proto vectors lock audit conformance bench bench-wire bench-emulators clean
