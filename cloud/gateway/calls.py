@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Request, Share, TooLate
 from isthmus.cloud.gateway.decode_requests import decoded
+from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.cloud.gateway.open_sessions import OpenSession
 from isthmus.cloud.gateway.pipeline import StageSession
 from isthmus.cloud.gateway.stream import SealedStream
@@ -30,6 +30,7 @@ from isthmus.cloud.session.handler import TenantSession, kind_of
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry import event_history
 from isthmus.cloud.telemetry.metrics import Metrics
+from isthmus.privacy.transcript.chain import ADAPTERS, QUESTIONS, CloudTranscript, digest
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import Limits
@@ -43,82 +44,6 @@ ANSWER_SECONDS = 600.0
 
 An edge computes for seconds; the rest is for one whose machine swaps, or that somebody debugs.
 """
-
-
-@dataclass(slots=True)
-class _Room:
-    """A tenant's bytes in flight, and the calls that wait for room beside them."""
-
-    nbytes: int = 0
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the call that has waited longest
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class InFlight:
-    """The calls that a worker has received and not answered. For the server's event loop alone.
-
-    Args:
-        fraction: this worker's fraction of a tenant's quotas, which may change.
-
-    Attributes:
-        calls: how many there are. May be asked from any thread.
-    """
-
-    def __init__(self, fraction: Callable[[Tenant], float]) -> None:
-        self.calls = 0
-        self._fraction = fraction
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._rooms: dict[str, _Room] = {}  # by tenant
-
-    async def all_answered(self) -> None:
-        """Wait until there are none."""
-        await self._idle.wait()
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """Count a call until it is answered."""
-        self.calls += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.calls -= 1
-            if not self.calls:
-                self._idle.set()
-
-    @contextlib.asynccontextmanager
-    async def room_for(self, tenant: Tenant, body: bytearray, patience: float | None) -> AsyncIterator[None]:
-        """Count a call's bytes against its tenant's quota; wait until they fit.
-
-        A tenant's calls get room in the order in which they came, so that small ones do not keep a large one waiting.
-        A call that is larger than the quota gets room when it is alone.
-
-        Args:
-            tenant: whose call it is.
-            body: its bytes, which are overwritten where the call is given up.
-            patience: seconds that it may wait; None for no limit.
-
-        Raises:
-            TooLate: there was no room within `patience`.
-        """
-        room, size = self._rooms.setdefault(tenant.name, _Room()), len(body)
-        try:
-            async with asyncio.timeout(patience), room.turn:
-                while room.nbytes and room.nbytes + size > tenant.quota.max_inflight_bytes * self._fraction(tenant):
-                    room.freed.clear()
-                    await room.freed.wait()
-                room.nbytes += size
-        except BaseException as error:  # it is too late, or the edge is gone
-            wipe(body)
-            if isinstance(error, TimeoutError):
-                raise TooLate from None
-            raise
-        try:
-            yield
-        finally:
-            room.nbytes -= size
-            room.freed.set()
 
 
 class Calls:
@@ -166,19 +91,22 @@ class Calls:
         self.caches = self._decoding.pool
         self.records_history = event_history.is_written()
 
-    def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
+    def of(
+        self, session: OpenSession, limits: Limits, stage: StageSession | None, transcript: CloudTranscript | None
+    ) -> SessionCalls:
         """What answers the messages of one session.
 
         Args:
             session: whose.
             limits: what it accepts.
             stage: with the pipeline's next stage, where there is one.
+            transcript: of the session, where its edge has asked for one.
         """
         batching = self._options.batching
         work = self._served.session(
             session.id, session.tenant, self._call_threads, limits, batching=batching, decoding=self._decoding
         )
-        return SessionCalls(self, session, work, stage)
+        return SessionCalls(self, session, work, stage, transcript)
 
     def share(self, tenant: Tenant) -> Share:
         """What a tenant may have of the engine's time."""
@@ -199,13 +127,22 @@ class SessionCalls:
         session: whose.
         work: what handles a message.
         stage: with the pipeline's next stage, where there is one.
+        transcript: of the session; None where its edge wants none.
     """
 
-    def __init__(self, calls: Calls, session: OpenSession, work: TenantSession, stage: StageSession | None) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        session: OpenSession,
+        work: TenantSession,
+        stage: StageSession | None,
+        transcript: CloudTranscript | None,
+    ) -> None:
         self._calls = calls
         self._session = session
         self._work = work
         self._stage = stage
+        self._transcript = transcript
 
     @property
     def patience(self) -> float | None:
@@ -220,6 +157,7 @@ class SessionCalls:
         crypto_ns = stream.take_crypto_ns()
         with calls.in_flight.call():
             start = time.perf_counter_ns()
+            sent = await self._digest(received)
             await self._thread_for(received)
             patience = None if due is None else due - calls.clock()
             try:
@@ -237,6 +175,8 @@ class SessionCalls:
             if reply is not None and not session.fenced:  # the edge goes on in a newer session
                 if calls.records_history:
                     self._record(reply)
+                if self._transcript is not None and sent:
+                    await asyncio.to_thread(self._transcript.answered, message, sent, reply)
                 await stream.send(reply)
             calls.metrics.calls.labels(_operation(message)).inc()
 
@@ -251,6 +191,12 @@ class SessionCalls:
         text = f"a call of {refused.size} bytes is over the {allowed} that {name} may have: send smaller batches"
         await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
 
+    def sign(self, message: m.SignTranscript) -> m.Message:
+        """The signature under the session's transcript so far, or why there is none."""
+        if self._transcript is None:
+            return m.Status(m.StatusCode.BAD_REQUEST, None, "this session attached without a transcript")
+        return self._transcript.sign(message, time.time())
+
     def close(self) -> None:
         """Forget the session."""
         engine, session = self._calls.engine, self._session.id
@@ -260,6 +206,16 @@ class SessionCalls:
         with contextlib.suppress(RuntimeError):
             # A call in flight counts as answered when it ends: only then nothing of the session is left to forget.
             engine.submit(self._request(self._work.close)).add_done_callback(lambda _: engine.cancel(session))
+
+    async def _digest(self, received: Received) -> bytes:
+        """The digest of a message for the transcript; empty where it has no place there."""
+        if self._transcript is None or not isinstance(received.message, QUESTIONS + ADAPTERS):
+            return b""
+        try:  # on a thread: large messages take longer than the event loop has
+            return await asyncio.to_thread(digest, received.message)
+        except BaseException:  # the edge is gone
+            wipe(received.body)
+            raise
 
     def _due(self, message: m.Message) -> float | None:
         """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""

@@ -15,13 +15,14 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from isthmus.backbone.checkpoints.weight_quantization import bytes_of
+from isthmus.backbone.runtime.numerics import numerics
 from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
 from isthmus.cloud.gateway.calls import Calls
@@ -35,6 +36,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import LimitError, PortInUseError, RemoteProtocolError, VersionError
+from isthmus.privacy.transcript.chain import CloudTranscript, Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import Limits
@@ -104,6 +106,8 @@ class GatewayServer:
         self._edges = edges
         self._clock = clock
         self._info, self._executor = served.info, served.executor
+        info = served.info
+        self._numerics = numerics(info.span_dtype, info.attn_implementation, served.executor.device, threads)
         self._next_stage = next_stage
         half_open = HalfOpen(self._bounds)
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
@@ -280,7 +284,11 @@ class GatewayServer:
         self, stream: SealedStream, session: OpenSession, limits: Limits, stage: StageSession | None
     ) -> None:
         """Answer the session's messages, one after another, until it ends."""
-        calls = self._calls.of(session, limits, stage)
+        transcript = None
+        if session.transcript:
+            described = Session.of(replace(self._info, session_id=session.id.hex()))
+            transcript = CloudTranscript(described, self._identity(), self._numerics)
+        calls = self._calls.of(session, limits, stage, transcript)
         pings = Allowance(self._bounds.pings_per_minute, self._clock())
         try:
             if self._admission.stopped:
@@ -297,6 +305,9 @@ class GatewayServer:
                 if isinstance(received.message, m.Goodbye):
                     session.why = "goodbye"
                     return
+                if isinstance(received.message, m.SignTranscript):
+                    await stream.send(calls.sign(received.message))
+                    continue
                 if isinstance(received.message, m.Ping) and not pings.take(self._clock()):
                     raise LimitError(f"more than {self._bounds.pings_per_minute} pings came within a minute")
                 await calls.answer(stream, received)
