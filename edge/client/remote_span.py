@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,8 @@ from isthmus.backbone.split.span import SpanInput
 from isthmus.backbone.split.split_cache import RemoteCache
 from isthmus.common.errors import RefusedError, RemoteProtocolError, UnsupportedCallError
 from isthmus.edge.client.cloud_cache import CloudCaches
-from isthmus.edge.client.session_keeper import ActivationsLostError, Attempt, Question, SessionKeeper
+from isthmus.edge.client.questions import ActivationsLostError, Attempt, Question
+from isthmus.edge.client.session_keeper import SessionKeeper
 from isthmus.edge.client.site_answerer import SentLists, SiteAnswerer
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
@@ -295,7 +296,13 @@ class SpanCalls:
 
         most = body_bytes(codec, shape) if request.wanted else 0
         most = most if answerer is None else answerer.backward_bytes(shape, most)
-        question = Question(m.BackwardReply, message, most, answerer)
+
+        def whole(asked: m.Message) -> m.Message:
+            if not isinstance(asked, m.Backward) or asked.replay is not None:
+                return asked
+            return replace(asked, replay=self._sent(request.inputs))
+
+        question = Question(m.BackwardReply, message, most, answerer, whole=whole)
         try:
             reply = self._keeper.call(question)
         except ActivationsLostError:

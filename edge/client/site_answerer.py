@@ -20,7 +20,7 @@ from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import PlanError, RefusedError, RemoteProtocolError
 from isthmus.common.terminal import printable
-from isthmus.edge.client.session_keeper import Attempt
+from isthmus.edge.client.questions import Attempt
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import body_bytes
