@@ -13,7 +13,7 @@ away for `give_up_after` seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -322,9 +322,28 @@ class Link:
         """
         self._keeper.be_witnessed(Witness(log, self.pin, sample))
 
+    def end_transcript(self) -> None:
+        """Have the cloud sign all that has crossed, and note nothing any more. Raises what `sign_transcript` raises."""
+        try:
+            self._keeper.sign()
+        finally:
+            self._keeper.witness = None
+
     def sign_transcript(self) -> None:
         """Have the cloud sign all that has crossed. Raises TranscriptError where it signs something else."""
         self._keeper.sign()
+
+    @property
+    def signed_numerics(self) -> str:
+        """What the cloud has said that the bits of its answers depend on; empty before it has signed a transcript."""
+        witness = self._keeper.witness
+        return "" if witness is None else witness.numerics
+
+    def ask_again(
+        self, adapters: Sequence[m.Sites | m.Lease], call: m.Forward | m.Backward, answer: m.Message
+    ) -> m.Message:
+        """What this cloud answers to a call that was asked before, perhaps of another one; see `SpanCalls.again`."""
+        return self.span.again(adapters, call, answer)
 
     def cloud_peak_bytes(self) -> int | None:
         """What the largest call of this session takes there while it is computed, in bytes, as the cloud estimates it.

@@ -29,10 +29,10 @@ from isthmus.common.errors import RefusedError, RemoteProtocolError, Unsupported
 from isthmus.edge.client.cloud_cache import CloudCaches
 from isthmus.edge.client.questions import ActivationsLostError, Attempt, Question
 from isthmus.edge.client.session_keeper import SessionKeeper
-from isthmus.edge.client.site_answerer import SentLists, SiteAnswerer
+from isthmus.edge.client.site_answerer import SentLists, SiteAnswerer, accepted
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
-from isthmus.protocol.encoding import body_bytes
+from isthmus.protocol.encoding import body_bytes, pack
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, codec_id, decode_as, encode, encode_mask, encode_positions
 
@@ -324,6 +324,30 @@ class SpanCalls:
             return None
         limits = edge_limits(self._keeper.info)
         return decode_as(reply.gradient, shape, codec, limits, "the gradient from the cloud's layers")
+
+    def again(
+        self, adapters: Sequence[m.Sites | m.Lease], call: m.Forward | m.Backward, answer: m.Message
+    ) -> m.Message:
+        """Ask a call once more that was asked before, perhaps of another cloud; what comes back is not decoded.
+
+        Args:
+            adapters: The list of sites and the lease that it names, which are sent before it.
+            call: What was asked; a backward has its forward's inputs with it.
+            answer: What came back then: no more bytes may come now.
+        """
+        number = next(self._numbers)
+
+        def message(attempt: Attempt) -> m.Message:
+            for each in adapters:
+                accepted(attempt.ask(each))
+            named = m.CallId(call.id.step, number, attempt.number)
+            return replace(call, id=named, keep=False) if isinstance(call, m.Forward) else replace(call, id=named)
+
+        most = sum(map(len, pack(answer)[1]))
+        question: Question[m.ForwardReply | m.BackwardReply] = Question(
+            (m.ForwardReply, m.BackwardReply), message, most
+        )
+        return self._keeper.call(question)
 
     def _answerer(self, sites: SiteCall | None) -> SiteAnswerer | None:
         return None if sites is None else SiteAnswerer(sites, self.codecs, edge_limits(self._keeper.info))

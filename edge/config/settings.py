@@ -16,6 +16,7 @@ PANELS = (
     "Optimization",
     "Computation",
     "Draft",
+    "Audit",
     "Output",
 )
 """The headings of `--help`, in their order."""

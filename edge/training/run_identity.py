@@ -54,6 +54,8 @@ _FREE = {
     "plugged",
     "draft",
     "draft_learning_rate",
+    "transcript",
+    "audit_sample",
 }
 
 

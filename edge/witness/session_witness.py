@@ -26,9 +26,13 @@ class Witness:
         log: Where it is written.
         root: Fingerprint of the cloud's root key.
         sample: Which calls are kept whole; None for none.
+
+    Attributes:
+        numerics: What the bits of an answer depend on, as the cloud has signed it last; empty before.
     """
 
     def __init__(self, log: TranscriptLog, root: Fingerprint, sample: AuditSample | None = None) -> None:
+        self.numerics = ""
         self._log, self._root, self._sample = log, root, sample
         self._chain: Chain | None = None
         self._signed = 0  # exchanges of the session that are signed
@@ -92,4 +96,4 @@ class Witness:
             )
         self._log.signature(chain.session, signed)  # first of all: what it has signed is its own word
         check_head(check_signature(chain.session, signed, self._root), chain.exchanges, chain.head)
-        self._signed = chain.exchanges
+        self._signed, self.numerics = chain.exchanges, signed.numerics
