@@ -45,7 +45,7 @@ def lines(report: AuditReport) -> str:
     """The report in a few lines."""
     chances = ", ".join(f"{float(share):.1%} of calls: {caught:.1%}" for share, caught in report.caught.items())
     said = [
-        f"replayed {report.replayed} of {report.calls} calls: {report.identical} same bits, {report.lies} lies",
+        f"replayed {report.replayed} of {report.calls} calls: {report.identical} same bits, {len(report.lies)} lies",
         f"would have met a cloud that alters {chances}",
     ]
     if report.skipped:

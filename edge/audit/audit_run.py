@@ -63,8 +63,7 @@ class AuditReport:
         replayed: How many were computed again.
         skipped: How many of the sample could not be.
         identical: Of those replayed, how many had the same bits.
-        lies: How many were lies.
-        first_lie: The first, in the order of the run.
+        lies: Those that were others, in the order of the run.
         largest_distance: Of the answers that were no lies.
         threshold: By which they were judged; None for bits.
         unsigned: Exchanges of the run that the cloud has not signed.
@@ -75,8 +74,7 @@ class AuditReport:
     replayed: int
     skipped: int
     identical: int
-    lies: int
-    first_lie: Lie | None
+    lies: tuple[Lie, ...]
     largest_distance: float
     threshold: float | None
     unsigned: int
@@ -84,7 +82,12 @@ class AuditReport:
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values."""
-        return asdict(self)
+        return {**asdict(self), "first_lie": None if self.first_lie is None else asdict(self.first_lie)}
+
+    @property
+    def first_lie(self) -> Lie | None:
+        """The first of the lies, in the order of the run."""
+        return self.lies[0] if self.lies else None
 
 
 def audit(
@@ -146,8 +149,7 @@ def audit(
         replayed,
         skipped,
         identical,
-        len(lies),
-        lies[0] if lies else None,
+        tuple(lies),
         largest,
         threshold,
         transcript.unsigned,
