@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+VARYING = ", bits vary with the batch"
+"""The note of a worker on whose machine a call's bits depend on what else is computed with it."""
 _CPU_INFO = Path("/proc/cpuinfo")
 _MOST = 256
 """Characters: a transcript carries no more (`isthmus.protocol.session_messages.MAX_NUMERICS`)."""
 
 
-def numerics(span_dtype: str, attention: str, device: torch.device, threads: int) -> str:
+def numerics(span_dtype: str, attention: str, device: torch.device, threads: int, note: str = "") -> str:
     """Dtype, attention, torch's build, processor and threads: where all are the same, so are the bits of a call.
 
     Args:
@@ -19,9 +21,11 @@ def numerics(span_dtype: str, attention: str, device: torch.device, threads: int
         attention: The implementation of attention.
         device: Where.
         threads: torch threads.
+        note: What else they depend on.
     """
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {threads} threads"
-    return f"{span_dtype}, {attention}, torch {torch.__version__}, {where}".encode("ascii", "replace").decode()[:_MOST]
+    said = f"{span_dtype}, {attention}, torch {torch.__version__}, {where}".encode("ascii", "replace").decode()
+    return said[: _MOST - len(note)] + note
 
 
 def _cpu() -> str:

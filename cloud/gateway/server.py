@@ -22,7 +22,7 @@ import grpc
 import grpc.aio
 
 from isthmus.backbone.checkpoints.weight_quantization import bytes_of
-from isthmus.backbone.runtime.numerics import numerics
+from isthmus.backbone.runtime.numerics import VARYING, numerics
 from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
 from isthmus.cloud.gateway.calls import Calls
@@ -106,12 +106,14 @@ class GatewayServer:
         self._edges = edges
         self._clock = clock
         self._info, self._executor = served.info, served.executor
-        info = served.info
-        self._numerics = numerics(info.span_dtype, info.attn_implementation, served.executor.device, threads)
         self._next_stage = next_stage
         half_open = HalfOpen(self._bounds)
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
         self._calls = Calls(served, threads, self.sessions.fraction_of, self.metrics, self._bounds.engine, clock)
+        info, invariance = served.info, self._calls.engine.invariance
+        varying = VARYING if invariance is not None and invariance.rows is None else ""
+        where = (info.span_dtype, info.attn_implementation, served.executor.device)
+        self._numerics = numerics(*where, threads, varying)
         caches = self._calls.caches
         self.metrics.cache_bytes.set_function(lambda: caches.used)
         self.metrics.caches_evicted.set_function(lambda: caches.counters.evicted)

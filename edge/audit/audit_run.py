@@ -1,8 +1,8 @@
 """The audit of a run: its sampled calls, computed again elsewhere, and where the first answer differs.
 
 Bits are compared first. Where they differ and both sides name the same numerics (`isthmus.backbone.runtime.numerics`),
-the answer is a lie. Where the numerics differ, honest answers differ a little, too: then an answer is a lie if its
-distance is over a threshold that the caller states. The distance of two answers is the largest, over their tensors, of
+the answer is a lie. Where the numerics differ, or say that bits vary with the batch, honest answers differ a little,
+too: then an answer is a lie if its distance is over a threshold that the caller states. The distance of two answers is the largest, over their tensors, of
 |a - b| / |b| in Euclidean norms.
 """
 
@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from isthmus.backbone.runtime.numerics import VARYING
 from isthmus.common.errors import ConfigError, TranscriptError, UnsupportedCallError
 from isthmus.edge.audit.replay import Replayer
 from isthmus.edge.witness.audit_sample import SampledCall, read_sample
@@ -210,11 +211,11 @@ def _judged_by(of: SessionTranscript | None, replayer: Replayer, threshold: floa
     """The threshold for an answer whose bits differ; None where the numerics are the same, and bits must be."""
     signed = None if of is None else of.statement
     ours, theirs = "not signed" if signed is None else signed.numerics, replayer.numerics()
-    if ours == theirs:
+    if ours == theirs and not ours.endswith(VARYING):
         return None
     if threshold is None:
         raise ConfigError(
-            f"the run was computed by [{ours}], and the replay by [{theirs}]: honest bits differ between the two. "
+            f"the run was computed by [{ours}], and the replay by [{theirs}]: honest bits may differ between the two. "
             "Replay where the first is the same, or state a distance with --threshold"
         )
     return threshold

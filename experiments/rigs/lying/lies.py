@@ -168,6 +168,7 @@ class LyingExecutor(Executor):
 
     Attributes:
         victims: Ids of the sessions that are lied to; None for all.
+        kind: See above.
         altered: Session, number and kind of the calls whose answers are not the honest ones.
     """
 
@@ -177,7 +178,8 @@ class LyingExecutor(Executor):
         super().__init__(honest.host, honest.dtype, honest.cache.budget, honest.compute_bytes)
         self.victims: frozenset[bytes] | None = None
         self.altered: set[tuple[bytes, int, str]] = set()
-        self._kind, self._share, self._random = kind, share, random.Random(seed)  # noqa: S311  # is no secret
+        self.kind = kind
+        self._share, self._random = share, random.Random(seed)  # noqa: S311  # is no secret
         self._lie = None if kind is None else lie_of(kind, honest.host.span, cheaper)
         self._inputs: dict[Key, SpanInput] = {}
         self._leased_first: dict[bytes, Mapping[int, LeasedLora]] = {}  # the first that a session has leased
@@ -235,7 +237,7 @@ class LyingExecutor(Executor):
 
     def _stale(self, key: Key, sites: CallSites) -> CallSites | None:
         """The sites with the weights that the session leased first; None where this call is an honest one."""
-        if self._kind != "stale_adapter" or not sites.leased:
+        if self.kind != "stale_adapter" or not sites.leased:
             return None
         first = self._leased_first.setdefault(key[0], {site: _copied(lora) for site, lora in sites.leased.items()})
         same = all(torch.equal(first[site].up, lora.up) for site, lora in sites.leased.items())
