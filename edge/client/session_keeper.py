@@ -40,6 +40,8 @@ from isthmus.rpc.transport import CHECK_SECONDS, Check, pauses, run
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the cloud."""
+SIGN_SECONDS = 10.0
+"""For the last signature of a session, which it can do without."""
 PROTOCOL_FAULTS = 5
 """In a row: bad luck ends, an attacker or a defect does not."""
 MAX_DEADLINE = 86_400
@@ -154,7 +156,8 @@ class SessionKeeper:
             if self.witness is None or stream is None:
                 return
             try:
-                self.witness.sign(lambda said: self._ask(stream, said, self._options.call_timeout, 0))
+                # Without `check`: an interrupted run is ended by what it says about going on, not by this.
+                self.witness.sign(lambda said: run(stream.ask(said, SIGN_SECONDS, 0)).message)
             except (ConnectionLostError, RemoteProtocolError):
                 self.drop()
 

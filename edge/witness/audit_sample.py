@@ -72,7 +72,6 @@ class AuditSample:
         self._lock = threading.Lock()
         self._kept: list[tuple[int, int, Path]] = []  # a heap of negated numbers, sizes and files: the highest first
         self._limit = _NUMBERS
-        self._adapters: dict[tuple[type, int], bytes] = {}
         with disk_errors(folder):
             for path in sorted(folder.iterdir()):
                 if not resume:
@@ -82,16 +81,6 @@ class AuditSample:
                 elif path.name == _LIMIT_FILE:
                     self._limit = int(path.read_text(), 16)
 
-    def forget_adapters(self) -> None:
-        """A new session knows nothing of sites and leases."""
-        self._adapters.clear()
-
-    def keep_adapters(self, message: m.Sites | m.Lease) -> None:
-        """Remember a list of sites, or the newest lease, as it crosses: weights change in their places later."""
-        if isinstance(message, m.Lease):
-            self._adapters = {key: kept for key, kept in self._adapters.items() if key[0] is not m.Lease}
-        self._adapters[type(message), message.number] = _packed(message)
-
     def offer(
         self,
         session: bytes,
@@ -99,6 +88,7 @@ class AuditSample:
         call: m.Message,
         answer: m.Message,
         whole: Callable[[m.Message], m.Message],
+        adapters: Sequence[bytes] = (),
     ) -> None:
         """A call was answered: keep it, or do not.
 
@@ -107,6 +97,7 @@ class AuditSample:
             exchange: Its number in the session's transcript.
             call, answer: What was asked, and what came back.
             whole: Makes of the call one that needs nothing of its session.
+            adapters: The list of sites and the lease that it names, as `packed` has written them.
         """
         if not isinstance(call, m.Forward | m.Backward):  # a decode call depends on a cache
             return
@@ -114,9 +105,7 @@ class AuditSample:
         with self._lock:
             if number >= self._limit:
                 return
-            keys = ((m.Sites, call.sites), (m.Lease, call.lease))
-            adapters = [self._adapters[key] for key in keys if key in self._adapters]
-            data = b"".join((*adapters, _packed(whole(call)), _packed(answer)))
+            data = b"".join((*adapters, packed(whole(call)), packed(answer)))
             path = self._folder / f"{number:016x}-{session.hex()}-{exchange}{_SUFFIX}"
             write_atomic(path, data, 0o600)
             heapq.heappush(self._kept, (-number, len(data), path))
@@ -150,7 +139,8 @@ def read_sample(folder: Path) -> Iterator[SampledCall]:
         yield SampledCall(bytes.fromhex(session), int(exchange), tuple(adapters), question, answer)  # type: ignore[arg-type]
 
 
-def _packed(message: m.Message) -> bytes:
+def packed(message: m.Message) -> bytes:
+    """A message as a file of the sample has it: the sizes of header and body, and both."""
     header, body = pack(message)
     return b"".join((_SIZES.pack(len(header), sum(map(len, body))), header, *body))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from isthmus.common.errors import TranscriptError
 from isthmus.common.terminal import printable
-from isthmus.edge.witness.audit_sample import AuditSample
+from isthmus.edge.witness.audit_sample import AuditSample, packed
 from isthmus.privacy.transcript.chain import ADAPTERS, QUESTIONS, Chain, Session, digest
 from isthmus.privacy.transcript.transcript_file import TranscriptLog, check_head, check_signature
 from isthmus.protocol import messages as m
@@ -37,14 +37,14 @@ class Witness:
         self._chain: Chain | None = None
         self._signed = 0  # exchanges of the session that are signed
         self._questions = 0  # about sites, in the call that is asked
+        self._adapters: dict[tuple[type, int], bytes] = {}  # what crossed of sites and the newest lease, for the sample
 
     def opened(self, info: m.SessionInfo) -> None:
         """A session was opened."""
         session = Session.of(info)
-        self._chain, self._signed = Chain(session), 0
+        self._chain, self._signed, self._questions = Chain(session), 0, 0
+        self._adapters.clear()
         self._log.begin(session)
-        if self._sample is not None:
-            self._sample.forget_adapters()
 
     def exchanged(self, question: m.Message, answer: m.Message) -> None:
         """A question was answered."""
@@ -55,7 +55,9 @@ class Witness:
         if exchange is not None:
             self._log.exchange(chain.session, chain.exchanges, exchange)
         elif self._sample is not None and isinstance(question, ADAPTERS):
-            self._sample.keep_adapters(question)
+            if isinstance(question, m.Lease):  # of which the cloud has one
+                self._adapters = {key: kept for key, kept in self._adapters.items() if key[0] is not m.Lease}
+            self._adapters[type(question), question.number] = packed(question)  # its weights change in their places
         self._questions += isinstance(answer, m.SiteQuestion)
 
     def settle(self, ask: Ask, call: m.Message, answer: m.Message, whole: Callable[[m.Message], m.Message]) -> None:
@@ -74,8 +76,11 @@ class Witness:
         if chain is None:
             return
         # A call that asks about sites is no function of what it brought: it cannot be asked of somebody else.
-        if self._sample is not None and not asked_sites and isinstance(answer, m.ForwardReply | m.BackwardReply):
-            self._sample.offer(chain.session.id, chain.exchanges, call, answer, whole)
+        if self._sample is not None and not asked_sites and isinstance(call, m.Forward | m.Backward):
+            keys = ((m.Sites, call.sites), (m.Lease, call.lease))
+            adapters = [self._adapters[key] for key in keys if key in self._adapters]
+            if isinstance(answer, m.ForwardReply | m.BackwardReply):
+                self._sample.offer(chain.session.id, chain.exchanges, call, answer, whole, adapters)
         if chain.exchanges - self._signed >= SIGN_EVERY:
             self.sign(ask)
 

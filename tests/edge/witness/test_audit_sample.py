@@ -10,7 +10,7 @@ from support.protocol.example_messages import tensor
 
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import ConfigError, TranscriptError
-from isthmus.edge.witness.audit_sample import AuditSample, read_sample
+from isthmus.edge.witness.audit_sample import AuditSample, packed, read_sample
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import codec_id
 
@@ -23,8 +23,9 @@ def call(number: int, rows: int = 1, sites: int = 0) -> tuple[m.Forward, m.Forwa
     return m.Forward(name, False, hidden, None, None, FP32, sites), m.ForwardReply(name, hidden, 1, 2, 3)
 
 
-def offer(sample: AuditSample, number: int, rows: int = 1, sites: int = 0) -> None:
-    sample.offer(SESSION, number, *call(number, rows, sites), lambda message: message)
+def offer(sample: AuditSample, number: int, sites: m.Sites | None = None) -> None:
+    sent = call(number, sites=0 if sites is None else sites.number)
+    sample.offer(SESSION, number, *sent, lambda message: message, [] if sites is None else [packed(sites)])
 
 
 def kept(folder: Path) -> list[int]:
@@ -34,16 +35,12 @@ def kept(folder: Path) -> list[int]:
 def test_calls_come_back_as_they_were_with_their_adapters(tmp_path: Path) -> None:
     sample = AuditSample(tmp_path / "audit", 1 << 20)
     sites = m.Sites(4, (SiteSpec(1, "a", Placement.LEASED),))
-    sample.keep_adapters(sites)
-    offer(sample, 1, sites=4)
+    offer(sample, 1, sites)
     offer(sample, 2)
     found = {each.exchange: each for each in read_sample(tmp_path / "audit")}
     assert (found[1].session, found[1].adapters) == (SESSION, (sites,))
     assert (found[1].question, found[1].answer) == call(1, sites=4)
     assert found[2].adapters == ()
-    sample.forget_adapters()
-    offer(sample, 3, sites=4)
-    assert {each.exchange: each.adapters for each in read_sample(tmp_path / "audit")}[3] == ()
 
 
 def test_what_holds_activations_is_private_and_a_decode_call_is_not_kept(tmp_path: Path) -> None:
