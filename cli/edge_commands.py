@@ -174,8 +174,9 @@ def audit(
     if report.first_lie is not None:
         lie = report.first_lie
         raise AuditError(
-            f"{len(report.lies)} of {report.replayed} replayed calls are others elsewhere, first call {lie.call} of step "
-            f"{lie.step} (exchange {lie.exchange} of session {lie.session[:16]}): keep {run}, and ask the cloud's owner"
+            f"{len(report.lies)} of {report.replayed} replayed calls are others elsewhere, first call {lie.call} of "
+            f"step {lie.step} (exchange {lie.exchange} of session {lie.session[:16]}): keep {run}, and ask the cloud's "
+            "owner"
         )
 
 

@@ -106,7 +106,7 @@ MAX_NUMERICS = 256
 
 @dataclass(frozen=True, slots=True)
 class SignTranscript:
-    """Ask for the cloud's signature under the session's transcript so far, of as many `exchanges` as the edge counts."""
+    """Ask for the cloud's signature under the session's transcript so far: of `exchanges`, by the edge's count."""
 
     exchanges: int
 

@@ -2,8 +2,8 @@
 
 Bits are compared first. Where they differ and both sides name the same numerics (`isthmus.backbone.runtime.numerics`),
 the answer is a lie. Where the numerics differ, or say that bits vary with the batch, honest answers differ a little,
-too: then an answer is a lie if its distance is over a threshold that the caller states. The distance of two answers is the largest, over their tensors, of
-|a - b| / |b| in Euclidean norms.
+too: then an answer is a lie if its distance is over a threshold that the caller states. The distance of two answers is
+the largest, over their tensors, of |a - b| / |b| in Euclidean norms.
 """
 
 from __future__ import annotations

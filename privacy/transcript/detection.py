@@ -27,7 +27,7 @@ def probability_of_catching(calls: int, altered: int, replayed: int) -> float:
         return 1.0
     # The logarithm of the ratio, factor by factor: the binomials themselves have thousands of digits.
     missed = sum(math.log1p(-altered / (calls - drawn)) for drawn in range(replayed))
-    return -math.expm1(missed)
+    return 0.0 - math.expm1(missed)
 
 
 def calls_to_replay(calls: int, altered: int, wanted: float) -> int:

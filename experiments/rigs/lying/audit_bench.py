@@ -103,13 +103,12 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print a result for people."""
     for row in result["lies"]:
-        print(
-            f"{row['kind']:15} {row['quantize']:5} caught {row['caught']}/{row['asked']}, predicted "
-            f"{row['predicted']:.3f}; {row['detected']} of {row['altered']} altered calls, {row['false_alarms']} false alarms"
-        )
+        met = f"caught {row['caught']}/{row['asked']}, predicted {row['predicted']:.3f}"
+        found = f"{row['detected']} of {row['altered']} altered calls, {row['false_alarms']} false alarms"
+        print(f"{row['kind']:15} {row['quantize']:5} {met}; {found}")
     for row in result["honest"]:
-        batching = "batching" if row["batching"] else "alone"
-        print(f"honest          {row['quantize']:5} {batching}: {row['false_alarms']} false alarms in {row['calls']} calls")
+        how = "batching" if row["batching"] else "alone"
+        print(f"{'honest':15} {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls")
     print("step time, over that without: " + ", ".join(f"{name} {value:.3f}" for name, value in result["cost"].items()))
 
 
@@ -142,9 +141,7 @@ class _Precise:
         return self._said
 
 
-def _honest(
-    bench: Bench, model: Served, quantize: str, precise: _Precise | None, *, batching: bool
-) -> dict[str, Any]:
+def _honest(bench: Bench, model: Served, quantize: str, precise: _Precise | None, *, batching: bool) -> dict[str, Any]:
     """An honest cloud: false alarms."""
     count = math.ceil(bench.settings.honest / (2 * len(QUANTIZED)))
     name = f"honest-{quantize}-{'batching' if batching else 'alone'}"
@@ -248,7 +245,7 @@ def _train_leased(settings: AuditSettings, link: Link, count: int, seed: int) ->
     """The same number of calls of a training whose adapters in the cloud's layers are leased."""
     model = link.load_model(leased=lambda name: True)
     config = TrainConfig(cloud="-", data="-", method="lora", rank=2, learning_rate=1e-2, sites="all", leased="all")
-    step = _step(build_peft(model, config, layers=link.plan.cloud), model.config.vocab_size, settings, seed)
+    step = _step(build_peft(model, config, layers=tuple(link.plan.cloud)), model.config.vocab_size, settings, seed)
     for _ in range(count // 2):
         step()
 

@@ -78,10 +78,10 @@ class Changed:
 
 
 class Replayed:
-    """The result of an earlier call of the same shape is given again."""
+    """The result of an earlier call is given again, position by position, as often as it takes."""
 
     def __init__(self) -> None:
-        self._last: dict[tuple[str, torch.Size], Tensor] = {}
+        self._last: dict[str, Tensor] = {}
 
     def output(self, inputs: SpanInput, honest: Tensor) -> Tensor:
         """See `Lie`."""
@@ -92,9 +92,12 @@ class Replayed:
         return self._again("gradient", honest)
 
     def _again(self, kind: str, honest: Tensor) -> Tensor:
-        earlier = self._last.get((kind, honest.shape))
-        self._last[kind, honest.shape] = honest.detach().clone()
-        return honest if earlier is None else earlier
+        earlier, self._last[kind] = self._last.get(kind), honest.detach().clone()
+        if earlier is None:
+            return honest
+        rows = earlier.reshape(-1, earlier.shape[-1])
+        places = torch.arange(honest.shape[:-1].numel()) % len(rows)
+        return rows[places].view(honest.shape)
 
 
 def lie_of(kind: str, span: FrozenSpan, cheaper: FrozenSpan | None = None) -> Lie | None:

@@ -59,7 +59,7 @@ def lied_to(runs: Runs, out: Path, kind: str, share: float) -> LyingExecutor:
 def test_an_honest_run_passes(runs: Runs, honest_run: Path) -> None:
     for found in (audited(runs, honest_run), audited(runs, honest_run, model=runs.model, threads=1)):
         assert (found.lies, found.skipped, found.unsigned) == ((), 0, 0)
-        assert found.identical == found.replayed == found.calls > 24
+        assert found.identical == found.replayed == found.calls == 20
         assert found.caught == {"0.001": 0.0, "0.01": 0.0, "0.1": 1.0}
     assert len(audited(runs, honest_run, calls=5).to_json()) == 10
     assert audited(runs, honest_run, calls=5).replayed == 5
@@ -87,7 +87,7 @@ def test_the_transcript_and_the_certificate_verify(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_lie_is_found_where_it_was_told(runs: Runs, tmp_path: Path, kind: str) -> None:
-    liar = lied_to(runs, tmp_path / "run", kind, 0.2)
+    liar = lied_to(runs, tmp_path / "run", kind, 0.5)
     found = audited(runs, tmp_path / "run")
     sessions = read_transcript(tmp_path / "run" / TRANSCRIPT_FILE).sessions
     told = {(session.hex(), call, question) for session, call, question in liar.altered}

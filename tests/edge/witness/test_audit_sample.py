@@ -56,7 +56,7 @@ def test_what_holds_activations_is_private_and_a_decode_call_is_not_kept(tmp_pat
 def test_the_budget_holds_and_the_lowest_numbers_stay(tmp_path: Path) -> None:
     """Once a call has been dropped, none with a higher number comes in, also where it would fit."""
     numbers = iter([5, 9, 3, 8, 4])
-    size = 330
+    size = 217
     sample = AuditSample(tmp_path / "a", 2 * size, random=lambda count: next(numbers).to_bytes(count))
     for number in range(1, 6):
         offer(sample, number)
@@ -78,13 +78,13 @@ def test_each_call_is_kept_equally_often(tmp_path: Path) -> None:
     def random(count: int) -> bytes:  # well mixed, and the same at each run of the test
         return (next(draws) * 0x9E3779B97F4A7C15 % (1 << 64)).to_bytes(count)
 
-    for trial in range(150):
-        sample = AuditSample(tmp_path / f"{trial}", 800, random=random)
+    for trial in range(60):
+        sample = AuditSample(tmp_path / f"{trial}", 700, random=random)
         for number in range(1, 7):
             offer(sample, number)
         counts.update(kept(tmp_path / f"{trial}"))
     expected = counts.total() / 6
-    assert all(abs(counts[number] - expected) < 0.35 * expected for number in range(1, 7)), counts
+    assert all(abs(counts[number] - expected) < 0.45 * expected for number in range(1, 7)), counts
 
 
 def test_a_file_that_is_no_call_is_refused(tmp_path: Path) -> None:

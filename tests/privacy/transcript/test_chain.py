@@ -31,7 +31,9 @@ ELSEWHERE = Fingerprint(bytes(32))
 
 def test_a_digest_is_of_what_is_said_and_not_of_when() -> None:
     assert isinstance(REPLY, m.ForwardReply)
-    assert digest(REPLY) == digest(dataclasses.replace(REPLY, id=m.CallId(9, 9, 9), compute_ns=7, crypto_ns=7, queue_ns=7))
+    assert digest(REPLY) == digest(
+        dataclasses.replace(REPLY, id=m.CallId(9, 9, 9), compute_ns=7, crypto_ns=7, queue_ns=7)
+    )
     changed = bytearray(REPLY.hidden.buffers[0])
     changed[0] ^= 1
     hidden = dataclasses.replace(REPLY.hidden, buffers=(bytes(changed),))
