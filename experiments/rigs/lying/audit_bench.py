@@ -62,7 +62,7 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
     Returns:
-        `lies`: a row for each kind and quantization; `honest`: a row for each quantization, with batching and without;
+        `lies`: a row for each kind and quantization; `honest_clouds`: a row for each quantization, with batching and without;
         `elsewhere`: how the same answers fare where the replay has other numerics; `cost`: a step's time with what is
         noted, over that without. `all_caught`, `no_false_alarms` and `as_predicted` sum them up.
     """
@@ -92,7 +92,7 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
         "no_false_alarms": all(row["false_alarms"] == 0 for row in (*lies, *honest)),
         "as_predicted": all(row["as_predicted"] for row in lies),
         "lies": lies,
-        "honest": honest,
+        "honest_clouds": honest,
         "honest_calls": sum(row["calls"] for row in honest),
         "elsewhere": elsewhere,
         "cost": cost,
@@ -106,7 +106,7 @@ def show(result: dict[str, Any]) -> None:
         met = f"caught {row['caught']}/{row['asked']}, predicted {row['predicted']:.3f}"
         found = f"{row['detected']} of {row['altered']} altered calls, {row['false_alarms']} false alarms"
         print(f"{row['kind']:15} {row['quantize']:5} {met}; {found}")
-    for row in result["honest"]:
+    for row in result["honest_clouds"]:
         how = "batching" if row["batching"] else "alone"
         print(f"{'honest':15} {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls")
     print("step time, over that without: " + ", ".join(f"{name} {value:.3f}" for name, value in result["cost"].items()))
