@@ -33,7 +33,7 @@ def verify(
 
     Example: isthmus audit verify run
     """
-    from isthmus.privacy.transcript.verification import verify_run
+    from isthmus.privacy.transcript.verified_run import verify_run
     from isthmus.protocol.secure.keys import Fingerprint
 
     pin = None if root is None else Fingerprint.parse(root)

@@ -14,7 +14,7 @@ from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.audit_config import AuditCommandConfig
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
-from isthmus.privacy.transcript.verification import verify_run
+from isthmus.privacy.transcript.verified_run import verify_run
 
 REPLAY_TRANSCRIPT = "audit-transcript.jsonl"
 """Inside the run's folder: what the other cloud has signed of the newest audit."""

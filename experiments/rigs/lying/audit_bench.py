@@ -62,8 +62,8 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
     Returns:
-        `lies`: a row for each kind and quantization; `honest_clouds`: a row for each quantization, with batching and without;
-        `elsewhere`: how the same answers fare where the replay has other numerics; `cost`: a step's time with what is
+        `lies`: a row for each kind and quantization; `honest_clouds`: one for each quantization, with batching and
+        without; `elsewhere`: how the same answers fare where the replay has other numerics; `cost`: a step's time with what is
         noted, over that without. `all_caught`, `no_false_alarms` and `as_predicted` sum them up.
     """
     torch.set_num_threads(settings.threads)

@@ -20,7 +20,7 @@ from isthmus.edge.config.audit_config import AuditCommandConfig
 from isthmus.edge.witness.audit_sample import SampledCall
 from isthmus.experiments.rigs.lying.lies import KINDS, LyingExecutor
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
-from isthmus.privacy.transcript.verification import verify_run
+from isthmus.privacy.transcript.verified_run import verify_run
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import decode, encode
 
