@@ -63,8 +63,8 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
 
     Returns:
         `lies`: a row for each kind and quantization; `honest_clouds`: one for each quantization, with batching and
-        without; `elsewhere`: how the same answers fare where the replay has other numerics; `cost`: a step's time with what is
-        noted, over that without. `all_caught`, `no_false_alarms` and `as_predicted` sum them up.
+        without; `elsewhere`: how the same answers fare where the replay has other numerics; `cost`: a step's time with
+        what is noted, over that without. `all_caught`, `no_false_alarms` and `as_predicted` sum them up.
     """
     torch.set_num_threads(settings.threads)
     bench = Bench(settings, folder, resolve(settings.model), Keys(folder))

@@ -18,7 +18,7 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.engine.requests import Request
-from isthmus.cloud.gateway import calls as calls_module
+from isthmus.cloud.gateway import calls as calls_module, in_flight
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConfigError, ConnectionLostError, TooLateError, UnreachableError
 from isthmus.protocol import messages as m
