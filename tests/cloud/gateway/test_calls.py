@@ -18,7 +18,7 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.engine.requests import Request
-from isthmus.cloud.gateway import calls as calls_module, in_flight
+from isthmus.cloud.gateway import in_flight
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConfigError, ConnectionLostError, TooLateError, UnreachableError
 from isthmus.protocol import messages as m
@@ -251,7 +251,7 @@ def test_a_call_that_waits_beside_others_until_its_deadline_is_refused(
         link.open(5)
         with call_in_flight(server, cloud):
             bodies: list[bytearray] = []
-            monkeypatch.setattr(calls_module, "wipe", bodies.append)
+            monkeypatch.setattr(in_flight, "wipe", bodies.append)
             with pytest.raises(TooLateError, match=r"within 0\.2 s"):
                 link.forward_span(hidden(), None, None, keep=False)
             eventually(lambda: server.server.status()["in_flight"] == 1)  # the other one goes on
