@@ -1,4 +1,4 @@
-"""The commands of the data owner: `isthmus edge keygen | train | eval | generate`."""
+"""The commands of the data owner: `isthmus edge keygen | train | eval | generate | audit`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.common.shutdown import interruptible
+from isthmus.edge.config.audit_config import AuditCommandConfig
 from isthmus.edge.config.client_config import DEFAULT_KEY, EvalConfig, GenerateConfig
 from isthmus.edge.config.flags import (
     AsJson,
@@ -148,6 +149,35 @@ def generate(
             converse(generator, sys.stdout)
         else:
             answer_once(generator, link, prompt, chat=chat, as_json=as_json, out=sys.stdout)
+
+
+@app.command(cls=GroupedCommand)
+@with_flags(AuditCommandConfig, without={"codec"})
+def audit(
+    run: Annotated[Path, typer.Option(help="The run's folder, trained with --audit-sample.")],
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Have sampled calls of a run computed again elsewhere, and say where the first answer was another one.
+
+    Whoever computes them sees the activations, and so the text. Ends with exit code 71 where an answer differs.
+
+    Example: isthmus edge audit --run run --cloud other-cloud.txt
+    """
+    settings = read_settings(AuditCommandConfig, None, flags)
+    from isthmus.common.errors import AuditError
+    from isthmus.edge.audit.audit_command import lines, run_audit
+
+    with interruptible():
+        report = run_audit(run, settings)
+    typer.echo(json.dumps(report.to_json()) if as_json else lines(report))
+    if report.first_lie is not None:
+        lie = report.first_lie
+        raise AuditError(
+            f"{len(report.lies)} of {report.replayed} replayed calls are others elsewhere, first call {lie.call} of "
+            f"step {lie.step} (exchange {lie.exchange} of session {lie.session[:16]}): keep {run}, and ask the cloud's "
+            "owner"
+        )
 
 
 def _check_use(prompt: str | None, *, chat: bool, batch: Path | None, out: Path | None, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from isthmus.cli.audit_commands import app as audit
 from isthmus.cli.bench_commands import bench, demo
 from isthmus.cli.cloud_commands import app as cloud
 from isthmus.cli.daemon_commands import app as daemon
@@ -44,6 +45,7 @@ emulator.add_typer(tuning)  # without a name: the commands of all three kinds of
 emulator.add_typer(scores)
 app.add_typer(emulator, name="emulator")
 app.add_typer(bench, name="bench")
+app.add_typer(audit, name="audit")
 app.command(name="demo")(demo)
 app.command(name="plan")(plan)
 

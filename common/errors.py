@@ -38,7 +38,9 @@
     ├── HomeInUseError           61   another `serve`, or another daemon, holds the home
     ├── WorkerDiedError          62   a process of the daemon has ended before it answered
     ├── StateError               63   the daemon's database is damaged, or a newer release made it
-    └── NotRunningError          64   no daemon runs with the home
+    ├── NotRunningError          64   no daemon runs with the home
+    ├── TranscriptError          70   a transcript does not verify, or the cloud signs another one than the edge's
+    └── AuditError               71   a cloud's answer, computed again elsewhere, has other bits
 
 Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
 pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.
@@ -268,3 +270,15 @@ class NotRunningError(IsthmusError, ConnectionError):
     """No daemon runs with the home, or it does not answer."""
 
     exit_code = 64
+
+
+class TranscriptError(IsthmusError, ValueError):
+    """A transcript is cut, changed or not signed by who it says; or the cloud signs another one than the edge has."""
+
+    exit_code = 70
+
+
+class AuditError(IsthmusError, ArithmeticError):
+    """An answer of the cloud, computed again elsewhere, is another one."""
+
+    exit_code = 71

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
+from isthmus.edge.audit.run_evidence import RunEvidence
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import cache_of, open_link, wire_of
@@ -70,8 +72,10 @@ def train_over(
             wire.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
             *watchers,
         )
+        evidence = RunEvidence(wire.links, config)
         with (
             cache_of(link, config, tuned),
+            contextlib.closing(evidence),
             defended_run(model, tuned, config, identity, data, tokenizer, progress.message) as defended,
         ):
             trainer = Trainer(
@@ -89,6 +93,7 @@ def train_over(
                 draft=draft_tuning(model, config, link.pin),
                 listener=listener,
                 defended=defended,
+                evidence=evidence,
             )
             wire.watch(trainer.check_stop)
             return trainer.fit().report

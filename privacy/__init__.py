@@ -1,7 +1,10 @@
-"""The privacy lab: what a cloud can learn of an edge's texts, and what changes that.
+"""The privacy lab: what a cloud can learn of an edge's texts, what changes that, and what holds a cloud to account.
 
-`recording` is what an honest-but-curious cloud has of a session, as a file and as tensors; `attacks` guess texts from
-it; `measures` say how good a guess is.
+    recording    what an honest-but-curious cloud has of a session, as a file and as tensors
+    attacks      guess texts from it
+    measures     say how good a guess is
+    defences     change what an edge sends
+    transcript   what a cloud signs of a session, and how it is checked
 
 It may import `isthmus.backbone`, `isthmus.training` (the schedule of learning rates), `isthmus.protocol` (messages and
 codecs), `isthmus.common`, torch and transformers; never the edge, the cloud, gRPC or Ray.

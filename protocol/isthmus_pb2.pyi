@@ -125,7 +125,7 @@ class Tensor(_message.Message):
     def __init__(self, codec: _Optional[_Union[Codec, str]] = ..., role: _Optional[_Union[Role, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("forward", "forward_reply", "backward", "backward_reply", "fetch", "blob", "fetch_list", "file_list", "status", "ping", "pong", "goodbye", "attach", "put", "put_reply", "plug_in", "sites", "site_question", "site_answer", "lease", "workers", "decode", "cache_lost")
+    __slots__ = ("forward", "forward_reply", "backward", "backward_reply", "fetch", "blob", "fetch_list", "file_list", "status", "ping", "pong", "goodbye", "attach", "put", "put_reply", "plug_in", "sites", "site_question", "site_answer", "lease", "workers", "decode", "cache_lost", "sign_transcript", "signed_transcript")
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     FORWARD_REPLY_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +149,8 @@ class Header(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CACHE_LOST_FIELD_NUMBER: _ClassVar[int]
+    SIGN_TRANSCRIPT_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_TRANSCRIPT_FIELD_NUMBER: _ClassVar[int]
     forward: Forward
     forward_reply: ForwardReply
     backward: Backward
@@ -172,7 +174,9 @@ class Header(_message.Message):
     workers: Workers
     decode: Decode
     cache_lost: CacheLost
-    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., fetch_list: _Optional[_Union[FetchList, _Mapping]] = ..., file_list: _Optional[_Union[FileList, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., put: _Optional[_Union[Put, _Mapping]] = ..., put_reply: _Optional[_Union[PutReply, _Mapping]] = ..., plug_in: _Optional[_Union[PlugIn, _Mapping]] = ..., sites: _Optional[_Union[Sites, _Mapping]] = ..., site_question: _Optional[_Union[SiteQuestion, _Mapping]] = ..., site_answer: _Optional[_Union[SiteAnswer, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., cache_lost: _Optional[_Union[CacheLost, _Mapping]] = ...) -> None: ...
+    sign_transcript: SignTranscript
+    signed_transcript: SignedTranscript
+    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., fetch_list: _Optional[_Union[FetchList, _Mapping]] = ..., file_list: _Optional[_Union[FileList, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., put: _Optional[_Union[Put, _Mapping]] = ..., put_reply: _Optional[_Union[PutReply, _Mapping]] = ..., plug_in: _Optional[_Union[PlugIn, _Mapping]] = ..., sites: _Optional[_Union[Sites, _Mapping]] = ..., site_question: _Optional[_Union[SiteQuestion, _Mapping]] = ..., site_answer: _Optional[_Union[SiteAnswer, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., cache_lost: _Optional[_Union[CacheLost, _Mapping]] = ..., sign_transcript: _Optional[_Union[SignTranscript, _Mapping]] = ..., signed_transcript: _Optional[_Union[SignedTranscript, _Mapping]] = ...) -> None: ...
 
 class CallId(_message.Message):
     __slots__ = ("step", "call", "attempt")
@@ -493,18 +497,20 @@ class SpanLimits(_message.Message):
     def __init__(self, max_tokens_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., activation_cache_bytes: _Optional[int] = ...) -> None: ...
 
 class Attach(_message.Message):
-    __slots__ = ("link", "interactive", "deadline_ms", "settled", "account")
+    __slots__ = ("link", "interactive", "deadline_ms", "settled", "account", "transcript")
     LINK_FIELD_NUMBER: _ClassVar[int]
     INTERACTIVE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    TRANSCRIPT_FIELD_NUMBER: _ClassVar[int]
     link: bytes
     interactive: bool
     deadline_ms: int
     settled: bool
     account: Account
-    def __init__(self, link: _Optional[bytes] = ..., interactive: bool = ..., deadline_ms: _Optional[int] = ..., settled: bool = ..., account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
+    transcript: bool
+    def __init__(self, link: _Optional[bytes] = ..., interactive: bool = ..., deadline_ms: _Optional[int] = ..., settled: bool = ..., account: _Optional[_Union[Account, _Mapping]] = ..., transcript: bool = ...) -> None: ...
 
 class Account(_message.Message):
     __slots__ = ("tenant", "weight")
@@ -521,6 +527,34 @@ class Workers(_message.Message):
     addresses: _containers.RepeatedScalarFieldContainer[str]
     go_to: str
     def __init__(self, addresses: _Optional[_Iterable[str]] = ..., go_to: _Optional[str] = ...) -> None: ...
+
+class SignTranscript(_message.Message):
+    __slots__ = ("exchanges",)
+    EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    exchanges: int
+    def __init__(self, exchanges: _Optional[int] = ...) -> None: ...
+
+class SignedTranscript(_message.Message):
+    __slots__ = ("exchanges", "head", "signed_at", "numerics", "signature", "root", "worker", "not_after", "root_signature")
+    EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_AT_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
+    ROOT_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    exchanges: int
+    head: bytes
+    signed_at: int
+    numerics: str
+    signature: bytes
+    root: bytes
+    worker: bytes
+    not_after: int
+    root_signature: bytes
+    def __init__(self, exchanges: _Optional[int] = ..., head: _Optional[bytes] = ..., signed_at: _Optional[int] = ..., numerics: _Optional[str] = ..., signature: _Optional[bytes] = ..., root: _Optional[bytes] = ..., worker: _Optional[bytes] = ..., not_after: _Optional[int] = ..., root_signature: _Optional[bytes] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ("nonce",)

@@ -14,6 +14,7 @@ Theory of operation
     SiteAnswer                 goes on with the call that asked
     FetchList; Fetch           FileList; Blob            Status
     Put; PlugIn                PutReply; Status          Status
+    SignTranscript             SignedTranscript          Status (the edge has asked for no transcript, or counts others)
     Ping                       Pong
     Goodbye                    nothing                   (the cloud may send one, too)
 
@@ -59,6 +60,7 @@ from isthmus.protocol.limits import MAX_NAME as MAX_NAME, Size
 from isthmus.protocol.session_info import MAX_INFO as MAX_INFO, SessionInfo as SessionInfo, SpanLimits as SpanLimits
 from isthmus.protocol.session_messages import (
     LINK_BYTES as LINK_BYTES,
+    MAX_NUMERICS as MAX_NUMERICS,
     MAX_TEXT as MAX_TEXT,
     Account as Account,
     Attach as Attach,
@@ -66,6 +68,8 @@ from isthmus.protocol.session_messages import (
     Goodbye as Goodbye,
     Ping as Ping,
     Pong as Pong,
+    SignedTranscript as SignedTranscript,
+    SignTranscript as SignTranscript,
     Workers as Workers,
     cut as cut,
 )
@@ -342,6 +346,7 @@ EdgeMessage = (
     | Sites
     | SiteAnswer
     | Lease
+    | SignTranscript
 )
 CloudMessage = (
     ForwardReply
@@ -355,6 +360,7 @@ CloudMessage = (
     | PutReply
     | SiteQuestion
     | Workers
+    | SignedTranscript
 )
 Message = EdgeMessage | CloudMessage
 

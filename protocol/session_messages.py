@@ -70,7 +70,8 @@ class Attach:
     `interactive`: whether somebody waits for the session's calls, which then come before training. `deadline_ms`:
     within how many milliseconds a call without sites has to begin, or else is refused; 0 for no deadline.
     `settled`: the edge was sent here, or cannot reach where it was sent, and is not to be sent elsewhere. `account`:
-    the tenant that a pipeline's stage attaches for; nobody but a stage may name one.
+    the tenant that a pipeline's stage attaches for; nobody but a stage may name one. `transcript`: whether the cloud
+    keeps a transcript of the session's calls, which the edge asks for by `SignTranscript`.
     """
 
     link: Annotated[bytes, Size(LINK_BYTES, LINK_BYTES)]
@@ -78,6 +79,7 @@ class Attach:
     deadline_ms: int = 0
     settled: bool = False
     account: Account | None = None
+    transcript: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +99,33 @@ class Workers:
             raise MessageError("a list of workers names one address twice")
         if self.go_to and self.go_to not in self.addresses:
             raise MessageError(f"{self.go_to[:MAX_NAME]!r} is refused: the edge is sent to a worker that is not listed")
+
+
+MAX_NUMERICS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SignTranscript:
+    """Ask for the cloud's signature under the session's transcript so far: of `exchanges`, by the edge's count."""
+
+    exchanges: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignedTranscript:
+    """The cloud's word for what it was sent and what it answered in a session (`isthmus.privacy.transcript`).
+
+    `head`: of the hash chain after so many `exchanges`. `signed_at`: Unix seconds. `numerics`: what the bits of an
+    answer depend on: dtype, attention, torch, processor, threads. `signature`: by the worker's key. The others are the
+    worker's certificate.
+    """
+
+    exchanges: int
+    head: Annotated[bytes, Size(32, 32)]
+    signed_at: int
+    numerics: Annotated[str, Size(1, MAX_NUMERICS)]
+    signature: Annotated[bytes, Size(64, 64)]
+    root: Annotated[bytes, Size(32, 32)]
+    worker: Annotated[bytes, Size(32, 32)]
+    not_after: int
+    root_signature: Annotated[bytes, Size(64, 64)]

@@ -325,7 +325,8 @@ def _architecture_faults(text: str) -> list[str]:
     """What is wrong with the architecture: too long, or a sub-package without its line in the table."""
     lines = text.splitlines()
     faults = [f"{len(lines)} lines; {MOST_LINES} at most"] if len(lines) > MOST_LINES else []
-    rows = set(re.findall(r"^\| `([\w.]+)` \| \S", text, re.MULTILINE))
+    cells = re.findall(r"^\| (`[\w.]+`(?:, `[\w.]+`)*) \| \S", text, re.MULTILINE)
+    rows = {name for cell in cells for name in re.findall(r"[\w.]+", cell)}
     packages = {package.removeprefix("isthmus.") for package in FOLDERS}
     faults += [f"{package} has no row" for package in sorted(packages - rows)]
     return faults + [f"{row} is no package" for row in sorted(rows - packages)]

@@ -126,6 +126,7 @@ class Admission:
             attach.deadline_ms / 1000 if attach.deadline_ms else None,
             enrolled,
             self._clock(),
+            attach.transcript,
         )
 
     async def _decide(self, session: OpenSession, attach: m.Attach) -> tuple[str, m.Message]:

@@ -31,6 +31,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry import event_history
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.privacy.recording.recorder import Recorder
+from isthmus.privacy.transcript.chain import ADAPTERS, QUESTIONS, CloudTranscript, digest
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import Limits
@@ -93,13 +94,16 @@ class Calls:
         self.caches = self._decoding.pool
         self.records_history = event_history.is_written()
 
-    def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
+    def of(
+        self, session: OpenSession, limits: Limits, stage: StageSession | None, transcript: CloudTranscript | None
+    ) -> SessionCalls:
         """What answers the messages of one session.
 
         Args:
             session: whose.
             limits: what it accepts.
             stage: with the pipeline's next stage, where there is one.
+            transcript: of the session, where its edge has asked for one.
         """
         if self.recorder is not None:
             tenant, info = session.tenant, dataclasses.replace(self._served.info, session_id=session.id.hex())
@@ -109,7 +113,7 @@ class Calls:
         work = self._served.session(
             session.id, session.tenant, self._call_threads, limits, batching=batching, decoding=self._decoding
         )
-        return SessionCalls(self, session, work, stage)
+        return SessionCalls(self, session, work, stage, transcript)
 
     def share(self, tenant: Tenant) -> Share:
         """What a tenant may have of the engine's time."""
@@ -132,13 +136,22 @@ class SessionCalls:
         session: whose.
         work: what handles a message.
         stage: with the pipeline's next stage, where there is one.
+        transcript: of the session; None where its edge wants none.
     """
 
-    def __init__(self, calls: Calls, session: OpenSession, work: TenantSession, stage: StageSession | None) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        session: OpenSession,
+        work: TenantSession,
+        stage: StageSession | None,
+        transcript: CloudTranscript | None,
+    ) -> None:
         self._calls = calls
         self._session = session
         self._work = work
         self._stage = stage
+        self._transcript = transcript
 
     @property
     def patience(self) -> float | None:
@@ -155,6 +168,7 @@ class SessionCalls:
         crypto_ns = stream.take_crypto_ns()
         with calls.in_flight.call():
             start = time.perf_counter_ns()
+            sent = await self._digest(received)
             await self._thread_for(received)
             patience = None if due is None else due - calls.clock()
             try:
@@ -174,6 +188,8 @@ class SessionCalls:
                     self._record(reply)
                 if calls.recorder is not None:
                     calls.recorder.sent(session.id, message, reply)
+                if self._transcript is not None and sent:
+                    await asyncio.to_thread(self._transcript.answered, message, sent, reply)
                 await stream.send(reply)
             calls.metrics.calls.labels(_operation(message)).inc()
 
@@ -188,6 +204,12 @@ class SessionCalls:
         text = f"a call of {refused.size} bytes is over the {allowed} that {name} may have: send smaller batches"
         await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
 
+    def sign(self, message: m.SignTranscript) -> m.Message:
+        """The signature under the session's transcript so far, or why there is none."""
+        if self._transcript is None:
+            return m.Status(m.StatusCode.BAD_REQUEST, None, "this session attached without a transcript")
+        return self._transcript.sign(message, time.time())
+
     def close(self) -> None:
         """Forget the session."""
         engine, session = self._calls.engine, self._session.id
@@ -197,6 +219,16 @@ class SessionCalls:
         with contextlib.suppress(RuntimeError):
             # A call in flight counts as answered when it ends: only then nothing of the session is left to forget.
             engine.submit(self._request(self._work.close)).add_done_callback(lambda _: engine.cancel(session))
+
+    async def _digest(self, received: Received) -> bytes:
+        """The digest of a message for the transcript; empty where it has no place there."""
+        if self._transcript is None or not isinstance(received.message, QUESTIONS + ADAPTERS):
+            return b""
+        try:  # on a thread: large messages take longer than the event loop has
+            return await asyncio.to_thread(digest, received.message)
+        except BaseException:  # the edge is gone
+            wipe(received.body)
+            raise
 
     def _due(self, message: m.Message) -> float | None:
         """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""

@@ -46,6 +46,7 @@ class OpenSession:
         interactive: whether somebody waits for its calls.
         deadline: seconds within which a call must be computed; None for no deadline.
         enrolled: the line of `authorized_edges` that let it in.
+        transcript: whether a transcript of its calls is kept.
         since: when it was opened, on the server's clock.
         opened: the same in Unix seconds, for other workers.
         reports: reports of the other workers that have come since.
@@ -63,6 +64,7 @@ class OpenSession:
     deadline: float | None
     enrolled: Tenant
     since: float = 0.0
+    transcript: bool = False
     opened: float = field(default_factory=time.time)
     reports: int = 0
     why: str = "connection lost"

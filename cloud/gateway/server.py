@@ -15,13 +15,14 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from isthmus.backbone.checkpoints.weight_quantization import bytes_of
+from isthmus.backbone.runtime.numerics import VARYING, numerics
 from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
 from isthmus.cloud.gateway.calls import Calls
@@ -36,6 +37,7 @@ from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import LimitError, PortInUseError, RemoteProtocolError, VersionError
 from isthmus.privacy.recording.recorder import Recorder
+from isthmus.privacy.transcript.chain import CloudTranscript, Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import Limits
@@ -112,6 +114,10 @@ class GatewayServer:
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
         fraction, engine = self.sessions.fraction_of, self._bounds.engine
         self._calls = Calls(served, threads, fraction, self.metrics, engine, clock, recorder)
+        info, invariance = served.info, self._calls.engine.invariance
+        varying = VARYING if invariance is not None and invariance.rows is None else ""
+        where = (info.span_dtype, info.attn_implementation, served.executor.device)
+        self._numerics = numerics(*where, threads, varying)
         caches = self._calls.caches
         self.metrics.cache_bytes.set_function(lambda: caches.used)
         self.metrics.caches_evicted.set_function(lambda: caches.counters.evicted)
@@ -284,7 +290,11 @@ class GatewayServer:
         self, stream: SealedStream, session: OpenSession, limits: Limits, stage: StageSession | None
     ) -> None:
         """Answer the session's messages, one after another, until it ends."""
-        calls = self._calls.of(session, limits, stage)
+        transcript = None
+        if session.transcript:
+            described = Session.of(replace(self._info, session_id=session.id.hex()))
+            transcript = CloudTranscript(described, self._identity(), self._numerics)
+        calls = self._calls.of(session, limits, stage, transcript)
         pings = Allowance(self._bounds.pings_per_minute, self._clock())
         try:
             if self._admission.stopped:
@@ -301,6 +311,9 @@ class GatewayServer:
                 if isinstance(received.message, m.Goodbye):
                     session.why = "goodbye"
                     return
+                if isinstance(received.message, m.SignTranscript):
+                    await stream.send(calls.sign(received.message))
+                    continue
                 if isinstance(received.message, m.Ping) and not pings.take(self._clock()):
                     raise LimitError(f"more than {self._bounds.pings_per_minute} pings came within a minute")
                 await calls.answer(stream, received)

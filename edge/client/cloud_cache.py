@@ -20,7 +20,8 @@ from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.common.errors import OverQuotaError, RefusedError, RemoteProtocolError, UnsupportedCallError
 from isthmus.edge.client.hidden_history import HiddenHistory
-from isthmus.edge.client.session_keeper import Attempt, Question, SessionKeeper
+from isthmus.edge.client.questions import Attempt, Question
+from isthmus.edge.client.session_keeper import SessionKeeper
 from isthmus.edge.client.site_answerer import SentLists
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m

@@ -13,7 +13,7 @@ away for `give_up_after` seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -27,13 +27,17 @@ from isthmus.common.errors import IsthmusError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.fetch import fetch_adapter, fetch_package, fetch_parts
 from isthmus.edge.client.offers import DEFAULT_MAX_BYTES
+from isthmus.edge.client.questions import Question
 from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, KeptCall, RemoteSpan, SpanCalls
 from isthmus.edge.client.return_adapter import return_adapter
-from isthmus.edge.client.session_keeper import Question, SessionKeeper, SessionOptions
+from isthmus.edge.client.session_keeper import SessionKeeper, SessionOptions
 from isthmus.edge.client.site_traffic import SiteNotice
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.client_config import DEFAULT_KEY
 from isthmus.edge.run_report import WireTotals
+from isthmus.edge.witness.audit_sample import AuditSample
+from isthmus.edge.witness.session_witness import Witness
+from isthmus.privacy.transcript.transcript_file import TranscriptLog
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
@@ -310,6 +314,36 @@ class Link:
             cloud_s=cloud / 1e9,
             retries=t.retries,
         )
+
+    def keep_transcript(self, log: TranscriptLog, sample: AuditSample | None = None) -> None:
+        """Note what crosses from now on in `log`, have the cloud sign it, and keep a sample of calls.
+
+        A transcript is of whole sessions: the next call opens a new one.
+        """
+        self._keeper.be_witnessed(Witness(log, self.pin, sample))
+
+    def end_transcript(self) -> None:
+        """Have the cloud sign all that has crossed, and note nothing any more. Raises what `sign_transcript` raises."""
+        try:
+            self._keeper.sign()
+        finally:
+            self._keeper.witness = None
+
+    def sign_transcript(self) -> None:
+        """Have the cloud sign all that has crossed. Raises TranscriptError where it signs something else."""
+        self._keeper.sign()
+
+    @property
+    def signed_numerics(self) -> str:
+        """What the cloud has said that the bits of its answers depend on; empty before it has signed a transcript."""
+        witness = self._keeper.witness
+        return "" if witness is None else witness.numerics
+
+    def ask_again(
+        self, adapters: Sequence[m.Sites | m.Lease], call: m.Forward | m.Backward, answer: m.Message
+    ) -> m.Message:
+        """What this cloud answers to a call that was asked before, perhaps of another one; see `SpanCalls.again`."""
+        return self.span.again(adapters, call, answer)
 
     def cloud_peak_bytes(self) -> int | None:
         """What the largest call of this session takes there while it is computed, in bytes, as the cloud estimates it.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +27,12 @@ from isthmus.backbone.split.span import SpanInput
 from isthmus.backbone.split.split_cache import RemoteCache
 from isthmus.common.errors import RefusedError, RemoteProtocolError, UnsupportedCallError
 from isthmus.edge.client.cloud_cache import CloudCaches
-from isthmus.edge.client.session_keeper import ActivationsLostError, Attempt, Question, SessionKeeper
-from isthmus.edge.client.site_answerer import SentLists, SiteAnswerer
+from isthmus.edge.client.questions import ActivationsLostError, Attempt, Question
+from isthmus.edge.client.session_keeper import SessionKeeper
+from isthmus.edge.client.site_answerer import SentLists, SiteAnswerer, accepted
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
-from isthmus.protocol.encoding import body_bytes
+from isthmus.protocol.encoding import body_bytes, pack
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, codec_id, decode_as, encode, encode_mask, encode_positions
 
@@ -295,7 +296,13 @@ class SpanCalls:
 
         most = body_bytes(codec, shape) if request.wanted else 0
         most = most if answerer is None else answerer.backward_bytes(shape, most)
-        question = Question(m.BackwardReply, message, most, answerer)
+
+        def whole(asked: m.Message) -> m.Message:
+            if not isinstance(asked, m.Backward) or asked.replay is not None:
+                return asked
+            return replace(asked, replay=self._sent(request.inputs))
+
+        question = Question(m.BackwardReply, message, most, answerer, whole=whole)
         try:
             reply = self._keeper.call(question)
         except ActivationsLostError:
@@ -317,6 +324,30 @@ class SpanCalls:
             return None
         limits = edge_limits(self._keeper.info)
         return decode_as(reply.gradient, shape, codec, limits, "the gradient from the cloud's layers")
+
+    def again(
+        self, adapters: Sequence[m.Sites | m.Lease], call: m.Forward | m.Backward, answer: m.Message
+    ) -> m.Message:
+        """Ask a call once more that was asked before, perhaps of another cloud; what comes back is not decoded.
+
+        Args:
+            adapters: The list of sites and the lease that it names, which are sent before it.
+            call: What was asked; a backward has its forward's inputs with it.
+            answer: What came back then: no more bytes may come now.
+        """
+        number = next(self._numbers)
+
+        def message(attempt: Attempt) -> m.Message:
+            for each in adapters:
+                accepted(attempt.ask(each))
+            named = m.CallId(call.id.step, number, attempt.number)
+            return replace(call, id=named, keep=False) if isinstance(call, m.Forward) else replace(call, id=named)
+
+        most = sum(map(len, pack(answer)[1]))
+        question: Question[m.ForwardReply | m.BackwardReply] = Question(
+            (m.ForwardReply, m.BackwardReply), message, most
+        )
+        return self._keeper.call(question)
 
     def _answerer(self, sites: SiteCall | None) -> SiteAnswerer | None:
         return None if sites is None else SiteAnswerer(sites, self.codecs, edge_limits(self._keeper.info))

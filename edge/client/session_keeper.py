@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -24,18 +24,15 @@ from isthmus.common.errors import (
     ConfigError,
     ConnectionLostError,
     FingerprintError,
-    IsthmusError,
     LocalProtocolError,
-    NonFiniteError,
-    OverQuotaError,
     RefusedError,
     RemoteProtocolError,
-    TooLateError,
     UnreachableError,
     VersionError,
 )
-from isthmus.common.terminal import printable
 from isthmus.edge.client.endpoints import Endpoints
+from isthmus.edge.client.questions import Attempt, Question, refusal
+from isthmus.edge.witness.session_witness import Witness
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.rpc.secure_stream import Observer, RedirectedError, SecureStream, Traffic
@@ -43,6 +40,8 @@ from isthmus.rpc.transport import CHECK_SECONDS, Check, pauses, run
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the cloud."""
+SIGN_SECONDS = 10.0
+"""For the last signature of a session, which it can do without."""
 PROTOCOL_FAULTS = 5
 """In a row: bad luck ends, an attacker or a defect does not."""
 MAX_DEADLINE = 86_400
@@ -80,53 +79,6 @@ class SessionOptions:
             )
 
 
-class Answerer(Protocol):
-    """Answers what the cloud asks in the middle of a call."""
-
-    @property
-    def questions(self) -> int:
-        """How often it may ask."""
-
-    def answer(self, question: m.SiteQuestion) -> m.SiteAnswer:
-        """The answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One attempt at a question.
-
-    Attributes:
-        number: from 0.
-        session: the number of the session, from 1. A new one knows nothing of what was said in those before.
-        ask: asks something else first, whose answer has no body.
-    """
-
-    number: int
-    session: int
-    ask: Callable[[m.Message], m.Message]
-
-
-@dataclass(frozen=True, slots=True)
-class Question(Generic[R]):
-    """What is asked until there is an answer.
-
-    Attributes:
-        kind: of the answer, or those that it may be of.
-        message: makes an attempt's message.
-        answer_bytes: the most bytes of the body of an answer, or of what the cloud asks in the middle.
-        answerer: answers what the cloud asks in the middle; None where it must not ask.
-        timeout: seconds that an attempt may take; None for the session's own.
-        patience: seconds that the cloud may stay away; None for the session's own.
-    """
-
-    kind: type[R] | tuple[type[R], ...]
-    message: Callable[[Attempt], m.Message]
-    answer_bytes: int = 0
-    answerer: Answerer | None = None
-    timeout: float | None = None
-    patience: float | None = None
-
-
 class SessionKeeper:
     """Keeps a session with a cloud. Threads that ask at a time wait for each other.
 
@@ -144,6 +96,7 @@ class SessionKeeper:
         traffic: what has crossed so far.
         observer: called at each phase of each question, see `isthmus.rpc.secure_stream.Observer`; may be replaced.
         check: called a few times a second during a wait; what it raises ends the wait. May be replaced.
+        witness: notes what crosses; None for nobody.
     """
 
     def __init__(
@@ -157,6 +110,7 @@ class SessionKeeper:
         self.traffic = Traffic()
         self.observer: Observer = lambda question, phase: None
         self.check: Check = lambda: None
+        self.witness: Witness | None = None
         self._endpoints = endpoints
         self._pin = pin
         self._key = key
@@ -185,8 +139,33 @@ class SessionKeeper:
         """Say goodbye and close."""
         with self._lock:
             self._closed = True
+            try:
+                self.sign()
+            finally:
+                run(self._end(SecureStream.close))
+                run(self._endpoints.close())
+
+    def sign(self) -> None:
+        """Have the cloud sign what it has not yet signed of the session; it stays unsigned where the session is gone.
+
+        Raises:
+            TranscriptError: the cloud signs another transcript, or none.
+        """
+        with self._lock:
+            stream = self._stream
+            if self.witness is None or stream is None:
+                return
+            try:
+                # Without `check`: an interrupted run is ended by what it says about going on, not by this.
+                self.witness.sign(lambda said: run(stream.ask(said, SIGN_SECONDS, 0)).message)
+            except (ConnectionLostError, RemoteProtocolError):
+                self.drop()
+
+    def be_witnessed(self, witness: Witness) -> None:
+        """Have what crosses noted by a witness. Its transcripts are of whole sessions, so the present one ends."""
+        with self._lock:
             run(self._end(SecureStream.close))
-            run(self._endpoints.close())
+            self.witness = witness
 
     def drop(self) -> None:
         """Abandon the session, if there is one; the next question opens another."""
@@ -234,6 +213,8 @@ class SessionKeeper:
                 reply = answerer.answer(answer)
                 self.traffic.sites_ns += time.perf_counter_ns() - begun
                 answer = self._ask(stream, reply, timeout, question.answer_bytes)
+            if self.witness is not None:
+                self.witness.settle(attempt.ask, message, answer, question.whole)
         except BaseException:
             self.drop()
             raise
@@ -300,6 +281,8 @@ class SessionKeeper:
         except BaseException:
             await stream.close()
             raise
+        if self.witness is not None:
+            self.witness.opened(stream.info)
         self._info, self._stream = stream.info, stream
         return stream
 
@@ -313,13 +296,15 @@ class SessionKeeper:
         """A new session with the chosen worker, or with the one where that sends us."""
         endpoints, options = self._endpoints, self._options
         milliseconds = 0 if options.deadline is None else max(1, round(options.deadline * 1000))
+        wanted = self.witness is not None
         while True:
+            attach = m.Attach(self._link_id, options.interactive, milliseconds, endpoints.settled, transcript=wanted)
             try:
                 stream = await SecureStream.open(
                     await endpoints.open(),
                     self._pin,
                     self._key,
-                    m.Attach(self._link_id, options.interactive, milliseconds, endpoints.settled),
+                    attach,
                     traffic=self.traffic,
                     observer=self._observe,
                 )
@@ -351,14 +336,13 @@ class SessionKeeper:
             )
 
     def _ask(self, stream: SecureStream, message: m.Message, timeout: float, answer_bytes: int) -> m.Message:
-        return run(stream.ask(message, timeout, answer_bytes), self.check).message
+        answer = run(stream.ask(message, timeout, answer_bytes), self.check).message
+        if self.witness is not None:
+            self.witness.exchanged(message, answer)
+        return answer
 
     def _observe(self, question: str, phase: str) -> None:
         self.observer(question, phase)  # looked up each time: it may be replaced while a session is open
-
-
-class ActivationsLostError(Exception):
-    """The cloud has forgotten a forward: its input has to go along with the backward."""
 
 
 def _same_call(answer: m.Message, message: m.Message) -> bool:
@@ -375,22 +359,3 @@ def _described(info: m.SessionInfo) -> str:
         f"{info.model} (digest {info.digest[:16]}) split {info.plan} in {info.span_dtype} with "
         f"{info.attn_implementation} attention"
     )
-
-
-_REFUSALS: dict[m.StatusCode, type[IsthmusError]] = {
-    m.StatusCode.NON_FINITE: NonFiniteError,
-    m.StatusCode.OVER_QUOTA: OverQuotaError,
-    m.StatusCode.TOO_LATE: TooLateError,
-    m.StatusCode.INTERNAL: CloudFailedError,
-}
-
-
-def refusal(status: m.Status) -> Exception:
-    """What a status that is not OK means for the edge."""
-    said = printable(status.message)
-    if status.code == m.StatusCode.ACTIVATIONS_LOST:
-        return ActivationsLostError()
-    if status.code == m.StatusCode.DRAINING:
-        return ConnectionLostError(said)
-    kind = _REFUSALS.get(status.code, RefusedError)
-    return kind(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {said}")

@@ -20,7 +20,7 @@ from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import PlanError, RefusedError, RemoteProtocolError
 from isthmus.common.terminal import printable
-from isthmus.edge.client.session_keeper import Attempt
+from isthmus.edge.client.questions import Attempt
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import body_bytes
@@ -56,7 +56,7 @@ class SentLists:
             if len(self._lists) >= m.MAX_LISTS:
                 del self._lists[next(iter(self._lists))]
             self._last += 1
-            _accepted(attempt.ask(m.Sites(self._last, sites.specs)))
+            accepted(attempt.ask(m.Sites(self._last, sites.specs)))
             self._lists[sites.specs] = self._last
         number = self._lists[sites.specs]
         if not sites.lease:
@@ -64,12 +64,13 @@ class SentLists:
         lease = (*sites.lease_key, number)
         if lease != self._lease:
             self._lease_number += 1
-            _accepted(attempt.ask(m.Lease(self._lease_number, number, tuple(map(_packed, sites.lease)))))
+            accepted(attempt.ask(m.Lease(self._lease_number, number, tuple(map(_packed, sites.lease)))))
             self._lease = lease
         return number, self._lease_number
 
 
-def _accepted(answer: m.Message) -> None:
+def accepted(answer: m.Message) -> None:
+    """Make sure that the cloud has taken sites or a lease. Raises RefusedError where it has not."""
     if not isinstance(answer, m.Status):
         raise RemoteProtocolError(f"the cloud answered with {type(answer).__name__} where a status was due")
     if answer.code != m.StatusCode.OK:

@@ -17,6 +17,7 @@ PANELS = (
     "Computation",
     "Draft",
     "Privacy",
+    "Audit",
     "Output",
 )
 """The headings of `--help`, in their order."""

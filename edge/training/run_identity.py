@@ -55,6 +55,8 @@ _FREE = {
     "draft",
     "draft_learning_rate",
     "defence_key",
+    "transcript",
+    "audit_sample",
 }
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -54,6 +54,16 @@ class TrainResult:
     adapter: Path
 
 
+class Evidence(Protocol):
+    """What a run keeps, so that what it was computed with can be shown later."""
+
+    def begin(self) -> None:
+        """Called before the first step that this process makes; the run's folder is this process's."""
+
+    def finish(self, adapter: Path) -> None:
+        """Called when the adapter is in its folder."""
+
+
 class Trainer:
     """Trains what `methods.build_peft` made trainable.
 
@@ -68,6 +78,7 @@ class Trainer:
         draft: The draft that is tuned beside the model; None for none.
         listener: Hears how the run goes on; None for nobody.
         defended: The run's defences; None for none.
+        evidence: What is kept of what crosses; None for nothing.
     """
 
     def __init__(
@@ -88,6 +99,7 @@ class Trainer:
         draft: DraftTuning | None = None,
         listener: RunListener | None = None,
         defended: DefendedRun | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -101,6 +113,7 @@ class Trainer:
         self._meter = meter
         self._listener = listener
         self._defended = defended
+        self._evidence = evidence
         self._stop = StopRequest()
         total = total_steps(config, len(data.train))
         self._progress = progress or StepProgress("step", total, every=config.log_every)
@@ -157,6 +170,8 @@ class Trainer:
         with claim(self.config.out):
             with self._loop.listening():
                 self._resume()
+                if self._evidence is not None:
+                    self._evidence.begin()
                 if self._listener is not None:
                     self._listener.began(self.step, self._steps.total, self._save_adapter, self._meter)
                 with open_curves(self.config, self.step) as self._steps.add_points:
@@ -181,6 +196,8 @@ class Trainer:
         if self._draft is not None:
             self._draft.save(self.config.out / TUNED_DRAFT)
         write_atomic(self.config.out / "report.json", f"{report.to_json()}\n".encode())
+        if self._evidence is not None:
+            self._evidence.finish(adapter)
         return TrainResult(report, adapter)
 
     def _save_adapter(self, folder: Path) -> None:

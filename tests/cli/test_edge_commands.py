@@ -28,9 +28,10 @@ def headings(text: str) -> list[str]:
     [
         (
             ("edge", "train"),
-            ["Connection", "Data", "Adapter", "Sites", "Optimization", "Computation", "Draft", "Output"],
+            ["Connection", "Data", "Adapter", "Sites", "Optimization", "Computation", "Draft", "Audit", "Output"],
         ),
         (("edge", "eval"), ["Connection", "Data", "Adapter", "Computation"]),
+        (("edge", "audit"), ["Connection", "Audit"]),
         (("edge", "generate"), ["Connection", "Adapter", "Generation"]),
         (("emulator", "tune"), ["Package", "Data", "Adapter", "Optimization", "Computation", "Output"]),
         (("emulator", "fetch"), ["Connection"]),

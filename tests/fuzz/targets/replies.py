@@ -18,8 +18,8 @@ from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import ConnectionLostError, NonFiniteError, RefusedError, RemoteProtocolError
+from isthmus.edge.client.questions import ActivationsLostError, Attempt, Question, refusal
 from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, SpanCalls
-from isthmus.edge.client.session_keeper import ActivationsLostError, Attempt, Question, refusal
 from isthmus.edge.client.site_answerer import SiteAnswerer
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m

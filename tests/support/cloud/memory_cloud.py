@@ -23,6 +23,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConnectionLostError, RemoteProtocolError
 from isthmus.edge.client import session_keeper
 from isthmus.edge.client.link import Link
+from isthmus.privacy.transcript.chain import CloudTranscript, Session, digest
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.enrolment import Tenant
@@ -45,6 +46,8 @@ class MemoryCloud:
     spoil: Callable[[m.Message], m.Message] = lambda answer: answer  # what becomes of the real answer
     threads: CallThreads = field(default_factory=lambda: CallThreads(1, 16))
     streams: list[_MemoryStream] = field(default_factory=list)  # in the order of their opening
+    numerics: str = "fp32, here"
+    signs: Callable[[m.Message], m.Message] = lambda signed: signed  # what becomes of its signature
 
     def describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         self.sessions.append(session_id.hex())
@@ -77,6 +80,7 @@ class _MemoryStream:
             identity=identity(not_after=NOW * 2), authorize=cloud.authorize, info=cloud.describe
         )
         self._work: TenantSession | None = None
+        self._transcript: CloudTranscript | None = None
         self._answers: deque[bytes] = deque()
         self.is_open = True
 
@@ -127,11 +131,22 @@ class _MemoryStream:
             if self._session.tenant is None:
                 raise AssertionError("the session does not stand")
             self._work = served.session(session_id, self._session.tenant, self._cloud.threads)
+            if message.transcript:
+                described = Session.of(replace(served.info, session_id=session_id.hex()))
+                self._transcript = CloudTranscript(described, identity(not_after=NOW * 2), self._cloud.numerics)
             return m.Status(m.StatusCode.OK, None, "attached")
         if self._work is None:
             raise AssertionError("the link spoke before it attached")
+        if isinstance(message, m.SignTranscript) and self._transcript is not None:
+            return self._cloud.signs(self._transcript.sign(message, NOW))
+        sent = digest(message)  # before the answer, which may overwrite what came
         answer = self._work.handle(message)
-        return None if answer is None else self._cloud.spoil(answer)
+        if answer is None:
+            return None
+        answer = self._cloud.spoil(answer)
+        if self._transcript is not None:
+            self._transcript.answered(message, sent, answer)
+        return answer
 
 
 def _copied(message: m.Message) -> m.Message:

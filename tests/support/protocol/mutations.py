@@ -107,6 +107,7 @@ VALUES: dict[Any, tuple[Any, ...]] = {
     m.SitePhase: (0, 5, 256),
     (m.Status, "message"): TEXTS,
     (m.Goodbye, "reason"): TEXTS,
+    (m.SignedTranscript, "numerics"): ("", "x" * (m.MAX_NUMERICS + 1), "\ud800"),
     (m.Sites, "number"): (-1, 0, 1 << 32),
     (m.Decode, "cache"): (-1, m.MAX_CACHES, 1 << 32),
     (m.Decode, "start"): (-1, 1 << 32),

@@ -265,6 +265,7 @@ def lists_of_workers(draw: st.DrawFn) -> m.Workers:
     return m.Workers(known, draw(st.sampled_from(["", *known])))
 
 
+signatures = st.binary(min_size=64, max_size=64)
 accounts = st.builds(
     m.Account, st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}", fullmatch=True), st.integers(1, 2**32 - 1)
 )
@@ -284,7 +285,13 @@ GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
     m.Pong: st.builds(m.Pong, u64, u64),
     m.Goodbye: st.builds(m.Goodbye, texts),
     m.Attach: st.builds(
-        m.Attach, st.binary(min_size=16, max_size=16), st.booleans(), u32, st.booleans(), st.none() | accounts
+        m.Attach,
+        st.binary(min_size=16, max_size=16),
+        st.booleans(),
+        u32,
+        st.booleans(),
+        st.none() | accounts,
+        st.booleans(),
     ),
     m.Put: puts(),
     m.PutReply: st.builds(m.PutReply, names, digests, u64),
@@ -294,6 +301,19 @@ GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
     m.SiteAnswer: site_answers(),
     m.Lease: leases(),
     m.Workers: lists_of_workers(),
+    m.SignTranscript: st.builds(m.SignTranscript, u32),
+    m.SignedTranscript: st.builds(
+        m.SignedTranscript,
+        u32,
+        digests,
+        u64,
+        st.text(min_size=1, max_size=60),
+        signatures,
+        digests,
+        digests,
+        u64,
+        signatures,
+    ),
 }
 """One for each message; a test compares it with the protocol's list."""
 

@@ -1,0 +1,37 @@
+"""What the bits of a computation depend on beside its inputs and its weights, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+VARYING = ", bits vary with the batch"
+"""The note of a worker on whose machine a call's bits depend on what else is computed with it."""
+_CPU_INFO = Path("/proc/cpuinfo")
+_MOST = 256
+"""Characters: a transcript carries no more (`isthmus.protocol.session_messages.MAX_NUMERICS`)."""
+
+
+def numerics(span_dtype: str, attention: str, device: torch.device, threads: int, note: str = "") -> str:
+    """Dtype, attention, torch's build, processor and threads: where all are the same, so are the bits of a call.
+
+    Args:
+        span_dtype: What is computed in, with its quantization.
+        attention: The implementation of attention.
+        device: Where.
+        threads: torch threads.
+        note: What else they depend on.
+    """
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {threads} threads"
+    said = f"{span_dtype}, {attention}, torch {torch.__version__}, {where}".encode("ascii", "replace").decode()
+    return said[: _MOST - len(note)] + note
+
+
+def _cpu() -> str:
+    """The processor's name, and the instructions that torch's kernels use of it."""
+    try:
+        names = [line.partition(":")[2].strip() for line in _CPU_INFO.read_text().splitlines() if "model name" in line]
+    except OSError:  # this is not Linux
+        names = []
+    return f"{names[0] if names else 'unknown processor'} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,61 @@
+"""What `isthmus edge audit` does: a run's folder, who replays, and the report for a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from isthmus.common.errors import ConfigError
+from isthmus.common.torch_threads import use_threads
+from isthmus.edge.audit.audit_run import AuditReport, audit
+from isthmus.edge.audit.replay import CloudReplayer, LocalReplayer
+from isthmus.edge.cloud_link import open_link
+from isthmus.edge.config.audit_config import AuditCommandConfig
+from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
+from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
+from isthmus.privacy.transcript.verified_run import verify_run
+
+REPLAY_TRANSCRIPT = "audit-transcript.jsonl"
+"""Inside the run's folder: what the other cloud has signed of the newest audit."""
+
+
+def run_audit(run: Path, config: AuditCommandConfig) -> AuditReport:
+    """Audit a run as the configuration says.
+
+    Raises:
+        ConfigError: The run has no transcript or no sample, or see `audit`.
+        IsthmusError: Of whatever kind fits; see `audit`.
+    """
+    verify_run(run)
+    transcript = read_transcript(run / TRANSCRIPT_FILE)
+    if not transcript.sessions:
+        raise ConfigError(f"{run / TRANSCRIPT_FILE} has no session: nothing crossed in this run")
+    session, folder = transcript.sessions[0].session, run / AUDIT_FOLDER
+    if config.model is not None:
+        use_threads(config.threads)
+        local = LocalReplayer(config.model, session, torch.get_num_threads())
+        return audit(transcript, folder, local, config.calls, config.threshold)
+    with open_link(config) as link:
+        link.keep_transcript(TranscriptLog(run / REPLAY_TRANSCRIPT))
+        return audit(transcript, folder, CloudReplayer(link, session), config.calls, config.threshold)
+
+
+def lines(report: AuditReport) -> str:
+    """The report in a few lines."""
+    chances = ", ".join(f"{float(share):.1%} of calls: {caught:.1%}" for share, caught in report.caught.items())
+    said = [
+        f"replayed {report.replayed} of {report.calls} calls: {report.identical} same bits, {len(report.lies)} lies",
+        f"would have met a cloud that alters {chances}",
+    ]
+    if report.skipped:
+        said.append(f"{report.skipped} calls of the sample could not be replayed here")
+    if report.unsigned:
+        said.append(f"{report.unsigned} exchanges are without the cloud's signature: their sessions broke")
+    if report.first_lie is not None:
+        lie = report.first_lie
+        signed = "signed by the cloud" if lie.signed else "not signed"
+        said.append(f"first lie: {lie.question.lower()} call {lie.call}, step {lie.step}, {signed}")
+        said.append(f"  expected {lie.expected}")
+        said.append(f"  found    {lie.found}")
+    return "\n".join(said)

@@ -1,0 +1,221 @@
+"""The audit of a run: its sampled calls, computed again elsewhere, and where the first answer differs.
+
+Bits are compared first. Where they differ and both sides name the same numerics (`isthmus.backbone.runtime.numerics`),
+the answer is a lie. Where the numerics differ, or say that bits vary with the batch, honest answers differ a little,
+too: then an answer is a lie if its distance is over a threshold that the caller states. The distance of two answers is
+the largest, over their tensors, of |a - b| / |b| in Euclidean norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.runtime.numerics import VARYING
+from isthmus.common.errors import ConfigError, TranscriptError, UnsupportedCallError
+from isthmus.edge.audit.replay import Replayer
+from isthmus.edge.witness.audit_sample import SampledCall, read_sample
+from isthmus.privacy.transcript.chain import NOTHING, Exchange, adapters_digest, digest
+from isthmus.privacy.transcript.detection import probability_of_catching
+from isthmus.privacy.transcript.transcript_file import SessionTranscript, Transcript
+from isthmus.protocol import messages as m
+from isthmus.protocol.tensor_codecs import Payload, decode
+
+SHARES = (0.001, 0.01, 0.1)
+"""Of calls that a cloud may have altered, for which a report says how likely it was caught."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lie:
+    """An answer that is another one elsewhere.
+
+    Attributes:
+        session: The session's id, in hexadecimal.
+        exchange: Its number in the session's transcript.
+        question: Forward or Backward.
+        step: Of the optimizer.
+        call: The call's number.
+        expected: Digest of what it is elsewhere, in hexadecimal.
+        found: Digest of what the cloud has answered.
+        distance: Between the two; None where their shapes differ.
+        signed: Whether the cloud has signed that answer.
+    """
+
+    session: str
+    exchange: int
+    question: str
+    step: int
+    call: int
+    expected: str
+    found: str
+    distance: float | None
+    signed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What an audit has found.
+
+    Attributes:
+        calls: Calls of the run that could be sampled.
+        replayed: How many were computed again.
+        skipped: How many of the sample could not be.
+        identical: Of those replayed, how many had the same bits.
+        lies: Those that were others, in the order of the run.
+        largest_distance: Of the answers that were no lies.
+        threshold: By which they were judged; None for bits.
+        unsigned: Exchanges of the run that the cloud has not signed.
+        caught: For shares of altered calls, how likely this audit was to meet one.
+    """
+
+    calls: int
+    replayed: int
+    skipped: int
+    identical: int
+    lies: tuple[Lie, ...]
+    largest_distance: float
+    threshold: float | None
+    unsigned: int
+    caught: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values."""
+        return {**asdict(self), "first_lie": None if self.first_lie is None else asdict(self.first_lie)}
+
+    @property
+    def first_lie(self) -> Lie | None:
+        """The first of the lies, in the order of the run."""
+        return self.lies[0] if self.lies else None
+
+
+def audit(
+    transcript: Transcript, folder: Path, replayer: Replayer, calls: int | None = None, threshold: float | None = None
+) -> AuditReport:
+    """Have a run's sampled calls computed again.
+
+    Args:
+        transcript: The run's, checked.
+        folder: Of the sample.
+        replayer: Who computes.
+        calls: How many at most; None for all. The sample's order is random, so any number of it is a sample.
+        threshold: The distance up to which answers of other numerics are honest; None where bits must be the same.
+
+    Raises:
+        ConfigError: There is no sample; or bits differ, numerics too, and there is no threshold.
+        TranscriptError: A call of the sample is not one of the transcript.
+        IsthmusError: Whatever the replayer raises.
+    """
+    sessions = {each.session.id: each for each in transcript.sessions}
+    places = {name: place for place, name in enumerate(sessions)}
+    chosen = list(islice(read_sample(folder), calls))
+    skipped = identical = replayed = 0
+    largest, lies = 0.0, []
+    for call in sorted(chosen, key=lambda each: (places.get(each.session, 0), each.exchange)):
+        of = sessions.get(call.session)
+        exchange = _exchange(of, call)
+        try:
+            answer = replayer.answer(call)
+        except UnsupportedCallError:
+            skipped += 1
+            continue
+        replayed += 1
+        if digest(answer) == exchange.answered:
+            identical += 1
+            continue
+        apart = distance(answer, call.answer)
+        judged = _judged_by(of, replayer, threshold)
+        if apart is not None and judged is not None and apart <= judged:
+            largest = max(largest, apart)
+            continue
+        signed = of is not None and call.exchange <= of.signed
+        lies.append(
+            Lie(
+                call.session.hex(),
+                call.exchange,
+                exchange.question,
+                exchange.call.step,
+                exchange.call.call,
+                digest(answer).hex(),
+                exchange.answered.hex(),
+                apart,
+                signed,
+            )
+        )
+    count = sum(auditable(each.exchanges) for each in transcript.sessions)
+    return AuditReport(
+        count,
+        replayed,
+        skipped,
+        identical,
+        tuple(lies),
+        largest,
+        threshold,
+        transcript.unsigned,
+        {f"{share:g}": probability_of_catching(count, round(share * count), replayed) for share in SHARES},
+    )
+
+
+def auditable(exchanges: Sequence[Exchange]) -> int:
+    """How many of a session's exchanges are calls that somebody else can compute: those that asked about no sites."""
+    asked = {each.call.call for each in exchanges if each.question == "SiteAnswer"}
+    return sum(each.question in ("Forward", "Backward") and each.call.call not in asked for each in exchanges)
+
+
+def distance(ours: m.Message, theirs: m.Message) -> float | None:
+    """How far two answers are apart; None where they have other tensors."""
+    pairs = list(zip(_tensors(ours), _tensors(theirs), strict=False))
+    if len(_tensors(ours)) != len(_tensors(theirs)) or any(a.shape != b.shape for a, b in pairs):
+        return None
+    apart = 0.0
+    for a, b in pairs:
+        mine, other = decode(a).double(), decode(b).double()
+        norm = float(mine.norm())
+        apart = max(apart, float((mine - other).norm()) / norm if norm else float((other != 0).any()))
+    return apart
+
+
+def _tensors(answer: m.Message) -> tuple[Payload, ...]:
+    if isinstance(answer, m.ForwardReply):
+        return answer.hidden, *answer.taps
+    if isinstance(answer, m.BackwardReply):
+        return (*(() if answer.gradient is None else (answer.gradient,)), *answer.leased)
+    return ()
+
+
+def _exchange(of: SessionTranscript | None, call: SampledCall) -> Exchange:
+    """The exchange of a sampled call. Raises TranscriptError where the call is not what the transcript has."""
+    if of is not None and 1 <= call.exchange <= len(of.exchanges):
+        exchange = of.exchanges[call.exchange - 1]
+        sent = {digest(call.question)}
+        if isinstance(call.question, m.Backward):  # whose inputs may have been added to it
+            sent.add(digest(replace(call.question, replay=None)))
+        if exchange.sent in sent and exchange.answered == digest(call.answer) and exchange.adapters == _adapters(call):
+            return exchange
+    raise TranscriptError(
+        f"the sampled call {call.exchange} of session {call.session.hex()} is not the one of the transcript: the "
+        "sample or the transcript was changed, or one of them is of another run"
+    )
+
+
+def _adapters(call: SampledCall) -> bytes:
+    if not call.question.sites:
+        return NOTHING
+    sites, lease = ([digest(each) for each in call.adapters if isinstance(each, kind)] for kind in (m.Sites, m.Lease))
+    return adapters_digest(b"".join(sites), b"".join(lease))
+
+
+def _judged_by(of: SessionTranscript | None, replayer: Replayer, threshold: float | None) -> float | None:
+    """The threshold for an answer whose bits differ; None where the numerics are the same, and bits must be."""
+    signed = None if of is None else of.statement
+    ours, theirs = "not signed" if signed is None else signed.numerics, replayer.numerics()
+    if ours == theirs and not ours.endswith(VARYING):
+        return None
+    if threshold is None:
+        raise ConfigError(
+            f"the run was computed by [{ours}], and the replay by [{theirs}]: honest bits may differ between the two. "
+            "Replay where the first is the same, or state a distance with --threshold"
+        )
+    return threshold

@@ -1,0 +1,58 @@
+"""What a training run keeps for an audit: transcript, sample, and at its end the certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isthmus.edge.client.link import Link
+from isthmus.edge.config.client_config import DEFAULT_KEY
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample
+from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, write_certificate
+from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
+from isthmus.protocol.limits import MIB
+from isthmus.protocol.secure.keys import load_edge
+
+
+class RunEvidence:
+    """An `isthmus.edge.training.trainer.Evidence` over the links of a run.
+
+    Args:
+        links: All of them.
+        config: The run's.
+    """
+
+    def __init__(self, links: Sequence[Link], config: TrainConfig) -> None:
+        self._links, self._config = links, config
+
+    def begin(self) -> None:
+        """Note what crosses from now on."""
+        config = self._config
+        if not config.transcript:
+            return
+        log = TranscriptLog(config.out / TRANSCRIPT_FILE, resume=config.resume)
+        sample = None
+        if config.audit_sample is not None:
+            sample = AuditSample(config.out / AUDIT_FOLDER, config.audit_sample * MIB, resume=config.resume)
+        for link in self._links:
+            link.keep_transcript(log, sample)
+
+    def finish(self, adapter: Path) -> None:
+        """Have the cloud sign all that has crossed, and write the certificate.
+
+        Raises:
+            TranscriptError: The cloud signs something else.
+        """
+        config = self._config
+        if not config.transcript:
+            return
+        self.close()
+        transcript = read_transcript(config.out / TRANSCRIPT_FILE, self._links[0].pin)
+        key = load_edge((config.key or DEFAULT_KEY).expanduser())
+        write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key)
+
+    def close(self) -> None:
+        """Have the cloud sign, and note nothing any more. Raises TranscriptError as `finish` does."""
+        for link in self._links:
+            link.end_transcript()

@@ -1,0 +1,104 @@
+"""The edge's own transcript of the sessions of a link, which the cloud's signatures are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from isthmus.common.errors import TranscriptError
+from isthmus.common.terminal import printable
+from isthmus.edge.witness.audit_sample import AuditSample, packed
+from isthmus.privacy.transcript.chain import ADAPTERS, QUESTIONS, Chain, Session, digest
+from isthmus.privacy.transcript.transcript_file import TranscriptLog, check_head, check_signature
+from isthmus.protocol import messages as m
+from isthmus.protocol.secure.keys import Fingerprint
+
+SIGN_EVERY = 64
+"""Exchanges between two signatures: a session that breaks leaves at most so many unsigned, and a signature costs a
+round trip."""
+
+Ask = Callable[[m.Message], m.Message]
+
+
+class Witness:
+    """Notes what crosses in the sessions of one link.
+
+    Args:
+        log: Where it is written.
+        root: Fingerprint of the cloud's root key.
+        sample: Which calls are kept whole; None for none.
+
+    Attributes:
+        numerics: What the bits of an answer depend on, as the cloud has signed it last; empty before.
+    """
+
+    def __init__(self, log: TranscriptLog, root: Fingerprint, sample: AuditSample | None = None) -> None:
+        self.numerics = ""
+        self._log, self._root, self._sample = log, root, sample
+        self._chain: Chain | None = None
+        self._signed = 0  # exchanges of the session that are signed
+        self._questions = 0  # about sites, in the call that is asked
+        self._adapters: dict[tuple[type, int], bytes] = {}  # what crossed of sites and the newest lease, for the sample
+
+    def opened(self, info: m.SessionInfo) -> None:
+        """A session was opened."""
+        session = Session.of(info)
+        self._chain, self._signed, self._questions = Chain(session), 0, 0
+        self._adapters.clear()
+        self._log.begin(session)
+
+    def exchanged(self, question: m.Message, answer: m.Message) -> None:
+        """A question was answered."""
+        chain = self._chain
+        if chain is None or not isinstance(question, QUESTIONS + ADAPTERS):
+            return
+        exchange = chain.add(question, digest(question), answer)
+        if exchange is not None:
+            self._log.exchange(chain.session, chain.exchanges, exchange)
+        elif self._sample is not None and isinstance(question, ADAPTERS):
+            if isinstance(question, m.Lease):  # of which the cloud has one
+                self._adapters = {key: kept for key, kept in self._adapters.items() if key[0] is not m.Lease}
+            self._adapters[type(question), question.number] = packed(question)  # its weights change in their places
+        self._questions += isinstance(answer, m.SiteQuestion)
+
+    def settle(self, ask: Ask, call: m.Message, answer: m.Message, whole: Callable[[m.Message], m.Message]) -> None:
+        """A call was answered: sample it, and have the cloud sign when it is time.
+
+        Args:
+            ask: Asks something in the session.
+            call: What was asked first.
+            answer: What came back in the end.
+            whole: Makes of the call one that needs nothing of its session.
+
+        Raises:
+            TranscriptError: The cloud signs another transcript, or none.
+        """
+        chain, asked_sites, self._questions = self._chain, self._questions, 0
+        if chain is None:
+            return
+        # A call that asks about sites is no function of what it brought: it cannot be asked of somebody else.
+        if self._sample is not None and not asked_sites and isinstance(call, m.Forward | m.Backward):
+            keys = ((m.Sites, call.sites), (m.Lease, call.lease))
+            adapters = [self._adapters[key] for key in keys if key in self._adapters]
+            if isinstance(answer, m.ForwardReply | m.BackwardReply):
+                self._sample.offer(chain.session.id, chain.exchanges, call, answer, whole, adapters)
+        if chain.exchanges - self._signed >= SIGN_EVERY:
+            self.sign(ask)
+
+    def sign(self, ask: Ask) -> None:
+        """Have the cloud sign what is not signed yet.
+
+        Raises:
+            TranscriptError: It signs another transcript, or none.
+        """
+        chain = self._chain
+        if chain is None or chain.exchanges == self._signed:
+            return
+        signed = ask(m.SignTranscript(chain.exchanges))
+        if not isinstance(signed, m.SignedTranscript):
+            said = printable(signed.message) if isinstance(signed, m.Status) else type(signed).__name__
+            raise TranscriptError(
+                f"the cloud does not sign the {chain.exchanges} exchanges of session {chain.session.id.hex()} ({said})"
+            )
+        self._log.signature(chain.session, signed)  # first of all: what it has signed is its own word
+        check_head(check_signature(chain.session, signed, self._root), chain.exchanges, chain.head)
+        self._signed, self.numerics = chain.exchanges, signed.numerics

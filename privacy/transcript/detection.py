@@ -1,0 +1,50 @@
+"""How likely an audit is to catch a cloud that alters some of its answers."""
+
+from __future__ import annotations
+
+import math
+
+from isthmus.common.errors import ConfigError
+
+
+def probability_of_catching(calls: int, altered: int, replayed: int) -> float:
+    """The probability that a sample has an altered call: 1 - C(n - a, m) / C(n, m).
+
+    The sample is drawn without replacement, each of equal size with equal probability, after the answers came; a
+    replayed call that was altered is caught for certain, where the comparison is of bits.
+
+    Args:
+        calls: n, of the run.
+        altered: a, of them, which the cloud has altered.
+        replayed: m, of them, which are computed again elsewhere.
+
+    Raises:
+        ConfigError: More calls are altered or replayed than there are.
+    """
+    if not 0 <= altered <= calls or not 0 <= replayed <= calls:
+        raise ConfigError(f"{altered} altered and {replayed} replayed calls do not fit {calls}: give at most as many")
+    if replayed > calls - altered:
+        return 1.0
+    # The logarithm of the ratio, factor by factor: the binomials themselves have thousands of digits.
+    missed = sum(math.log1p(-altered / (calls - drawn)) for drawn in range(replayed))
+    return 0.0 - math.expm1(missed)
+
+
+def calls_to_replay(calls: int, altered: int, wanted: float) -> int:
+    """The fewest calls whose replay catches with probability `wanted` (0 to 1), found by halving.
+
+    Raises:
+        ConfigError: Nothing is altered, so that nothing can be caught, or the probability is none.
+    """
+    if not 0 < wanted <= 1 or altered < 1:
+        raise ConfigError(
+            f"{altered} altered calls cannot be caught with probability {wanted}: give 1 or more, and 0 to 1"
+        )
+    low, high = 0, calls
+    while low < high:
+        middle = (low + high) // 2
+        if probability_of_catching(calls, altered, middle) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -1,0 +1,108 @@
+"""`certificate.json`, beside a run's adapter: the edge's signed word on which model and which calls it was made with.
+
+The edge signs; what the cloud has signed is in the transcript, whose root the certificate names. So whoever trusts the
+edge's key knows which transcript belongs to an adapter, and whoever trusts the cloud's root key knows what the cloud
+has answered.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from isthmus.common.errors import TranscriptError
+from isthmus.common.files import sha256_of, write_atomic
+from isthmus.privacy.transcript.transcript_file import Transcript
+from isthmus.protocol.secure.keys import Fingerprint
+
+CERTIFICATE_FILE = "certificate.json"
+_LABEL = b"isthmus v1 run certificate\0"
+_VERSION = 1
+
+
+def write_certificate(
+    path: Path, transcript: Transcript, adapter: Path, key: Ed25519PrivateKey, leak: str | None = None
+) -> dict[str, Any]:
+    """Write a run's certificate; returns what it says.
+
+    Args:
+        path: The file.
+        transcript: The run's, checked.
+        adapter: The adapter's folder.
+        key: The edge's key, which signs.
+        leak: What was measured of what the cloud can learn, in a line; None where nothing was.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+    sessions = [each.session for each in transcript.sessions]
+    said = {
+        "version": _VERSION,
+        "models": sorted({each.model for each in sessions}),
+        "plans": sorted({each.plan for each in sessions}),
+        "span_dtypes": sorted({each.span_dtype for each in sessions}),
+        "numerics": sorted({each.statement.numerics for each in transcript.sessions if each.statement is not None}),
+        "cloud": None if transcript.root is None else str(transcript.root),
+        "transcript": transcript.digest.hex(),
+        "exchanges": transcript.exchanges,
+        "unsigned": transcript.unsigned,
+        "adapter": folder_digest(adapter).hex(),
+        "leak": leak,
+        "edge": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
+    }
+    signed = {**said, "signature": base64.b64encode(key.sign(_signed(said))).decode()}
+    write_atomic(path, json.dumps(signed, indent=1).encode() + b"\n")
+    return signed
+
+
+def check_certificate(path: Path, transcript: Transcript, adapter: Path | None = None) -> Fingerprint:
+    """Check a certificate against a transcript and an adapter; returns the fingerprint of the edge's key.
+
+    Args:
+        path: The certificate's file.
+        transcript: The transcript, checked.
+        adapter: The adapter's folder; None where it is not at hand.
+
+    Raises:
+        TranscriptError: It is none, was changed, or is of another transcript or adapter.
+    """
+    try:
+        said = json.loads(path.read_bytes())
+        signature, edge = (base64.b64decode(said.pop(name), validate=True) for name in ("signature", "edge"))
+        if said["version"] != _VERSION:
+            raise ValueError(f"version {said['version']}")
+        said["edge"] = base64.b64encode(edge).decode()
+        Ed25519PublicKey.from_public_bytes(edge).verify(signature, _signed(said))
+        wanted, made = said["transcript"], said["adapter"]
+    except InvalidSignature as error:
+        raise TranscriptError(f"{path} was changed: the edge's signature under it does not verify") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TranscriptError(f"{path} is no certificate of a run: {error!r}") from error
+    if wanted != transcript.digest.hex():
+        raise TranscriptError(
+            f"{path} is of the transcript {wanted[:16]}, and this one is {transcript.digest.hex()[:16]} "
+            f"({transcript.exchanges} exchanges; the certificate has {said['exchanges']}): one was cut or changed"
+        )
+    if adapter is not None and made != folder_digest(adapter).hex():
+        raise TranscriptError(f"{path} is of another adapter than {adapter}")
+    return Fingerprint.of(edge)
+
+
+def folder_digest(folder: Path) -> bytes:
+    """SHA-256 over the names and hashes of the files of a folder."""
+    whole = sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix().encode()
+            whole.update(len(name).to_bytes(4) + name + sha256_of(path))
+    return whole.digest()
+
+
+def _signed(said: dict[str, Any]) -> bytes:
+    return _LABEL + json.dumps(said, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,224 @@
+"""`transcript.jsonl`: a run's exchanges and the signatures under them, without a tensor; written line by line.
+
+    {"session", "model", "plan", "span_dtype", "attention"}                                 a session begins
+    {"session", "n", "question", "step", "call", "attempt", "sent", "answered", "adapters"}  its exchange n, from 1
+    {"session", "exchanges", "head", "signed_at", "numerics", "signature", "certificate"}   a signature of the cloud
+
+Sessions that are open at a time have their lines among each other's. Digests and signatures are in hexadecimal.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from isthmus.common.errors import ConfigError, TranscriptError
+from isthmus.common.files import disk_errors, write_atomic
+from isthmus.privacy.transcript.chain import Exchange, Session, Statement, certificate_of, statement_of
+from isthmus.protocol import messages as m
+from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate
+
+TRANSCRIPT_FILE = "transcript.jsonl"
+
+
+class TranscriptLog:
+    """Appends to a transcript. Several threads may.
+
+    Args:
+        path: The file; only its user may read it.
+        resume: Whether to go on behind what is there, which is of the same run; a line that a crash has cut is dropped.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        self._path, self._lock = path, threading.Lock()
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_bytes() if resume and path.exists() else b""
+        write_atomic(path, kept[: kept.rfind(b"\n") + 1], 0o600)
+
+    def begin(self, session: Session) -> None:
+        """A session begins."""
+        said = {name: getattr(session, name) for name in ("model", "plan", "span_dtype", "attention")}
+        self._add({"session": session.id.hex(), **said})
+
+    def exchange(self, session: Session, number: int, exchange: Exchange) -> None:
+        """Exchange number `number` of a session, from 1."""
+        digests = {name: getattr(exchange, name).hex() for name in ("sent", "answered", "adapters")}
+        named = {"session": session.id.hex(), "n": number, "question": exchange.question}
+        self._add({**named, **asdict(exchange.call), **digests})
+
+    def signature(self, session: Session, signed: m.SignedTranscript) -> None:
+        """A signature of the cloud, whatever it is worth."""
+        certificate = certificate_of(signed)
+        said = {name: getattr(signed, name) for name in ("exchanges", "signed_at", "numerics")}
+        shown = {name: getattr(certificate, name).hex() for name in ("root", "worker", "signature")}
+        bits = {"head": signed.head.hex(), "signature": signed.signature.hex()}
+        shown_with = {**shown, "not_after": certificate.not_after}
+        self._add({"session": session.id.hex(), **said, **bits, "certificate": shown_with})
+
+    def _add(self, line: dict[str, Any]) -> None:
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        with self._lock, disk_errors(self._path), self._path.open("ab") as file:
+            file.write(data)
+
+
+@dataclass(slots=True)
+class SessionTranscript:
+    """What a transcript has of one session.
+
+    Attributes:
+        session: Which.
+        exchanges: In their order.
+        head: Of the chain after all of them.
+        signed: How many of them the cloud has signed.
+        statement: The newest that it has signed; None for none.
+        certificate: That of the worker that has signed.
+    """
+
+    session: Session
+    head: bytes
+    exchanges: list[Exchange] = field(default_factory=list)
+    signed: int = 0
+    statement: Statement | None = None
+    certificate: WorkerCertificate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A transcript whose chains and signatures are good.
+
+    Attributes:
+        sessions: In the order in which they began.
+        root: Fingerprint of the cloud's root key; None where nothing is signed.
+    """
+
+    sessions: tuple[SessionTranscript, ...]
+    root: Fingerprint | None
+
+    @property
+    def exchanges(self) -> int:
+        """Of all sessions."""
+        return sum(len(each.exchanges) for each in self.sessions)
+
+    @property
+    def unsigned(self) -> int:
+        """Exchanges under which there is no signature: those at the end of sessions that broke."""
+        return self.exchanges - sum(each.signed for each in self.sessions)
+
+    @property
+    def digest(self) -> bytes:
+        """The root of the transcript: SHA-256 over each session's id, signed exchanges, exchanges and head."""
+        whole = sha256(b"isthmus v1 transcript root")
+        for each in self.sessions:
+            whole.update(each.session.id + each.signed.to_bytes(8) + len(each.exchanges).to_bytes(8) + each.head)
+        return whole.digest()
+
+
+def read_transcript(path: Path, root: Fingerprint | None = None) -> Transcript:
+    """Read a transcript and check it: chains, signatures and certificates.
+
+    Args:
+        path: The file.
+        root: Fingerprint of the root key that must have certified the workers; None for any, but one for all.
+
+    Raises:
+        ConfigError: The file cannot be read.
+        TranscriptError: It is cut, changed, or not signed by who it says; the message names the line.
+        FingerprintError: A worker's certificate does not verify, or had expired.
+    """
+    sessions: dict[str, SessionTranscript] = {}
+    for number, line in _lines(path):
+        try:
+            root = _take(sessions, line, root)
+        except TranscriptError as error:
+            raise TranscriptError(f"{path}, line {number}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {error!r}") from error
+    return Transcript(tuple(sessions.values()), root if any(each.signed for each in sessions.values()) else None)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}): give a transcript, RUN/{TRANSCRIPT_FILE}"
+        ) from error
+    if text and not text.endswith(b"\n"):
+        raise TranscriptError(f"{path} ends in the middle of a line: it was cut")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise TranscriptError(f"{path}, line {number} is no JSON: {error}") from error
+
+
+def _take(sessions: dict[str, SessionTranscript], line: dict[str, Any], root: Fingerprint | None) -> Fingerprint | None:
+    """Take one line into account; returns the root key that counts from now on."""
+    name = line["session"]
+    if "model" in line:
+        if name in sessions:
+            raise TranscriptError(f"session {name} begins twice")
+        session = Session(bytes.fromhex(name), line["model"], line["plan"], line["span_dtype"], line["attention"])
+        sessions[name] = SessionTranscript(session, session.head)
+        return root
+    if name not in sessions:
+        raise TranscriptError(f"session {name} has not begun: lines are missing before")
+    known = sessions[name]
+    if "n" in line:
+        if line["n"] != len(known.exchanges) + 1:
+            raise TranscriptError(
+                f"exchange {line['n']} of session {name} comes where {len(known.exchanges) + 1} is next"
+            )
+        call = m.CallId(line["step"], line["call"], line["attempt"])
+        digests = (bytes.fromhex(line[each]) for each in ("sent", "answered", "adapters"))
+        exchange = Exchange(line["question"], call, *digests)
+        known.exchanges.append(exchange)
+        known.head = exchange.after(known.head)
+        return root
+    return _signature(known, line, root)
+
+
+def _signature(known: SessionTranscript, line: dict[str, Any], root: Fingerprint | None) -> Fingerprint:
+    shown = line["certificate"]
+    certificate = WorkerCertificate(
+        bytes.fromhex(shown["root"]),
+        bytes.fromhex(shown["worker"]),
+        shown["not_after"],
+        bytes.fromhex(shown["signature"]),
+    )
+    said = (line["exchanges"], bytes.fromhex(line["head"]), line["signed_at"], line["numerics"])
+    statement = Statement(known.session.id, *said)
+    statement.verify(bytes.fromhex(line["signature"]), certificate, root)
+    check_head(statement, len(known.exchanges), known.head)
+    known.signed, known.statement, known.certificate = statement.exchanges, statement, certificate
+    return Fingerprint.of(certificate.root)
+
+
+def check_head(statement: Statement, exchanges: int, head: bytes) -> None:
+    """Compare what a cloud has signed with the edge's own chain.
+
+    Raises:
+        TranscriptError: They differ.
+    """
+    if (statement.exchanges, statement.head) != (exchanges, head):
+        raise TranscriptError(
+            f"the cloud has signed head {statement.head.hex()[:16]} after {statement.exchanges} exchanges of session "
+            f"{statement.session.hex()}, and what crossed gives {head.hex()[:16]} after {exchanges}: one of the two is "
+            "not what was sent or answered"
+        )
+
+
+def check_signature(session: Session, signed: m.SignedTranscript, root: Fingerprint) -> Statement:
+    """Check who has signed; returns what was signed. Raises what `Statement.verify` raises."""
+    statement = statement_of(session.id, signed)
+    statement.verify(signed.signature, certificate_of(signed), root)
+    return statement

@@ -1,0 +1,73 @@
+"""Checks what a run leaves: its transcript, and its certificate where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, check_certificate
+from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
+from isthmus.protocol.secure.keys import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What verifies.
+
+    Attributes:
+        path: The transcript.
+        sessions, exchanges, unsigned: How many there are; `unsigned` exchanges are under no signature.
+        models: Digests of the models.
+        root: Fingerprint of the cloud's root key; None where nothing is signed.
+        edge: Fingerprint of the key that has signed the certificate; None where there is none.
+        adapter: Whether the certificate was compared with the adapter.
+        digest: The transcript's root, in hexadecimal.
+    """
+
+    path: str
+    sessions: int
+    exchanges: int
+    unsigned: int
+    models: tuple[str, ...]
+    root: str | None
+    edge: str | None
+    adapter: bool
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """For a person."""
+        signed = f"{self.exchanges - self.unsigned} of {self.exchanges} exchanges signed under {self.root}"
+        certified = "" if self.edge is None else f"; certificate of {self.edge}"
+        compared = ", adapter compared" if self.adapter else ""
+        return f"{self.path}: {self.sessions} sessions, {signed}{certified}{compared}"
+
+
+def verify_run(path: Path, root: Fingerprint | None = None) -> Verified:
+    """Check a transcript, or that of a run's folder, and the certificate beside it.
+
+    Raises:
+        ConfigError: There is no transcript.
+        TranscriptError, FingerprintError: Something does not verify.
+    """
+    file = path / TRANSCRIPT_FILE if path.is_dir() else path
+    transcript = read_transcript(file, root)
+    certificate, adapter = file.with_name(CERTIFICATE_FILE), file.with_name("adapter")
+    compared = adapter if certificate.is_file() and adapter.is_dir() else None
+    edge = str(check_certificate(certificate, transcript, compared)) if certificate.is_file() else None
+    models = tuple(sorted({each.session.model for each in transcript.sessions}))
+    return Verified(
+        str(file),
+        len(transcript.sessions),
+        transcript.exchanges,
+        transcript.unsigned,
+        models,
+        None if transcript.root is None else str(transcript.root),
+        edge,
+        compared is not None,
+        transcript.digest.hex(),
+    )

@@ -1,0 +1,171 @@
+"""An audit of a real run: honest clouds pass, each kind of lie is found at the call where it was told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.cloud.clouds import ThreadServer
+from support.cloud.train_runs import Runs, cloud_for_runs
+from support.commands import in_process, refused
+from support.models.tiny import tiny_checkpoint
+
+from isthmus.common.errors import CheckpointError, ConfigError, TranscriptError
+from isthmus.edge.audit.audit_command import run_audit
+from isthmus.edge.audit.audit_run import AuditReport, audit
+from isthmus.edge.audit.replay import LocalReplayer, Replayer
+from isthmus.edge.config.audit_config import AuditCommandConfig
+from isthmus.edge.witness.audit_sample import SampledCall
+from isthmus.experiments.rigs.lying.lies import KINDS, LyingExecutor
+from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
+from isthmus.privacy.transcript.verified_run import verify_run
+from isthmus.protocol import messages as m
+from isthmus.protocol.tensor_codecs import decode, encode
+
+SITES = {"sites": "all", "leased": "all", "target_modules": "q_proj"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    with cloud_for_runs(tmp_path_factory.mktemp("runs")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def honest_run(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run at an honest cloud, every call of which was kept."""
+    out = tmp_path_factory.mktemp("honest") / "run"
+    runs.train(out, audit_sample=64)
+    return out
+
+
+def audited(runs: Runs, run: Path, **values: object) -> AuditReport:
+    where = {} if "model" in values else {"cloud": runs.server.address, "key": runs.server.home.key_file}
+    return run_audit(run, AuditCommandConfig.model_validate({**where, **values}))
+
+
+def lied_to(runs: Runs, out: Path, kind: str, share: float) -> LyingExecutor:
+    """Train into `out` at a lying cloud with the honest one's keys."""
+    served = runs.server.served
+    liar = LyingExecutor(served.executor, kind, share)
+    with ThreadServer(dataclasses.replace(served, executor=liar), runs.server.home) as server:
+        sites = SITES if kind == "stale_adapter" else {}
+        Runs(server, runs.model, runs.texts).train(out, audit_sample=64, **sites)
+    return liar
+
+
+def test_an_honest_run_passes(runs: Runs, honest_run: Path) -> None:
+    for found in (audited(runs, honest_run), audited(runs, honest_run, model=runs.model, threads=1)):
+        assert (found.lies, found.skipped, found.unsigned) == ((), 0, 0)
+        assert found.identical == found.replayed == found.calls == 20
+        assert found.caught == {"0.001": 0.0, "0.01": 0.0, "0.1": 1.0}
+    assert len(audited(runs, honest_run, calls=5).to_json()) == 10
+    assert audited(runs, honest_run, calls=5).replayed == 5
+
+
+def test_the_transcript_and_the_certificate_verify(
+    runs: Runs, honest_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = verify_run(honest_run, runs.server.home.pin)
+    assert (found.unsigned, found.adapter, found.root) == (0, True, str(runs.server.home.pin))
+    done = in_process(capsys, "audit", "verify", honest_run)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(honest_run / TRANSCRIPT_FILE))
+    lines = (honest_run / TRANSCRIPT_FILE).read_text().splitlines(keepends=True)
+    cut = tmp_path / TRANSCRIPT_FILE
+    cut.write_text("".join(lines[:-3]))  # chains and signatures are good, and the end is gone
+    assert verify_run(cut).unsigned > 0
+    (tmp_path / "certificate.json").write_bytes((honest_run / "certificate.json").read_bytes())
+    with pytest.raises(TranscriptError, match="one was cut or changed"):
+        verify_run(cut)
+    cut.write_text("".join([*lines[:2], *lines[3:]]))
+    with pytest.raises(TranscriptError, match="line 3"):
+        verify_run(cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_lie_is_found_where_it_was_told(runs: Runs, tmp_path: Path, kind: str) -> None:
+    liar = lied_to(runs, tmp_path / "run", kind, 0.5)
+    found = audited(runs, tmp_path / "run")
+    sessions = read_transcript(tmp_path / "run" / TRANSCRIPT_FILE).sessions
+    told = {(session.hex(), call, question) for session, call, question in liar.altered}
+    crossed = {(each.session.id.hex(), line.call.call, line.question) for each in sessions for line in each.exchanges}
+    assert {(lie.session, lie.call, lie.question) for lie in found.lies} == told & crossed
+    assert found.replayed == found.calls
+    assert found.first_lie is not None
+    assert found.first_lie.signed
+    assert 0 < len(found.lies) < found.calls
+
+
+def test_a_liar_that_lies_to_nobody_is_not_accused(runs: Runs, tmp_path: Path) -> None:
+    liar = lied_to(runs, tmp_path / "run", "noise", 0.0)
+    assert (liar.altered, audited(runs, tmp_path / "run").lies) == (set(), ())
+
+
+def test_the_command_ends_with_its_code_and_says_where(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lied_to(runs, tmp_path / "run", "layer_skipped", 1.0)
+    words = ("edge", "audit", "--run", tmp_path / "run", "--model", runs.model, "--threads", 1)
+    done = in_process(capsys, *words)
+    refused(done, 71, "first call 1 of step 0")
+    assert "first lie: forward call 1, step 0, signed by the cloud" in done.stdout
+
+
+def test_what_cannot_be_compared_is_refused(runs: Runs, honest_run: Path, tmp_path: Path) -> None:
+    other = tiny_checkpoint("llama", tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match="nothing can be compared"):
+        audited(runs, honest_run, model=other)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / TRANSCRIPT_FILE).write_bytes((honest_run / TRANSCRIPT_FILE).read_bytes())
+    with pytest.raises(ConfigError, match="--audit-sample"):
+        audited(runs, bare)
+    for both in ({"model": runs.model, "cloud": runs.server.address}, {}):
+        with pytest.raises(ValueError, match="say who replays"):
+            AuditCommandConfig.model_validate(both)
+
+
+class Elsewhere:
+    """Computes as another processor does: nearly the same."""
+
+    def __init__(self, inner: Replayer, numerics: str, error: float) -> None:
+        self._inner, self._numerics, self._error = inner, numerics, error
+
+    def numerics(self) -> str:
+        return self._numerics
+
+    def answer(self, call: SampledCall) -> m.Message:
+        found = self._inner.answer(call)
+        assert isinstance(found, m.ForwardReply | m.BackwardReply)
+        name, payload = ("hidden", found.hidden) if isinstance(found, m.ForwardReply) else ("gradient", found.gradient)
+        assert payload is not None
+        shifted = decode(payload) * (1 + self._error)
+        return dataclasses.replace(found, **{name: encode(shifted, "fp32", payload.role)})
+
+
+def test_answers_of_other_numerics_are_judged_by_a_threshold(runs: Runs, honest_run: Path) -> None:
+    """The same numerics have to give the same bits, whatever the threshold is."""
+    transcript = read_transcript(honest_run / TRANSCRIPT_FILE)
+    local = LocalReplayer(runs.model, transcript.sessions[0].session, 1)
+
+    def found(numerics: str, threshold: float | None) -> AuditReport:
+        return audit(transcript, honest_run / "audit", Elsewhere(local, numerics, 1e-4), threshold=threshold)
+
+    assert found("elsewhere", 1e-3).lies == ()
+    assert found("elsewhere", 1e-3).largest_distance == pytest.approx(1e-4, rel=1e-2)
+    assert len(found("elsewhere", 1e-5).lies) == found("elsewhere", 1e-5).replayed
+    assert len(found(local.numerics(), 1e-3).lies) == found(local.numerics(), 1e-3).replayed
+    with pytest.raises(ConfigError, match="state a distance with --threshold"):
+        found("elsewhere", None)
+
+
+def test_a_sample_of_another_run_is_no_evidence(runs: Runs, honest_run: Path, tmp_path: Path) -> None:
+    runs.train(tmp_path / "run", audit_sample=64)
+    (first, *_) = sorted((honest_run / "audit").glob("*.call"))
+    name = next(iter((tmp_path / "run" / "audit").glob("*.call"))).name
+    (tmp_path / "run" / "audit" / name).write_bytes(first.read_bytes())
+    with pytest.raises(TranscriptError, match="not the one of the transcript"):
+        audited(runs, tmp_path / "run")

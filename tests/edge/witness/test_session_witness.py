@@ -1,0 +1,129 @@
+"""A link's transcript: what the cloud signs is what crossed, and a cloud that signs anything else is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.cloud.memory_cloud import MemoryCloud, messages, new_link
+from support.cloud.span_calls import MASK, POSITIONS, hidden, three_calls
+from support.protocol.wire import PIN
+
+from isthmus.common.errors import TranscriptError
+from isthmus.edge.client.link import Link
+from isthmus.edge.witness import session_witness
+from isthmus.privacy.transcript.transcript_file import TranscriptLog, read_transcript
+from isthmus.protocol import messages as m
+
+
+def witnessed(cloud: MemoryCloud, path: Path, *, resume: bool = False) -> Link:
+    link = new_link(cloud)
+    link.keep_transcript(TranscriptLog(path, resume=resume))
+    return link
+
+
+def forward(link: Link, seed: int = 1) -> torch.Tensor:
+    return link.forward_span(hidden(seed), MASK, POSITIONS, keep=False)[0]
+
+
+def test_every_exchange_is_noted_and_signed(
+    cloud: MemoryCloud, undisturbed_calls: list[torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "transcript.jsonl"
+    link = witnessed(cloud, path)
+    results = three_calls(link)
+    link.close()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, undisturbed_calls, strict=True))
+    found = read_transcript(path, PIN)
+    assert [each.question for each in found.sessions[0].exchanges] == ["Forward"] * 2 + ["Backward"] * 2
+    assert (found.exchanges, found.unsigned, found.root) == (4, 0, PIN)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert found.sessions[0].session.model == cloud.served.info.digest
+
+
+def test_a_link_without_a_transcript_asks_for_no_signature(cloud: MemoryCloud) -> None:
+    link = new_link(cloud)
+    three_calls(link)
+    link.close()
+    assert not messages(cloud, m.SignTranscript)
+    assert [each.transcript for each in messages(cloud, m.Attach)] == [False]
+
+
+def test_the_same_call_has_the_same_digests_in_another_session(cloud: MemoryCloud, tmp_path: Path) -> None:
+    """What differs between two computations of one call (times, names, attempts) is not in the digest."""
+    path = tmp_path / "transcript.jsonl"
+    link = witnessed(cloud, path)
+    for seed in (1, 1, 2):
+        forward(link, seed)
+        link.sign_transcript()
+        link.drop()
+    first, again, other = (each.exchanges[0] for each in read_transcript(path).sessions)
+    assert (first.sent, first.answered) == (again.sent, again.answered)
+    assert first.sent != other.sent
+    assert first.answered != other.answered
+
+
+def test_signatures_come_at_intervals(cloud: MemoryCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_witness, "SIGN_EVERY", 2)
+    link = witnessed(cloud, tmp_path / "t.jsonl")
+    for seed in range(5):
+        forward(link, seed)
+    assert [each.exchanges for each in messages(cloud, m.SignTranscript)] == [2, 4]
+    link.drop()  # a broken session leaves its last exchange without a signature
+    forward(link)
+    link.close()
+    found = read_transcript(tmp_path / "t.jsonl")
+    assert (found.exchanges, found.unsigned) == (6, 1)
+
+
+def test_a_cloud_that_signs_other_answers_than_it_gave_is_noticed(cloud: MemoryCloud, tmp_path: Path) -> None:
+    link = witnessed(cloud, tmp_path / "t.jsonl")
+    cloud.signs = lambda signed: dataclasses.replace(signed, head=bytes(32)) if hasattr(signed, "head") else signed
+    forward(link)
+    with pytest.raises(TranscriptError, match="does not verify"):
+        link.sign_transcript()
+
+
+def test_a_cloud_whose_transcript_leaves_a_call_out_is_noticed(cloud: MemoryCloud, tmp_path: Path) -> None:
+    link = witnessed(cloud, tmp_path / "t.jsonl")
+    forward(link)
+    stream = cloud.streams[-1]
+    kept, stream._transcript = stream._transcript, None
+    forward(link, 2)
+    stream._transcript = kept
+    with pytest.raises(TranscriptError, match="counts 2 exchanges in this session, and the cloud 1"):
+        link.sign_transcript()
+
+
+def test_a_cloud_that_chains_another_answer_is_noticed(cloud: MemoryCloud, tmp_path: Path) -> None:
+    """It signs in good form: only the edge's own chain tells that it is of something else."""
+    link = witnessed(cloud, tmp_path / "t.jsonl")
+    forward(link)
+    transcript = cloud.streams[-1]._transcript
+    assert transcript is not None
+    transcript._chain.head = bytes(32)
+    with pytest.raises(TranscriptError, match="not what was sent or answered"):
+        link.sign_transcript()
+    last = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[-1])
+    assert last["head"] == bytes(32).hex()  # the cloud's own word is kept
+    with pytest.raises(TranscriptError, match="line 3"):
+        read_transcript(tmp_path / "t.jsonl")
+
+
+def test_a_resumed_run_goes_on_in_its_file(cloud: MemoryCloud, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    for resume in (False, True):
+        link = witnessed(cloud, path, resume=resume)
+        forward(link)
+        link.close()
+        with path.open("ab") as file:
+            file.write(b'{"cut')  # by a crash, which a resumed run repairs
+    with pytest.raises(TranscriptError, match="middle of a line"):
+        read_transcript(path)
+    TranscriptLog(path, resume=True)
+    assert len(read_transcript(path).sessions) == 2
+    TranscriptLog(path)
+    assert read_transcript(path).sessions == ()
