@@ -3,6 +3,7 @@
     recording    what an honest-but-curious cloud has of a session, as a file and as tensors
     attacks      guess texts from it
     measures     say how good a guess is
+    ledger       runs attacks and judges them
     defences     change what an edge sends
     transcript   what a cloud signs of a session, and how it is checked
 
