@@ -44,10 +44,8 @@ class MetricNoise(Defence):
         if self._denoiser is None:
             return output
         scale = self._eta / self.width  # brings the noise to a length of about 1
-        told = torch.cat(
-            [layer_norm(output.float(), output.shape[-1:]), (self._drawn(output, now) * scale).float()], -1
-        )
-        correction: Tensor = self._denoiser(told)
+        noise = (self._drawn(output, now) * scale).float()
+        correction: Tensor = self._denoiser(torch.cat([layer_norm(output.float(), output.shape[-1:]), noise], -1))
         return output + correction.to(output)
 
     def module(self) -> nn.Module | None:

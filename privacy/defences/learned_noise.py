@@ -27,12 +27,12 @@ class ChannelNoise(Defence):
     def __init__(self, options: LearnedNoise, width: int) -> None:
         super().__init__(options, width)
         self._reward = options.reward
-        self._deviations = nn.ParameterDict({"log": nn.Parameter(torch.full((width,), math.log(options.sigma)))})
+        self._log = nn.Parameter(torch.full((width,), math.log(options.sigma)))
 
     @property
     def deviations(self) -> Tensor:
         """The standard deviation of each channel's noise, `[h]`."""
-        return self._deviations["log"].exp()
+        return self._log.exp()
 
     def hidden(self, hidden: Tensor, now: Pass) -> Tensor:
         """See `Defence`."""
@@ -41,8 +41,8 @@ class ChannelNoise(Defence):
 
     def extra_loss(self, logits: Tensor, labels: Tensor, now: Pass) -> Tensor:
         """See `Defence`."""
-        return -self._reward * self._deviations["log"].mean()
+        return -self._reward * self._log.mean()
 
     def module(self) -> nn.Module:
         """See `Defence`."""
-        return self._deviations
+        return nn.ParameterDict({"log": self._log})
