@@ -61,7 +61,10 @@ class Machines:
         """One session, to where it crashes: in the handshake, or after some messages."""
         edge = EdgeSession(pin=self._pin, edge_key=self._key, limits=LIMITS, now=lambda: self._now)
         cloud = CloudSession(
-            identity=self._identity, authorize=lambda key: Tenant("edge", Fingerprint.of(key)), info=_info, limits=LIMITS
+            identity=self._identity,
+            authorize=lambda key: Tenant("edge", Fingerprint.of(key)),
+            info=_info,
+            limits=LIMITS,
         )
         steps = self._draw.randint(1, FLIGHTS + MOST_MESSAGES)
         for _ in zip(range(steps), self._session(edge, cloud), strict=False):

@@ -12,7 +12,7 @@ import mmap
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +159,9 @@ def _written_parts(path: Path) -> Iterator[bytes]:
         os.close(descriptor)
 
 
-def files_below(*places: Path) -> Iterator[bytes]:
-    """The files of folders, and files, those that can be read; links are not followed."""
-    for place in places:
-        for path in [place, *place.rglob("*")] if place.is_dir() else [place]:
-            with contextlib.suppress(OSError):  # it is gone
-                if path.is_file() and not path.is_symlink():
-                    yield path.read_bytes()
+def files_below(*places: Path, wanted: Callable[[Path], bool] = lambda path: True) -> Iterator[bytes]:
+    """The files below folders, those that are wanted and can be read; links are not followed."""
+    for path in (path for place in places for path in place.rglob("*")):
+        with contextlib.suppress(OSError):  # it is gone
+            if wanted(path) and path.is_file() and not path.is_symlink():
+                yield path.read_bytes()
