@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure.framing import KEY_BYTES, TAG
 from isthmus.protocol.session import CloudSession, EdgeSession
 
-_SEALED_SECRET: Final = 1088 + 32 + handshake.KEY_BYTES + handshake.TAG
+_SEALED_SECRET: Final = 1088 + 32 + KEY_BYTES + TAG
 
 
 def _constant(count: int) -> bytes:
@@ -40,7 +41,7 @@ class _OneSealing:
 
     @staticmethod
     def decrypt(sealed: bytes, _key: Any, _info: bytes) -> bytes:
-        return sealed[-handshake.KEY_BYTES :]
+        return sealed[-KEY_BYTES:]
 
 
 @contextlib.contextmanager
@@ -48,7 +49,7 @@ def own_source() -> Iterator[None]:
     """The source of the project's own random bytes is constant: nonces of the handshake, its secret, session ids."""
     with contextlib.ExitStack() as stack:
         for side in (EdgeSession, CloudSession):
-            defaults = side.__init__.__kwdefaults__
+            defaults: dict[str, Any] = vars(side)["__init__"].__kwdefaults__
             stack.callback(defaults.update, random=defaults["random"])
             defaults["random"] = _constant
         yield

@@ -7,7 +7,6 @@ traffic secrets of sessions and the AES keys made of them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.hashes import SHA256

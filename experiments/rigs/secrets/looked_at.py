@@ -16,10 +16,9 @@ from isthmus.common.errors import UnreachableError
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.rigs.secrets.memory_scan import WINDOW
 from isthmus.experiments.rigs.secrets.ray_object import ray_object
-from isthmus.experiments.rigs.secrets.remains import HOME, OBJECT, TENANT, Place, new_name
+from isthmus.experiments.rigs.secrets.remains import HOME, OBJECT, SESSIONS, TENANT, Place, new_name
 from isthmus.protocol.enrolment import Quota
 
-SESSIONS = 64
 CONTROL_STORE = "ray_control_store"
 _ADDRESS = "--gcs-address="
 
@@ -63,7 +62,7 @@ def _control_store(cloud: LocalCloud) -> str:
     for pid in _processes(cloud).values():
         for word in psutil.Process(pid).cmdline():
             if word.startswith(_ADDRESS):
-                return word.removeprefix(_ADDRESS)
+                return str(word).removeprefix(_ADDRESS)
     raise UnreachableError(f"no process of Ray was started with {_ADDRESS}: another version of Ray?")
 
 

@@ -1,8 +1,8 @@
 """Looks for canaries: in the memory of processes, in files, and in what a server says.
 
-Of a process, all pages that it holds are read, also those that are swapped out. Files that several processes share
-without a name, such as Ray's object store, are read through a process that has them open. Reading makes no page that was
-not there before. Needs Linux, and to be the user of the process or root.
+Of a process, all pages that it holds are read, also those that are swapped out. Memory that several processes share,
+such as Ray's object store, is read through a process that has it open. Reading makes no page that was not there before.
+Needs Linux, and to be the user of the process or root.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -78,7 +79,7 @@ def _main(parent: Parent) -> None:
     served = _served(task)
     if threading.active_count() > 1:
         raise IsthmusError("a process with several threads must not fork: none may be started before")
-    ends: dict[Role, Callable[[dict[str, Any], Served], None]] = {"edge": _edge, "worker": _worker}
+    lives: dict[Role, Callable[[dict[str, Any], Served], None]] = {"edge": _edge, "worker": _worker}
     for number, question in enumerate(parent.questions()):
         if "kill" in question:
             os.kill(question["kill"], signal.SIGKILL)
@@ -88,7 +89,7 @@ def _main(parent: Parent) -> None:
         pid = os.fork()
         if not pid:
             log = Path(task["logs"]) / f"{role}-{os.getppid()}-{number}"
-            _live(lambda role=role: ends[role](task, served), log, source)
+            _live(partial(lives[role], task, served), log, source)
         parent.say(pid)
 
 

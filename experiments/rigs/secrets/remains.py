@@ -32,6 +32,8 @@ from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 SETTLE_SECONDS: Final = 4.0
 """After the end of the sessions: the engine trims its heap when it has been idle for a second."""
 END_SECONDS: Final = 60.0
+SESSIONS: Final = 2 * len(ACTIVATION_CODECS)
+"""That the edge may have at a time: one for each codec, and those that have not ended yet."""
 LOGS: Final = (".log", ".out", ".err")
 TENANT, HOME, OBJECT = "a tenant's name", "the home's path", "an object in Ray's store"
 CONTROLS: Final = {"logs": TENANT, "files": TENANT, "metrics": TENANT, "ray": OBJECT, "ray_control_store": HOME}
@@ -116,11 +118,11 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
 
 def _elsewhere(place: Place, scanner: Scanner) -> dict[str, Counter[str]]:
     """What is found in other places than the worker's memory, by place."""
-    logs, files = (
-        scanner.count(files_below(*place.folders, wanted=lambda path, logs=logs: (path.suffix in LOGS) == logs))
-        for logs in (True, False)
-    )
-    found = {"logs": logs, "files": files, "metrics": scanner.count(place.said())}
+    found = {
+        "logs": scanner.count(files_below(*place.folders, wanted=lambda path: path.suffix in LOGS)),
+        "files": scanner.count(files_below(*place.folders, wanted=lambda path: path.suffix not in LOGS)),
+        "metrics": scanner.count(place.said()),
+    }
     for name, pid in place.others().items():
         kind = name if name == "ray_control_store" else "ray" if name.startswith("ray") else "other processes"
         copies = scanner.count(memory_of(pid)) + scanner.count(shared_files_of(pid))
