@@ -26,6 +26,7 @@ from isthmus.cloud.control.worker_setup import EdgesFile, served_by
 from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.telemetry.logs import log_to
 from isthmus.common.errors import IsthmusError
 from isthmus.edge.client.link import connect
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
@@ -122,6 +123,8 @@ def _served(task: dict[str, Any]) -> Served:
 
 def _worker(task: dict[str, Any], served: Served) -> None:
     home, listen = Path(task["home"]), task["address"].removeprefix("isthmus://").partition("#")[0]
+
+    log_to(None)
 
     async def run() -> None:
         bounds = Bounds(engine=EngineOptions(batching=False))  # nothing is measured before it listens

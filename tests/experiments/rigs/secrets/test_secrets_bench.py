@@ -94,7 +94,7 @@ def test_bytes_are_found_in_memory_shared_memory_and_files(tmp_path: Path) -> No
     (tmp_path / "log").write_bytes(b"odd" + canary)
     assert scanner.count(files_below(tmp_path)) == Counter(planted=1)
     assert scanner.count(files_below(tmp_path, wanted=lambda path: path.suffix == ".log")) == Counter()
-    with tempfile.TemporaryFile(dir="/dev/shm") as shared:  # noqa: S108  # shared memory
+    with tempfile.TemporaryFile(dir="/dev/shm") as shared:
         shared.truncate(1 << 30)  # all but a page was never written
         shared.seek(1 << 20)
         shared.write(canary)
@@ -107,13 +107,16 @@ FREEING = """
 import ctypes, sys
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_size_t,), (ctypes.c_void_p,)
-copies = bytes(byte ^ 0x55 for byte in bytes.fromhex(sys.argv[1])) * 4  # the argument is not what is looked for
-blocks = [libc.malloc(len(copies)) for _ in range(500)]
+mark = bytearray.fromhex(sys.argv[1])  # the argument is not what is looked for
+for at in range(len(mark)):
+    mark[at] ^= 0x55
+blocks = [libc.malloc(4 * len(mark)) for _ in range(500)]
 for block in blocks:
-    ctypes.memmove(block, copies, len(copies))
-del copies
+    for at in range(4):
+        ctypes.memmove(block + at * len(mark), (ctypes.c_char * len(mark)).from_buffer(mark), len(mark))
 print(flush=True)
 sys.stdin.readline()
+mark[:] = bytes(len(mark))
 for block in blocks:
     libc.free(block)
 print(flush=True)
