@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from isthmus.common.errors import UnreachableError
+from isthmus.common.errors import IsthmusError, UnreachableError
 from isthmus.experiments.rigs.secrets.canaries import KEY, LEASED, SECRET, Captured
 from isthmus.experiments.rigs.secrets.memory_scan import (
     WINDOW,
@@ -91,7 +91,7 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
         _until_ended(place)
     after = scanner.count(memory_of(place.worker))
     for name, copies in _elsewhere(place, scanner).items():
-        found[name] += copies
+        found[name] = found.get(name, Counter()) + copies
     kinds = Counter(captured.canaries.values())
     rows = [
         {"kind": kind, "canaries": kinds[kind], "during": during[kind], "after": after[kind]} for kind in captured.kinds
@@ -125,7 +125,12 @@ def _elsewhere(place: Place, scanner: Scanner) -> dict[str, Counter[str]]:
     }
     for name, pid in place.others().items():
         kind = name if name == "ray_control_store" else "ray" if name.startswith("ray") else "other processes"
-        copies = scanner.count(memory_of(pid)) + scanner.count(shared_files_of(pid))
+        try:
+            copies = scanner.count(memory_of(pid)) + scanner.count(shared_files_of(pid))
+        except IsthmusError:
+            if Path(f"/proc/{pid}").exists():
+                raise
+            continue  # it has ended meanwhile
         found[kind] = found.get(kind, Counter()) + copies
     return found
 

@@ -52,9 +52,9 @@ class Restarts:
         self._address = str(ConnectionString("127.0.0.1", port, pin, False))
 
     def crash(self, crashes: int, advance: Callable[[], None]) -> dict[str, Any]:
-        """Kill and start again so many times; returns what was sealed, and where edges were killed."""
+        """Kill and start again so many times; returns what was sealed, and who was killed where."""
         logs = self._logs("good")
-        left = crashes
+        left, workers = crashes, 0
         while left:
             with self._nursery(logs) as nursery:
                 alive: list[tuple[Role, int]] = [("worker", nursery.bear("worker"))]
@@ -66,11 +66,13 @@ class Restarts:
                     role, pid = alive[at]
                     nursery.end(pid)
                     alive[at] = (role, nursery.bear(role))
+                    workers += role == "worker"
                     left -= 1
                     advance()
         sizes = [path.stat().st_size // PAIR for path in logs.iterdir() if path.name.startswith("edge")]
         return {
             "crashes": crashes,
+            "workers": workers,
             "processes": len(list(logs.iterdir())),
             "edges_in_handshake": sum(size <= HANDSHAKE_RECORDS for size in sizes),
             "edges_in_session": sum(size > HANDSHAKE_RECORDS for size in sizes),
