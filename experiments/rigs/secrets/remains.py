@@ -127,7 +127,7 @@ def _elsewhere(place: Place, scanner: Scanner) -> dict[str, Counter[str]]:
         kind = name if name == "ray_control_store" else "ray" if name.startswith("ray") else "other processes"
         try:
             copies = scanner.count(memory_of(pid)) + scanner.count(shared_files_of(pid))
-        except IsthmusError:
+        except (IsthmusError, OSError):
             if Path(f"/proc/{pid}").exists():
                 raise
             continue  # it has ended meanwhile
