@@ -171,4 +171,7 @@ def _write_texts(settings: ExtractionSettings, folder: Path) -> None:
     count = settings.steps * settings.batch
     texts = distinct_texts(settings.task, settings.data_folder, split.tokenizer, count, seed=settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "texts.jsonl", ({"text": split.tokenizer.decode(text.input_ids)} for text in texts))
+    write_jsonl(
+        folder / "texts.jsonl",
+        ({"text": split.tokenizer.decode(text.input_ids, skip_special_tokens=True)} for text in texts),
+    )

@@ -7,12 +7,10 @@ each with a prompt of its own. The loss on the non-members, on which nothing was
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError
