@@ -24,7 +24,7 @@ class PackageThiefSettings:
         method, keep: The emulator's recipe, and the share of the middle's layers that it keeps.
         steps, batch: Of every training run.
         edge_rate, whole_rate: Learning rates of the data owner, who trains the edge's layers, and of the thief.
-        test: Held-out documents.
+        validation, test: Documents that the thief chooses by, and held-out ones.
         precision: What training and scoring compute in.
         threads: Threads of torch; None for torch's choice.
     """
@@ -40,6 +40,7 @@ class PackageThiefSettings:
     batch: int = 8
     edge_rate: float = 3e-4
     whole_rate: float = 1e-4
+    validation: int = 64
     test: int = 100
     precision: str = "bf16"
     threads: int | None = None
@@ -95,6 +96,7 @@ def measure_package_thief(settings: PackageThiefSettings, folder: Path) -> Packa
             text=settings.text,
             precision=settings.precision,
             score_precision=settings.precision,
+            validation=settings.validation,
             test=settings.test,
             data_folder=settings.data_folder,
             device="cpu",

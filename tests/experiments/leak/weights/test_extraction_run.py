@@ -57,7 +57,7 @@ def test_what_cannot_be_extracted_is_said(recorded: tuple[Traffic, Path, Path], 
     traffic, out, _ = recorded
     with pytest.raises(DataError, match="no adapter at a site"):
         extraction_of(replace(traffic, asked=()), out, SETTINGS)
-    with pytest.raises(DataError, match="no LoRA at 7.self_attn.q_proj"):
+    with pytest.raises(DataError, match=r"no LoRA at 7\.self_attn\.q_proj"):
         true_product({}, (SiteSpec(7, "self_attn.q_proj"),), 1.0)
     with pytest.raises(ConfigError, match="steps = 1 gives nothing"):
         measure_extraction(replace(SETTINGS, steps=1), tmp_path)

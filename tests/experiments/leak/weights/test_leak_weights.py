@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,18 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_the_thief_is_the_tables(parts: dict[str, Any], tmp_path: Path) -> None:
-    settings = PackageThiefSettings(
-        **parts, adapter_layers="1:1", method="uniform", steps=3, batch=4, test=12, precision="fp32", threads=1
-    )
+    own: dict[str, Any] = {"steps": 3, "batch": 4, "test": 12, "validation": 6, "threads": 1}
+    settings = PackageThiefSettings(**parts, **own, adapter_layers="1:1", method="uniform", precision="fp32")
     found = measure_package_thief(settings, tmp_path / "ours")
-    same = {"seeds": 1, "learning_rates": "3e-4", "whole_rates": "1e-4", "max_length": 256, "whole_runs": False}
+    table = {"seeds": 1, "learning_rates": "3e-4", "whole_rates": "1e-4", "max_length": 256, "whole_runs": False}
     model, data = Path(parts["model"]), parts["data_folder"]
-    # All but the validation slice, which the table's own tests have smaller.
-    (row,) = run_table(table_settings(model, data, tmp_path / "theirs", **same, validation=64 - 38))["runs"]
-    assert set(asdict(found)) >= {"thief_loss", "plug_in_recovery", "share_given_away"}
+    (row,) = run_table(table_settings(model, data, tmp_path / "theirs", **own, **table))["runs"]
+    assert found.thief_loss == row["thief"]
+    assert found.plug_in_loss == row["plug_in"] != row["thief"]
+    assert (found.loss, found.emulator_loss) == (row["full_zero_shot"], row["emulator_zero_shot"])
     assert found.share_given_away == row["share_given_away"] == 0.5
-    assert found.loss == row["full_zero_shot"]
-    assert found.emulator_loss == row["emulator_zero_shot"]
-    assert found.thief_loss != found.plug_in_loss
+    with pytest.raises(ConfigError, match="give 2 rows"):
+        measure_package_thief(replace(settings, method="uniform,importance"), tmp_path / "ours")
 
 
 def test_what_is_finished_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Any) -> None:
