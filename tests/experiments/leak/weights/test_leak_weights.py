@@ -16,7 +16,11 @@ from isthmus.experiments.leak.weights.extraction_run import ExtractionResult
 from isthmus.experiments.leak.weights.leak_weights import run_leak_weights, show
 from isthmus.experiments.leak.weights.leak_weights_settings import PARTS, LeakWeightsSettings
 from isthmus.experiments.leak.weights.membership_run import AttackedMembership, MembershipResult, MembershipRun
-from isthmus.experiments.leak.weights.package_thief import PackageThiefSettings, measure_package_thief
+from isthmus.experiments.leak.weights.package_thief import (
+    PackageThiefResult,
+    PackageThiefSettings,
+    measure_package_thief,
+)
 from isthmus.experiments.leak.weights.span_theft import TheftResult, TheftRun
 from isthmus.experiments.offsite.table import run_table
 from isthmus.privacy.measures.bootstrap import Interval
@@ -84,13 +88,10 @@ def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
         "theft": TheftResult(12.345, 12.345, (TheftRun(10000, 1000000, 12.345, -1.2345),)),
-        "package": {
-            **{f"{name}_loss": 12.345 for name in ("emulator", "reference", "plug_in", "thief")},
-            **{"loss": 12.345, "plug_in_recovery": -1.23, "thief_recovery": None, "share_given_away": 0.5},
-        },
+        "package": PackageThiefResult(12.345, 12.345, 12.345, 12.345, 12.345, -1.23, None, 0.5),
     }
     assert tuple(results) == PARTS
-    show({name: each if isinstance(each, dict) else asdict(each) for name, each in results.items()})  # type: ignore[call-overload]
+    show({name: asdict(each) for name, each in results.items()})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("epsilon 6.54 at delta 1e-05" in line for line in lines)
