@@ -25,6 +25,7 @@ from isthmus.experiments.leak.weights.span_theft import TheftResult, TheftRun
 from isthmus.experiments.offsite.table import run_table
 from isthmus.privacy.measures.bootstrap import Interval
 
+PROMISED = "the adapters, of each example; the messages have none"
 SOME = Interval(1.234567, 0.123456, 12.345678)
 ATTACKED = tuple(AttackedMembership(name, SOME, SOME) for name in ("membership-loss", "membership-calibrated"))
 
@@ -49,7 +50,7 @@ def test_the_thief_is_the_tables(parts: dict[str, Any], tmp_path: Path) -> None:
     assert found.plug_in_loss == row["plug_in"] != row["thief"]
     assert (found.loss, found.emulator_loss) == (row["full_zero_shot"], row["emulator_zero_shot"])
     assert found.share_given_away == row["share_given_away"] == 0.5
-    with pytest.raises(ConfigError, match="give 2 rows"):
+    with pytest.raises(ConfigError, match="name several: name one of each"):
         measure_package_thief(replace(settings, method="uniform,importance"), tmp_path / "ours")
 
 
@@ -83,7 +84,7 @@ def test_settings_that_make_no_sense_are_refused_before_the_work(tmp_path: Path,
 
 def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     run = MembershipRun(None, None, None, None, 1.0, SOME, SOME, ATTACKED)
-    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, "the adapters", 0.7654, SOME, SOME, ATTACKED)
+    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, PROMISED, 0.7654, SOME, SOME, ATTACKED)
     results = {
         "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
