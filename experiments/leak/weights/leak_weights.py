@@ -5,6 +5,7 @@ Each result is a cell in `out`, by the settings that it depends on, so an interr
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -126,7 +127,8 @@ def _show_membership(found: Mapping[str, Any]) -> None:
     for run in found["runs"]:
         print(f"  {run['defence'] or 'no defence'}: loss {_interval(run['loss'])}")
         if run["epsilon"] is not None:
-            print(f"    epsilon {run['epsilon']:.3g} at delta {run['delta']:g}, of {run['guarantee']}")
+            promised = f"epsilon {run['epsilon']:.3g} at delta {run['delta']:g}, of {run['guarantee']}"
+            print(textwrap.fill(promised, 80, initial_indent="    ", subsequent_indent="    "))
         print(line("", "AUC", "found at 1 % false"))
         for each in run["attacks"]:
             print(line(f"    {each['attack']}", _interval(each["auc"]), _interval(each["true_positive_rate"])))
