@@ -104,7 +104,7 @@ def _budgets(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--calls {text!r} is no list of numbers: write 0,50,400 for example") from None
+        raise ConfigError(f"--calls {text!r} is no list of numbers: write 0,50,300 for example") from None
 
 
 def _plain(value: Any) -> Any:
