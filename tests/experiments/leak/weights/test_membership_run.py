@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cloud.train_runs import cloud_for_runs
-from support.models.distinct_texts import distinct_task
 from support.models.tiny import tiny_checkpoint
+from support.privacy.distinct_texts import distinct_task
 
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.edge.data.batches import load_data
