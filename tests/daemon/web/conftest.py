@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from fastapi.testclient import TestClient
-from support.daemon.access_parts import client_of, context_in
+from support.daemon.web.access_parts import client_of, context_in
 
 from isthmus.daemon.web.context import Context
 

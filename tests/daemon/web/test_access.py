@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from support.daemon.access_parts import ERRORS, Everybody, client_of, context_in, empty, error_of, in_a_loop, sent_by
+from support.daemon.web.access_parts import (
+    ERRORS,
+    Everybody,
+    client_of,
+    context_in,
+    empty,
+    error_of,
+    in_a_loop,
+    sent_by,
+)
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.state.owners import give_token

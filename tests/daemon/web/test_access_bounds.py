@@ -12,7 +12,7 @@ import pytest
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
-from support.daemon.access_parts import Everybody, empty, error_of, in_a_loop, routes, sent_by
+from support.daemon.web.access_parts import Everybody, empty, error_of, in_a_loop, routes, sent_by
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.web import access
