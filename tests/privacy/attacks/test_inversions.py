@@ -15,7 +15,7 @@ from isthmus.privacy.attacks.ridge_inversion import RidgeInversion
 
 
 # The model is random, and its states have 32 channels, so that one layer hides more than it does in a real model; there
-# are 256 tokens. The three find 0.20, 0.75 and 0.82 of them: the first knows the table of embeddings alone. The inverter
+# are 256 tokens. The three find 0.20, 0.75 and 0.82 of them: the first knows the table of embeddings alone. The last
 # has 40 steps on 50 texts, and finds no more with 160.
 @pytest.mark.parametrize(
     ("attack", "enough"), [(NearestNeighbour(), 0.15), (RidgeInversion(), 0.7), (LearnedInverter(), 0.7)]
