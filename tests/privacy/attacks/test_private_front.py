@@ -27,13 +27,13 @@ def test_a_tuned_front_is_read_with_the_base_weights_and_better_with_known_texts
     edges = tuned_front(model, 0.1)
     case = attacked(model=model, edges_front=edges).knowing(private_front=True)
     alone = case.accuracy(case.attack(VocabularyMatching()))
-    assert alone > 0.5
+    assert 0.6 < alone < 0.7  # the weights have moved by far more than tuning does: there has to be something to gain
 
     random = torch.Generator().manual_seed(5)
-    texts = [torch.randint(3, VOCAB, (60,), generator=random) for _ in range(8)]
+    texts = [torch.randint(3, VOCAB, (60,), generator=random) for _ in range(16)]
     known = case.knowing(known=tuple((text, edges.states(text)) for text in texts))
     fitted = known.knowing(front=fit_front(known.knowledge).front)
-    assert fitted.accuracy(fitted.attack(VocabularyMatching())) > alone + 0.1
+    assert fitted.accuracy(fitted.attack(VocabularyMatching())) > 0.95
 
     # The control: known texts that are not what came of them teach nothing.
     mixed = known.knowing(known=tuple((text, edges.states(text.flip(0))) for text in texts))
