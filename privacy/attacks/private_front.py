@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.attacks.attack import Knowledge
 
-_STEPS = 300
 _RATE = 3e-3
 _RANK = 8
 _JUDGED = 4  # one known text in so many is not fitted to
@@ -45,8 +44,8 @@ def fit_front(knowledge: Knowledge) -> Knowledge:
     weights = [weight for weight in front.layers.parameters() if weight.requires_grad]
     spread = torch.cat([hidden[1:] for _, hidden in fitted]).std(0).clamp_min(1e-6)
     optimizer = torch.optim.Adam(weights, lr=_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS, pct_start=0.1)
-    for step in range(_STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=knowledge.front_steps, pct_start=0.1)
+    for step in range(knowledge.front_steps):
         tokens, hidden = fitted[step % len(fitted)]
         expected = front.states(tokens, graph=True)
         if knowledge.defence is not None:
