@@ -37,11 +37,11 @@ def test_a_tuned_front_is_read_with_the_base_weights_and_better_with_known_texts
     assert fitted.accuracy(fitted.attack(VocabularyMatching())) > alone + 0.1
 
     def far(front: Front) -> float:
-        return float((front.states(other) - edges.states(other)).norm())
+        return float((front.states(other) - edges.states(other))[1:].norm())
 
     # The control: known texts that are not what came of them teach nothing.
     mixed = known.knowing(known=tuple((text, edges.states(text.flip(0))) for text in texts))
-    assert far(fitted.knowledge.front) < far(case.knowledge.front) / 2 < far(fit_front(mixed.knowledge).front)
+    assert far(fitted.knowledge.front) < far(case.knowledge.front) < far(fit_front(mixed.knowledge).front)
 
 
 def test_one_known_text_is_too_few() -> None:
