@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -20,17 +21,32 @@ UNKNOWN = -1
 """Stands in a guess where there is no token or none is guessed."""
 
 
-class KnownDefence(Protocol):
-    """What the attacker knows of a defence that changes hidden states before they are sent.
+class KnownDefence:
+    """What the attacker knows of a defence; as it is here, it changes nothing.
 
-    Both take and give `[batch, sequence, h]`.
+    All take and give `[batch, sequence, h]`. What is random is drawn anew, from torch's random numbers.
+
+    Attributes:
+        on_embeddings: Whether `embedded` changes anything.
     """
 
+    on_embeddings: bool = False
+
+    def embedded(self, embedded: Tensor) -> Tensor:
+        """What the edge would give to its first layer."""
+        return embedded
+
     def send(self, hidden: Tensor) -> Tensor:
-        """What the edge would send, with noise of the attacker's own drawing."""
+        """What the edge would send of hidden states at the cut."""
+        return hidden
 
     def expect(self, hidden: Tensor) -> Tensor:
         """The mean of what the edge would send."""
+        return hidden
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """What the edge would send of the gradient at the span's output."""
+        return gradient
 
 
 class PublicText(NamedTuple):
@@ -63,6 +79,7 @@ class Knowledge:
             `[n, h]` that came.
         defence: What is known of the defence; None for none.
         inverter_steps: Steps that the learned inverter is trained for.
+        front_steps: Steps that a private front is fitted for.
         seed: Of whatever is drawn.
     """
 
@@ -76,6 +93,7 @@ class Knowledge:
     known: tuple[tuple[Tensor, Tensor], ...] = ()
     defence: KnownDefence | None = None
     inverter_steps: int = 240
+    front_steps: int = 300
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,19 +114,48 @@ class Knowledge:
         for number, tokens in enumerate(self.public):
             if len(tokens) > 1:
                 exact = self.front.states(tokens)
-                texts.append(PublicText(tokens, exact, self.sent(exact, number)))
+                texts.append(PublicText(tokens, exact, self.sent(tokens, exact, number)))
         return tuple(texts)
 
     def expect(self, hidden: Tensor) -> Tensor:
         """What comes of hidden states `[n, h]` on average, `[n, h]`."""
         return hidden if self.defence is None else self.defence.expect(hidden[None])[0]
 
-    def sent(self, hidden: Tensor, number: int) -> Tensor:
-        """What a cloud would have once an edge had sent `[n, h]`, `[n, h]`; another number draws other noise."""
-        with torch.random.fork_rng(devices=[]):
+    def sent(self, tokens: Tensor, exact: Tensor, number: int) -> Tensor:
+        """What a cloud would have once an edge had sent a text `[n]`, `[n, h]`; another number draws other noise.
+
+        Args:
+            exact: The text's hidden states at the cut, `[n, h]`.
+        """
+        with self._passing(number) as noisy:
+            return self._arrived((self.front.states(tokens) if noisy else exact)[None])[0]
+
+    def sent_alone(self, tokens: Tensor) -> Tensor:
+        """What a cloud would have once an edge had sent each of these tokens `[m]` as a text of its own, `[m, h]`."""
+        with self._passing(int(tokens[0])):
+            states = self.front.candidates(self.front.begin(), tokens, torch.tensor(0))
+            return self._arrived(states[:, None])[:, 0]
+
+    def sent_gradient(self, gradient: Tensor, number: int) -> Tensor:
+        """The same of a gradient at the span's output, `[1, n, h]`."""
+        with self._passing(number):
+            if self.defence is not None:
+                gradient = self.defence.gradient(gradient)
+        return decode(encode(gradient, self.codec, Role.GRADIENT))
+
+    def _arrived(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[batch, n, h]` through defence and codec."""
+        sent = hidden if self.defence is None else self.defence.send(hidden)
+        return decode(encode(sent, self.codec, Role.ACTIVATION))
+
+    @contextmanager
+    def _passing(self, number: int) -> Iterator[bool]:
+        """Draw the noise of a pass, that of embeddings in the front; gives whether there is such noise."""
+        with torch.random.fork_rng(devices=[]), ExitStack() as noisy:
             torch.manual_seed(self.seed * 1_000_003 + number)
-            sent = hidden[None] if self.defence is None else self.defence.send(hidden[None])
-        return decode(encode(sent, self.codec, Role.ACTIVATION))[0]
+            if self.defence is not None and self.defence.on_embeddings:
+                noisy.enter_context(self.front.changed_embedding(self.defence.embedded))
+            yield self.defence is not None and self.defence.on_embeddings
 
     def with_front(self, front: Front) -> Knowledge:
         """The same with another front."""

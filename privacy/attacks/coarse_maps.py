@@ -70,10 +70,8 @@ class RidgeMap:
         self._later = _solve(
             torch.cat([text.sent[1:] for text in texts]), embedding[torch.cat([text.tokens[1:] for text in texts])]
         )
-        first, front = first_tokens(knowledge)[:_FIRST_TOKENS], knowledge.front
-        states = [front.candidates(front.begin(), tokens, torch.tensor(0)) for tokens in torch.split(first, _FEW)]
-        # Each is sent as a text of one token.
-        sent = torch.cat([knowledge.sent(state[None], number) for number, state in enumerate(torch.cat(states))])
+        first = first_tokens(knowledge)[:_FIRST_TOKENS]
+        sent = torch.cat([knowledge.sent_alone(tokens) for tokens in torch.split(first, _FEW)])
         self._first = _solve(sent, embedding[first])
 
     def scores(self, hidden: Tensor) -> Tensor:

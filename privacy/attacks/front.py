@@ -11,6 +11,8 @@ forward of a thousand positions.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,6 +109,15 @@ class Front:
     def counted(self, columns: Tensor) -> Tensor:
         """The positions that the model counts by itself for tokens in these columns of a padded row, `[n]`."""
         return torch.arange(len(columns)) if self._counts_tokens else columns
+
+    @contextmanager
+    def changed_embedding(self, made: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block runs, the first layer gets what is made of the embedding's `[1, n, e]`."""
+        hook = self._base.get_input_embeddings().register_forward_hook(lambda _, __, embedded: made(embedded))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def states(self, tokens: Tensor, *, graph: bool = False) -> Tensor:
         """Hidden states at the cut, `[n, h]`, of a text `[n]`; with `graph`, gradients flow to the layers.
