@@ -140,7 +140,7 @@ class AuditSettings:
     model: flags.Model = "smollm2-135m"
     edge_layers: flags.EdgeLayers = "2:2"
     honest: Annotated[int, Option(min=8, help="Calls of honest clouds, in all.")] = 10_000
-    calls: Annotated[int, Option(min=4, help="Calls of each tenant at each lying cloud.")] = 100
+    calls: Annotated[int, Option(min=4, help="Calls of each tenant at each lying cloud.")] = 60
     share: Annotated[float, Option(min=0.001, max=1, help="Of the calls that a lying cloud alters.")] = 0.1
     sample: Annotated[int, Option(min=1, help="Calls that an audit computes again.")] = 10
     trials: Annotated[int, Option(min=1, help="Audits of each lying cloud.")] = 400
@@ -148,7 +148,7 @@ class AuditSettings:
     seq: Annotated[int, Option(min=5, help="Tokens of a sequence at most; short, for many calls.")] = 16
     measured: Annotated[
         int, Option(min=2, help="Calls of each tenant that a threshold is measured on, and that are judged by it.")
-    ] = 100
+    ] = 50
     cost_batch: Annotated[int, Option(min=1, help="Sequences of a step whose time is measured.")] = 4
     cost_seq: Annotated[int, Option(min=5, help="Tokens of their sequences.")] = 64
     cost_steps: Annotated[int, Option(min=1, help="Such steps, with a transcript and without.")] = 12

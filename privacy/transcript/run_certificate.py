@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,12 @@ _LABEL = b"isthmus v1 run certificate\0"
 _VERSION = 1
 
 
+Leak = Mapping[str, str | int | float]
+"""What was measured of what a cloud can learn: names, and texts or numbers."""
+
+
 def write_certificate(
-    path: Path, transcript: Transcript, adapter: Path, key: Ed25519PrivateKey, leak: str | None = None
+    path: Path, transcript: Transcript, adapter: Path, key: Ed25519PrivateKey, leak: Leak | None = None
 ) -> dict[str, Any]:
     """Write a run's certificate; returns what it says.
 
@@ -36,7 +41,7 @@ def write_certificate(
         transcript: The run's, checked.
         adapter: The adapter's folder.
         key: The edge's key, which signs.
-        leak: What was measured of what the cloud can learn, in a line; None where nothing was.
+        leak: What was measured of what the cloud can learn, by name; None where nothing was.
 
     Raises:
         DiskError: It cannot be written.
@@ -53,7 +58,7 @@ def write_certificate(
         "exchanges": transcript.exchanges,
         "unsigned": transcript.unsigned,
         "adapter": folder_digest(adapter).hex(),
-        "leak": leak,
+        "leak": None if leak is None else dict(leak),
         "edge": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
     }
     signed = {**said, "signature": base64.b64encode(key.sign(_signed(said))).decode()}
@@ -79,15 +84,15 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
             raise ValueError(f"version {said['version']}")
         said["edge"] = base64.b64encode(edge).decode()
         Ed25519PublicKey.from_public_bytes(edge).verify(signature, _signed(said))
-        wanted, made = said["transcript"], said["adapter"]
+        wanted, made, exchanges = str(said["transcript"]), said["adapter"], said["exchanges"]
     except InvalidSignature as error:
         raise TranscriptError(f"{path} was changed: the edge's signature under it does not verify") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TranscriptError(f"{path} is no certificate of a run: {error!r}") from error
     if wanted != transcript.digest.hex():
         raise TranscriptError(
             f"{path} is of the transcript {wanted[:16]}, and this one is {transcript.digest.hex()[:16]} "
-            f"({transcript.exchanges} exchanges; the certificate has {said['exchanges']}): one was cut or changed"
+            f"({transcript.exchanges} exchanges; the certificate has {exchanges}): one was cut or changed"
         )
     if adapter is not None and made != folder_digest(adapter).hex():
         raise TranscriptError(f"{path} is of another adapter than {adapter}")
