@@ -132,10 +132,12 @@ def read_sample(folder: Path) -> Iterator[SampledCall]:
         raise ConfigError(f"{folder} has no calls to replay: train with --audit-sample MIB")
     for path in paths:
         try:
-            _, session, exchange = path.stem.split("-")
-            call = _call(bytes.fromhex(session), int(exchange), _unpacked(path.read_bytes()))
+            data = path.read_bytes()
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}): it is a call of a run's sample") from error
+        try:
+            _, session, exchange = path.stem.split("-")
+            call = _call(bytes.fromhex(session), int(exchange), _unpacked(data))
         except (RemoteProtocolError, struct.error, ValueError) as error:
             raise TranscriptError(f"{path} is no sampled call: {error}") from error
         yield call
