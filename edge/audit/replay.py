@@ -49,7 +49,7 @@ def check_same_model(wanted: Session, model: str, plan: str, span_dtype: str, at
     theirs = (model, plan, span_dtype, attention)
     if ours != theirs:
         run, other = (f"{a[0][:16]} split {a[1]} in {a[2]} with {a[3]} attention" for a in (ours, theirs))
-        raise CheckpointError(f"the run is of model {run}, and {who} has {other}: nothing can be compared")
+        raise CheckpointError(f"the run is of model {run}, and {who} has {other}: replay at one with the former")
 
 
 class CloudReplayer:

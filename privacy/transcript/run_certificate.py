@@ -99,8 +99,10 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
         wanted, made, exchanges, cloud = (said[name] for name in ("transcript", "adapter", "exchanges", "cloud"))
     except InvalidSignature as error:
         raise TranscriptError(f"{path} was changed: the edge's signature under it does not verify") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TranscriptError(f"{path} is no certificate of a run: {error!r}") from error
+    except KeyError as error:
+        raise TranscriptError(f"{path} is no certificate of a run: {error} is missing") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise TranscriptError(f"{path} is no certificate of a run: {error}") from error
     if wanted != transcript.digest.hex():
         raise TranscriptError(
             f"{path} is of the transcript {str(wanted)[:16]}, and this one is {transcript.digest.hex()[:16]} "

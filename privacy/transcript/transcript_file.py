@@ -140,8 +140,10 @@ def read_transcript(path: Path, root: Fingerprint | None = None) -> Transcript:
             root = _take(sessions, line, root)
         except TranscriptError as error:
             raise TranscriptError(f"{path}, line {number}: {error}") from error
-        except (LookupError, TypeError, ValueError) as error:
-            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {error!r}") from error
+        except KeyError as error:
+            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {error}") from error
     return Transcript(tuple(sessions.values()), root if any(each.signed for each in sessions.values()) else None)
 
 
@@ -160,7 +162,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise TranscriptError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(said, dict):
-            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {type(said).__name__}")
+            raise TranscriptError(f"{path}, line {number} is no line of a transcript: it is a {type(said).__name__}")
         yield number, said
 
 
