@@ -47,7 +47,7 @@ class Verified:
             "sessions": str(self.sessions),
             "exchanges": f"{self.exchanges}, of which the cloud has signed {self.exchanges - self.unsigned}",
             "cloud": self.root or "has signed nothing",
-            "certificate": "none" if self.edge is None else f"signed by the edge {self.edge}",
+            "certificate": "none" if self.edge is None else f"of the edge {self.edge}",
             "adapter": "the one of the certificate" if self.adapter else "not compared",
         }
         if self.leak is not None:
