@@ -128,6 +128,7 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench chaos --kinds worker_killed --tenants 1 --steps 60 --seconds 90 --json
 	$(BIN)/isthmus bench chaos --soak --seconds 1800 --json
 	$(BIN)/isthmus bench abuse --json
+	$(BIN)/isthmus bench audit --json
 	$(BIN)/isthmus bench tenants --n 8 --figure docs/figures/tenants.png --json
 	$(BIN)/isthmus bench qos --json
 	$(BIN)/isthmus bench daemon --json

@@ -22,7 +22,10 @@ def verify(
         list[Path], typer.Argument(help="Transcripts, or folders of runs: RUN stands for RUN/transcript.jsonl.")
     ],
     root: Annotated[
-        str | None, typer.Option(help="Fingerprint of the root key that the cloud must have: SHA256:….")
+        str | None,
+        typer.Option(
+            help="Fingerprint of the root key that must have certified the workers: SHA256:…. Without it, any may have."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -33,6 +36,7 @@ def verify(
 
     Example: isthmus audit verify run
     """
+    from isthmus.common.terminal import plain
     from isthmus.privacy.transcript.verified_run import verify_run
     from isthmus.protocol.secure.keys import Fingerprint
 
@@ -42,4 +46,4 @@ def verify(
         typer.echo(json.dumps([each.to_json() for each in found]))
         return
     for each in found:
-        typer.echo(each.line())
+        typer.echo(plain(each.lines()))

@@ -72,7 +72,7 @@ def train_over(
             wire.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
             *watchers,
         )
-        evidence = RunEvidence(wire.links, config)
+        evidence = RunEvidence(wire.links, config, progress.message)
         with (
             cache_of(link, config, tuned),
             contextlib.closing(evidence),

@@ -42,20 +42,27 @@ def run_audit(run: Path, config: AuditCommandConfig) -> AuditReport:
 
 
 def lines(report: AuditReport) -> str:
-    """The report in a few lines."""
-    chances = ", ".join(f"{float(share):.1%} of calls: {caught:.1%}" for share, caught in report.caught.items())
+    """The report for a person, within 80 columns."""
+    close = report.replayed - report.identical - len(report.lies)
     said = [
-        f"replayed {report.replayed} of {report.calls} calls: {report.identical} same bits, {len(report.lies)} lies",
-        f"would have met a cloud that alters {chances}",
+        f"replayed {report.replayed} of {report.calls} calls",
+        f"  {report.identical:6} have the same bits",
+        f"  {close:6} are within the threshold",
+        f"  {len(report.lies):6} are others",
+        "probability that such an audit finds a cloud that alters",
+        *(f"  {float(share):6.1%} of the calls: {caught:.1%}" for share, caught in report.caught.items()),
     ]
+    if not close:
+        del said[2]
     if report.skipped:
-        said.append(f"{report.skipped} calls of the sample could not be replayed here")
+        said.append(f"{report.skipped} calls of the sample could not be replayed here: ask a cloud, with --cloud")
     if report.unsigned:
         said.append(f"{report.unsigned} exchanges are without the cloud's signature: their sessions broke")
     if report.first_lie is not None:
         lie = report.first_lie
         signed = "signed by the cloud" if lie.signed else "not signed"
-        said.append(f"first lie: {lie.question.lower()} call {lie.call}, step {lie.step}, {signed}")
+        apart = "another shape" if lie.distance is None else f"distance {lie.distance:.2g}"
+        said.append(f"first lie: {lie.question.lower()} call {lie.call}, step {lie.step}, {signed}, {apart}")
         said.append(f"  expected {lie.expected}")
         said.append(f"  found    {lie.found}")
     return "\n".join(said)

@@ -8,6 +8,7 @@ the largest, over their tensors, of |a - b| / |b| in Euclidean norms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -68,7 +69,7 @@ class AuditReport:
         largest_distance: Of the answers that were no lies.
         threshold: By which they were judged; None for bits.
         unsigned: Exchanges of the run that the cloud has not signed.
-        caught: For shares of altered calls, how likely this audit was to meet one.
+        caught: For shares of altered calls, one call at least, how likely this audit was to meet one.
     """
 
     calls: int
@@ -154,7 +155,7 @@ def audit(
         largest,
         threshold,
         transcript.unsigned,
-        {f"{share:g}": probability_of_catching(count, round(share * count), replayed) for share in SHARES},
+        {f"{share:g}": probability_of_catching(count, math.ceil(share * count), replayed) for share in SHARES},
     )
 
 

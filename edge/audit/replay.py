@@ -17,7 +17,7 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.numerics import numerics
 from isthmus.backbone.split.span import DTYPES, FrozenSpan, load_span
-from isthmus.common.errors import CheckpointError, ConfigError, UnsupportedCallError
+from isthmus.common.errors import CheckpointError, UnsupportedCallError
 from isthmus.edge.client.link import Link
 from isthmus.edge.witness.audit_sample import SampledCall
 from isthmus.privacy.transcript.chain import Session
@@ -49,7 +49,7 @@ def check_same_model(wanted: Session, model: str, plan: str, span_dtype: str, at
     theirs = (model, plan, span_dtype, attention)
     if ours != theirs:
         run, other = (f"{a[0][:16]} split {a[1]} in {a[2]} with {a[3]} attention" for a in (ours, theirs))
-        raise CheckpointError(f"the run is of model {run}, and {who} has {other}: nothing can be compared")
+        raise CheckpointError(f"the run is of model {run}, and {who} has {other}: replay at one with the former")
 
 
 class CloudReplayer:
@@ -134,20 +134,3 @@ class LocalReplayer:
         positions = None if inputs.position_ids is None else decode(inputs.position_ids).long()
         hidden = decode(inputs.hidden).to(self._dtype, copy=True).requires_grad_(wanted)
         return hidden, self._span(hidden, mask, positions)
-
-
-class PreciseReplayer(LocalReplayer):
-    """The same model in fp64: other numerics than any worker's, by which thresholds can be measured on any machine.
-
-    Raises:
-        ConfigError: The run's weights were quantized, or it was computed in another dtype than fp32.
-    """
-
-    def __init__(self, folder: Path, session: Session, threads: int) -> None:
-        if session.span_dtype != "fp32":
-            raise ConfigError(f"a run in {session.span_dtype} cannot be replayed in fp64: fp32 is needed")
-        super().__init__(folder, session, threads)
-        span = self._span
-        self._dtype = torch.float64
-        self._span = FrozenSpan(span.base.double(), span.layer_span, span.config, span.hidden_size, self._dtype)
-        self._numerics = self._numerics.replace("fp32", "fp64", 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from isthmus.edge.client.link import Link
@@ -21,10 +21,11 @@ class RunEvidence:
     Args:
         links: All of them.
         config: The run's.
+        tell: Is told what there is in the end, in a line.
     """
 
-    def __init__(self, links: Sequence[Link], config: TrainConfig) -> None:
-        self._links, self._config = links, config
+    def __init__(self, links: Sequence[Link], config: TrainConfig, tell: Callable[[str], None]) -> None:
+        self._links, self._config, self._tell = links, config, tell
 
     def begin(self) -> None:
         """Note what crosses from now on."""
@@ -51,6 +52,8 @@ class RunEvidence:
         transcript = read_transcript(config.out / TRANSCRIPT_FILE, self._links[0].pin)
         key = load_edge((config.key or DEFAULT_KEY).expanduser())
         write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key)
+        signed = f"{transcript.exchanges - transcript.unsigned} of {transcript.exchanges} exchanges"
+        self._tell(f"the cloud has signed {signed}: {TRANSCRIPT_FILE} and {CERTIFICATE_FILE} in {config.out}")
 
     def close(self) -> None:
         """Have the cloud sign, and note nothing any more. Raises TranscriptError as `finish` does."""

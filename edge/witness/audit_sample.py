@@ -131,12 +131,26 @@ def read_sample(folder: Path) -> Iterator[SampledCall]:
     if not paths:
         raise ConfigError(f"{folder} has no calls to replay: train with --audit-sample MIB")
     for path in paths:
-        _, session, exchange = path.stem.split("-")
         try:
-            *adapters, question, answer = _unpacked(path.read_bytes())
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}): it is a call of a run's sample") from error
+        try:
+            _, session, exchange = path.stem.split("-")
+            call = _call(bytes.fromhex(session), int(exchange), _unpacked(data))
         except (RemoteProtocolError, struct.error, ValueError) as error:
             raise TranscriptError(f"{path} is no sampled call: {error}") from error
-        yield SampledCall(bytes.fromhex(session), int(exchange), tuple(adapters), question, answer)  # type: ignore[arg-type]
+        yield call
+
+
+def _call(session: bytes, exchange: int, messages: Sequence[m.Message]) -> SampledCall:
+    *before, question, answer = messages
+    adapters = tuple(each for each in before if isinstance(each, m.Sites | m.Lease))
+    if len(adapters) != len(before):
+        raise ValueError("what stands before the question is no adapter")
+    if not isinstance(question, m.Forward | m.Backward) or not isinstance(answer, m.ForwardReply | m.BackwardReply):
+        raise ValueError(f"{type(question).__name__} and {type(answer).__name__} are no call and its answer")
+    return SampledCall(session, exchange, adapters, question, answer)
 
 
 def packed(message: m.Message) -> bytes:

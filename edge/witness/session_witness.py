@@ -55,9 +55,11 @@ class Witness:
         if exchange is not None:
             self._log.exchange(chain.session, chain.exchanges, exchange)
         elif self._sample is not None and isinstance(question, ADAPTERS):
-            if isinstance(question, m.Lease):  # of which the cloud has one
-                self._adapters = {key: kept for key, kept in self._adapters.items() if key[0] is not m.Lease}
-            self._adapters[type(question), question.number] = packed(question)  # its weights change in their places
+            kind = type(question)
+            known = [key for key in self._adapters if key[0] is kind]
+            if len(known) >= (1 if kind is m.Lease else m.MAX_LISTS):  # as many as the cloud keeps
+                del self._adapters[known[0]]
+            self._adapters[kind, question.number] = packed(question)  # its weights change in their places
         self._questions += isinstance(answer, m.SiteQuestion)
 
     def settle(self, ask: Ask, call: m.Message, answer: m.Message, whole: Callable[[m.Message], m.Message]) -> None:

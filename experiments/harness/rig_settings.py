@@ -129,9 +129,10 @@ class AbuseSettings:
 class AuditSettings:
     """Let clouds lie in some of their answers, and audit them; audit honest ones, and count false alarms.
 
-    Two tenants call each cloud at the same time, and each of their calls is computed again by another worker. Exits
-    with 1 where an altered answer is not found, an honest one is accused, or audits of a sample catch lying clouds more
-    or less often than the formula says.
+    Tenants call each cloud at the same time, and each of their calls is computed again by another worker, and some by
+    one with other numerics, by a threshold. Exits with 1 where an altered answer is not found, an honest one is
+    accused, a forged transcript verifies, or audits of a sample catch lying clouds more or less often than the formula
+    says. With --keep, an interrupted measurement goes on.
 
     Example: isthmus bench audit --json
     """
@@ -139,12 +140,15 @@ class AuditSettings:
     model: flags.Model = "smollm2-135m"
     edge_layers: flags.EdgeLayers = "2:2"
     honest: Annotated[int, Option(min=8, help="Calls of honest clouds, in all.")] = 10_000
-    calls: Annotated[int, Option(min=4, help="Calls of each tenant at each lying cloud.")] = 100
+    calls: Annotated[int, Option(min=4, help="Calls of each tenant at each lying cloud.")] = 60
     share: Annotated[float, Option(min=0.001, max=1, help="Of the calls that a lying cloud alters.")] = 0.1
     sample: Annotated[int, Option(min=1, help="Calls that an audit computes again.")] = 10
-    trials: Annotated[int, Option(min=1, help="Audits of each lying cloud.")] = 1000
+    trials: Annotated[int, Option(min=1, help="Audits of each lying cloud.")] = 400
     batch: Annotated[int, Option(min=1, help="Sequences of a call.")] = 1
-    seq: Annotated[int, Option(min=5, help="Tokens of a sequence at most.")] = 16
+    seq: Annotated[int, Option(min=5, help="Tokens of a sequence at most; short, for many calls.")] = 16
+    measured: Annotated[
+        int, Option(min=2, help="Calls of each tenant that a threshold is measured on, and that are judged by it.")
+    ] = 50
     cost_batch: Annotated[int, Option(min=1, help="Sequences of a step whose time is measured.")] = 4
     cost_seq: Annotated[int, Option(min=5, help="Tokens of their sequences.")] = 64
     cost_steps: Annotated[int, Option(min=1, help="Such steps, with a transcript and without.")] = 12
@@ -187,7 +191,7 @@ RIGS: Final = {
         AuditSettings,
         "rigs.lying.audit_bench:run_audit_bench",
         "rigs.lying.audit_bench:show",
-        passed=("all_caught", "no_false_alarms", "as_predicted"),
+        passed=("all_caught", "no_false_alarms", "as_predicted", "forgeries_found"),
     ),
     "secrets": Measurement(
         SecretsSettings,

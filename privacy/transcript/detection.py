@@ -6,6 +6,9 @@ import math
 
 from isthmus.common.errors import ConfigError
 
+_NORMAL = 1.959964
+"""Standard deviations of a normal distribution on either side that hold 95 % of it."""
+
 
 def probability_of_catching(calls: int, altered: int, replayed: int) -> float:
     """The probability that a sample has an altered call: 1 - C(n - a, m) / C(n, m).
@@ -48,3 +51,14 @@ def calls_to_replay(calls: int, altered: int, wanted: float) -> int:
         else:
             low = middle + 1
     return low
+
+
+def share_interval(found: int, asked: int) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson's score (1927).
+
+    Args:
+        found: Of `asked`, which is 1 or more.
+    """
+    share, spread = found / asked, _NORMAL**2 / asked
+    middle, half = share + spread / 2, _NORMAL * math.sqrt(share * (1 - share) / asked + spread / (4 * asked))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))

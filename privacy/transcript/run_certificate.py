@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,12 @@ _LABEL = b"isthmus v1 run certificate\0"
 _VERSION = 1
 
 
+Leak = Mapping[str, str | int | float]
+"""What was measured of what a cloud can learn: names, and texts or numbers."""
+
+
 def write_certificate(
-    path: Path, transcript: Transcript, adapter: Path, key: Ed25519PrivateKey, leak: str | None = None
+    path: Path, transcript: Transcript, adapter: Path, key: Ed25519PrivateKey, leak: Leak | None = None
 ) -> dict[str, Any]:
     """Write a run's certificate; returns what it says.
 
@@ -36,7 +42,7 @@ def write_certificate(
         transcript: The run's, checked.
         adapter: The adapter's folder.
         key: The edge's key, which signs.
-        leak: What was measured of what the cloud can learn, in a line; None where nothing was.
+        leak: What was measured of what the cloud can learn, by name; None where nothing was.
 
     Raises:
         DiskError: It cannot be written.
@@ -53,7 +59,7 @@ def write_certificate(
         "exchanges": transcript.exchanges,
         "unsigned": transcript.unsigned,
         "adapter": folder_digest(adapter).hex(),
-        "leak": leak,
+        "leak": None if leak is None else dict(leak),
         "edge": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
     }
     signed = {**said, "signature": base64.b64encode(key.sign(_signed(said))).decode()}
@@ -61,8 +67,16 @@ def write_certificate(
     return signed
 
 
-def check_certificate(path: Path, transcript: Transcript, adapter: Path | None = None) -> Fingerprint:
-    """Check a certificate against a transcript and an adapter; returns the fingerprint of the edge's key.
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """What a good certificate says: the fingerprint of the edge's key that has signed it, and what leaks."""
+
+    edge: Fingerprint
+    leak: Leak | None
+
+
+def check_certificate(path: Path, transcript: Transcript, adapter: Path | None = None) -> Certified:
+    """Check a certificate against a transcript and an adapter.
 
     Args:
         path: The certificate's file.
@@ -75,23 +89,31 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
     try:
         said = json.loads(path.read_bytes())
         signature, edge = (base64.b64decode(said.pop(name), validate=True) for name in ("signature", "edge"))
+        leak = said.get("leak")
+        if leak is not None and not all(isinstance(each, str | int | float) for each in leak.values()):
+            raise ValueError(f"leak is {leak!r:.200}")
         if said["version"] != _VERSION:
             raise ValueError(f"version {said['version']}")
         said["edge"] = base64.b64encode(edge).decode()
         Ed25519PublicKey.from_public_bytes(edge).verify(signature, _signed(said))
-        wanted, made = said["transcript"], said["adapter"]
+        wanted, made, exchanges, cloud = (said[name] for name in ("transcript", "adapter", "exchanges", "cloud"))
     except InvalidSignature as error:
         raise TranscriptError(f"{path} was changed: the edge's signature under it does not verify") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TranscriptError(f"{path} is no certificate of a run: {error!r}") from error
+    except KeyError as error:
+        raise TranscriptError(f"{path} is no certificate of a run: {error} is missing") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise TranscriptError(f"{path} is no certificate of a run: {error}") from error
     if wanted != transcript.digest.hex():
         raise TranscriptError(
-            f"{path} is of the transcript {wanted[:16]}, and this one is {transcript.digest.hex()[:16]} "
-            f"({transcript.exchanges} exchanges; the certificate has {said['exchanges']}): one was cut or changed"
+            f"{path} is of the transcript {str(wanted)[:16]}, and this one is {transcript.digest.hex()[:16]} "
+            f"({transcript.exchanges} exchanges; the certificate has {exchanges}): one was cut or changed"
         )
+    root = None if transcript.root is None else str(transcript.root)
+    if cloud != root:
+        raise TranscriptError(f"{path} is of a transcript that {cloud} has signed, and {root} has signed this one")
     if adapter is not None and made != folder_digest(adapter).hex():
         raise TranscriptError(f"{path} is of another adapter than {adapter}")
-    return Fingerprint.of(edge)
+    return Certified(Fingerprint.of(edge), leak)
 
 
 def folder_digest(folder: Path) -> bytes:

@@ -140,8 +140,10 @@ def read_transcript(path: Path, root: Fingerprint | None = None) -> Transcript:
             root = _take(sessions, line, root)
         except TranscriptError as error:
             raise TranscriptError(f"{path}, line {number}: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {error!r}") from error
+        except KeyError as error:
+            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise TranscriptError(f"{path}, line {number} is no line of a transcript: {error}") from error
     return Transcript(tuple(sessions.values()), root if any(each.signed for each in sessions.values()) else None)
 
 
@@ -156,31 +158,34 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise TranscriptError(f"{path} ends in the middle of a line: it was cut")
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            yield number, json.loads(line)
-        except ValueError as error:
+            said = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise TranscriptError(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(said, dict):
+            raise TranscriptError(f"{path}, line {number} is no line of a transcript: it is a {type(said).__name__}")
+        yield number, said
 
 
 def _take(sessions: dict[str, SessionTranscript], line: dict[str, Any], root: Fingerprint | None) -> Fingerprint | None:
     """Take one line into account; returns the root key that counts from now on."""
-    name = line["session"]
+    name = _bits(line, "session", 16).hex()
     if "model" in line:
         if name in sessions:
             raise TranscriptError(f"session {name} begins twice")
-        session = Session(bytes.fromhex(name), line["model"], line["plan"], line["span_dtype"], line["attention"])
+        said = (_text(line, each) for each in ("model", "plan", "span_dtype", "attention"))
+        session = Session(bytes.fromhex(name), *said)
         sessions[name] = SessionTranscript(session, session.head)
         return root
     if name not in sessions:
         raise TranscriptError(f"session {name} has not begun: lines are missing before")
     known = sessions[name]
     if "n" in line:
-        if line["n"] != len(known.exchanges) + 1:
-            raise TranscriptError(
-                f"exchange {line['n']} of session {name} comes where {len(known.exchanges) + 1} is next"
-            )
-        call = m.CallId(line["step"], line["call"], line["attempt"])
-        digests = (bytes.fromhex(line[each]) for each in ("sent", "answered", "adapters"))
-        exchange = Exchange(line["question"], call, *digests)
+        number = _number(line, "n")
+        if number != len(known.exchanges) + 1:
+            raise TranscriptError(f"exchange {number} of session {name} comes where {len(known.exchanges) + 1} is next")
+        call = m.CallId(_number(line, "step", 32), _number(line, "call"), _number(line, "attempt", 32))
+        digests = (_bits(line, each) for each in ("sent", "answered", "adapters"))
+        exchange = Exchange(_text(line, "question"), call, *digests)
         known.exchanges.append(exchange)
         known.head = exchange.after(known.head)
         return root
@@ -190,17 +195,35 @@ def _take(sessions: dict[str, SessionTranscript], line: dict[str, Any], root: Fi
 def _signature(known: SessionTranscript, line: dict[str, Any], root: Fingerprint | None) -> Fingerprint:
     shown = line["certificate"]
     certificate = WorkerCertificate(
-        bytes.fromhex(shown["root"]),
-        bytes.fromhex(shown["worker"]),
-        shown["not_after"],
-        bytes.fromhex(shown["signature"]),
+        _bits(shown, "root"), _bits(shown, "worker"), _number(shown, "not_after", 63), _bits(shown, "signature", 64)
     )
-    said = (line["exchanges"], bytes.fromhex(line["head"]), line["signed_at"], line["numerics"])
+    said = (_number(line, "exchanges"), _bits(line, "head"), _number(line, "signed_at"), _text(line, "numerics"))
     statement = Statement(known.session.id, *said)
-    statement.verify(bytes.fromhex(line["signature"]), certificate, root)
+    statement.verify(_bits(line, "signature", 64), certificate, root)
     check_head(statement, len(known.exchanges), known.head)
     known.signed, known.statement, known.certificate = statement.exchanges, statement, certificate
     return Fingerprint.of(certificate.root)
+
+
+def _bits(line: dict[str, Any], name: str, size: int = 32) -> bytes:
+    found = bytes.fromhex(line[name])
+    if len(found) != size:
+        raise ValueError(f"{name} has {len(found)} bytes, not {size}")
+    return found
+
+
+def _number(line: dict[str, Any], name: str, bits: int = 64) -> int:
+    found = line[name]
+    if type(found) is not int or not 0 <= found < 1 << bits:
+        raise ValueError(f"{name} is no whole number of {bits} bits")
+    return found
+
+
+def _text(line: dict[str, Any], name: str) -> str:
+    found = line[name]
+    if not isinstance(found, str):
+        raise TypeError(f"{name} is no text")
+    return found
 
 
 def check_head(statement: Statement, exchanges: int, head: bytes) -> None:

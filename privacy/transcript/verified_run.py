@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, check_certificate
+from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, Leak, check_certificate
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
 from isthmus.protocol.secure.keys import Fingerprint
 
@@ -22,6 +22,7 @@ class Verified:
         root: Fingerprint of the cloud's root key; None where nothing is signed.
         edge: Fingerprint of the key that has signed the certificate; None where there is none.
         adapter: Whether the certificate was compared with the adapter.
+        leak: What the certificate says of what the cloud can learn.
         digest: The transcript's root, in hexadecimal.
     """
 
@@ -33,18 +34,25 @@ class Verified:
     root: str | None
     edge: str | None
     adapter: bool
+    leak: Leak | None
     digest: str
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values."""
         return asdict(self)
 
-    def line(self) -> str:
-        """For a person."""
-        signed = f"{self.exchanges - self.unsigned} of {self.exchanges} exchanges signed under {self.root}"
-        certified = "" if self.edge is None else f"; certificate of {self.edge}"
-        compared = ", adapter compared" if self.adapter else ""
-        return f"{self.path}: {self.sessions} sessions, {signed}{certified}{compared}"
+    def lines(self) -> str:
+        """For a person, within 80 columns but for the path."""
+        found = {
+            "sessions": str(self.sessions),
+            "exchanges": f"{self.exchanges}, of which the cloud has signed {self.exchanges - self.unsigned}",
+            "cloud": self.root or "has signed nothing",
+            "certificate": "none" if self.edge is None else f"of the edge {self.edge}",
+            "adapter": "the one of the certificate" if self.adapter else "not compared",
+        }
+        if self.leak is not None:
+            found["leak"] = ", ".join(f"{name} {value}" for name, value in self.leak.items())
+        return "\n".join([f"{self.path} verifies", *(f"  {name:12} {said}" for name, said in found.items())])
 
 
 def verify_run(path: Path, root: Fingerprint | None = None) -> Verified:
@@ -58,7 +66,7 @@ def verify_run(path: Path, root: Fingerprint | None = None) -> Verified:
     transcript = read_transcript(file, root)
     certificate, adapter = file.with_name(CERTIFICATE_FILE), file.with_name("adapter")
     compared = adapter if certificate.is_file() and adapter.is_dir() else None
-    edge = str(check_certificate(certificate, transcript, compared)) if certificate.is_file() else None
+    said = check_certificate(certificate, transcript, compared) if certificate.is_file() else None
     models = tuple(sorted({each.session.model for each in transcript.sessions}))
     return Verified(
         str(file),
@@ -67,7 +75,8 @@ def verify_run(path: Path, root: Fingerprint | None = None) -> Verified:
         transcript.unsigned,
         models,
         None if transcript.root is None else str(transcript.root),
-        edge,
+        None if said is None else str(said.edge),
         compared is not None,
+        None if said is None else said.leak,
         transcript.digest.hex(),
     )

@@ -1,61 +1,57 @@
 """Whether audits catch lying clouds, how often they accuse honest ones, and what they cost.
 
-Two tenants call a cloud at the same time, with transcripts and samples. Every call is then computed again by another
-worker, so it is known of each whether a replay would have caught it. An audit of m calls is a random draw of m of them:
-many draws give the share that caught the cloud, which is compared with the formula.
+Tenants call a cloud at the same time, with transcripts and samples. Every call is then computed again by another
+worker, so it is known of each whether a replay would have caught it. An audit of m calls is then made many times, each
+time with the sample's random numbers drawn anew; the share that caught the cloud is compared with the formula.
+
+The same is done by a worker with other numerics, which stands for another processor: its attention is computed by other
+kernels, so its bits differ. There a threshold decides. It is measured on calls of an honest cloud that nothing else is
+judged on.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import shutil
+import time
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
+from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.checkpoints.weight_quantization import quantizer_of
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, load_span
+from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.served_model import Served
-from isthmus.edge.audit.audit_run import AuditReport, audit
-from isthmus.edge.audit.replay import CloudReplayer, PreciseReplayer, Replayer
-from isthmus.edge.client.link import Link, connect
-from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.training.methods import build_peft
-from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample
-from isthmus.experiments.harness.launch import stderr_progress
+from isthmus.edge.audit.audit_run import audit
+from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
+from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.rig_settings import AuditSettings
-from isthmus.experiments.harness.single_process import random_batch, stepper
+from isthmus.experiments.rigs.lying.audit_cost import cost_of
+from isthmus.experiments.rigs.lying.forgeries import UNTOUCHED, forgeries_of
 from isthmus.experiments.rigs.lying.lies import KINDS, LyingExecutor
-from isthmus.experiments.rigs.lying.lying_cloud import Keys, ThreadCloud, served
-from isthmus.privacy.transcript.detection import probability_of_catching
-from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
-from isthmus.protocol.limits import GIB, MIB
+from isthmus.experiments.rigs.lying.lying_cloud import TENANTS, Keys, served
+from isthmus.experiments.rigs.lying.tenants import Bench, Work, call, draw_again, replay
+from isthmus.privacy.transcript.detection import probability_of_catching, share_interval
+from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
 
 QUANTIZED = ("none", "int8")
 CHEAPER = {"none": "none", "int8": "nf4"}
 """What a lying cloud computes in instead: bf16 where there are no quantized weights, nf4 in the place of int8."""
+ELSEWHERE = "eager"
+"""The attention of the worker with other numerics."""
 MARGIN = 4.0
-"""A threshold for other numerics is so many times the largest distance of honest answers that it was measured on."""
-SAMPLE_MIB = 64
-WARM_UP = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What all parts of the measurement share."""
-
-    settings: AuditSettings
-    folder: Path
-    checkpoint: Checkpoint
-    keys: Keys
+"""A threshold is so many times the largest distance of honest answers that it was measured on."""
+CELLS = "cells.jsonl"
+AT_A_LIE = 2
+"""Tenants of a lying cloud; an honest one has all of them."""
 
 
 def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
@@ -63,38 +59,46 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
 
     Returns:
         `lies`: a row for each kind and quantization; `honest_clouds`: one for each quantization, with batching and
-        without; `elsewhere`: how the same answers fare where the replay has other numerics; `cost`: a step's time with
-        what is noted, over that without. `all_caught`, `no_false_alarms` and `as_predicted` sum them up.
+        without; `thresholds`: one for each quantization and length; `forgeries`: transcripts that were tampered with;
+        `cost`: of transcript, sample and replay. The keys of `Measurement.passed` sum them up.
     """
     torch.set_num_threads(settings.threads)
-    bench = Bench(settings, folder, resolve(settings.model), Keys(folder))
-    lies: list[dict[str, Any]] = []
-    honest: list[dict[str, Any]] = []
-    with stderr_progress("clouds", len(QUANTIZED) * (len(KINDS) + 2) + 1) as advance:
-        for quantize in QUANTIZED:
-            model = served(
-                bench.checkpoint, settings.edge_layers, bench.keys, quantize=quantize, threads=settings.threads
-            )
-            precise = _Precise(bench, model) if quantize == "none" else None
-            for batching in (True, False):
-                honest.append(_honest(bench, model, quantize, precise, batching=batching))
-                advance()
-            cheaper = None if quantize == "none" else _span(bench, model, CHEAPER[quantize])
-            for kind in KINDS:
-                lies.append(_lie(bench, model, quantize, kind, precise, cheaper))
-                advance()
-            if precise is not None:
-                elsewhere = precise.to_json()
-                cost = _cost(bench, model)
-                advance()
+    cells = Cells(folder / CELLS, Console(stderr=True))
+    longest = resolve(settings.model).config.max_position_embeddings
+    lengths = sorted({min(times * settings.seq, longest) for times in (1, 4, 16)})
+    cells.expect(len(QUANTIZED) * (len(KINDS) + 2 + len(lengths)) + 2)
+    lies, honest, thresholds = [], [], []
+    for quantize in QUANTIZED:
+        cloud = _Cloud(settings, folder, quantize)
+        fixed = {**asdict(settings), "quantize": quantize}
+
+        def cell(name: str, make: Any, fixed: dict[str, Any] = fixed, **more: Any) -> dict[str, Any]:
+            return cells.get(name, {**fixed, **more}, make)
+
+        mine = [cell("threshold", partial(cloud.threshold, length), length=length) for length in lengths]
+        thresholds += mine
+        limit = mine[0]["threshold"]
+        lies += [cell(f"lie {kind}", partial(cloud.lie, kind, limit)) for kind in KINDS]
+        honest += [
+            cell("honest", partial(cloud.honest, limit, batching=batching), batching=batching)
+            for batching in (True, False)
+        ]
+        if quantize == "none":
+            forgeries = cell("forgeries", cloud.forgeries)["rows"]
+            cost = cell("cost", cloud.cost)
+    calls, elsewhere = (sum(row[name] for row in honest) for name in ("calls", "elsewhere_calls"))
     return {
         "all_caught": all(row["detected"] == row["altered"] > 0 for row in lies),
-        "no_false_alarms": all(row["false_alarms"] == 0 for row in (*lies, *honest)),
+        "no_false_alarms": all(row["false_alarms"] == row.get("elsewhere_alarms", 0) == 0 for row in (*lies, *honest)),
         "as_predicted": all(row["as_predicted"] for row in lies),
+        "forgeries_found": all(row["refused"] == (row["forgery"] != UNTOUCHED) for row in forgeries),
         "lies": lies,
         "honest_clouds": honest,
-        "honest_calls": sum(row["calls"] for row in honest),
-        "elsewhere": elsewhere,
+        "honest_calls": calls,
+        "honest_calls_elsewhere": elsewhere,
+        "false_alarms_at_most": [share_interval(0, each)[1] for each in (calls, elsewhere)],
+        "thresholds": thresholds,
+        "forgeries": forgeries,
         "cost": cost,
         **asdict(settings),
     }
@@ -103,204 +107,169 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print a result for people."""
     for row in result["lies"]:
-        met = f"caught {row['caught']}/{row['asked']}, predicted {row['predicted']:.3f}"
-        found = f"{row['detected']} of {row['altered']} altered calls, {row['false_alarms']} false alarms"
+        low, high = row["caught_interval"]
+        met = f"caught {row['caught']}/{row['asked']} ({low:.3f} to {high:.3f}), predicted {row['predicted']:.3f}"
+        found = f"{row['detected']} of {row['altered']} altered calls, elsewhere {row['elsewhere_found']}"
         print(f"{row['kind']:15} {row['quantize']:5} {met}; {found}")
     for row in result["honest_clouds"]:
         how = "batching" if row["batching"] else "alone"
-        print(f"{'honest':15} {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls")
-    print("step time, over that without: " + ", ".join(f"{name} {value:.3f}" for name, value in result["cost"].items()))
+        there = f"elsewhere {row['elsewhere_alarms']} in {row['elsewhere_calls']}"
+        print(f"honest {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls, {there}")
+    for row in result["thresholds"]:
+        print(f"threshold elsewhere, {row['quantize']}, {row['seq']} tokens: {row['threshold']:.2g}")
+    for row in result["forgeries"]:
+        print(f"{row['forgery']}: {row['said'] or 'verifies'}")
+    print("cost: " + ", ".join(f"{name} {value:.3g}" for name, value in result["cost"].items()))
 
 
-class _Precise:
-    """The same calls judged by a replay with other numerics: fp64."""
+class _Cloud:
+    """The parts of the measurement with one quantization; the model is loaded for the first that is made.
 
-    def __init__(self, bench: Bench, model: Served) -> None:
-        self._bench, self._model = bench, model
-        self._replayer: PreciseReplayer | None = None
-        self.threshold: float | None = None
-        self._said: dict[str, Any] = {}
+    Args:
+        settings: The measurement's.
+        folder: For runs and keys.
+        quantize: Of the weights.
+    """
 
-    def judge(self, name: str, run: Path) -> AuditReport:
-        """Audit a run by the threshold; the first run, an honest one, is what it is measured on."""
-        transcript = read_transcript(run / TRANSCRIPT_FILE)
-        session = transcript.sessions[0].session
-        if self._replayer is None:
-            self._replayer = PreciseReplayer(self._bench.checkpoint.folder, session, self._bench.settings.threads)
-        calls = min(self._bench.settings.calls, 200)
-        if self.threshold is None:
-            largest = audit(transcript, run / AUDIT_FOLDER, self._replayer, calls, math.inf).largest_distance
-            self.threshold = MARGIN * largest
-            self._said |= {"threshold": self.threshold, "measured_on": calls}
-        found = audit(transcript, run / AUDIT_FOLDER, self._replayer, calls, self.threshold)
-        self._said[name] = {"replayed": found.replayed, "lies": len(found.lies), "skipped": found.skipped}
-        return found
+    def __init__(self, settings: AuditSettings, folder: Path, quantize: str) -> None:
+        self._settings, self._folder, self._quantize = settings, folder, quantize
 
-    def to_json(self) -> dict[str, Any]:
-        """All that it judged."""
-        return self._said
+    @cached_property
+    def _bench(self) -> Bench:
+        checkpoint = resolve(self._settings.model)
+        return Bench(self._settings, self._folder, checkpoint, self._keys(f"keys-{self._quantize}"))
 
+    def _keys(self, name: str) -> Keys:
+        folder = self._folder / name
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run's
+        return Keys(folder)
 
-def _honest(bench: Bench, model: Served, quantize: str, precise: _Precise | None, *, batching: bool) -> dict[str, Any]:
-    """An honest cloud: false alarms."""
-    count = math.ceil(bench.settings.honest / (2 * len(QUANTIZED)))
-    name = f"honest-{quantize}-{'batching' if batching else 'alone'}"
-    executor = LyingExecutor(model.executor, None, 0.0)
-    runs, shared = _called(bench, model, executor, name, count, batching=batching, leased=False)
-    reports = [_replayed(bench, model, run) for run in runs]
-    if precise is not None:
-        precise.judge(name, runs[0])
-    return {
-        "quantize": quantize,
-        "batching": batching,
-        "calls": sum(each.replayed for each in reports),
-        "calls_per_pass": shared,
-        "false_alarms": sum(len(each.lies) for each in reports),
-    }
+    @cached_property
+    def _model(self) -> Served:
+        settings, bench = self._settings, self._bench
+        return served(
+            bench.checkpoint, settings.edge_layers, bench.keys, quantize=self._quantize, threads=settings.threads
+        )
 
+    @cached_property
+    def _elsewhere(self) -> Executor:
+        """The same layers with other numerics."""
+        honest = self._model.executor
+        span = self._span(self._quantize, ELSEWHERE)
+        return Executor(SiteHost(span), honest.dtype, honest.cache.budget, honest.compute_bytes)
 
-def _lie(
-    bench: Bench, model: Served, quantize: str, kind: str, precise: _Precise | None, cheaper: FrozenSpan | None
-) -> dict[str, Any]:
-    """A lying cloud: what replays find, and how often draws of `sample` calls meet a lie."""
-    settings = bench.settings
-    executor = LyingExecutor(model.executor, kind, settings.share, cheaper=cheaper)
-    name = f"{kind}-{quantize}"
-    runs, _ = _called(bench, model, executor, name, 2 * settings.calls, batching=True, leased=kind == "stale_adapter")
-    reports = [_replayed(bench, model, run) for run in runs]
-    told = {(session.hex(), call, question) for session, call, question in executor.altered}
-    detected, altered, wrong = 0, 0, 0
-    for run, report in zip(runs, reports, strict=True):
-        crossed = {
-            (each.session.id.hex(), exchange.call.call, exchange.question)
-            for each in read_transcript(run / TRANSCRIPT_FILE).sessions
-            for exchange in each.exchanges
+    @cached_property
+    def _cheaper(self) -> FrozenSpan | None:
+        return None if CHEAPER[self._quantize] == "none" else self._span(CHEAPER[self._quantize], None)
+
+    def _span(self, quantize: str, attention: str | None) -> FrozenSpan:
+        checkpoint, dtype = self._bench.checkpoint, self._model.executor.dtype
+        plan = SplitPlan.parse(self._settings.edge_layers, checkpoint.config.num_hidden_layers)
+        return load_span(
+            checkpoint, plan.cloud, dtype=dtype, attn_implementation=attention, quantizer=quantizer_of(quantize)
+        )
+
+    def threshold(self, length: int) -> dict[str, Any]:
+        """How far honest answers of a length are apart where the numerics differ."""
+        settings = self._settings
+        calls = max(2, settings.measured * settings.seq // length)  # about as many tokens for each length
+        work = Work(f"threshold-{self._quantize}-{length}", len(TENANTS), calls, length, fixed=length > settings.seq)
+        runs = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work).runs
+        found = [report for report, _ in replay(self._bench, self._model, runs, self._elsewhere, threshold=math.inf)]
+        largest = max(report.largest_distance for report in found)
+        return {
+            "quantize": self._quantize,
+            "seq": length,
+            "calls": sum(report.replayed for report in found),
+            "same_bits": sum(report.identical for report in found),
+            "largest_distance": largest,
+            "threshold": MARGIN * largest,
         }
-        found = {(lie.session, lie.call, lie.question) for lie in report.lies}
-        altered += len(told & crossed)
-        detected += len(found & told)
-        wrong += len(found - told)
-    victim = reports[0]  # the tenant that every kind lies to, who audits its own run
-    replayed, lied = victim.replayed, len(victim.lies)
-    sample = min(settings.sample, replayed)
-    predicted = probability_of_catching(replayed, lied, sample)
-    draw = random.SystemRandom()
-    caught = sum(any(each < lied for each in draw.sample(range(replayed), sample)) for _ in range(settings.trials))
-    margin = 3 * math.sqrt(settings.trials * predicted * (1 - predicted)) + 1
-    if precise is not None:
-        precise.judge(name, runs[0])
+
+    def honest(self, threshold: float, *, batching: bool) -> dict[str, Any]:
+        """An honest cloud: false alarms."""
+        settings = self._settings
+        each = math.ceil(settings.honest / (2 * len(QUANTIZED) * len(TENANTS) * 2)) * 2  # a forward and its backward
+        name = f"honest-{self._quantize}-{'batching' if batching else 'alone'}"
+        work = Work(name, len(TENANTS), each, settings.seq, batching=batching)
+        called = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work)
+        reports = [report for report, _ in replay(self._bench, self._model, called.runs)]
+        there = [
+            report
+            for report, _ in replay(
+                self._bench, self._model, called.runs, self._elsewhere, settings.measured, threshold=threshold
+            )
+        ]
+        return {
+            "quantize": self._quantize,
+            "batching": batching,
+            "calls": sum(each.replayed for each in reports),
+            "calls_per_pass": called.shared,
+            "false_alarms": sum(len(each.lies) for each in reports),
+            "elsewhere_calls": sum(each.replayed for each in there),
+            "elsewhere_alarms": sum(len(each.lies) for each in there),
+        }
+
+    def lie(self, kind: str, threshold: float) -> dict[str, Any]:
+        """A lying cloud: what replays find, and how often audits of `sample` calls meet a lie."""
+        settings, leased = self._settings, kind == "stale_adapter"
+        executor = LyingExecutor(self._model.executor, kind, settings.share, cheaper=self._cheaper)
+        work = Work(f"{kind}-{self._quantize}", AT_A_LIE, settings.calls, settings.seq, leased=leased)
+        runs = call(self._bench, self._model, executor, work).runs
+        found = replay(self._bench, self._model, runs)
+        told = {(session.hex(), call, question) for session, call, question in executor.altered}
+        crossed = [_crossed(run) & told for run in runs]
+        accused = {(lie.session, lie.call, lie.question) for report, _ in found for lie in report.lies}
+        apart = [lie.distance for report, _ in found for lie in report.lies if lie.distance is not None]
+        # The first tenant is one that every kind lies to. It audits its own run.
+        victim, (report, replayer) = runs[0], found[0]
+        sample = min(settings.sample, report.replayed)
+        predicted = probability_of_catching(report.replayed, len(crossed[0]), sample)
+        transcript, draw, caught = read_transcript(victim / TRANSCRIPT_FILE), random.SystemRandom(), 0
+        for _ in range(settings.trials):
+            draw_again(victim / AUDIT_FOLDER, draw)
+            caught += bool(audit(transcript, victim / AUDIT_FOLDER, replayer, sample).lies)
+        there = [found for found, _ in replay(self._bench, self._model, runs, self._elsewhere, threshold=threshold)]
+        elsewhere = {(lie.session, lie.call, lie.question) for found in there for lie in found.lies}
+        return {
+            "kind": kind,
+            "quantize": self._quantize,
+            "calls": sum(report.replayed for report, _ in found),
+            "altered": sum(map(len, crossed)),
+            "detected": len(accused & told),
+            "false_alarms": len(accused - told),
+            "least_distance": min(apart, default=None),
+            "sample": sample,
+            "asked": settings.trials,
+            "caught": caught,
+            "caught_interval": share_interval(caught, settings.trials),
+            "predicted": predicted,
+            "as_predicted": abs(caught - settings.trials * predicted)
+            <= 3 * math.sqrt(settings.trials * predicted * (1 - predicted)) + 1,
+            "elsewhere_found": len(elsewhere & told),
+            "elsewhere_alarms": len(elsewhere - told),
+        }
+
+    def forgeries(self) -> dict[str, Any]:
+        """What is found in forged transcripts of an honest run."""
+        work = Work("forged", 1, self._settings.calls, self._settings.seq)
+        (run,) = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work).runs
+        return {"rows": forgeries_of(run, self._bench.keys, self._keys("keys-stranger"))}
+
+    def cost(self) -> dict[str, Any]:
+        """What audits cost; a replay's time is of one tenant's calls after each other, as `edge audit` asks them."""
+        work = Work("cost-replay", 1, self._settings.calls, self._settings.seq)
+        called = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work)
+        started = time.perf_counter()
+        ((report, _),) = replay(self._bench, self._model, called.runs)
+        replayed = (time.perf_counter() - started) / report.replayed
+        return {**cost_of(self._bench, self._model), "call_seconds": called.seconds, "replay_seconds": replayed}
+
+
+def _crossed(run: Path) -> set[tuple[str, int, str]]:
+    """The calls of a run: session, number, kind."""
     return {
-        "kind": kind,
-        "quantize": quantize,
-        "calls": sum(each.replayed for each in reports),
-        "altered": altered,
-        "detected": detected,
-        "false_alarms": wrong,
-        "sample": sample,
-        "asked": settings.trials,
-        "caught": caught,
-        "predicted": predicted,
-        "as_predicted": abs(caught - settings.trials * predicted) <= margin,
+        (each.session.id.hex(), exchange.call.call, exchange.question)
+        for each in read_transcript(run / TRANSCRIPT_FILE).sessions
+        for exchange in each.exchanges
     }
-
-
-def _called(
-    bench: Bench, model: Served, executor: LyingExecutor, name: str, count: int, *, batching: bool, leased: bool
-) -> tuple[list[Path], float]:
-    """Have both tenants make `count` calls together; returns their runs' folders, and the calls in a pass."""
-    runs = [bench.folder / name / tenant.name for tenant in bench.keys.edges]
-    work = _train_leased if leased else _call
-    with (
-        ThreadCloud(model, bench.keys, executor, batching=batching, threads=bench.settings.threads) as cloud,
-        ExitStack() as stack,
-        ThreadPoolExecutor(len(runs)) as pool,
-    ):
-        links = []
-        for run, key in zip(runs, bench.keys.edges, strict=True):
-            run.mkdir(parents=True)
-            link = stack.enter_context(connect(cloud.address, key=key))
-            link.keep_transcript(TranscriptLog(run / TRANSCRIPT_FILE), AuditSample(run / AUDIT_FOLDER, 8 * GIB))
-            link.open(10.0)
-            links.append(link)
-        if executor.kind == "tenant_altered":
-            executor.victims = frozenset((bytes.fromhex(links[0].info.session_id),))
-        jobs = [pool.submit(work, bench.settings, link, count // 2, seed) for seed, link in enumerate(links)]
-        for job in jobs:
-            job.result()
-        return runs, cloud.shared_calls
-
-
-def _call(settings: AuditSettings, link: Link, count: int, seed: int) -> None:
-    """Forwards and backwards, `count` in all, of random hidden states and lengths."""
-    draw = random.Random(seed)  # noqa: S311  # is no secret
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count // 2):
-        shape = (settings.batch, draw.randint(4, settings.seq), link.info.hidden_size)
-        hidden, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
-        _, kept = link.forward_span(hidden, None, None, keep=True)
-        link.backward_span(kept, gradient, hidden, None, None)
-
-
-def _train_leased(settings: AuditSettings, link: Link, count: int, seed: int) -> None:
-    """The same number of calls of a training whose adapters in the cloud's layers are leased."""
-    model = link.load_model(leased=lambda name: True)
-    config = TrainConfig(cloud="-", data="-", method="lora", rank=2, learning_rate=1e-2, sites="all", leased="all")
-    step = _step(build_peft(model, config, layers=tuple(link.plan.cloud)), model.config.vocab_size, settings, seed)
-    for _ in range(count // 2):
-        step()
-
-
-def _step(model: Any, vocabulary: int, settings: AuditSettings, seed: int) -> Callable[[], float]:
-    torch.manual_seed(seed)
-    return stepper(model, random_batch(vocabulary, settings.batch, settings.seq))
-
-
-def _replayed(bench: Bench, model: Served, run: Path) -> AuditReport:
-    """All calls of a run, computed again by another worker, which computes nothing else meanwhile."""
-    transcript = read_transcript(run / TRANSCRIPT_FILE, bench.keys.pin)
-    with (
-        ThreadCloud(model, bench.keys, batching=False, threads=bench.settings.threads) as cloud,
-        connect(cloud.address, key=bench.keys.edges[0]) as link,
-    ):
-        link.keep_transcript(TranscriptLog(run / "audit-transcript.jsonl"))
-        replayer: Replayer = CloudReplayer(link, transcript.sessions[0].session)
-        return audit(transcript, run / AUDIT_FOLDER, replayer)
-
-
-def _span(bench: Bench, model: Served, quantize: str) -> FrozenSpan:
-    plan = SplitPlan.parse(bench.settings.edge_layers, bench.checkpoint.config.num_hidden_layers)
-    dtype = model.executor.dtype
-    return load_span(bench.checkpoint, plan.cloud, dtype=dtype, quantizer=quantizer_of(quantize))
-
-
-def _cost(bench: Bench, model: Served) -> dict[str, float]:
-    """The median ratio of a training step's time, with a transcript and with a sample too, to that without."""
-    settings, folder = bench.settings, bench.folder / "cost"
-    names = ("plain", "transcript", "sample")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    config = TrainConfig(cloud="-", data="-", method="lora")
-    with ThreadCloud(model, bench.keys, threads=settings.threads) as cloud, ExitStack() as stack:
-        steps: dict[str, Callable[[], float]] = {}
-        for name in names:
-            link = stack.enter_context(connect(cloud.address, key=bench.keys.edges[0]))
-            split = build_peft(link.load_model(), config, layers=link.plan.edge_layers)
-            batch = random_batch(split.config.vocab_size, settings.cost_batch, settings.cost_seq)
-            steps[name] = stepper(split, batch)
-            if name != "plain":
-                sample = AuditSample(folder / AUDIT_FOLDER, SAMPLE_MIB * MIB) if name == "sample" else None
-                link.keep_transcript(TranscriptLog(folder / f"{name}.jsonl"), sample)
-        for pair in range(WARM_UP + settings.cost_steps):
-            for name in _turned(names, pair):
-                taken = steps[name]()
-                if pair >= WARM_UP:
-                    seconds[name].append(taken)
-    return {
-        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
-        for name in names[1:]
-    }
-
-
-def _turned(names: Sequence[str], by: int) -> Sequence[str]:
-    """The names, beginning at another one each time, so that none always follows the same."""
-    at = by % len(names)
-    return (*names[at:], *names[:at])

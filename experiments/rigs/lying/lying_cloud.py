@@ -19,13 +19,13 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.protocol.enrolment import ConnectionString, add_line
 from isthmus.protocol.secure.keys import Fingerprint, generate_edge, generate_root, issue_worker
 
-TENANTS = ("alice", "bob")
+TENANTS = ("alice", "bob", "carol", "dave")
 STASH_BYTES = 1 << 28
 GRACE_SECONDS = 10.0
 
 
 class Keys:
-    """A cloud's keys and those of two tenants, made for the occasion.
+    """A cloud's keys and those of its tenants, made for the occasion.
 
     Attributes:
         home: The cloud's folder.

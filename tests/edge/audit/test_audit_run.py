@@ -13,7 +13,7 @@ from support.commands import in_process, refused
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import CheckpointError, ConfigError, TranscriptError
-from isthmus.edge.audit.audit_command import run_audit
+from isthmus.edge.audit.audit_command import lines, run_audit
 from isthmus.edge.audit.audit_run import AuditReport, audit
 from isthmus.edge.audit.replay import LocalReplayer, Replayer
 from isthmus.edge.config.audit_config import AuditCommandConfig
@@ -60,9 +60,12 @@ def test_an_honest_run_passes(runs: Runs, honest_run: Path) -> None:
     for found in (audited(runs, honest_run), audited(runs, honest_run, model=runs.model, threads=1)):
         assert (found.lies, found.skipped, found.unsigned) == ((), 0, 0)
         assert found.identical == found.replayed == found.calls == 20
-        assert found.caught == {"0.001": 0.0, "0.01": 0.0, "0.1": 1.0}
+        assert found.caught == {"0.001": 1.0, "0.01": 1.0, "0.1": 1.0}
     assert len(audited(runs, honest_run, calls=5).to_json()) == 10
-    assert audited(runs, honest_run, calls=5).replayed == 5
+    five = audited(runs, honest_run, calls=5)
+    assert (five.replayed, five.caught["0.01"], five.caught["0.1"]) == (5, 0.25, pytest.approx(1 - 15 * 14 / 380))
+    assert "5 of 20 calls" in lines(five)
+    assert all(len(line) <= 80 for line in lines(five).splitlines())
 
 
 def test_the_transcript_and_the_certificate_verify(
@@ -72,15 +75,16 @@ def test_the_transcript_and_the_certificate_verify(
     assert (found.unsigned, found.adapter, found.root) == (0, True, str(runs.server.home.pin))
     done = in_process(capsys, "audit", "verify", honest_run)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(honest_run / TRANSCRIPT_FILE))
-    lines = (honest_run / TRANSCRIPT_FILE).read_text().splitlines(keepends=True)
+    assert done.stdout.startswith(f"{honest_run / TRANSCRIPT_FILE} verifies\n")
+    assert "the one of the certificate" in done.stdout
+    written = (honest_run / TRANSCRIPT_FILE).read_text().splitlines(keepends=True)
     cut = tmp_path / TRANSCRIPT_FILE
-    cut.write_text("".join(lines[:-3]))  # chains and signatures are good, and the end is gone
+    cut.write_text("".join(written[:-3]))  # chains and signatures are good, and the end is gone
     assert verify_run(cut).unsigned > 0
     (tmp_path / "certificate.json").write_bytes((honest_run / "certificate.json").read_bytes())
     with pytest.raises(TranscriptError, match="one was cut or changed"):
         verify_run(cut)
-    cut.write_text("".join([*lines[:2], *lines[3:]]))
+    cut.write_text("".join([*written[:2], *written[3:]]))
     with pytest.raises(TranscriptError, match="line 3"):
         verify_run(cut)
 
@@ -116,7 +120,7 @@ def test_the_command_ends_with_its_code_and_says_where(
 
 def test_what_cannot_be_compared_is_refused(runs: Runs, honest_run: Path, tmp_path: Path) -> None:
     other = tiny_checkpoint("llama", tmp_path / "other", num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match="nothing can be compared"):
+    with pytest.raises(CheckpointError, match="replay at one with the former"):
         audited(runs, honest_run, model=other)
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -93,3 +93,17 @@ def test_a_file_that_is_no_call_is_refused(tmp_path: Path) -> None:
     (tmp_path / f"{0:016x}-{SESSION.hex()}-1.call").write_bytes(b"no call at all")
     with pytest.raises(TranscriptError, match="no sampled call"):
         list(read_sample(tmp_path))
+
+
+def test_messages_that_are_no_call_and_its_answer_are_refused(tmp_path: Path) -> None:
+    sent, answered = (packed(each) for each in call(1))
+    name = f"{0:016x}-{SESSION.hex()}-1.call"
+    for data in (sent, sent + sent, answered + sent, answered + sent + answered):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(TranscriptError, match="is no sampled call"):
+            list(read_sample(tmp_path))
+    (tmp_path / name).write_bytes(sent + answered)
+    assert kept(tmp_path) == [1]
+    (tmp_path / name).rename(tmp_path / "notes.call")
+    with pytest.raises(TranscriptError, match=r"notes\.call is no sampled call"):
+        list(read_sample(tmp_path))

@@ -10,13 +10,19 @@ import pytest
 import torch
 from support.cloud.memory_cloud import MemoryCloud, messages, new_link
 from support.cloud.span_calls import MASK, POSITIONS, hidden, three_calls
+from support.protocol.example_messages import MESSAGES
 from support.protocol.wire import PIN
 
-from isthmus.common.errors import TranscriptError
+from isthmus.common.errors import LocalProtocolError, TranscriptError
 from isthmus.edge.client.link import Link
 from isthmus.edge.witness import session_witness
+from isthmus.edge.witness.audit_sample import AuditSample
 from isthmus.privacy.transcript.transcript_file import TranscriptLog, read_transcript
 from isthmus.protocol import messages as m
+from isthmus.protocol.encoding import pack
+from isthmus.protocol.session_messages import MAX_NUMERICS
+
+SITES, LEASE = (next(each for each in MESSAGES if isinstance(each, kind)) for kind in (m.Sites, m.Lease))
 
 
 def witnessed(cloud: MemoryCloud, path: Path, *, resume: bool = False) -> Link:
@@ -127,3 +133,33 @@ def test_a_resumed_run_goes_on_in_its_file(cloud: MemoryCloud, tmp_path: Path) -
     assert len(read_transcript(path).sessions) == 2
     TranscriptLog(path)
     assert read_transcript(path).sessions == ()
+
+
+def test_adapters_that_are_kept_for_a_sample_are_as_many_as_the_cloud_keeps(cloud: MemoryCloud, tmp_path: Path) -> None:
+    link = new_link(cloud)
+    link.keep_transcript(TranscriptLog(tmp_path / "t.jsonl"), AuditSample(tmp_path / "audit", 1 << 20))
+    forward(link)
+    witness = link._keeper.witness
+    assert witness is not None
+    taken = m.Status(m.StatusCode.OK, None, "")
+    for number in range(1, 3 * m.MAX_LISTS):
+        witness.exchanged(dataclasses.replace(SITES, number=number), taken)
+        witness.exchanged(dataclasses.replace(LEASE, number=number), taken)
+    kept = [number for kind, number in witness._adapters if kind is m.Sites]
+    assert kept == list(range(2 * m.MAX_LISTS, 3 * m.MAX_LISTS))
+    assert [number for kind, number in witness._adapters if kind is m.Lease] == [3 * m.MAX_LISTS - 1]
+
+
+def test_a_signature_is_no_larger_than_it_has_to_be(cloud: MemoryCloud, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    link = witnessed(cloud, path)
+    forward(link)
+    seen: list[m.SignedTranscript] = []
+    cloud.signs = lambda signed: seen.append(signed) or signed  # type: ignore[func-returns-value,arg-type]
+    link.sign_transcript()
+    longest = dataclasses.replace(seen[0], numerics="x" * MAX_NUMERICS)
+    header, body = pack(longest)
+    assert (len(header) <= 600, body) == (True, [])
+    with pytest.raises(LocalProtocolError, match="1 to 256 are accepted"):
+        pack(dataclasses.replace(longest, numerics="x" * (MAX_NUMERICS + 1)))
+    assert path.stat().st_size < 3 * 1024  # the session, an exchange, a signature

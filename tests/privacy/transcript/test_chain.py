@@ -121,3 +121,17 @@ def test_another_root_and_a_certificate_that_had_expired_are_refused() -> None:
 def test_a_cloud_signs_for_its_own_count_alone() -> None:
     with pytest.raises(AssertionError, match="counts 2 exchanges"):
         signed(exchanges=2)
+
+
+def test_what_a_side_holds_of_a_session_does_not_grow_with_it() -> None:
+    """A chain has its head and the digests of as many lists as the cloud keeps; a signature is made once for a head."""
+    assert isinstance(SITES, m.Sites)
+    cloud = CloudTranscript(SESSION, identity(), "fp32")
+    for number in range(3 * m.MAX_LISTS):
+        cloud.answered(dataclasses.replace(SITES, number=number + 1), bytes(32), TAKEN)
+        cloud.answered(FORWARD, bytes(32), REPLY)
+    assert len(cloud._chain._lists) == m.MAX_LISTS
+    assert max(cloud._chain._lists) == 3 * m.MAX_LISTS
+    assert {name: type(value) for name, value in vars(cloud._chain).items() if isinstance(value, list)} == {}
+    asked = m.SignTranscript(cloud._chain.exchanges)
+    assert cloud.sign(asked, NOW) is cloud.sign(asked, NOW)

@@ -1,0 +1,99 @@
+"""What a transcript and a sample cost a training: its step's time, hashing, the file and the wire."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from isthmus.cloud.session.served_model import Served
+from isthmus.edge.client.link import Link, connect
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.training.methods import build_peft
+from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample
+from isthmus.edge.witness.session_witness import SIGN_EVERY
+from isthmus.experiments.rigs.lying.lying_cloud import ThreadCloud
+from isthmus.experiments.rigs.lying.tenants import Bench, step_of
+from isthmus.privacy.transcript.chain import digest
+from isthmus.privacy.transcript.transcript_file import TranscriptLog, read_transcript
+from isthmus.protocol import messages as m
+from isthmus.protocol.limits import MIB
+from isthmus.protocol.tensor_codecs import Role, encode
+
+SAMPLE_MIB = 64
+WARM_UP = 2
+_HASHED = 20  # times that one message is hashed, for a median
+
+
+def cost_of(bench: Bench, model: Served) -> dict[str, float]:
+    """Measure it.
+
+    Returns:
+        `transcript_step_ratio`, `sample_step_ratio`: the median ratio of a step's time, with a transcript, and with a
+        sample too, to that without. `hash_ms`, of `hashed_bytes`: one message of such a step, which each side hashes
+        once for the question and once for the answer. `wire_bytes_per_exchange`: what crosses more than without.
+        `file_bytes_per_exchange`: what the transcript takes on the disk.
+    """
+    settings, folder = bench.settings, bench.folder / "cost"
+    names = ("plain", "transcript", "sample")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    config = TrainConfig(cloud="-", data="-", method="lora")
+    with ThreadCloud(model, bench.keys, threads=settings.threads) as cloud, ExitStack() as stack:
+        links: dict[str, Link] = {}
+        steps: dict[str, Callable[[], float]] = {}
+        for name in names:
+            link = links[name] = stack.enter_context(connect(cloud.address, key=bench.keys.edges[0]))
+            split = build_peft(link.load_model(), config, layers=link.plan.edge_layers)
+            steps[name] = step_of(split, split.config.vocab_size, settings.cost_batch, settings.cost_seq, 0)
+            if name != "plain":
+                sample = AuditSample(folder / AUDIT_FOLDER, SAMPLE_MIB * MIB) if name == "sample" else None
+                link.keep_transcript(TranscriptLog(folder / f"{name}.jsonl"), sample)
+        for pair in range(WARM_UP + settings.cost_steps):
+            for name in _turned(names, pair):
+                taken = steps[name]()
+                if pair >= WARM_UP:
+                    seconds[name].append(taken)
+        before = _crossed(links["transcript"])
+        links["transcript"].end_transcript()  # crosses one question and one signature, as after `SIGN_EVERY` exchanges
+        signature = _crossed(links["transcript"]) - before
+        exchanges = read_transcript(folder / "transcript.jsonl").exchanges
+        hash_ms, hashed = _hashing(settings.cost_batch, settings.cost_seq, links["plain"].info.hidden_size)
+    ratios = {
+        f"{name}_step_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
+        for name in names[1:]
+    }
+    return {
+        **ratios,
+        "step_seconds": statistics.median(seconds["plain"]),
+        "hash_ms": hash_ms,
+        "hashed_bytes": hashed,
+        "wire_bytes_per_exchange": signature / SIGN_EVERY,
+        "file_bytes_per_exchange": (folder / "transcript.jsonl").stat().st_size / exchanges,
+    }
+
+
+def _crossed(link: Link) -> int:
+    totals = link.totals()
+    return totals.bytes_up + totals.bytes_down
+
+
+def _hashing(batch: int, seq: int, hidden: int) -> tuple[float, int]:
+    """Milliseconds to hash one message with hidden states, and its bytes."""
+    payload = encode(torch.randn(batch, seq, hidden), "fp32", Role.ACTIVATION)
+    message: Any = m.ForwardReply(m.CallId(0, 0, 0), payload, 0, 0, 0)
+    taken = []
+    for _ in range(_HASHED):
+        started = time.perf_counter()
+        digest(message)
+        taken.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(taken), batch * seq * hidden * 4
+
+
+def _turned(names: Sequence[str], by: int) -> Sequence[str]:
+    """The names, beginning at another one each time, so that none always follows the same."""
+    at = by % len(names)
+    return (*names[at:], *names[:at])

@@ -1,0 +1,80 @@
+"""The measurement of audits on a tiny model: its rows, its controls, and that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.models.tiny import tiny_checkpoint
+
+from isthmus.experiments.harness.rig_settings import AuditSettings
+from isthmus.experiments.rigs.lying import audit_bench, forgeries
+from isthmus.experiments.rigs.lying.audit_bench import _Cloud, run_audit_bench, show
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> AuditSettings:
+    model = tiny_checkpoint("llama", tmp_path_factory.mktemp("model") / "llama")
+    return AuditSettings(
+        model=str(model),
+        edge_layers="1:1",
+        honest=16,
+        calls=12,
+        share=0.5,
+        sample=2,
+        trials=60,
+        seq=8,
+        measured=2,
+        cost_steps=1,
+        cost_batch=1,
+        cost_seq=8,
+    )
+
+
+def test_a_measurement_has_its_rows_and_an_interrupted_one_goes_on(
+    settings: AuditSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(audit_bench, "QUANTIZED", ("none",))
+    monkeypatch.setattr(audit_bench, "KINDS", ("noise",))
+    monkeypatch.setattr(audit_bench._Cloud, "cost", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_audit_bench(settings, tmp_path)
+    with monkeypatch.context() as other:
+        other.setattr(audit_bench._Cloud, "cost", lambda _: {"hash_ms": 1.0})
+        for name in ("threshold", "lie", "honest", "forgeries"):
+            other.setattr(audit_bench._Cloud, name, lambda *_, **__: 1 / 0)
+        found = run_audit_bench(settings, tmp_path)
+    assert [found[name] for name in ("all_caught", "no_false_alarms", "as_predicted", "forgeries_found")] == [True] * 4
+    (lie,) = found["lies"]
+    low, high = lie["caught_interval"]
+    assert low <= lie["caught"] / lie["asked"] <= high
+    assert found["honest_calls"] == 16
+    assert json.loads(json.dumps(found))["forgeries"][0] == {"forgery": "untouched", "refused": False, "said": ""}
+    show(found)
+    assert "noise" in capsys.readouterr().out
+
+
+def test_a_threshold_of_nothing_accuses_the_honest(settings: AuditSettings, tmp_path: Path) -> None:
+    """The control: the worker with other numerics has other bits."""
+    cloud = _Cloud(settings, tmp_path, "none")
+    row = cloud.honest(0.0, batching=True)
+    assert row["false_alarms"] == 0
+    assert row["elsewhere_alarms"] > 0
+    large = cloud.lie("noise", 1.0)
+    assert large["detected"] == large["altered"] > 0
+    assert large["elsewhere_found"] == 0  # smaller than the threshold
+
+
+def test_where_a_forgery_is_found(settings: AuditSettings, tmp_path: Path) -> None:
+    rows = _Cloud(settings, tmp_path, "none").forgeries()["rows"]
+    said = {row["forgery"]: row["said"] for row in rows}
+    assert list(said) == list(forgeries.FORGERIES)
+    assert not said.pop("untouched")
+    assert all(each.startswith("RUN/") for each in said.values())
+    assert said["call_left_out"].startswith("RUN/transcript.jsonl, line 4: ")
+    assert said["answer_changed"].startswith("RUN/transcript.jsonl, line 14: ")  # where the signature stands
+    assert "certificate has 12" in said["end_cut"]
