@@ -38,8 +38,11 @@ class RunEvidence:
         for link in self._links:
             link.keep_transcript(log, sample)
 
-    def finish(self, adapter: Path) -> None:
+    def finish(self, adapter: Path, leak: str | None = None) -> None:
         """Have the cloud sign all that has crossed, and write the certificate.
+
+        Args:
+            leak: What was measured of what the cloud can learn, in a line.
 
         Raises:
             TranscriptError: The cloud signs something else.
@@ -50,7 +53,7 @@ class RunEvidence:
         self.close()
         transcript = read_transcript(config.out / TRANSCRIPT_FILE, self._links[0].pin)
         key = load_edge((config.key or DEFAULT_KEY).expanduser())
-        write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key)
+        write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key, leak)
 
     def close(self) -> None:
         """Have the cloud sign, and note nothing any more. Raises TranscriptError as `finish` does."""
