@@ -74,7 +74,9 @@ def _secrets_of(config: TrainConfig, private: Sequence[Encoded], tokenizer: Any)
     try:
         lines = config.secrets.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"secrets = {str(config.secrets)!r} cannot be read ({error}): give a file in UTF-8.") from error
+        raise ConfigError(
+            f"secrets = {str(config.secrets)!r} cannot be read ({error}): give a file in UTF-8."
+        ) from error
     texts = [decoded(tokenizer, torch.tensor(text.input_ids)) for text in private]
     held: dict[int, tuple[str, ...]] = {}
     for number, secret in enumerate(lines, 1):

@@ -36,9 +36,7 @@ class Rehearsal:
         pad_id: Token that fills short rows.
     """
 
-    def __init__(
-        self, model: Any, tuned: Any, config: TrainConfig, defended: DefendedRun | None, pad_id: int
-    ) -> None:
+    def __init__(self, model: Any, tuned: Any, config: TrainConfig, defended: DefendedRun | None, pad_id: int) -> None:
         self._model, self._tuned, self._defended, self._pad_id = model, tuned, defended, pad_id
         alone = any(isinstance(each, DpSgd) for each in config.defences())
         self._rows = 1 if alone else config.batch

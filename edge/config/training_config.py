@@ -164,7 +164,9 @@ class DraftConfig(Settings):
         return None if self.draft in ("none", "ngram") else Path(self.draft)
 
 
-class TrainConfig(TrainClientConfig, DraftConfig, DefenceConfig, BudgetConfig, AuditConfig, SitesConfig, PluggedConfig, TuningConfig):
+class TrainConfig(
+    TrainClientConfig, DraftConfig, DefenceConfig, BudgetConfig, AuditConfig, SitesConfig, PluggedConfig, TuningConfig
+):
     """A run whose middle layers are in the cloud."""
 
     @model_validator(mode="after")

@@ -71,8 +71,9 @@ class Evidence(Protocol):
 class LeakWatch(StepObserver, Protocol):
     """What attacks a run on the edge, and ends it where a budget is broken."""
 
-    line: str | None
-    """What was measured, in a line; None for nothing yet."""
+    @property
+    def line(self) -> str | None:
+        """What was measured, in a line; None for nothing yet."""
 
     def begin(self, check_stop: Callable[[], None]) -> None:
         """Called before this process sends anything private, with the parameters that it begins with.
