@@ -212,10 +212,8 @@ def _for_privacy(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
     chosen = min(choices, key=_seconds)
     if len(choices) == 1:
         return chosen, "no other mode keeps the leak budget"
-    return (
-        chosen,
-        f"the leak budget is kept by {' and '.join(cost.mode for cost in choices if cost is not chosen)}, too",
-    )
+    others = " and ".join(cost.mode for cost in choices if cost is not chosen)
+    return chosen, f"the leak budget is kept by {others}, too"
 
 
 def _budget(limits: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isthmus.common.errors import ConfigError, LeakBudgetError
 from isthmus.edge.budget.attacker import knowledge_of
-from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, BudgetTexts, choose_texts
+from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
 from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, label_leak, token_leak
 from isthmus.edge.budget.rehearsal import Rehearsal
 from isthmus.edge.config.schedule import steps_per_epoch, total_steps

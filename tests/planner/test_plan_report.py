@@ -85,10 +85,8 @@ def test_a_label_budget_is_kept_where_no_gradients_go_up() -> None:
         "budget is kept by emulator, too."
     )
     lines = budget_lines(costs(), "privacy", {"labels": 0.1})
-    breaks = (
-        "u_shape breaks it: tokens 1.00 (hidden states at the cut) and labels 1.00 (gradients at the span's output)"
-    )
-    assert breaks in lines
+    both = "tokens 1.00 (hidden states at the cut) and labels 1.00 (gradients at the span's output)"
+    assert f"u_shape breaks it: {both}" in lines
     # For any goal, and the control: a budget that allows everything changes nothing.
     assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 0.1}).startswith("Use tail_cache")
     assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 1.0}) == recommend(costs(), "quality", POSITIONS, 0)
