@@ -6,6 +6,7 @@ tuned in secret protects nothing here.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,10 @@ def knowledge_of(
     tokens = tuple(torch.tensor(text.input_ids) for text in public)
     known: KnownDefence | None = None
     if defended is not None and defended.defences:
-        known = KnownDefences(defended.defences, [front.states(text) for text in tokens])
+        defences = copy.deepcopy(defended.defences)
+        for module in filter(None, (each.module() for each in defences)):
+            module.requires_grad_(False)
+        known = KnownDefences(defences, [front.states(text) for text in tokens])
     if span is not None:
         family = family_of(model.config)
         base = seen.get_submodule(family.base)

@@ -51,7 +51,7 @@ class BudgetConfig(Settings):
 
     @field_validator("leak_budget", mode="before")
     @classmethod
-    def _one_or_several(cls, value: object) -> object:
+    def _one_or_several_limits(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("leak_budget")
