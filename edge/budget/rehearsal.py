@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.split.edge_model import SpanFn
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.training_config import TrainConfig
@@ -47,11 +48,10 @@ class Rehearsal:
         """What goes up of private texts in a pass: nothing is sent."""
         kept: list[Forward] = []
 
-        def hold(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        def keep(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
             kept.append(self._forward(len(kept), hidden, mask, positions, None))
-            raise _HeldBackError
 
-        with self._aside(lambda _span: hold), torch.no_grad():
+        with self._aside(lambda _span: _HoldingSpan(keep)), torch.no_grad():
             for batch in Batches(texts, self._rows, self._pad_id).epoch():
                 with suppress(_HeldBackError):
                     self._tuned(**to_device(batch, self._model), use_cache=False)
@@ -145,6 +145,22 @@ class Rehearsal:
             yield
         finally:
             remote.span = before
+
+
+class _HoldingSpan:
+    """A span that keeps what it is given, and ends the forward; for a ladder too, which reads what comes back."""
+
+    def __init__(self, keep: Callable[[Tensor, Tensor | None, Tensor | None], None]) -> None:
+        self._keep = keep
+
+    def __call__(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        self._keep(hidden, mask, positions)
+        raise _HeldBackError
+
+    def tapped(
+        self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, _taps: Sequence[SiteSpec]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self(hidden, mask, positions), ()
 
 
 class _HeldBackError(Exception):

@@ -226,9 +226,12 @@ def exposure_of(
 
 
 def gradients_go_up(model: Any, trained: Any, config: TrainConfig) -> bool:
-    """Whether the run's steps send gradients: whether something is trained below the cloud's layers, by backwards."""
+    """Whether the run's steps send gradients: whether something is trained below the cloud's layers, by backwards.
+
+    A ladder stands beside them, and no gradient flows through them.
+    """
     pair = any(isinstance(each, TrainedBottleneck) for each in config.defences())
-    return config.optimizer != "mezo" and (pair or _trained_below(model, trained))
+    return config.optimizer != "mezo" and config.method != "ladder" and (pair or _trained_below(model, trained))
 
 
 def _of_run(config: TrainConfig, identity: ModelIdentity, data: TrainingData) -> bytes:

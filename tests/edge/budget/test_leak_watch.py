@@ -128,6 +128,8 @@ def test_a_top_only_run_keeps_a_label_budget_and_gives_up_its_tokens(
     report = cloud.train(tmp_path / "out", leak_budget=["labels<=0", "tokens<=1"])
     assert report.leak == "tokens ≤ 1.00 (nearest_neighbour), labels 0 (no gradients), measured on 6 texts"
     assert report.leak_labels == 0
+    ladder = cloud.train(tmp_path / "ladder", leak_budget=["labels<=0", "tokens<=1"], method="ladder", taps=1)
+    assert ladder.leak == report.leak
     assert not [call for call in cloud.seen() if isinstance(call, m.Backward)]
 
 
