@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def knowledge_of(
     public: Sequence[Encoded],
     codec: str,
     span: SpanFn | None = None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Knowledge:
     """The attacker's knowledge of a run as it is now.
 
@@ -47,11 +48,13 @@ def knowledge_of(
         public: Texts that it learns from.
         codec: Of what it attacks.
         span: The cloud's layers; None where no attack needs them.
+        check_stop: Called before each of the attacker's forwards; what it raises ends the attack.
 
     Raises:
         ConfigError: One of the defences cannot be known, such as a secret rotation.
     """
     seen = _without_hooks(model)
+    seen.get_submodule(family_of(model.config).base).register_forward_pre_hook(lambda *_: check_stop())
     front = Front(seen, model.split_plan.bottom)
     tokens = tuple(torch.tensor(text.input_ids) for text in public)
     known: KnownDefence | None = None

@@ -228,7 +228,7 @@ class BudgetWatch:
         return [knowledge.expect(knowledge.front.states(each))[1:] for each in tokens]
 
     def _knows(self, public: Sequence[Any], codec: str, span: Any = None) -> Knowledge:
-        return knowledge_of(self._model, self._tokenizer, self._defended, public, codec, span)
+        return knowledge_of(self._model, self._tokenizer, self._defended, public, codec, span, self._check_stop)
 
     def _between(self, attack: str, done: int, of: int) -> None:
         self._check_stop()
