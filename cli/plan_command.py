@@ -74,6 +74,13 @@ def plan(
     goal: Annotated[
         Literal["quality", "speed", "privacy"], typer.Option(help="What the recommendation is for.")
     ] = "quality",
+    leak_budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tokens<=X or labels<=X, once or several times: recommend only what keeps it. With --goal privacy "
+            "both are 0 by default."
+        ),
+    ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Only measure this machine, for another's plan.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -91,6 +98,7 @@ def plan(
     """
     from isthmus.backbone.checkpoints.sources import resolve
     from isthmus.backbone.plan import SplitPlan
+    from isthmus.common.errors import ConfigError
     from isthmus.edge.codecs.wire_codecs import WireCodecs
     from isthmus.planner.cost_model import PlanSettings, predict
     from isthmus.planner.generation_cost import GenerationSettings, predict_generation
@@ -102,9 +110,14 @@ def plan(
     )
     from isthmus.planner.link_spec import LinkSpec
     from isthmus.planner.model_facts import ModelFacts
-    from isthmus.planner.plan_report import assumptions, recommend, rows, table
+    from isthmus.planner.plan_report import assumptions, budget_lines, recommend, rows, table
     from isthmus.planner.speed_profile import ProbeSettings, SpeedProfile
+    from isthmus.privacy.ledger.mode_leaks import read_limits
 
+    try:
+        limits = read_limits(leak_budget or ())
+    except ValueError as error:
+        raise ConfigError(f"leak_budget: {error}.") from error
     where = LinkSpec.parse(link)
     config = resolve(model).config
     facts = ModelFacts.of(config, rank, target_modules.split(",") if target_modules else None)
@@ -134,13 +147,15 @@ def plan(
     else:
         cloud = _measure(config, facts, ProbeSettings(batch, seq, rank, cloud_dtype, threads))
     costs, positions = predict(facts, settings, where, edge, cloud), batch * seq
-    advice = recommend(costs, goal, positions, edge.memory_bytes)
+    advice = recommend(costs, goal, positions, edge.memory_bytes, limits)
+    kept = budget_lines(costs, goal, limits)
     generation = predict_generation(facts, settings, generated, where, edge, cloud)
     notes = assumptions(settings, where, edge, cloud) + generation_assumptions(generated)
     if as_json:
         tree = {
             "modes": rows(costs, positions),
             "recommendation": advice,
+            "leak_budget": kept,
             "generation": generation_json(generation, generated),
             "assumptions": notes,
         }
@@ -150,7 +165,7 @@ def plan(
 
     console = Console()
     console.print(table(costs, positions))
-    _print_lines("", advice, "")
+    _print_lines("", *kept, *([""] if kept else []), advice, "")
     _print_lines(summary(generation, generated), "")
     console.print(draft_table(generation, generated))
     _print_lines("", *notes)

@@ -40,7 +40,8 @@
     ├── StateError               63   the daemon's database is damaged, or a newer release made it
     ├── NotRunningError          64   no daemon runs with the home
     ├── TranscriptError          70   a transcript does not verify, or the cloud signs another one than the edge's
-    └── AuditError               71   a cloud's answer, computed again elsewhere, has other bits
+    ├── AuditError               71   a cloud's answer, computed again elsewhere, has other bits
+    └── LeakBudgetError          72   attacks recover more of the private texts than a run's leak budget allows
 
 Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
 pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.
@@ -282,3 +283,9 @@ class AuditError(IsthmusError, ArithmeticError):
     """An answer of the cloud, computed again elsewhere, is another one."""
 
     exit_code = 71
+
+
+class LeakBudgetError(IsthmusError, PermissionError):
+    """Attacks recover more of what a run sends than its leak budget allows."""
+
+    exit_code = 72

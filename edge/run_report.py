@@ -110,6 +110,10 @@ class Report:
 
     `epsilon` and `delta` are what `defences` guarantee, and `guarantee` says of what. They are null where nothing is
     guaranteed; `guarantee` says why not, if one of the defences could.
+
+    `leak` says what the attacks of a leak budget got at most, in a line, `leak_tokens` and `leak_labels` as numbers:
+    upper 95 % bounds times the share of private texts sent. Null where nothing was measured. `leak_attacks` is how
+    often the run was attacked.
     """
 
     loss_before: float | None
@@ -156,6 +160,10 @@ class Report:
     epsilon: float | None = None
     delta: float | None = None
     guarantee: str | None = None
+    leak: str | None = None
+    leak_tokens: float | None = None
+    leak_labels: float | None = None
+    leak_attacks: int | None = None
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -183,6 +191,8 @@ class Report:
         if self.epsilon is not None:
             privacy = f"epsilon {self.epsilon:.3g} at delta {self.delta:g}"
             defences += f"differential privacy: {privacy}, of {self.guarantee}\n"
+        if self.leak is not None:
+            defences += f"leak: {self.leak}\n"
         return (
             f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
             f"{wire if self.calls else ''}{draft}{defences}"

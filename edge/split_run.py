@@ -16,6 +16,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.audit.run_evidence import RunEvidence
+from isthmus.edge.budget.leak_watch import budget_watch
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import cache_of, open_link, wire_of
@@ -94,6 +95,7 @@ def train_over(
                 listener=listener,
                 defended=defended,
                 evidence=evidence,
+                leak=budget_watch(model, tuned, config, data, tokenizer, defended, progress.message),
             )
             wire.watch(trainer.check_stop)
             return trainer.fit().report

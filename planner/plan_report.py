@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rich.table import Table
@@ -11,8 +12,11 @@ from isthmus.common.readable import size
 from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PlanSettings, StepCost
 from isthmus.planner.link_spec import LOCAL, LinkSpec
 from isthmus.planner.speed_profile import SpeedProfile
+from isthmus.privacy.ledger.mode_leaks import CHANNELS, MODE_LEAKS
 
 Goal = Literal["quality", "speed", "privacy"]
+
+NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 TOLERATED = 1.5
 """So many times as long may `edge` take as the quickest other mode that trains inside, before that one is better."""
@@ -27,7 +31,13 @@ def rows(costs: Sequence[ModeCost], positions: int) -> list[dict[str, Any]]:
     return [_row(cost, positions) for cost in costs]
 
 
-def recommend(costs: Sequence[ModeCost], goal: Goal, positions: int, memory_bytes: int) -> str:
+def recommend(
+    costs: Sequence[ModeCost],
+    goal: Goal,
+    positions: int,
+    memory_bytes: int,
+    limits: Mapping[str, float] = NO_LIMITS,
+) -> str:
     """What to use, in one sentence.
 
     `single` is no choice, as it needs data and weights in one place, nor is `leased`, which lends the adapter to the
@@ -35,12 +45,14 @@ def recommend(costs: Sequence[ModeCost], goal: Goal, positions: int, memory_byte
 
     quality: a mode that trains inside the cloud's layers: `edge`, unless another is much quicker.
     speed: the shortest step, of later epochs where they are cheaper.
-    privacy: the fewest bytes over the wire, of the first epoch where they are more; `emulator` needs none.
+    privacy: the shortest step of what keeps the leak budget; without one, nothing may be given up.
 
     Args:
         positions: Token positions of a step.
         memory_bytes: Memory that the edge has; 0 if unknown.
+        limits: The leak budget, which a mode must keep for any goal; see `isthmus.privacy.ledger.mode_leaks`.
     """
+    limits = budget_of(goal, limits)
     split = [cost for cost in costs if cost.mode not in {"single", "leased"}]
     choices = [cost for cost in split if not memory_bytes or cost.edge_memory <= memory_bytes]
     if not choices:
@@ -49,9 +61,37 @@ def recommend(costs: Sequence[ModeCost], goal: Goal, positions: int, memory_byte
             f"No mode fits the edge's {size(memory_bytes)}: {least.mode} needs the least, {size(least.edge_memory)}, "
             "so use a smaller batch or fewer edge layers."
         )
-    chosen, beside = _RULES[goal](choices)
+    keeping = [cost for cost in choices if MODE_LEAKS[cost.mode].keeps(limits)]
+    if not keeping:
+        return (
+            f"No mode that fits the edge keeps {_budget(limits)}: raise the budget, or give the edge the memory of an "
+            "emulator."
+        )
+    chosen, beside = _RULES[goal](keeping)
     text = f"Use {chosen.mode}: {_figures(chosen, positions)}"
     return f"{text}; {beside}." if beside else f"{text}."
+
+
+def budget_of(goal: Goal, limits: Mapping[str, float]) -> dict[str, float]:
+    """The leak budget of a plan: for privacy nothing at all, unless it says more."""
+    return dict(limits) if limits or goal != "privacy" else dict.fromkeys(CHANNELS, 0.0)
+
+
+def budget_lines(costs: Sequence[ModeCost], goal: Goal, limits: Mapping[str, float]) -> list[str]:
+    """Which modes keep the leak budget and why, a line each; none without a budget."""
+    limits = budget_of(goal, limits)
+    if not limits:
+        return []
+    leaks = [MODE_LEAKS[cost.mode] for cost in costs if cost.mode in MODE_LEAKS]
+    kept = [leak for leak in leaks if leak.keeps(limits)]
+    only = f": {kept[0].mode} only" if len(kept) == 1 else ""
+    lines = [f"Leak budget {_budget(limits)}{only}. What attacks recover (upper 95 % bounds, without a defence):"]
+    lines += [f"{leak.mode} {'keeps' if leak in kept else 'breaks'} it: {leak.why()}" for leak in leaks]
+    return [
+        *lines,
+        "These bounds were measured, and are not guaranteed. A label that is a token of the text is sent as one. "
+        "`isthmus edge train --leak-budget` measures a run with its own texts and defence.",
+    ]
 
 
 def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, cloud: SpeedProfile) -> list[str]:
@@ -86,8 +126,9 @@ def table(costs: Sequence[ModeCost], positions: int) -> Table:
 
 
 def _row(cost: ModeCost, positions: int) -> dict[str, Any]:
-    step, first = cost.step, cost.first_epoch
+    step, first, leak = cost.step, cost.first_epoch, MODE_LEAKS.get(cost.mode)
     row: dict[str, Any] = {"mode": cost.mode, "trains_inside": cost.mode in TRAINS_INSIDE, "step_s": step.seconds}
+    row |= {f"leak_{channel}": None if leak is None else leak.bound(channel) for channel in CHANNELS}
     if first is not None:
         row |= {
             "first_epoch_step_s": first.seconds,
@@ -140,10 +181,6 @@ def _time(step: StepCost) -> str:
     return f"{step.seconds:.2g} s" if step.seconds < 10 else f"{step.seconds:.0f} s"
 
 
-def _worst_bytes(cost: ModeCost) -> float:
-    return (cost.first_epoch or cost.step).traffic.total
-
-
 def _seconds(cost: ModeCost) -> float:
     return cost.step.seconds
 
@@ -172,12 +209,15 @@ def _for_speed(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
 
 
 def _for_privacy(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
-    chosen = min(choices, key=_worst_bytes)
-    exact = [cost for cost in choices if cost.mode != "emulator"]
-    if chosen.mode != "emulator" or not exact:
-        return chosen, ""
-    least = min(exact, key=_worst_bytes)
-    return chosen, f"with the real layers, {least.mode} sends the least"
+    chosen = min(choices, key=_seconds)
+    if len(choices) == 1:
+        return chosen, "no other mode keeps the leak budget"
+    others = " and ".join(cost.mode for cost in choices if cost is not chosen)
+    return chosen, f"the leak budget is kept by {others}, too"
+
+
+def _budget(limits: Mapping[str, float]) -> str:
+    return " and ".join(f"{channel}<={limit:g}" for channel, limit in limits.items())
 
 
 _RULES: dict[Goal, Callable[[Sequence[ModeCost]], tuple[ModeCost, str]]] = {

@@ -49,6 +49,8 @@ _ELSEWHERE = {
     "draft_learning_rate": "tune a draft",
     "defence": "defend a run",
     "defence_key": "defend a run",
+    "secrets": "look for secrets",
+    "public": "give an attacker public texts",
 }
 
 

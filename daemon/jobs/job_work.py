@@ -71,7 +71,9 @@ def _do_over(link: Link, work: Work, config: Any, folder: Path, follower: Follow
         case TrainConfig():
             from isthmus.edge.split_run import train_over
 
-            train_over(link, config, listener=follower)
+            report = train_over(link, config, listener=follower)
+            if report.leak is not None:
+                follower.tell_leak(report.leak)
         case EvalConfig():
             from isthmus.edge.split_run import evaluate_over
 
@@ -130,6 +132,10 @@ class Follower:
         if step % self._every == 0 or step in (1, self._total):
             message = f"Step {step}/{self._total}: training loss={line['loss']:.4f}"
             self._reporter.tell("metrics", message=message, data={**self._metrics, "total_steps": self._total})
+
+    def tell_leak(self, line: str) -> None:
+        """Report what the attacks of a leak budget got."""
+        self._reporter.tell("message", message=f"Leak: {line}")
 
     def evaluated(self, step: int, loss: float) -> None:
         """See `RunListener`. The loss is over all held-out examples, which OpenAI's API calls full."""

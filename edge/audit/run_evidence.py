@@ -39,8 +39,11 @@ class RunEvidence:
         for link in self._links:
             link.keep_transcript(log, sample)
 
-    def finish(self, adapter: Path) -> None:
+    def finish(self, adapter: Path, leak: str | None = None) -> None:
         """Have the cloud sign all that has crossed, and write the certificate.
+
+        Args:
+            leak: What was measured of what the cloud can learn, in a line.
 
         Raises:
             TranscriptError: The cloud signs something else.
@@ -51,7 +54,7 @@ class RunEvidence:
         self.close()
         transcript = read_transcript(config.out / TRANSCRIPT_FILE, self._links[0].pin)
         key = load_edge((config.key or DEFAULT_KEY).expanduser())
-        write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key)
+        write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key, leak)
         signed = f"{transcript.exchanges - transcript.unsigned} of {transcript.exchanges} exchanges"
         self._tell(f"the cloud has signed {signed}: {TRANSCRIPT_FILE} and {CERTIFICATE_FILE} in {config.out}")
 

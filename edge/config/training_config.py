@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from isthmus.common.errors import ConfigError
 from isthmus.edge.config.adapter_config import AdapterConfig, Method, SitesConfig
 from isthmus.edge.config.audit_config import AuditConfig
+from isthmus.edge.config.budget_config import BudgetConfig, check_budgeted
 from isthmus.edge.config.client_config import SCHEMES, ClientConfig, EvalConfig, GenerateConfig, PluggedConfig
 from isthmus.edge.config.config_text import check_name, one_line, read_text, read_toml
 from isthmus.edge.config.data_config import ComputationConfig, DataConfig
@@ -163,7 +164,9 @@ class DraftConfig(Settings):
         return None if self.draft in ("none", "ngram") else Path(self.draft)
 
 
-class TrainConfig(TrainClientConfig, DraftConfig, DefenceConfig, AuditConfig, SitesConfig, PluggedConfig, TuningConfig):
+class TrainConfig(
+    TrainClientConfig, DraftConfig, DefenceConfig, BudgetConfig, AuditConfig, SitesConfig, PluggedConfig, TuningConfig
+):
     """A run whose middle layers are in the cloud."""
 
     @model_validator(mode="after")
@@ -205,6 +208,7 @@ class TrainConfig(TrainClientConfig, DraftConfig, DefenceConfig, AuditConfig, Si
             raise ValueError(f"plugged and start_from = {str(self.start_from)!r} exclude each other: give one of them")
         self._check_draft()
         check_defended(self)
+        check_budgeted(self)
         return self
 
     def _check_draft(self) -> None:

@@ -11,7 +11,7 @@ import hmac
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from isthmus.edge.data.readers import read_examples
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
 from isthmus.privacy.defences.decoys import Decoys
+from isthmus.privacy.defences.defence import Defence
 from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd
-from isthmus.privacy.defences.defended_span import DefendedSpan, build_defences
+from isthmus.privacy.defences.defended_span import DefendedSpan, SpanFn, build_defences
 from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.privacy.defences.secret_noise import KEY_BYTES, SecretNoise
 
@@ -42,6 +43,7 @@ class DefendedRun:
 
     Attributes:
         texts: The defences as options write them.
+        defences: Those that are functions of hidden states and gradients, in the order in which they act.
         guarantee: What they guarantee of the run; None where none claims an (ε, δ).
     """
 
@@ -49,6 +51,7 @@ class DefendedRun:
         self,
         options: Sequence[DefenceOptions],
         span: DefendedSpan,
+        defences: Sequence[Defence],
         modules: Sequence[nn.Module],
         noise: SecretNoise,
         promised: Guarantee | None,
@@ -56,6 +59,7 @@ class DefendedRun:
     ) -> None:
         self.texts = [each.text() for each in options]
         self.guarantee = promised
+        self.defences = tuple(defences)
         self._span = span
         self._noise = noise
         self._private = next((each for each in options if isinstance(each, DpSgd)), None)
@@ -79,6 +83,10 @@ class DefendedRun:
             for index, module in enumerate(self._modules)
             for name, parameter in module.named_parameters()
         }
+
+    def rehearsed(self, around: Callable[[SpanFn], SpanFn]) -> AbstractContextManager[None]:
+        """See `DefendedSpan.rehearsed`."""
+        return self._span.rehearsed(around)
 
     def extra_loss(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """See `DefendedSpan.extra_loss`."""
@@ -163,7 +171,7 @@ def defended_run(
         say(guarantee_line(promised))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
-        yield DefendedRun(options, span, modules, noise, promised, made_of)
+        yield DefendedRun(options, span, defences, modules, noise, promised, made_of)
 
 
 def guarantee_line(promised: Guarantee) -> str:
@@ -207,16 +215,23 @@ def exposure_of(
     epochs = -(-total // per_epoch)
     evaluations = 2 + (0 if config.eval_every is None else (total - 1) // config.eval_every)
     mezo = config.optimizer == "mezo"
-    below = any(each.trained_below for each in options)
-    goes_back = not mezo and (below or _trained_below(model, trained))
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),
-        backwards=epochs if goes_back else 0,
+        backwards=epochs if gradients_go_up(model, trained, config) else 0,
         held_out=evaluations if data.validation else 0,
         steps=epochs,
     )
+
+
+def gradients_go_up(model: Any, trained: Any, config: TrainConfig) -> bool:
+    """Whether the run's steps send gradients: whether something is trained below the cloud's layers, by backwards.
+
+    A ladder stands beside them, and no gradient flows through them.
+    """
+    below = any(each.trained_below for each in config.defences()) or _trained_below(model, trained)
+    return config.optimizer != "mezo" and config.method != "ladder" and below
 
 
 def _of_run(config: TrainConfig, identity: ModelIdentity, data: TrainingData) -> bytes:

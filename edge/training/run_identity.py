@@ -57,6 +57,12 @@ _FREE = {
     "defence_key",
     "transcript",
     "audit_sample",
+    "leak_budget",
+    "secrets",
+    "public",
+    "leak_sample",
+    "leak_change",
+    "leak_every",
 }
 
 

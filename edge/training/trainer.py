@@ -15,7 +15,7 @@ from isthmus.backbone.adapters.adapter_files import save_adapter
 from isthmus.common.errors import ConfigError
 from isthmus.common.files import claim, write_atomic
 from isthmus.common.progress import StepProgress
-from isthmus.common.shutdown import StopRequest
+from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TuningConfig
@@ -60,8 +60,33 @@ class Evidence(Protocol):
     def begin(self) -> None:
         """Called before the first step that this process makes; the run's folder is this process's."""
 
-    def finish(self, adapter: Path) -> None:
-        """Called when the adapter is in its folder."""
+    def finish(self, adapter: Path, leak: str | None = None) -> None:
+        """Called when the adapter is in its folder.
+
+        Args:
+            leak: What was measured of what the cloud can learn, in a line.
+        """
+
+
+class LeakWatch(StepObserver, Protocol):
+    """What attacks a run on the edge, and ends it where a budget is broken."""
+
+    @property
+    def line(self) -> str | None:
+        """What was measured, in a line; None for nothing yet."""
+
+    def begin(self, check_stop: Callable[[], None]) -> None:
+        """Called before this process sends anything private, with the parameters that it begins with.
+
+        Args:
+            check_stop: Raises once Ctrl-C or SIGTERM has come.
+
+        Raises:
+            LeakBudgetError: The budget is broken.
+        """
+
+    def figures(self) -> dict[str, Any]:
+        """What the report says, under the names that `Report` has for it."""
 
 
 class Trainer:
@@ -79,6 +104,7 @@ class Trainer:
         listener: Hears how the run goes on; None for nobody.
         defended: The run's defences; None for none.
         evidence: What is kept of what crosses; None for nothing.
+        leak: Attacks the run for its leak budget; None for nobody.
     """
 
     def __init__(
@@ -100,6 +126,7 @@ class Trainer:
         listener: RunListener | None = None,
         defended: DefendedRun | None = None,
         evidence: Evidence | None = None,
+        leak: LeakWatch | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -114,6 +141,7 @@ class Trainer:
         self._listener = listener
         self._defended = defended
         self._evidence = evidence
+        self._leak = leak
         self._stop = StopRequest()
         total = total_steps(config, len(data.train))
         self._progress = progress or StepProgress("step", total, every=config.log_every)
@@ -125,7 +153,7 @@ class Trainer:
             self._stop,
             self._progress,
             meter,
-            [*step_observers, *([] if defended is None else [defended])],
+            [*step_observers, *(observer for observer in (leak, defended) if observer is not None)],
             in_flight,
             draft,
             listener,
@@ -161,6 +189,7 @@ class Trainer:
             NonFiniteError: A loss or a gradient is NaN or infinite.
             CheckpointError: The newest checkpoint is damaged or does not belong to this run.
             DiskError: The disk is full.
+            LeakBudgetError: Attacks recover more than the leak budget allows.
             ConfigError: `out` holds another run and `resume` is not set, or another process trains into it.
             IsthmusError: Whatever the wire raises. Before it rises, the last applied step is saved.
         """
@@ -172,6 +201,8 @@ class Trainer:
                 self._resume()
                 if self._evidence is not None:
                     self._evidence.begin()
+                if self._leak is not None:
+                    self._attack(self._leak)
                 if self._listener is not None:
                     self._listener.began(self.step, self._steps.total, self._save_adapter, self._meter)
                 with open_curves(self.config, self.step) as self._steps.add_points:
@@ -189,6 +220,12 @@ class Trainer:
         if not self._loop.resume() and self.config.resume:
             self._progress.message(f"No checkpoint in {out} yet: starting from the beginning.")
 
+    def _attack(self, leak: LeakWatch) -> None:
+        try:
+            leak.begin(self.check_stop)
+        except Interrupted:
+            raise KeyboardInterrupt("Stopped before this process sent anything private.") from None
+
     def _finish(self) -> TrainResult:
         adapter = self.config.out / "adapter"
         self._save_adapter(adapter)
@@ -197,7 +234,7 @@ class Trainer:
             self._draft.save(self.config.out / TUNED_DRAFT)
         write_atomic(self.config.out / "report.json", f"{report.to_json()}\n".encode())
         if self._evidence is not None:
-            self._evidence.finish(adapter)
+            self._evidence.finish(adapter, None if self._leak is None else self._leak.line)
         return TrainResult(report, adapter)
 
     def _save_adapter(self, folder: Path) -> None:
@@ -213,6 +250,7 @@ class Trainer:
         figures: dict[str, Any] = {
             **({} if self._draft is None else draft_fit(lines)),
             **({} if self._defended is None else self._defended.figures()),
+            **({} if self._leak is None else self._leak.figures()),
             **shares(spent),
             **traffic(spent),
             **self._flops(spent.positions),

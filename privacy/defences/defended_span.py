@@ -81,6 +81,7 @@ class DefendedSpan:
         self._span: SpanFn = model.remote_layers.span
         self._stage: tuple[Label, ...] = ("before",)
         self._calls = 0
+        self._rehearsals = 0
         self._now: Pass | None = None
         self._pending: list[tuple[DecoyRows, Pass, Tensor]] = []  # decoys, their own passes, and the answers
         self._inputs: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -88,6 +89,22 @@ class DefendedSpan:
     def begin(self, *stage: Label) -> None:
         """What the coming passes belong to, an optimizer step say: no other part of the run may have the same."""
         self._stage, self._calls = stage, 0
+
+    @contextmanager
+    def rehearsed(self, around: Callable[[SpanFn], SpanFn]) -> Iterator[None]:
+        """Let passes go to another span while the block runs, without decoys and with noise that no pass of a run has.
+
+        Args:
+            around: Makes it of the span that is called otherwise.
+        """
+        before = self._span, self._decoys, self._stage, self._calls, self._now
+        self._span, self._decoys = around(self._span), None
+        self._rehearsals += 1
+        self.begin("rehearsal", self._rehearsals)
+        try:
+            yield
+        finally:
+            self._span, self._decoys, self._stage, self._calls, self._now = before
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -128,12 +128,13 @@ def attack_labels(
     if not traffic.backwards:
         return []
     front: Front = "tuned" if knowledge.private_front else "known"
-    judged = []
-    for name in names:
-        guess = _guess(LABEL_ATTACKS[name], knowledge, traffic)
-        accuracy = share_interval(token_hits(guess.labels or (), truth.labels))
-        judged.append(Judged(name, front, label_accuracy=accuracy, coarse_recall=guess.coarse_recall))
-    return judged
+    return [judge_labels(name, front, _guess(LABEL_ATTACKS[name], knowledge, traffic), truth) for name in names]
+
+
+def judge_labels(attack: str, front: Front, guess: Guess, truth: Truth) -> Judged:
+    """How much of a guess of the labels is right."""
+    accuracy = share_interval(token_hits(guess.labels or (), truth.labels))
+    return Judged(attack, front, label_accuracy=accuracy, coarse_recall=guess.coarse_recall)
 
 
 def worst(judged: Sequence[Judged], what: Literal["token_accuracy", "label_accuracy", "secret_recall"]) -> float:

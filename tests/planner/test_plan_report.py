@@ -14,7 +14,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.planner.cost_model import ModeCost, PlanSettings, StepCost, Work
 from isthmus.planner.link_spec import LinkSpec
-from isthmus.planner.plan_report import assumptions, recommend, rows, table
+from isthmus.planner.plan_report import assumptions, budget_lines, recommend, rows, table
 from isthmus.planner.wire_cost import Traffic
 
 POSITIONS = 512
@@ -66,13 +66,31 @@ def test_speed_takes_the_shortest_step_and_says_what_inside_costs() -> None:
     )
 
 
-def test_privacy_takes_what_sends_nothing_not_what_sends_once() -> None:
-    assert recommend(costs(), "privacy", POSITIONS, 0).startswith(
-        "Use emulator: 0.7 s per step, and nothing crosses the link; with the real layers,"
+def test_privacy_takes_what_keeps_the_leak_budget_and_by_default_what_gives_up_nothing() -> None:
+    assert recommend(costs(), "privacy", POSITIONS, 0) == (
+        "Use emulator: 0.7 s per step, and nothing crosses the link; no other mode keeps the leak budget."
     )
+    first, *lines, last = budget_lines(costs(), "privacy", {})
+    assert first.startswith("Leak budget tokens<=0 and labels<=0: emulator only.")
+    assert "emulator keeps it: nothing of the texts crosses" in lines
+    assert "tail_cache breaks it: tokens 1.00 (hidden states at the cut)" in lines
+    assert "not guaranteed" in last
     without = [each for each in costs() if each.mode != "emulator"]
-    least = [*without, cost("low_rank", 9.0, 0.5)]
-    assert recommend(least, "privacy", POSITIONS, 0).startswith("Use low_rank: 9 s per step, 512 B per token")
+    assert recommend(without, "privacy", POSITIONS, 0).startswith("No mode that fits the edge keeps tokens<=0")
+
+
+def test_a_label_budget_is_kept_where_no_gradients_go_up() -> None:
+    assert recommend(costs(), "privacy", POSITIONS, 0, {"labels": 0.1}) == (
+        "Use tail_cache: 0.4 s per step after the first epoch, which takes 0.9 s and 1.0 KiB per token; the leak "
+        "budget is kept by emulator, too."
+    )
+    lines = budget_lines(costs(), "privacy", {"labels": 0.1})
+    both = "tokens 1.00 (hidden states at the cut) and labels 1.00 (gradients at the span's output)"
+    assert f"u_shape breaks it: {both}" in lines
+    # For any goal, and the control: a budget that allows everything changes nothing.
+    assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 0.1}).startswith("Use tail_cache")
+    assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 1.0}) == recommend(costs(), "quality", POSITIONS, 0)
+    assert budget_lines(costs(), "quality", {}) == []
 
 
 @pytest.mark.parametrize("goal", ["quality", "speed", "privacy"])
@@ -102,6 +120,8 @@ def test_a_row_has_the_fixed_keys_and_is_json() -> None:
     assert json.loads(json.dumps(low_rank)) == {
         "mode": "low_rank",
         "trains_inside": True,
+        "leak_tokens": 1.0,
+        "leak_labels": 1.0,
         "step_s": pytest.approx(1.94),
         "edge_s": pytest.approx(0.485),
         "cloud_s": 0.0,

@@ -1,0 +1,249 @@
+"""A run that attacks itself: before it sends anything private, and whenever its front has changed.
+
+The budget is measured, not guaranteed. Its value is the largest upper 95 % bound over all attacks, times the share of
+private texts that the run sends. A run that breaks it ends before the next batch goes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.common.errors import ConfigError, LeakBudgetError
+from isthmus.edge.budget.attacker import knowledge_of
+from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
+from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, label_leak, token_leak
+from isthmus.edge.budget.rehearsal import Rehearsal
+from isthmus.edge.config.schedule import steps_per_epoch, total_steps
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.data.batches import TrainingData
+from isthmus.edge.training.defended_run import DefendedRun, gradients_go_up
+from isthmus.privacy.attacks.attack import Knowledge
+from isthmus.privacy.ledger.mode_leaks import keeping
+
+_CHANGE_TEXTS = 4
+"""Of the sample, whose hidden states tell before every step how far the front has changed."""
+
+
+class BudgetWatch:
+    """An `isthmus.edge.training.trainer.LeakWatch`.
+
+    Args:
+        model: The edge's model, without PEFT's wrapper.
+        tuned: The same, with adapters and perhaps PEFT's wrapper.
+        defended: The run's defences; None for none.
+        say: Told what is attacked and what was measured.
+
+    Raises:
+        ConfigError: The texts do not do, or the run has something that the attacks do not measure.
+        DataError: The public texts cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tuned: Any,
+        config: TrainConfig,
+        data: TrainingData,
+        tokenizer: Any,
+        defended: DefendedRun | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._model, self._tokenizer, self._config, self._defended = model, tokenizer, config, defended
+        self._say = say
+        self._limits = config.limits()
+        self._gradients = gradients_go_up(model, tuned, config)
+        self._texts = choose_texts(config, data, tokenizer)
+        self._rehearsal = Rehearsal(model, tuned, config, defended, data.pad_id)
+        self._check_stop: Callable[[], None] = lambda: None
+        self._worst: dict[str, Leak] = {}
+        self._attacks = 0
+        self._attacked_at = 0
+        self._states: list[Tensor] = []
+        total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
+        passes = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
+        # What is sent again says more only where a defence draws anew.
+        self._passes = passes if defended is not None and defended.defences else 1
+        trained_on = min(len(data.train), total * config.batch * config.accumulate)
+        every = len(data.train) + len(data.validation)
+        self._shares = {"tokens": (trained_on + len(data.validation)) / every, "labels": trained_on / every}
+        self._check_labels()
+
+    @property
+    def line(self) -> str | None:
+        """See `LeakWatch`."""
+        if not self._worst:
+            return None
+        parts = [leak.text() for leak in self._worst.values()]
+        count, measured = len(self._texts.sample), "tokens" in self._worst
+        on = [f"measured on {count} texts"] if measured else []
+        if self._labels_are_measured:
+            on.append(f"labels on {len(self._labelled())} public ones")
+        return ", ".join([*parts, *on])
+
+    def begin(self, check_stop: Callable[[], None]) -> None:
+        """See `LeakWatch`."""
+        self._check_stop = check_stop
+        source = "public texts" if self._texts.given else "other texts of the run, which makes it stronger"
+        self._say(
+            f"leak budget {self._budget()}: measured, not guaranteed. {len(self._texts.sample)} private texts are "
+            f"attacked here before anything private is sent; the attacker learns from {len(self._texts.public)} "
+            f"{source}."
+        )
+        self._attack("Nothing private has been sent")
+
+    def before_step(self, step: int) -> None:
+        """See `StepObserver`: attacks again where the front has changed, before the step's batches go out.
+
+        Raises:
+            LeakBudgetError: The budget is broken.
+        """
+        change, every = self._change(), self._config.leak_every
+        due = every is not None and step - 1 - self._attacked_at >= every
+        if change <= self._config.leak_change and not due:
+            return
+        self._say(f"the front has changed by {change:.2f} since the last attack: attacking again before step {step}")
+        self._attacked_at = step - 1
+        self._attack(f"Step {step} has not been sent")
+
+    def after_step(self, step: int) -> None:
+        """See `StepObserver`."""
+
+    def points(self) -> Mapping[str, float]:
+        """See `StepObserver`."""
+        return {f"leak/{channel}": leak.value for channel, leak in self._worst.items()}
+
+    def state(self) -> Mapping[str, Any]:
+        """See `StepObserver`."""
+        worst = {channel: asdict(leak) for channel, leak in self._worst.items()}
+        return {"worst": worst, "attacks": self._attacks, "attacked_at": self._attacked_at}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `StepObserver`."""
+        self._worst = {
+            channel: Leak(**{**leak, "recovered": tuple(leak["recovered"])}) for channel, leak in state["worst"].items()
+        }
+        self._attacks, self._attacked_at = int(state["attacks"]), int(state["attacked_at"])
+
+    def figures(self) -> dict[str, Any]:
+        """See `LeakWatch`."""
+        values = {f"leak_{channel}": leak.value for channel, leak in self._worst.items()}
+        return {"leak": self.line, "leak_attacks": self._attacks, **values}
+
+    @property
+    def _labels_are_measured(self) -> bool:
+        return self._gradients and self._texts.given and "labels" in self._limits
+
+    def _check_labels(self) -> None:
+        if "labels" not in self._limits or not self._gradients:
+            return
+        if not self._texts.given:
+            raise ConfigError(
+                f"leak_budget labels<={self._limits['labels']:g} is measured with public texts that pass through the "
+                "cloud's layers, as gradients go up in this run: give --public FILE."
+            )
+        if len(self._texts.public) < 2 * FEWEST_PUBLIC:
+            raise ConfigError(
+                f"{len(self._texts.public)} public texts are too few: half of them stand for private ones when labels "
+                f"are attacked, and the attacker needs {FEWEST_PUBLIC}: give a file with more."
+            )
+
+    def _labelled(self) -> Sequence[Any]:
+        """The public texts that stand for private ones when labels are attacked."""
+        return self._texts.public[: min(self._config.leak_sample, len(self._texts.public) // 2)]
+
+    def _budget(self) -> str:
+        parts = [f"{channel}<={limit:g}" for channel, limit in self._limits.items()]
+        if self._texts.secrets:
+            parts.append(f"{sum(map(len, self._texts.secrets))} secrets")
+        return ", ".join(parts)
+
+    def _attack(self, now: str) -> None:
+        """Attack the run as it is, keep the worst, and compare it with the budget."""
+        self._check_stop()
+        with torch.random.fork_rng():
+            found = list(self._leaks())
+        self._attacks += 1
+        for leak in found:
+            before = self._worst.get(leak.channel)
+            if before is None or leak.value >= before.value:
+                self._worst[leak.channel] = leak
+        self._say(f"leak: {', '.join(leak.text() for leak in found)}")
+        for leak in found:
+            self._compare(leak, now)
+
+    def _leaks(self) -> Iterator[Leak]:
+        texts, codecs = self._texts, self._rehearsal.codecs
+        if "tokens" in self._limits or texts.secrets:
+            knowledge = self._knows(texts.public, codecs.forward_up)
+            self._states = self._expected(knowledge)
+            passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
+            truth = self._rehearsal.truth(texts.sample, texts.secrets)
+            leak, _ = token_leak(knowledge, passes, truth, self._shares["tokens"], self._between)
+            yield leak
+        elif not self._states:
+            self._states = self._expected(self._knows(texts.public, codecs.forward_up))
+        if "labels" in self._limits and not self._gradients:
+            yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
+        elif "labels" in self._limits:
+            labelled = self._labelled()
+            traffic, truth = self._rehearsal.gradients(labelled)
+            with self._rehearsal.span() as span:
+                knowledge = self._knows(texts.public[len(labelled) :], codecs.backward_up, span)
+                leak, _ = label_leak(knowledge, traffic, truth, self._shares["labels"], self._between)
+            yield leak
+
+    def _compare(self, leak: Leak, now: str) -> None:
+        """Raise LeakBudgetError where a leak breaks the budget."""
+        limit = self._limits.get(leak.channel, 1.0)
+        found, of = leak.recovered
+        if leak.value <= limit and not found:
+            return
+        what = f"{leak.channel}<={limit:g}"
+        if leak.value <= limit:
+            said = f"the leak budget is broken: an attack recovers {found} of {of} secrets letter by letter"
+        else:
+            said = (
+                f"the leak budget {what} is broken: {leak.attack} recovers {leak.measured:.3f} of the {leak.channel}, "
+                f"upper bound {leak.bound:.2f}, times {leak.share:.2f} of the texts = {leak.value:.2f}"
+            )
+        limits = {**self._limits, **({"tokens": 0.0} if self._texts.secrets else {})}
+        modes = "; ".join(f"{mode.mode} ({mode.how})" for mode in keeping(limits))
+        raise LeakBudgetError(f"{said}. {now}. What keeps the budget: {modes}.")
+
+    def _change(self) -> float:
+        """How far the hidden states at the cut have moved since the last attack, relative to them."""
+        now = self._expected(self._knows(self._texts.public[:FEWEST_PUBLIC], self._rehearsal.codecs.forward_up))
+        moved = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(now, self._states, strict=True)])
+        return float(moved.mean())
+
+    @torch.no_grad()
+    def _expected(self, knowledge: Knowledge) -> list[Tensor]:
+        """Hidden states at the cut as they are sent, without noise, `[n, h]`; the first position is a sink, and out."""
+        tokens = [torch.tensor(text.input_ids) for text in self._texts.sample[:_CHANGE_TEXTS]]
+        return [knowledge.expect(knowledge.front.states(each))[1:] for each in tokens]
+
+    def _knows(self, public: Sequence[Any], codec: str, span: Any = None) -> Knowledge:
+        return knowledge_of(self._model, self._tokenizer, self._defended, public, codec, span, self._check_stop)
+
+    def _between(self, attack: str, done: int, of: int) -> None:
+        self._check_stop()
+        if done == 0:
+            self._say(f"attacking: {attack}, {of} calls")
+
+
+def budget_watch(
+    model: Any,
+    tuned: Any,
+    config: TrainConfig,
+    data: TrainingData,
+    tokenizer: Any,
+    defended: DefendedRun | None,
+    say: Callable[[str], None],
+) -> BudgetWatch | None:
+    """See `BudgetWatch`; None where the run has no budget."""
+    return BudgetWatch(model, tuned, config, data, tokenizer, defended, say) if config.budgeted else None

@@ -1,0 +1,98 @@
+"""The settings of the leak budget, and with which others they do not go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from isthmus.edge.config.settings import Settings
+from isthmus.privacy.ledger.mode_leaks import read_limits
+
+if TYPE_CHECKING:
+    from isthmus.edge.config.training_config import TrainConfig
+
+
+class BudgetConfig(Settings):
+    """How much of the private texts a cloud may learn, by attacks that the edge runs on itself."""
+
+    panel = "Privacy"
+
+    leak_budget: tuple[str, ...] = Field(
+        (),
+        description="tokens<=X or labels<=X, several with commas: the largest share (0 to 1) that attacks may recover. "
+        "Measured on a sample before anything private is sent, and not guaranteed.",
+    )
+    secrets: Path | None = Field(
+        None,
+        description="File with a string in each line that no attack may recover. The texts that hold them are always "
+        "in the sample.",
+    )
+    public: str | None = Field(
+        None,
+        description="Public texts in the form of the data, which the attacker learns from; labels are measured on "
+        "some of them, sent through the cloud. By default it learns from private texts outside the sample, which stay "
+        "here.",
+    )
+    leak_sample: int = Field(
+        16,
+        ge=2,
+        description="Private texts that are attacked. Of n texts without a hit, the upper bound is still 3 / n.",
+    )
+    leak_change: float = Field(
+        0.1,
+        gt=0,
+        description="Relative change of the sample's hidden states at the cut after which a run attacks again.",
+    )
+    leak_every: int | None = Field(
+        None, ge=1, description="Steps after which a run attacks again in any case; by default it goes by change alone."
+    )
+
+    @field_validator("leak_budget", mode="before")
+    @classmethod
+    def _one_or_several_limits(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("leak_budget")
+    @classmethod
+    def _check_limits(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        read_limits(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_public(self) -> Self:
+        if self.public is not None and not self.budgeted:
+            raise ValueError(
+                f"public = {self.public!r} is for the attacks of a leak budget, and there is none: give leak_budget or "
+                "secrets"
+            )
+        return self
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the run has a budget."""
+        return bool(self.leak_budget) or self.secrets is not None
+
+    def limits(self) -> dict[str, float]:
+        """The largest value of each channel, `tokens` and `labels`, that has a limit."""
+        return read_limits(self.leak_budget)
+
+
+def check_budgeted(config: TrainConfig) -> None:
+    """Refuse what the attacks of a leak budget would not measure.
+
+    Raises:
+        ValueError: Something is; the message names it.
+    """
+    if not config.budgeted:
+        return
+    what = "leak_budget" if config.leak_budget else "secrets"
+    if config.sites != "none":
+        raise ValueError(f"sites send what the attacks of {what} do not see: give sites = none")
+    if config.method == "prompt":
+        raise ValueError(f"method prompt sends what the attacks of {what} do not see: use another method")
+    if config.codec.strip().startswith("auto"):
+        raise ValueError(f"codec = {config.codec!r} sends probes, and in codecs that {what} has not measured: name one")
+    if config.precision != "fp32":
+        raise ValueError(f"precision = {config.precision!r}: the attacks of {what} compute in fp32; give fp32")

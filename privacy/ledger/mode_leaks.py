@@ -1,0 +1,91 @@
+"""What each way of training gives up to a cloud that attacks, and the limits that a budget sets.
+
+A limit is `tokens<=X` or `labels<=X`, X a share between 0 and 1. Loads no torch.
+
+What a mode without a defence gives up follows from what it sends. Hidden states at a cut whose lower layers are known
+give up all tokens, at any depth and in any codec, and gradients at the span's output give up all labels: the attacks'
+upper bounds are 1. Where nothing is sent, they are 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+CHANNELS = {"tokens": "hidden states at the cut", "labels": "gradients at the span's output"}
+"""What a budget limits, and what it is read from."""
+
+_LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.]+)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ModeLeak:
+    """A way of training, as a cloud sees it.
+
+    Attributes:
+        mode: Its name in `isthmus plan`.
+        sends: Which of `CHANNELS` it opens.
+        how: How a user gets it.
+    """
+
+    mode: str
+    sends: frozenset[str]
+    how: str
+
+    def bound(self, channel: str) -> float:
+        """The upper bound of what is given up."""
+        return float(channel in self.sends)
+
+    def keeps(self, limits: Mapping[str, float]) -> bool:
+        """Whether each limit is kept."""
+        return all(self.bound(channel) <= limit for channel, limit in limits.items())
+
+    def why(self) -> str:
+        """What it gives up, in words."""
+        given = [f"{channel} {self.bound(channel):.2f} ({CHANNELS[channel]})" for channel in sorted(self.sends)]
+        return " and ".join(reversed(given)) if given else "nothing of the texts crosses"
+
+
+_TOKENS, _BOTH = frozenset({"tokens"}), frozenset({"tokens", "labels"})
+
+MODE_LEAKS: dict[str, ModeLeak] = {
+    each.mode: each
+    for each in (
+        ModeLeak("u_shape", _BOTH, "isthmus edge train"),
+        ModeLeak("tail_cache", _TOKENS, "adapters on the top layers alone: a cloud with --edge-layers 0:N"),
+        ModeLeak("taps", _TOKENS, "isthmus edge train --method ladder"),
+        ModeLeak("edge", _BOTH, "isthmus edge train --sites all"),
+        ModeLeak("kill_revive", _BOTH, "isthmus edge train --sites all --site-policy kill-revive"),
+        ModeLeak("low_rank", _BOTH, "isthmus edge train --sites all --method low_rank"),
+        ModeLeak("leased", _BOTH, "isthmus edge train --sites all --leased all"),
+        ModeLeak("emulator", frozenset(), "isthmus emulator tune"),
+    )
+}  # fmt: skip
+"""By the modes' names."""
+
+
+def read_limits(texts: Iterable[str]) -> dict[str, float]:
+    """The limits of `tokens<=X` and `labels<=X`, by channel.
+
+    Raises:
+        ValueError: A text is something else, or sets a limit twice; the message names it.
+    """
+    limits: dict[str, float] = {}
+    for text in (part.strip() for each in texts for part in each.split(",")):
+        found = _LIMIT.fullmatch(text)
+        try:
+            channel, limit = ("", 2.0) if found is None else (found[1], float(found[2]))
+        except ValueError:
+            channel, limit = "", 2.0
+        if channel not in CHANNELS or limit > 1:
+            raise ValueError(f"{text!r} is no limit: write tokens<=X or labels<=X, X between 0 and 1")
+        if channel in limits:
+            raise ValueError(f"{channel} has two limits, {limits[channel]:g} and {limit:g}: give one")
+        limits[channel] = limit
+    return limits
+
+
+def keeping(limits: Mapping[str, float]) -> list[ModeLeak]:
+    """The modes that keep every limit."""
+    return [mode for mode in MODE_LEAKS.values() if mode.keeps(limits)]

@@ -1,0 +1,182 @@
+"""`edge train --leak-budget`, against clouds in this process that record what they see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cloud.train_runs import Runs, cloud_for_runs
+
+from isthmus.backbone.adapters.adapter_files import adapter_digest
+from isthmus.common.errors import ConfigError, LeakBudgetError
+from isthmus.edge.run_report import Report
+from isthmus.privacy.attacks.coarse_maps import InverterMap
+from isthmus.privacy.recording.recorder import Recorder
+from isthmus.privacy.recording.recording_file import read_entries
+from isthmus.protocol import messages as m
+from isthmus.protocol.tensor_codecs import decode
+
+MIB = 1 << 20
+SHORTEST_PUBLIC = 13  # with EOS one more; a private text has at most 11 characters
+
+
+@dataclass
+class Recorded:
+    """Runs against a cloud, and what it has recorded."""
+
+    runs: Runs
+    folder: Path
+    texts: Path
+    public: Path
+
+    def train(self, out: Path, **values: Any) -> Report:
+        """Six steps of four texts: all of the data."""
+        return self.runs.train(
+            out, **{"data": str(self.texts), "steps": 6, "accumulate": 2, "leak_sample": 6, "leak_change": 9.0} | values
+        )
+
+    def seen(self) -> list[m.Forward | m.Backward]:
+        """The calls of all edges so far."""
+        calls = (entry.content for file in sorted(self.folder.iterdir()) for entry in read_entries(file))
+        return [call for call in calls if isinstance(call, m.Forward | m.Backward)]
+
+
+def text(n: int, length: int) -> str:
+    return "".join("abcdefghij"[(n * 7 + place * (n % 9 + 1)) % 10] for place in range(length))
+
+
+@pytest.fixture(scope="module")
+def clouds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Recorded]]:
+    with ExitStack() as stack:
+        made = {}
+        for plan in ("1:1", "0:2"):
+            folder = tmp_path_factory.mktemp("budget")
+            private, public, recording = folder / "private.jsonl", folder / "public.jsonl", folder / "recording"
+            recording.mkdir()
+            lines = [json.dumps({"text": text(n, 9 + n % 3)}) + "\n" for n in range(24)]
+            private.write_text("".join(lines))
+            public.write_text("".join(json.dumps({"text": text(n, SHORTEST_PUBLIC + n % 3)}) + "\n" for n in range(30)))
+            runs = stack.enter_context(cloud_for_runs(folder, plan, recorder=Recorder(recording, 64 * MIB)))
+            made[plan] = Recorded(runs, recording, private, public)
+        yield made
+
+
+@pytest.fixture
+def cloud(clouds: dict[str, Recorded]) -> Recorded:
+    return clouds["1:1"]
+
+
+@pytest.fixture(autouse=True)
+def quick_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learned map takes most of the time, and here it is no better than the regression that it begins as."""
+    monkeypatch.setattr(InverterMap, "_learn", lambda *_: None)
+
+
+def test_nothing_private_crosses_where_the_budget_is_not_kept(cloud: Recorded, tmp_path: Path) -> None:
+    before = len(cloud.seen())
+    said = r"tokens<=0\.5 is broken: .* = 1\.00\. Nothing private has been sent\. .*emulator"
+    with pytest.raises(LeakBudgetError, match=said):
+        cloud.train(tmp_path / "out", leak_budget=["tokens<=0.5"])
+    assert len(cloud.seen()) == before
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    # The control: with a budget that allows everything the run sends, and it is the run that it is without a budget.
+    report = cloud.train(tmp_path / "out", leak_budget=["tokens<=1"], transcript=True)
+    assert len(cloud.seen()) > before
+    assert report.leak == "tokens ≤ 1.00 (vocabulary_matching), measured on 6 texts"
+    assert (report.leak_tokens, report.leak_labels, report.leak_attacks) == (1.0, None, 1)
+    assert f"leak: {report.leak}\n" in report.lines(tmp_path)
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text())["leak"] == report.leak
+    assert cloud.train(tmp_path / "plain").leak is None
+    assert adapter_digest(tmp_path / "plain" / "adapter") == adapter_digest(tmp_path / "out" / "adapter")
+
+
+def test_a_run_of_fewer_steps_sends_fewer_texts(cloud: Recorded, tmp_path: Path) -> None:
+    report = cloud.train(tmp_path / "out", leak_budget=["tokens<=0.5"], steps=2)
+    assert report.leak_tokens == pytest.approx(10 / 24)  # eight that are trained on, and two that are held out
+
+
+def test_labels_are_measured_with_public_texts_alone(cloud: Recorded, tmp_path: Path) -> None:
+    budget: dict[str, Any] = {"leak_budget": "labels<=0.3", "steps": 2}
+    before = len(cloud.seen())
+    with pytest.raises(ConfigError, match="give --public FILE"):
+        cloud.train(tmp_path / "out", **budget)
+    assert len(cloud.seen()) == before
+    with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: labels-.*tail_cache .*taps .*emulator"):
+        cloud.train(tmp_path / "out", **budget, public=str(cloud.public))
+    calls = cloud.seen()[before:]
+    assert calls
+    assert all(isinstance(call, m.Forward) for call in calls)
+    assert min(min(lengths(call)) for call in calls if isinstance(call, m.Forward)) > SHORTEST_PUBLIC
+
+
+def lengths(call: m.Forward) -> list[int]:
+    """Tokens of each row."""
+    if call.inputs.attention_mask is None:
+        return [call.inputs.hidden.shape[1]] * call.inputs.hidden.shape[0]
+    return decode(call.inputs.attention_mask).sum(-1).tolist()
+
+
+def test_a_top_only_run_keeps_a_label_budget_and_gives_up_its_tokens(
+    clouds: dict[str, Recorded], tmp_path: Path
+) -> None:
+    cloud = clouds["0:2"]
+    report = cloud.train(tmp_path / "out", leak_budget=["labels<=0", "tokens<=1"])
+    assert report.leak == "tokens ≤ 1.00 (nearest_neighbour), labels 0 (no gradients), measured on 6 texts"
+    assert report.leak_labels == 0
+    ladder = cloud.train(tmp_path / "ladder", leak_budget=["labels<=0", "tokens<=1"], method="ladder", taps=1)
+    assert ladder.leak == report.leak
+    assert not [call for call in cloud.seen() if isinstance(call, m.Backward)]
+
+
+def test_a_recovered_secret_breaks_the_budget(cloud: Recorded, tmp_path: Path) -> None:
+    secrets = tmp_path / "secrets.txt"
+    secrets.write_text(f"{text(3, 9)}\n\n{text(17, 9)[2:]}\n")
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match=r"recovers [23] of [23] secrets letter by letter"):
+        cloud.train(tmp_path / "out", secrets=secrets, leak_sample=2)
+    assert len(cloud.seen()) == before
+    noisy = ["gaussian:clip=1,sigma=50"]
+    report = cloud.train(tmp_path / "noisy", secrets=secrets, leak_sample=2, defence=noisy, steps=1)
+    assert "0 of" in (report.leak or "")
+    secrets.write_text("abc\nnot there\n")
+    with pytest.raises(ConfigError, match=r"line 2 of .* is in no text"):
+        cloud.train(tmp_path / "out", secrets=secrets)
+
+
+def test_a_run_ends_when_training_undoes_its_defence(cloud: Recorded, tmp_path: Path) -> None:
+    key, out = tmp_path / "key", tmp_path / "out"
+    key.write_text("ab" * 32)
+    # The pair begins with codes that are small beside their noise, and learns to make them large.
+    defended = {"defence": ["bottleneck:rank=16,clip=100,sigma=0.02"], "defence_key": key, "learning_rate": 0.1}
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match=r"Step \d+ has not been sent\. .*The last applied step is saved in"):
+        cloud.train(out, leak_budget=["tokens<=0.6"], leak_change=0.5, steps=12, **defended)
+    applied = len((out / "losses.jsonl").read_text().splitlines())
+    assert 1 <= applied < 12
+    assert (out / f"checkpoint-{applied}").is_dir()
+    evaluations = 1
+    assert len(cloud.seen()) - before == evaluations + applied * 2 * 2  # two micro-batches, forward and backward
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"leak_budget": "tokens<=2"}, "'tokens<=2' is no limit"),
+        ({"leak_budget": "words<=0.5"}, "'words<=0.5' is no limit"),
+        ({"leak_budget": ["labels<=0.1", "labels<=0.2"]}, "labels has two limits"),
+        ({"leak_budget": "labels<=0.1", "sites": "all"}, "sites send what the attacks"),
+        ({"leak_budget": "labels<=0.1", "method": "prompt"}, "method prompt"),
+        ({"leak_budget": "labels<=0.1", "codec": "auto"}, "sends probes"),
+        ({"leak_budget": "labels<=0.1", "precision": "bf16"}, "compute in fp32"),
+        ({"public": "public.jsonl"}, "there is none"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(cloud: Recorded, tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        cloud.runs.config(tmp_path, **values)
+    cloud.runs.config(tmp_path, leak_budget="tokens<=0.5,labels<=.1")
