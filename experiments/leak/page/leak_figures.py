@@ -11,6 +11,7 @@ from isthmus.experiments.leak.page.ledger_rows import (
     Value,
     frontier,
     ledger_rows,
+    marks,
     measured,
     modes,
     percent,
@@ -22,7 +23,7 @@ from isthmus.experiments.leak.page.themed_svg import LIGHT, drawing, inline_svg
 _COLOURS = [LIGHT[name] for name in ("bad", "accent", "second", "third", "muted")]
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _PRIOR = {"color": LIGHT["muted"], "linewidth": 1.2, "linestyle": (0, (2, 2))}
-_LABEL = 32
+_LABEL = 30
 """Characters of a row's name in a figure; the page's table has all of it."""
 
 
@@ -48,7 +49,7 @@ def draw_modes(rows: Sequence[LedgerRow]) -> str:
     title = "What a cloud can learn in each mode"
     said = "; ".join(f"{name}: {percent(row.exposed)} of the tokens" for name, row in chosen)
     with drawing("modes") as plot:
-        figure, panels = plot.subplots(1, max(1, len(chosen)), figsize=(10, 3.3), squeeze=False)
+        figure, panels = plot.subplots(1, max(1, len(chosen)), figsize=(10, 3.15), squeeze=False)
         for axes in panels[0]:
             axes.set_axis_off()
         for axes, (name, row) in zip(panels[0], chosen, strict=False):
@@ -67,13 +68,14 @@ def _draw_squares(axes: Any, name: str, row: LedgerRow) -> None:
     lines = [
         f"labels: {percent(labels.value)}" if labels else _without_labels(row),
         "loss: not measured" if row.loss_ratio is None else f"loss: {times(row.loss_ratio)} undefended",
+        _short(row.name),
     ]
     of = "of tokens read" if row.worst("token_accuracy") else "by guessing alone"
     axes.text(-0.45, 10.1, name, weight="bold", size=10.5, va="bottom")
     axes.text(-0.45, -1.1, percent(row.exposed), size=19, weight="bold", va="top")
     axes.text(-0.45, -2.95, of, va="top")
     axes.text(-0.45, -4.05, "\n".join(lines), color=LIGHT["muted"], va="top", linespacing=1.4, size=9)
-    axes.set(xlim=(-0.6, 11.4), ylim=(-6.3, 11.3), aspect="equal", anchor="NW")
+    axes.set(xlim=(-0.6, 11.4), ylim=(-7.3, 11.3), aspect="equal", anchor="NW")
 
 
 def _without_labels(row: LedgerRow) -> str:
@@ -82,15 +84,10 @@ def _without_labels(row: LedgerRow) -> str:
 
 def draw_frontier(rows: Sequence[LedgerRow]) -> str:
     """Task loss over the undefended run's, against the tokens that the strongest attack gets."""
-    points = sorted(
-        (row for row in rows if row.loss_ratio is not None and row.exposed is not None),
-        key=lambda row: (row.loss_ratio or 0, -(row.exposed or 0)),  # so that lines to labels do not cross
-    )
+    points = marks(rows)
     best = frontier(points)
     title = "Attack against task quality"
-    said = "; ".join(
-        f"{row.name}: {percent(row.exposed)} of tokens at {row.loss_ratio:.2f} × the loss" for row in points
-    )
+    said = "; ".join(f"{row.name}: {percent(row.exposed)} of tokens, loss {times(row.loss_ratio)}" for row in points)
     with drawing("frontier") as plot:
         figure, axes = plot.subplots(figsize=(10, 5.2))
         highest = max([1.5, *((row.loss_ratio or 0) * 1.15 for row in points)])
@@ -106,7 +103,7 @@ def draw_frontier(rows: Sequence[LedgerRow]) -> str:
         if best:
             corners = [(100 * (row.exposed or 0), row.loss_ratio or 0) for row in best]
             steps = [(102, corners[0][1]), *corners, (corners[-1][0], highest)]
-            axes.step(*zip(*steps, strict=True), where="post", color=LIGHT["accent"], linewidth=1.6, zorder=2)
+            axes.step(*zip(*steps, strict=True), where="pre", color=LIGHT["accent"], linewidth=1.6, zorder=2)
         for row in points:
             _draw_point(axes, row, row in best)
         _label_points(axes, points, best)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,15 +26,23 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """A row of the grid.
+    """A row of the grid in one codec.
 
     Attributes:
-        name: As the ledger calls it, with the data where the ledger has it on several.
-        runs: The ledger's entries, one for each attack.
+        name: As the ledger calls the row, with the codec or the data where the ledger has it in several.
+        runs: The ledger's entries, one for each attack and each side that it was attacked from.
     """
 
     name: str
     runs: tuple[Mapping[str, Any], ...]
+
+    def against(self, front: str) -> LedgerRow:
+        """The same with only the attacks of those who know the edge's layers (`known`) or do not (`tuned`).
+
+        Of the latter, those who know none of the texts that were sent.
+        """
+        seen = (run for run in self.runs if (run.get("front") or "known") == front and not run.get("known_texts"))
+        return LedgerRow(self.name, tuple(seen))
 
     def common(self, key: str) -> Any:
         """What all entries say of the row, None where none says it."""
@@ -44,6 +52,11 @@ class LedgerRow:
         """What the strongest attack got; None where no attack applies or none was measured."""
         values = [value for run in self.runs if (value := measured(run, measure)) is not None]
         return max(values, key=lambda each: each.value, default=None)
+
+    @property
+    def undefended(self) -> bool:
+        """Whether it is an ordinary split run."""
+        return self.common("mode") == "split" and (self.common("defence") or "none") == "none"
 
     @property
     def loss_ratio(self) -> float | None:
@@ -77,24 +90,35 @@ def measured(run: Mapping[str, Any], name: str) -> Value | None:
 
 def ledger_rows(ledger: Mapping[str, Any]) -> list[LedgerRow]:
     """The rows in the ledger's order."""
-    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    grouped: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for run in ledger.get("runs") or ():
-        grouped.setdefault((str(run.get("row")), str(run.get("data") or "")), []).append(run)
-    names = [name for name, _ in grouped]
-    return [
-        LedgerRow(f"{name} ({data})" if names.count(name) > 1 else name, tuple(runs))
-        for (name, data), runs in grouped.items()
-    ]
+        key = str(run.get("row")), str(run.get("codec") or ""), str(run.get("data") or "")
+        grouped.setdefault(key, []).append(run)
+    return [LedgerRow(_name(key, grouped), tuple(runs)) for key, runs in grouped.items()]
+
+
+def _name(key: tuple[str, str, str], keys: Iterable[tuple[str, str, str]]) -> str:
+    """The row's name, and of codec and data what tells it from the first row of that name."""
+    first = next(other for other in keys if other[0] == key[0])
+    return ", ".join([key[0], *(mine for mine, its in zip(key[1:], first[1:], strict=True) if mine != its)])
+
+
+def marks(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+    """Rows with a loss and an attack, and of the undefended ones, whose losses are one by definition, the least exposed.
+
+    From the lowest loss on, and of one loss the most exposed first.
+    """
+    known = [row for row in rows if row.loss_ratio is not None and row.exposed is not None]
+    plain = min((row for row in known if row.undefended), key=lambda row: row.exposed or 0, default=None)
+    shown = [row for row in known if not row.undefended or row is plain]
+    return sorted(shown, key=lambda row: (row.loss_ratio or 0, -(row.exposed or 0)))
 
 
 def frontier(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
     """Rows of which no other one has both fewer exposed tokens and a lower loss, from the lowest loss on."""
     found: list[LedgerRow] = []
-    placed = [(row.loss_ratio, row.exposed, row) for row in rows]
-    known = [(loss, exposed, row) for loss, exposed, row in placed if loss is not None and exposed is not None]
-    for _, exposed, row in sorted(known, key=lambda each: each[:2]):
-        least = min((each.exposed or 0.0 for each in found), default=float("inf"))
-        if exposed < least:
+    for row in sorted(marks(rows), key=lambda row: (row.loss_ratio or 0, row.exposed or 0)):
+        if not found or (row.exposed or 0) < (found[-1].exposed or 0):
             found.append(row)
     return found
 
@@ -110,49 +134,52 @@ def frontier_sentence(rows: Sequence[LedgerRow]) -> str:
     if near:
         least = min(near, key=lambda row: row.exposed or 0)
         parts.append(
-            f"Of the {len(near)} rows that send activations and whose loss is at most {SMALL_LOSS - 1:.0%} above the "
-            f"undefended run's, the least exposed one ({least.name}) still gives up {percent(least.exposed)} of the "
+            f"Of the {len(near)} rows that send activations at a loss of at most {percent(SMALL_LOSS - 1)} above the "
+            f"undefended run's, even the least exposed one ({least.name}) gives up {percent(least.exposed)} of the "
             "tokens."
+            if len(near) > 1
+            else f"One row sends activations at a loss of at most {percent(SMALL_LOSS - 1)} above the undefended "
+            f"run's ({least.name}), and gives up {percent(least.exposed)} of the tokens."
         )
     half = [row for row in trained if (row.exposed or 0) < HALF]
     if half:
         best = min(half, key=lambda row: row.loss_ratio or 0)
         parts.append(
-            f"To keep the strongest attack below half of the tokens costs {best.loss_ratio:.2f} times the loss "
+            f"To keep the strongest attack below half of the tokens costs {times(best.loss_ratio)} the loss "
             f"({best.name})."
         )
     else:
         parts.append("No row that sends activations keeps the strongest attack below half of the tokens.")
-    for row in rows:
-        if row.common("mode") == "emulator" and row.loss_ratio is not None:
-            parts.append(f"{row.name} sends no activations, at {row.loss_ratio:.2f} times the loss.")
+    parts += [
+        f"Where none are sent ({row.name}), the loss is {times(row.loss_ratio)} the undefended run's."
+        for row in rows
+        if row.common("mode") == "emulator" and row.loss_ratio is not None
+    ]
     return " ".join(parts)
 
 
 def modes(rows: Sequence[LedgerRow]) -> list[tuple[str, LedgerRow]]:
     """One row for each way of training that a reader can choose, with its name; those that the ledger has."""
 
-    def of(mode: str, *, front: str = "known", defended: bool = False) -> list[LedgerRow]:
-        found = [
-            row
-            for row in rows
-            if row.common("mode") == mode
-            and any((run.get("front") or "known") == front for run in row.runs)
-            and ((row.common("defence") or "none") != "none") == defended
-        ]
-        # A row whose task was trained and scored says more than one that was only attacked.
-        return sorted(found, key=lambda row: row.loss_ratio is None)
-
-    cheap = [row for row in of("split", defended=True) if (row.loss_ratio or float("inf")) <= SMALL_LOSS]
-    best = sorted(cheap, key=lambda row: 1.0 if row.exposed is None else row.exposed)
+    # A row that was scored, and attacked from several sides, says more than another.
+    plain = sorted(
+        (row for row in rows if row.undefended), key=lambda row: (row.loss_ratio is None, not row.against("tuned").runs)
+    )
+    others = [row for row in rows if not row.undefended]
+    cheap = [row for row in _in_mode(others, "split") if (row.loss_ratio or float("inf")) <= SMALL_LOSS]
     choices = [
-        ("Split", of("split")),
-        ("Private front", of("split", front="tuned")),
-        ("Defence at ≤ 3 % loss", best),
-        ("Top layers only", of("top-only")),
-        ("Emulator", of("emulator")),
+        ("Split", [row.against("known") for row in plain]),
+        ("Private front", [row.against("tuned") for row in plain]),
+        ("Cheap defence", sorted(cheap, key=lambda row: 1.0 if row.exposed is None else row.exposed)),
+        ("Top layers only", _in_mode(others, "top-only")),
+        ("Emulator", _in_mode(others, "emulator")),
     ]
-    return [(title, found[0]) for title, found in choices if found]
+    found = ((title, next((row for row in rows if row.runs), None)) for title, rows in choices)
+    return [(title, row) for title, row in found if row is not None]
+
+
+def _in_mode(rows: Sequence[LedgerRow], mode: str) -> list[LedgerRow]:
+    return [row for row in rows if row.common("mode") == mode]
 
 
 def percent(value: float | None) -> str:
