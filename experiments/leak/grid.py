@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -206,6 +207,8 @@ def _with_file(text: str, decoys: str) -> str:
     return f"{name}:{','.join(filter(None, (rest, f'file={decoys}')))}"
 
 
-def unlike(rows: Sequence[Row]) -> list[str]:
-    """The names of the rows' files, no two alike."""
-    return [re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-") or "row" for row in rows]
+def file_names(rows: Sequence[Row]) -> list[str]:
+    """The names of the rows' files: no two rows have one."""
+    slugs = [re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-") for row in rows]
+    digests = [hashlib.sha256(row.name.encode()).hexdigest()[:6] for row in rows]
+    return [f"{slug}-{digest}.json" for slug, digest in zip(slugs, digests, strict=True)]
