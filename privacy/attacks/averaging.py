@@ -1,8 +1,8 @@
 """Averaging: an example that comes again and again under fresh noise comes once with less, by the root of the times.
 
-Rows of one length are of one example where nothing tells them apart: where no position lies further from the other's
-than public texts' own do when they are sent twice. Noise that an example has in every pass does not average out; rows
-that are the same to the bit count once.
+Rows of one length are of one example where nothing tells them apart: where they lie no further from each other, on the
+whole and at any position, than public texts do that are sent twice. Noise that an example has in every pass does not
+average out; rows that are the same to the bit count once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
 from isthmus.privacy.attacks.wire_noise import WireNoise
 from isthmus.privacy.recording.traffic import Forward, Traffic
 from isthmus.protocol.tensor_codecs import Role, decode, encode
-
-_SLACK = 1.25
 
 
 @dataclass
@@ -51,7 +49,8 @@ class AveragedMatching:
         exact = torch.cat([text.exact[1:] for text in texts])
         apart = torch.cat([(text.sent - other)[1:] for text, other in zip(texts, again, strict=True)])
         self._noise = WireNoise(apart, exact, correlated=len(apart) > 2 * apart.shape[1])
-        self._threshold = _SLACK * float(self._noise.distances(apart, torch.zeros_like(apart[0])).max())
+        pairs = [self._apart(text.sent, other) for text, other in zip(texts, again, strict=True)]
+        self._widest = torch.stack(pairs).amax(0)
 
     def run(self, traffic: Traffic) -> Guess:
         """See `Attack`."""
@@ -84,9 +83,15 @@ class AveragedMatching:
         return examples
 
     def _same(self, example: _Example, row: Row) -> bool:
-        """Whether a row is one more of an example, by all positions but the first, whose norm is another."""
-        apart = self._noise.distances(example.sent[0], row.hidden)
-        return bool((apart[1:] <= self._threshold).all())
+        return bool((self._apart(example.sent[0], row.hidden) <= self._widest).all())
+
+    def _apart(self, one: Tensor, other: Tensor) -> Tensor:
+        """How far two rows `[n, h]` lie apart on the whole, and where they do most, `[2]`.
+
+        The first position is left out: its norm is another, and the noise of some codecs with it.
+        """
+        distances = self._noise.distances(one[1:], other[1:])
+        return torch.stack([distances.square().mean(), distances.amax()])
 
 
 class _Repeated(KnownDefence):

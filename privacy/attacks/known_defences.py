@@ -57,8 +57,9 @@ class KnownDefences(KnownDefence):
         return self._sent(hidden, _drawn(), other)
 
     def expect(self, hidden: Tensor) -> Tensor:
-        """See `KnownDefence`: without noise, and mixed with the mean of the others. Gradients flow through it."""
-        return self._sent(hidden, _Silent(bytes(KEY_BYTES)), self._mean)
+        """See `KnownDefence`: without noise, and mixed with the mean of the others. Gradients reach `hidden`."""
+        with torch.set_grad_enabled(hidden.requires_grad):
+            return self._sent(hidden, _Silent(bytes(KEY_BYTES)), self._mean)
 
     @torch.no_grad()
     def gradient(self, gradient: Tensor) -> Tensor:
