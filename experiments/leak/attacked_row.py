@@ -22,6 +22,7 @@ from isthmus.privacy.attacks.private_front import fit_front
 from isthmus.privacy.ledger.judged_attacks import (
     LABEL_ATTACKS,
     TOKEN_ATTACKS,
+    Front as Side,
     Judged,
     Truth,
     guess_of,
@@ -164,7 +165,8 @@ def _token_attacks(
         tuple(text.tokens for text in texts),
         secrets=tuple(() if text.secret is None else (text.secret,) for text in texts),
     )
-    traffic, front = traffic_of(run.traffic, crossed), "tuned" if knowledge.private_front else "known"
+    traffic = traffic_of(run.traffic, crossed)
+    side: Side = "tuned" if knowledge.private_front else "known"
     if known_texts(view) > 1:
         attacker.say(f"fitting a front to {known_texts(view)} known texts")
         knowledge = fit_front(knowledge)
@@ -172,7 +174,7 @@ def _token_attacks(
         attacker.say(f"{name} on {len(crossed)} sequences over {knowledge.codec}, front {view}")
         guess = guess_of(make, knowledge, traffic)
         chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in real))
-        judged = judge_tokens(name, front, chosen, knowledge, truth)
+        judged = judge_tokens(name, side, chosen, knowledge, truth)
         told = _told(guess, real, attacker) if len(real) < len(crossed) else None
         yield Found(judged, knowledge.codec, known_texts(view), told)
 

@@ -1,10 +1,10 @@
 """The grid: which runs are made, and from which sides each is attacked. A TOML file, or flags.
 
-    [[rows]]
-    name = "cut 2"
-    edge_layers = "2:2"
-    views = ["known", "tuned", "tuned+8"]
-    also_codecs = ["int4"]
+[[rows]]
+name = "cut 2"
+edge_layers = "2:2"
+views = ["known", "tuned", "tuned+8"]
+also_codecs = ["int4"]
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class Row(BaseModel):
         data: The task.
         steps: Optimizer steps.
         views: From which sides it is attacked. `known`: the attacker has the edge's own layers as they are after
-            training. `tuned`: it has the base weights alone; `tuned+8`: and eight texts of which it knows that they were
-            sent.
+            training. `tuned`: it has the base weights alone; `tuned+8`: and eight texts that it knows were sent.
         also_codecs: Codecs in which the attacked texts are sent once more with the trained adapter.
         package: Folder of an emulator's package; None to build one.
     """
@@ -126,10 +125,10 @@ class Row(BaseModel):
             plan = SplitPlan.parse(self.edge_layers, n_layers)
         except PlanError as error:
             raise PlanError(f"row {self.name!r}: {error}") from error
-        if not plan.bottom or not plan.top or not len(plan.cloud):
+        if not plan.bottom or not plan.top:
             raise PlanError(
-                f"row {self.name!r}: edge_layers {self.edge_layers} leaves edge or cloud without layers, and the ledger "
-                "attacks and tunes both ends: give each one at least"
+                f"row {self.name!r}: edge_layers {self.edge_layers} leaves an end of the edge without layers, and the "
+                "ledger tunes both: give each one at least"
             )
         return plan
 

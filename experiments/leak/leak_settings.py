@@ -28,7 +28,8 @@ class LeakSettings:
     """
 
     grid: Annotated[
-        Path | None, Option(help="TOML file with the rows; by default the grid of the documents, unless flags name a row.")
+        Path | None,
+        Option(help="TOML file of rows; by default the grid of the documents, unless flags name rows."),
     ] = None
     row: Annotated[list[str] | None, Option(help="Rows of the grid by name, repeatable; by default all.")] = None
     edge_layers: Annotated[
@@ -49,7 +50,7 @@ class LeakSettings:
     max_length: Annotated[int, Option(min=24, help="Tokens of a private text at most, with its secret.")] = 72
     batch: flags.StepExamples = 4
     learning_rate: flags.OneRate = 1e-3
-    inverter_steps: Annotated[int, Option(min=1, help="Steps that the learned inverter is trained for.")] = 240
+    inverter_steps: Annotated[int, Option(min=20, help="Steps that the learned inverter is trained for.")] = 240
     distill_steps: Annotated[int, Option(min=1, help="Steps of an emulator's distillation.")] = 60
     record_mib: Annotated[int, Option(min=1, help="MiB of a recording at most; it is removed with its row.")] = 8192
     seed: Annotated[int, Option(min=0, help="Of the texts, the runs and the attacks.")] = 0

@@ -5,8 +5,39 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-_FIRST = "Amara Bela Ciro Dagny Emeka Fenna Goran Hedda Imre Jolanda Kwame Liesel Mirko Noor Oskar Petra".split()
-_LAST = "Abara Bakos Castell Dvorak Eriksen Falk Grimaldi Hajdu Ibsen Jurado Kessler Lindqvist Moravec".split()
+_FIRST = [
+    "Amara",
+    "Bela",
+    "Ciro",
+    "Dagny",
+    "Emeka",
+    "Fenna",
+    "Goran",
+    "Hedda",
+    "Imre",
+    "Jolanda",
+    "Kwame",
+    "Liesel",
+    "Mirko",
+    "Noor",
+    "Oskar",
+    "Petra",
+]
+_LAST = [
+    "Abara",
+    "Bakos",
+    "Castell",
+    "Dvorak",
+    "Eriksen",
+    "Falk",
+    "Grimaldi",
+    "Hajdu",
+    "Ibsen",
+    "Jurado",
+    "Kessler",
+    "Lindqvist",
+    "Moravec",
+]
 _KINDS = 3
 
 

@@ -59,7 +59,7 @@ def sequences(batches: Sequence[Batch], front: Front, backwards: Sequence[Backwa
         DataError: The calls do not have the batches' rows.
     """
     gradients = {each.call: each for each in backwards}
-    found = []
+    found: list[Crossed] = []
     for batch in batches:
         rows = [(forward, row) for forward in batch.forwards for row in range(len(forward.hidden))]
         if len(rows) != batch.copies * len(batch.texts):

@@ -142,7 +142,7 @@ def _found(row: Row, settings: LeakSettings, texts: LeakTexts, out: Path, traffi
     sent = {row.codec: tuple(in_order(evaluated, sent_batches, copies))}
     for codec, name in zip(row.also_codecs, names[1:], strict=True):
         sent[codec] = tuple(in_order(traffic.of(session=name).forwards, sent_batches, 1))
-    order = Batches(texts.train, size, 0, settings.seed)
+    order = Batches([text.encoded for text in texts.train], size, 0, settings.seed)
     backwards = tuple(each for each in own.backwards if each.step > last)
     steps = sorted({each.step for each in backwards})
     places = [divmod(step - 1, len(order)) for step in steps]

@@ -1,4 +1,4 @@
-"""The edge as it is after a run: the model with its adapter, its defences with what they learned, and its task's loss."""
+"""The edge as a run has left it: the model with its adapter, its defences with what they learned, its task's loss."""
 
 from __future__ import annotations
 
