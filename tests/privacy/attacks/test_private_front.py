@@ -25,7 +25,7 @@ def tuned_front(model: object, by: float) -> Front:
 def test_a_tuned_front_is_read_with_the_base_weights_and_better_with_known_texts() -> None:
     model = tiny_model("llama")
     edges = tuned_front(model, 0.1)
-    case = attacked(model=model, edges_front=edges).knowing(private_front=True)
+    case = attacked(model=model, edges_front=edges).knowing(private_front=True, front_steps=100, inverter_steps=10)
     alone = case.accuracy(case.attack(VocabularyMatching()))
     assert alone > 0.5
 
