@@ -63,7 +63,7 @@ def fit_front(knowledge: Knowledge) -> Knowledge:
         schedule.step()
     for name, module in list(front.layers.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge()  # type: ignore[operator]  # a mixin of modules
+            module.merge()
             front.layers.set_submodule(name, module.get_base_layer())
     front.layers.requires_grad_(False)
     return knowledge.with_front(front)

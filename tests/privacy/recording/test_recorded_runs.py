@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer, served
-from support.cloud.sessions import call_in_flight, eventually, hidden
+from support.cloud.sessions import hidden, step_together
 from support.cloud.train_runs import cloud_for_runs
 from support.models.tiny import tiny_checkpoint
 
@@ -106,14 +105,7 @@ def test_two_tenants_of_one_pass_are_told_apart(tmp_path: Path) -> None:
         def step(number: int) -> None:
             got[names[number]] = links[number].forward_span(inputs[number], None, None, keep=False)[0].clone()
 
-        with call_in_flight(server, cloud) as held:
-            threads = [threading.Thread(target=step, args=(number,)) for number in range(2)]
-            for thread in threads:
-                thread.start()
-            eventually(lambda: len(server.server.status()["waiting"]) == 2)
-            held.release.set()
-            for thread in threads:
-                thread.join(10)
+        step_together(server, cloud, step, 2)
         assert server.server.status()["calls_per_pass"] > 1
     traffic = read_traffic(folder)
     assert sorted(traffic.tenants) == ["alice", *names]
