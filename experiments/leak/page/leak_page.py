@@ -14,6 +14,7 @@ from isthmus.common.files import disk_errors
 from isthmus.experiments.leak.page.leak_figures import draw_all
 from isthmus.experiments.leak.page.ledger_rows import (
     MISSING,
+    SPACED,
     LedgerRow,
     Value,
     frontier,
@@ -32,8 +33,8 @@ _FIGURES = {
         "In each mode",
         "One square is one token of a hundred; red ones are those that the strongest attack of the row names right. "
         "Where nothing is sent, they are what somebody gets who has seen no traffic. With a private front, the "
-        "attacker has the base weights alone. A cheap defence is the least exposed one whose loss is at most 3 % above the "
-        "undefended run's.",
+        "attacker has the base weights alone. A cheap defence is the least exposed one whose loss is at most 3 % above "
+        "the undefended run's.",
     ),
     "frontier": (
         "Attack against task quality",
@@ -192,7 +193,7 @@ def _runs_table(rows: Sequence[LedgerRow]) -> str:
             attack, recall = _text(run.get("attack")), run.get("coarse_recall")
             cells = [
                 _cell(row.name, escape(row.name)),
-                _cell(attack, escape(attack.replace("_", " ")) + _small(_side(run))),
+                _cell(attack, escape(attack.translate(SPACED)) + _small(_side(run))),
                 _share(measured(run, "token_accuracy"), "token"),
                 _share(measured(run, "rare_accuracy"), "rare"),
                 _share(measured(run, "secret_recall"), "secret"),
@@ -215,7 +216,7 @@ def _attacks_table(rows: Sequence[LedgerRow]) -> str:
         "<tr>"
         + "".join(
             f"<td>{escape(text)}</td>"
-            for text in (name.replace("_", " "), _of(known, name, "sees"), _of(known, name, "knows"))
+            for text in (name.translate(SPACED), _of(known, name, "sees"), _of(known, name, "knows"))
         )
         + "</tr>"
         for name in names
@@ -277,7 +278,7 @@ def _share(value: Value | None, kind: str) -> str:
     interval = f"{100 * value.low:.0f} to {100 * (value.high or 0):.0f}" if value.low is not None else ""
     return (
         f'<td class="{kind}" style="--share:{min(max(value.value, 0), 1):.3f}" data-value="{value.value}" '
-        f'title="{escape(value.attack.replace("_", " "))}">{percent(value.value)}{_small(interval)}</td>'
+        f'title="{escape(value.attack.translate(SPACED))}">{percent(value.value)}{_small(interval)}</td>'
     )
 
 

@@ -11,6 +11,8 @@ Measure = Literal["token_accuracy", "rare_accuracy", "secret_recall", "label_acc
 SMALL_LOSS = 1.03
 """The loss over the undefended run's up to which a defence counts as one that costs little."""
 HALF = 0.5
+SPACED = str.maketrans("_-", "  ")
+"""Makes words of an attack's name."""
 MISSING = "\u2013"
 """Stands for a number that was not measured."""
 
@@ -104,7 +106,7 @@ def _name(key: tuple[str, str, str], keys: Iterable[tuple[str, str, str]]) -> st
 
 
 def marks(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
-    """Rows with a loss and an attack, and of the undefended ones, whose losses are one by definition, the least exposed.
+    """Rows with a loss and an attack; of the undefended ones, whose ratio is one by definition, the least exposed.
 
     From the lowest loss on, and of one loss the most exposed first.
     """
