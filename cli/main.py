@@ -22,6 +22,7 @@ from isthmus.cli.edge_commands import app as edge
 from isthmus.cli.emulator_commands import app as emulator
 from isthmus.cli.emulator_edge_commands import app as tuning
 from isthmus.cli.emulator_research_commands import app as scores
+from isthmus.cli.experiment_commands import app as experiment
 from isthmus.cli.jobs_commands import app as jobs
 from isthmus.cli.plan_command import plan
 from isthmus.common.errors import DiskError, IsthmusError
@@ -46,6 +47,7 @@ emulator.add_typer(scores)
 app.add_typer(emulator, name="emulator")
 app.add_typer(bench, name="bench")
 app.add_typer(audit, name="audit")
+app.add_typer(experiment, name="experiment")
 app.command(name="demo")(demo)
 app.command(name="plan")(plan)
 

@@ -40,7 +40,8 @@
     ├── StateError               63   the daemon's database is damaged, or a newer release made it
     ├── NotRunningError          64   no daemon runs with the home
     ├── TranscriptError          70   a transcript does not verify, or the cloud signs another one than the edge's
-    └── AuditError               71   a cloud's answer, computed again elsewhere, has other bits
+    ├── AuditError               71   a cloud's answer, computed again elsewhere, has other bits
+    └── AttackLimitedError       73   an attack got less than it could, for want of candidates
 
 Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
 pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.
@@ -282,3 +283,9 @@ class AuditError(IsthmusError, ArithmeticError):
     """An answer of the cloud, computed again elsewhere, is another one."""
 
     exit_code = 71
+
+
+class AttackLimitedError(IsthmusError, ArithmeticError):
+    """An attack on an undefended run missed tokens that were not among its candidates, so it shows nothing."""
+
+    exit_code = 73

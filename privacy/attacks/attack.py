@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -20,17 +21,32 @@ UNKNOWN = -1
 """Stands in a guess where there is no token or none is guessed."""
 
 
-class KnownDefence(Protocol):
-    """What the attacker knows of a defence that changes hidden states before they are sent.
+class KnownDefence:
+    """What the attacker knows of a defence; as it is here, it changes nothing.
 
-    Both take and give `[batch, sequence, h]`.
+    All take and give `[batch, sequence, h]`. What is random is drawn anew, from torch's random numbers.
+
+    Attributes:
+        on_embeddings: Whether `embedded` changes anything.
     """
 
+    on_embeddings: bool = False
+
+    def embedded(self, embedded: Tensor) -> Tensor:
+        """What the edge would give to its first layer."""
+        return embedded
+
     def send(self, hidden: Tensor) -> Tensor:
-        """What the edge would send, with noise of the attacker's own drawing."""
+        """What the edge would send of hidden states at the cut."""
+        return hidden
 
     def expect(self, hidden: Tensor) -> Tensor:
         """The mean of what the edge would send."""
+        return hidden
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """What the edge would send of the gradient at the span's output."""
+        return gradient
 
 
 class PublicText(NamedTuple):
@@ -96,19 +112,38 @@ class Knowledge:
         for number, tokens in enumerate(self.public):
             if len(tokens) > 1:
                 exact = self.front.states(tokens)
-                texts.append(PublicText(tokens, exact, self.sent(exact, number)))
+                texts.append(PublicText(tokens, exact, self.sent(tokens, exact, number)))
         return tuple(texts)
 
     def expect(self, hidden: Tensor) -> Tensor:
         """What comes of hidden states `[n, h]` on average, `[n, h]`."""
         return hidden if self.defence is None else self.defence.expect(hidden[None])[0]
 
-    def sent(self, hidden: Tensor, number: int) -> Tensor:
-        """What a cloud would have once an edge had sent `[n, h]`, `[n, h]`; another number draws other noise."""
+    def sent(self, tokens: Tensor, exact: Tensor, number: int) -> Tensor:
+        """What a cloud would have once an edge had sent a text `[n]`, `[n, h]`; another number draws other noise.
+
+        Args:
+            exact: The text's hidden states at the cut, `[n, h]`.
+        """
+        with self._drawing(number):
+            if self.defence is not None:
+                if self.defence.on_embeddings:
+                    exact = self.front.states(tokens, embedded=self.defence.embedded)
+                exact = self.defence.send(exact[None])[0]
+        return decode(encode(exact[None], self.codec, Role.ACTIVATION))[0]
+
+    def sent_gradient(self, gradient: Tensor, number: int) -> Tensor:
+        """The same of a gradient at the span's output, `[1, n, h]`."""
+        with self._drawing(number):
+            if self.defence is not None:
+                gradient = self.defence.gradient(gradient)
+        return decode(encode(gradient, self.codec, Role.GRADIENT))
+
+    @contextmanager
+    def _drawing(self, number: int) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + number)
-            sent = hidden[None] if self.defence is None else self.defence.send(hidden[None])
-        return decode(encode(sent, self.codec, Role.ACTIVATION))[0]
+            yield
 
     def with_front(self, front: Front) -> Knowledge:
         """The same with another front."""

@@ -73,7 +73,8 @@ class RidgeMap:
         first, front = first_tokens(knowledge)[:_FIRST_TOKENS], knowledge.front
         states = [front.candidates(front.begin(), tokens, torch.tensor(0)) for tokens in torch.split(first, _FEW)]
         # Each is sent as a text of one token.
-        sent = torch.cat([knowledge.sent(state[None], number) for number, state in enumerate(torch.cat(states))])
+        singles = zip(first.split(1), torch.cat(states).split(1), strict=True)
+        sent = torch.cat([knowledge.sent(token, state, number) for number, (token, state) in enumerate(singles)])
         self._first = _solve(sent, embedding[first])
 
     def scores(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ sends is `J^T u`, J the Jacobian of the top layers and the final norm.
 position t of its output depends on positions up to t. So the gradient at the last position with a label is
 `J_tt^T u_t`, one of V directions, and that at an earlier one is the same and what comes of later labels. A list of
 candidates for each position is compared with what is left once the other positions' best candidates are taken off. This
-is repeated until what is left stays, after as many rounds as there are positions at most.
+is repeated until what is left stays, after as many rounds as there are positions at most. A candidate counts by how
+well it explains what is left, given the noise of defence and codec, and by p: where the noise drowns a gradient, it is
+small, so that p is sure of the label.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge
 from isthmus.privacy.attacks.model_top import ModelTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
-from isthmus.protocol.tensor_codecs import Role, decode, encode
 
 LISTS = (16, 64, 256)
 """Candidates for a position: the shortest list that held every label of the public texts is taken."""
 _PUBLIC_TEXTS = 4
-_NOISE = 0.99  # so many positions without a label stay below the threshold
+_SILENT = 0.99  # so many positions without a label stay below the threshold
+_NEIGHBOURS = 16  # public positions, of like norms, whose noise is averaged
+_ROUNDING = 1e-12  # the noise's power at least, of the gradient's
 _LISTINGS = 3  # lists are made anew of what is left; the gradient of later labels hides some at first
 _AT_ONCE = 32  # positions whose norm's Jacobian is held
 _SETTLED = 1e-4  # of the gradient's norm, that a round changes at most where no further one is needed
@@ -59,17 +62,25 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """A sequence of a public text, and its labels `[S]`: at place t what position t learns to predict."""
+    """A sequence of a public text.
+
+    Attributes:
+        row: As the edge would send it.
+        labels: `[S]`: at place t what position t learns to predict.
+        noise: What defence and codec have added to the gradient, `[1, S, h]`.
+    """
 
     row: Row
     labels: Tensor
+    noise: Tensor
 
 
 class _LabelAttack:
     """What both have in common: a label and a cosine for each position, and a threshold for the cosine.
 
     A position without a label has a gradient too: that of later labels, through attention. Its best cosine is that of
-    noise. The threshold comes from public texts of which the second half are labels.
+    noise. The threshold comes from public texts of which the second half are labels. Labels stand in a run, so those
+    between two that pass it are guessed as well.
     """
 
     sees: ClassVar[str] = "gradients at the span's output, and the span's output"
@@ -78,10 +89,10 @@ class _LabelAttack:
     threshold: float = 0.0
 
     def prepare(self, knowledge: Knowledge) -> None:
-        """Set the threshold by public texts, whose gradients pass through the wire's codec."""
+        """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
         self._top = ModelTop(knowledge.model, knowledge.plan)
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
-        self.calibrate([labelled_row(knowledge, tokens, len(tokens) // 2) for tokens in texts])
+        self.calibrate([labelled_row(knowledge, tokens, len(tokens) // 2, n) for n, tokens in enumerate(texts)])
 
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
         """Set the threshold."""
@@ -89,7 +100,7 @@ class _LabelAttack:
         self._set_threshold(cosines, torch.cat([each.labels for each in public]))
 
     def _set_threshold(self, cosines: Tensor, labels: Tensor) -> None:
-        self.threshold = float(cosines[labels == UNKNOWN].quantile(_NOISE))
+        self.threshold = float(cosines[labels == UNKNOWN].quantile(_SILENT))
 
     def run(self, traffic: Traffic) -> Guess:
         """Guess the labels of each row of each backward: at place t the token that position t learns to predict.
@@ -107,7 +118,9 @@ class _LabelAttack:
                 )
             for row in _rows(forward, forward.output, backward.gradient):
                 tokens, cosines = self.match(row)
-                labels.append(torch.where(cosines > self.threshold, tokens, UNKNOWN))
+                shows = cosines > self.threshold
+                within = shows.cumsum(0).bool() & shows.flip(0).cumsum(0).flip(0).bool()
+                labels.append(torch.where(within, tokens, UNKNOWN))
         return Guess((), self.coarse_recall, tuple(labels))
 
     @abstractmethod
@@ -136,6 +149,7 @@ class ExactLabels(_LabelAttack):
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
         """Take the shortest lists that hold all labels of the public texts, or the longest ones; set the threshold."""
         self.threshold = 0.0
+        self._noise = _Noise(public)
         labels = torch.cat([each.labels for each in public])
         for self._listed in LISTS:
             matched = [self._match(each.row) for each in public]
@@ -154,14 +168,18 @@ class ExactLabels(_LabelAttack):
         """The candidates of each position `[S, candidates]`, the best one's place among them, and its cosine, `[S]`."""
         top, head = _RowTop(self._top, row), self._top.head
         gradient, places = row.gradient[0], torch.arange(row.gradient.shape[1])
-        left = gradient
+        twice, left = 2 * self._noise.power(gradient)[:, None], gradient
         for _ in range(_LISTINGS):
-            lists = top.scores(left).topk(min(self._listed, len(head))).indices
+            along = top.along(left)
+            lists = (along.abs() * along / twice + top.prior).topk(min(self._listed, len(head))).indices
+            prior = top.prior.gather(1, lists)
             directions = torch.stack([top.drawn(tokens) for tokens in lists.T], 1)  # [S, candidates, h]
             listed_of = left
             for _ in range(len(lists)):
-                cosines, best = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY).max(-1)
-                chosen = directions[places, best]
+                cosines = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY)
+                power = left.double().square().sum(-1, keepdim=True)
+                best = (cosines.abs() * cosines * power / twice + prior).argmax(-1)
+                cosines, chosen = cosines[places, best], directions[places, best]
                 scales = (left * chosen).sum(-1) / chosen.square().sum(-1).clamp_min(_TINY)
                 scales = scales.where(cosines > self.threshold, 0)[:, None]
                 together = top.drawn_together(lists[places, best], scales)
@@ -185,6 +203,7 @@ class _RowTop:
         self._read_alone = top.tail(states_alone)[0]
         logits, self._slopes = top.logit_slopes(self._read.detach().double() @ head.T)
         self._means = (self._slopes * logits.softmax(-1)) @ head
+        self.prior = logits.log_softmax(-1)  # of each token, in the model's view
         # Backward is linear in what is given: the backward of that is the product with the Jacobian itself.
         self._given = torch.zeros_like(self._read_alone, requires_grad=True)
         (self._pulled,) = torch.autograd.grad(self._read_alone, self._own, self._given, create_graph=True)
@@ -211,8 +230,8 @@ class _RowTop:
         (together,) = torch.autograd.grad(self._read, self._output, given, retain_graph=True)
         return together[0]
 
-    def scores(self, gradient: Tensor) -> Tensor:
-        """How likely each label is for each position, `[S, V]`: the cosine of what it would give with `[S, h]`.
+    def along(self, gradient: Tensor) -> Tensor:
+        """How far `[S, h]` goes in the direction of what each label would give to its own position, `[S, V]`.
 
         Its lengths are those that the norm alone would leave, with N N^T of its Jacobian N taken for diagonal, as it
         nearly is.
@@ -220,8 +239,25 @@ class _RowTop:
         (along,) = torch.autograd.grad(self._pulled, self._given, gradient[None], retain_graph=True)
         along = along.double()
         products = (along * self._means).sum(-1, keepdim=True) - self._slopes * (along @ self._head.T)
-        cosines: Tensor = products / self._lengths
-        return cosines
+        lengths: Tensor = products / self._lengths
+        return lengths
+
+
+class _Noise:
+    """What defence and codec add to a gradient, by the length of what is sent, from public texts."""
+
+    def __init__(self, public: Sequence[LabelledRow]) -> None:
+        lengths = torch.cat([each.row.gradient[0].double().norm(dim=-1) for each in public])
+        powers = torch.cat([each.noise[0].double().square().mean(-1) for each in public])
+        self._lengths, order = lengths.sort()
+        self._powers = powers[order].unfold(0, min(_NEIGHBOURS, len(order)), 1).mean(-1)
+
+    def power(self, gradient: Tensor) -> Tensor:
+        """The mean square of the noise in each number, `[S]`, of a gradient `[S, h]`."""
+        gradient = gradient.double()
+        places = torch.searchsorted(self._lengths, gradient.norm(dim=-1)) - _NEIGHBOURS // 2
+        floor = _ROUNDING * gradient.square().mean(-1)
+        return self._powers[places.clamp(0, len(self._powers) - 1)] + floor.clamp_min(_TINY)
 
 
 def _rows(forward: Forward, output: Tensor, gradient: Tensor) -> list[Row]:
@@ -237,8 +273,12 @@ def _rows(forward: Forward, output: Tensor, gradient: Tensor) -> list[Row]:
     ]
 
 
-def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int) -> LabelledRow:
-    """What the edge would send for a text `[n]` whose tokens from `start` on, 1 at least, are labels."""
+def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int, number: int = 0) -> LabelledRow:
+    """What the edge would send for a text `[n]` whose tokens from `start` on, 1 at least, are labels.
+
+    Args:
+        number: Another one draws other noise.
+    """
     model = knowledge.model
     family = family_of(model.config)
     layer = getattr(model.get_submodule(family.base), family.layers)[knowledge.plan.cloud.stop - 1]
@@ -257,5 +297,5 @@ def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int) -> LabelledRo
     labels[start - 1 : -1] = tokens[start:]
     loss = cross_entropy(logits, labels, ignore_index=UNKNOWN)
     (gradient,) = torch.autograd.grad(loss, kept)
-    sent = decode(encode(gradient, knowledge.codec, Role.GRADIENT))
-    return LabelledRow(Row(kept[0].detach(), sent), labels)
+    sent = knowledge.sent_gradient(gradient, number)
+    return LabelledRow(Row(kept[0].detach(), sent), labels, sent - gradient)

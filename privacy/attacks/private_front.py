@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.attacks.attack import Knowledge
 
 _STEPS = 300
-_RATE = 3e-4
+_RATE = 3e-3
+_RANK = 8
 _JUDGED = 4  # one known text in so many is not fitted to
 
 
@@ -19,9 +23,10 @@ def held_out_known(knowledge: Knowledge) -> list[tuple[Tensor, Tensor]]:
 
 
 def fit_front(knowledge: Knowledge) -> Knowledge:
-    """The same knowledge with all weights of the front's layers fitted to the known texts.
+    """The same knowledge with adapters of low rank in all of the front's linears, fitted to the known texts.
 
-    Channels count by their spread, the first position (a sink) not at all.
+    They need fewer texts than the weights do, and an edge tunes adapters alike. Channels count by their spread, the
+    first position (a sink) not at all.
 
     Raises:
         ConfigError: Fewer than two texts are known.
@@ -32,7 +37,12 @@ def fit_front(knowledge: Knowledge) -> Knowledge:
             f"{len(knowledge.known)} known texts are too few to fit a front to and to judge it; give two or more"
         )
     front = knowledge.front.with_own_layers()
-    weights = [weight.requires_grad_(True) for weight in front.layers.parameters()]
+    adapted = [name for name, module in front.layers.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    lora = LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=adapted)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(knowledge.seed)
+        inject_adapter_in_model(lora, front.layers)
+    weights = [weight for weight in front.layers.parameters() if weight.requires_grad]
     spread = torch.cat([hidden[1:] for _, hidden in fitted]).std(0).clamp_min(1e-6)
     optimizer = torch.optim.Adam(weights, lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS, pct_start=0.1)
@@ -47,6 +57,8 @@ def fit_front(knowledge: Knowledge) -> Knowledge:
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-    for weight in weights:
-        weight.requires_grad_(False)
+    for module in front.layers.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()  # type: ignore[operator]  # a mixin of modules
+    front.layers.requires_grad_(False)
     return knowledge.with_front(front)

@@ -36,8 +36,8 @@ def share_interval(hits: Hits, *, seed: int = 0) -> Interval:
     """
     if not len(hits.of) or float(hits.of.sum()) == 0:
         raise ConfigError("a share of nothing has no interval: give sequences with at least one token that counts")
-    drawn = _drawn(len(hits.of), seed)
-    right, of = hits.right[drawn].sum(1), hits.of[drawn].sum(1)
+    of_each = drawn(len(hits.of), seed)
+    right, of = hits.right[of_each].sum(1), hits.of[of_each].sum(1)
     value, shares = hits.share, (right / of)[of > 0]
     low, high = (float(shares.quantile(q)) for q in (0.025, 0.975))
     room = min(1.0, 3 / int((hits.of > 0).sum()))
@@ -52,10 +52,31 @@ def mean_interval(values: Tensor, *, seed: int = 0) -> Interval:
     """
     if not len(values):
         raise ConfigError("no values have no mean: give one for each sequence")
-    means = values.double()[_drawn(len(values), seed)].mean(1)
+    means = values.double()[drawn(len(values), seed)].mean(1)
     return Interval(float(values.double().mean()), *(float(means.quantile(q)) for q in (0.025, 0.975)))
 
 
-def _drawn(n: int, seed: int) -> Tensor:
+def ratio_interval(hits: Hits, base: Hits, *, seed: int = 0) -> Interval:
+    """A share over that of the same sequences in another case, both redrawn together.
+
+    Args:
+        hits, base: By sequence; `right` may be any sum, of losses say.
+        seed: Of the draws.
+
+    Raises:
+        ConfigError: They are of other sequences, or the base is nothing.
+    """
+    if len(hits.of) != len(base.of) or float(base.right.sum()) == 0:
+        raise ConfigError(
+            f"{len(hits.of)} sequences cannot be compared with {len(base.of)} whose sum is {float(base.right.sum())}: "
+            "give both of the same sequences"
+        )
+    of_each = drawn(len(hits.of), seed)
+    ours, theirs = (each.right[of_each].sum(1) / each.of[of_each].sum(1) for each in (hits, base))
+    ratios = ours / theirs
+    return Interval(hits.share / base.share, *(float(ratios.quantile(q)) for q in (0.025, 0.975)))
+
+
+def drawn(n: int, seed: int) -> Tensor:
     """Sequences drawn with replacement, `[draws, n]`."""
     return torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(seed))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError
+from isthmus.privacy.measures.bootstrap import Interval, drawn
 
 
 def membership_auc(members: Tensor, others: Tensor) -> float:
@@ -49,6 +51,29 @@ def true_positive_rate(members: Tensor, others: Tensor, *, at: float = 0.01) -> 
     allowed = int(at * len(others) + 1e-9)
     threshold = others.double().sort(descending=True).values[allowed]
     return float((members.double() > threshold).double().mean())
+
+
+def membership_interval(
+    measure: Callable[[Tensor, Tensor], float], members: Tensor, others: Tensor, *, seed: int = 0
+) -> Interval:
+    """A measure of this file with its 95 % interval, by the bootstrap over members and non-members.
+
+    Where it is 0 or 1 for certain, the interval reaches as far as the rule of three allows for so many members (3 / n).
+
+    Args:
+        measure: Of members' and others' scores.
+        members, others: As for `membership_auc`.
+        seed: Of the draws.
+
+    Raises:
+        ConfigError: What `measure` raises.
+    """
+    value = measure(members, others)
+    pairs = zip(drawn(len(members), seed), drawn(len(others), seed + 1), strict=True)
+    found = torch.tensor([measure(members[ours], others[theirs]) for ours, theirs in pairs], dtype=torch.float64)
+    low, high = (float(found.quantile(q)) for q in (0.025, 0.975))
+    room = min(1.0, 3 / len(members))
+    return Interval(value, 1 - room if value == 1 else low, room if value == 0 else high)
 
 
 def _check(members: Tensor, others: Tensor) -> None:

@@ -156,7 +156,8 @@ def _card(heading: str, note: str, body: str) -> str:
 
 def _facts(ledger: Mapping[str, Any], rows: Sequence[LedgerRow]) -> Iterable[str]:
     yield f"model {_text(ledger.get('model'))}"
-    yield f"data {_text(ledger.get('data'))}"
+    data = ledger.get("data")
+    yield f"data {', '.join(map(str, data)) if isinstance(data, list) else _text(data)}"
     yield f"{_text(ledger.get('sequences'))} sequences attacked"
     yield f"{len(rows)} rows, {sum(len(row.runs) for row in rows)} attacks"
     yield f"{_text(ledger.get('processor'))}, threads: {_text(ledger.get('threads'))}"

@@ -28,7 +28,7 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(KnownDefence):
     """A defence that adds noise of one size to every channel."""
 
     deviation: float

@@ -1,0 +1,72 @@
+"""The settings of `isthmus experiment leak-weights`, and where the function is that measures. Imports nothing heavy.
+
+The docstring of the class is the help of the command; `Measurement` says how the flags come about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+from typer import Option
+
+from isthmus.experiments.harness import bench_flags as flags
+from isthmus.experiments.harness.command import Measurement
+
+PARTS: Final = ("membership", "extraction", "theft", "package")
+"""The measurements."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeakWeightsSettings:
+    """Attack weights: members out of adapters, adapters out of sites, the span out of its answers, a package's thief.
+
+    A measurement that is finished for the same settings is taken from the folder of `--out`.
+
+    Example: isthmus experiment leak-weights --json
+    """
+
+    parts: Annotated[
+        str, Option(help=f"Measurements, comma-separated: {', '.join(PARTS)}. All when nothing is named.")
+    ] = ""
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
+    task: Annotated[str, Option(help="Where the texts come from: e2e, openbookqa, arc_easy or sst2.")] = "e2e"
+    members: Annotated[int, Option(min=2, help="Texts that the attacked adapters are trained on.")] = 80
+    others: Annotated[int, Option(min=100, help="Texts that they are told from.")] = 1000
+    epochs: Annotated[int, Option(min=1, help="Passes over the members.")] = 8
+    batch: Annotated[int, Option(min=1, help="Members of a step.")] = 16
+    learning_rate: Annotated[float, Option(min=0, help="Peak rate of the adapter without a defence.")] = 3e-3
+    defence: Annotated[str, Option(help="NAME:PARAMETER=VALUE,… of the other adapter, as for `edge train`.")] = (
+        "dp-sgd:clip=1,sigma=4"
+    )
+    defended_rate: Annotated[float, Option(min=0, help="Peak rate of the other adapter.")] = 1e-3
+    rank: Annotated[int, Option(min=1, help="Rank of LoRA, in both and at sites.")] = 8
+    sites: Annotated[str, Option(help="Sites of the recorded run, as for `edge train`.")] = "all"
+    site_steps: Annotated[int, Option(min=2, help="Optimizer steps of the recorded run.")] = 3
+    site_codec: Annotated[str, Option(help="Codec of its wire.")] = "fp32"
+    calls: Annotated[str, Option(help="Budgets of a thief's queries to the span, of one text each.")] = "0,50,400"
+    theft_steps: Annotated[int, Option(min=1, help="Steps of each theft, of one text each.")] = 400
+    method: Annotated[str, Option(help="Recipe of the package's emulator, as for `emulator build`.")] = "importance"
+    keep: Annotated[float, Option(help="Share of the middle's layers that it keeps.")] = 0.5
+    text: Annotated[
+        Path | None, Option(help="Public text for the recipe; default: Shakespeare of the data folder.")
+    ] = None
+    package_steps: Annotated[int, Option(min=1, help="Steps of the package's owner and of its thief.")] = 30
+    precision: Annotated[str, Option(help="What these two compute in: fp32 or bf16.")] = "bf16"
+    held_out: Annotated[int, Option(min=2, help="Texts that stolen models are scored on.")] = 100
+    seed: Annotated[int, Option(min=0, help="Of all that is drawn.")] = 0
+    threads: flags.Threads = 2
+    data_folder: flags.DataFolder = None
+    out: Annotated[Path, Option(help="Folder for finished measurements; the same command goes on there.")] = Path(
+        "isthmus-leak-weights"
+    )
+
+
+LEAK_WEIGHTS: Final = Measurement(
+    LeakWeightsSettings,
+    "leak.weights.leak_weights:run_leak_weights",
+    "leak.weights.leak_weights:show",
+    folder="none",
+)

@@ -1,0 +1,225 @@
+"""Membership inference on returned adapters: what an adapter says of who was in its data, with and without DP-SGD.
+
+The same LoRA is trained twice on the members, without a defence and with one. Members and non-members are drawn alike,
+each with a prompt of its own. The loss on the non-members, on which nothing was trained, is the price.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from isthmus.common.errors import ConfigError
+from isthmus.common.torch_threads import use_threads
+from isthmus.edge.config.training_config import TrainConfig, load_config
+from isthmus.edge.data.batches import IGNORED, Encoded
+from isthmus.experiments.leak.weights.local_split import LocalSplit, write_key
+from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
+from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership
+from isthmus.privacy.defences.accountant import Guarantee
+from isthmus.privacy.measures.bootstrap import Interval, mean_interval
+from isthmus.privacy.measures.membership import membership_auc, membership_interval, true_positive_rate
+
+FALSE_POSITIVES = 0.01
+"""The rate at which the true positives are counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipSettings:
+    """What is trained, and who is attacked.
+
+    Attributes:
+        model, edge_layers: The model and its split plan; LoRA is on the edge's layers.
+        task, data_folder: Where the texts come from; see `distinct_texts`.
+        members: Texts that are trained on.
+        others: Texts that are not; 1,000 at least for a rate at 1 % false positives that means something.
+        epochs: Passes over the members.
+        batch: Texts of a step.
+        learning_rate: Peak of AdamW's rate, without a defence.
+        defence: As `--defence`.
+        defended_rate: Peak of AdamW's rate, with it.
+        seed: Of the draw, the training and the defence's noise.
+        threads: Threads of torch; None for torch's choice.
+    """
+
+    model: str = "smollm2-135m"
+    edge_layers: str = "2:2"
+    task: str = "e2e"
+    data_folder: Path | None = None
+    members: int = 80
+    others: int = 1000
+    epochs: int = 8
+    batch: int = 16
+    rank: int = 8
+    learning_rate: float = 3e-3
+    defence: str = "dp-sgd:clip=1,sigma=4"
+    defended_rate: float = 1e-3
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttackedMembership:
+    """How well one attack tells members from others, each with its 95 % interval.
+
+    Attributes:
+        attack: Its name.
+        auc: The chance that a member scores higher than another text; 0.5 says nothing.
+        true_positive_rate: The share of members found where 1 % of the others are taken for members.
+    """
+
+    attack: str
+    auc: Interval
+    true_positive_rate: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipRun:
+    """One adapter, and what it says.
+
+    Attributes:
+        defence: As an option writes it; None for none.
+        epsilon, delta, guarantee: What the defence guarantees, and of what; the unit is one text. None without one.
+        most_true_positives: What (epsilon, delta) allows any attack as its true positive rate; 1 without one.
+        loss: Mean loss of the others in nats a token, the price.
+        member_loss: The same of the members.
+        attacks: By attack.
+    """
+
+    defence: str | None
+    epsilon: float | None
+    delta: float | None
+    guarantee: str | None
+    most_true_positives: float
+    loss: Interval
+    member_loss: Interval
+    attacks: tuple[AttackedMembership, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipResult:
+    """Membership inference without a defence and with one.
+
+    Attributes:
+        members, others: How many texts there were of each.
+        steps: Optimizer steps of each run.
+        untuned_loss: Mean loss of the others without an adapter.
+        runs: Without the defence, and with it.
+        loss_ratio: The defended run's loss over the other's.
+    """
+
+    members: int
+    others: int
+    steps: int
+    untuned_loss: Interval
+    runs: tuple[MembershipRun, MembershipRun]
+    loss_ratio: float
+
+
+def measure_membership(settings: MembershipSettings, folder: Path) -> MembershipResult:
+    """Train both adapters and attack them.
+
+    Args:
+        folder: For the runs' files; must hold none.
+
+    Raises:
+        ConfigError: A setting makes no sense.
+        DataError: The data are missing or too few.
+        IsthmusError: What a training run raises.
+    """
+    if settings.members < 2 or settings.others < 1 / FALSE_POSITIVES:
+        raise ConfigError(
+            f"members = {settings.members} and others = {settings.others} are too few: give 2 and "
+            f"{math.ceil(1 / FALSE_POSITIVES)} or more"
+        )
+    configs = [_config(settings, folder, None), _config(settings, folder, settings.defence)]
+    use_threads(settings.threads)
+    split = LocalSplit(settings.model, settings.edge_layers)
+    count = settings.members + settings.others
+    texts = distinct_texts(settings.task, settings.data_folder, split.tokenizer, count, seed=settings.seed)
+    members = texts[: settings.members]
+    candidates = [_candidate(text) for text in texts]
+    before = LossMembership(split.edge()).scores(candidates)
+    runs = []
+    for config in configs:
+        tuned, promised = split.train(members, config)
+        after = LossMembership(tuned).scores(candidates)
+        runs.append(_run(config, promised, before, after, settings.members))
+    undefended, defended = runs
+    return MembershipResult(
+        settings.members,
+        settings.others,
+        settings.epochs * math.ceil(settings.members / settings.batch),
+        mean_interval(-before[settings.members :]),
+        (undefended, defended),
+        defended.loss.value / undefended.loss.value,
+    )
+
+
+def _config(settings: MembershipSettings, folder: Path, defence: str | None) -> TrainConfig:
+    options: dict[str, Any] = {
+        "cloud": "-",
+        "data": settings.task,
+        "validation_split": 0.0,
+        "out": folder / ("undefended" if defence is None else "defended"),
+        "save_every": 1_000_000,
+        "keep_checkpoints": 1,
+        **{name: getattr(settings, name) for name in ("epochs", "batch", "rank", "seed", "threads", "learning_rate")},
+    }
+    if defence is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        key = write_key(folder / "key", settings.seed)
+        options |= {"defence": (defence,), "defence_key": key, "learning_rate": settings.defended_rate}
+    return load_config(None, options)
+
+
+def _candidate(text: Encoded) -> Candidate:
+    return Candidate(tokens_of(text), next(place for place, label in enumerate(text.labels) if label != IGNORED))
+
+
+def _run(config: TrainConfig, promised: Guarantee | None, before: Tensor, after: Tensor, members: int) -> MembershipRun:
+    """One adapter's figures, from the scores of all texts before and after."""
+    scores = {LossMembership.name: after, CalibratedMembership.name: calibrated_scores(before, after)}
+    epsilon, delta = (None, None) if promised is None else (promised.epsilon, promised.delta)
+    return MembershipRun(
+        defence=config.defence[0] if config.defence else None,
+        epsilon=epsilon,
+        delta=delta,
+        guarantee=None if promised is None else promised.of,
+        most_true_positives=_most_true_positives(epsilon, delta),
+        loss=mean_interval(-after[members:]),
+        member_loss=mean_interval(-after[:members]),
+        attacks=tuple(_attacked(name, each[:members], each[members:]) for name, each in scores.items()),
+    )
+
+
+def calibrated_scores(before: Tensor, after: Tensor) -> Tensor:
+    """The scores of `CalibratedMembership` whose reference is the untuned model, which costs no passes of its own.
+
+    Args:
+        before, after: The scores of `LossMembership` for the untuned model and the tuned one.
+    """
+    return after - before
+
+
+def _attacked(name: str, members: Tensor, others: Tensor) -> AttackedMembership:
+    return AttackedMembership(
+        name,
+        membership_interval(membership_auc, members, others),
+        membership_interval(_found, members, others),
+    )
+
+
+def _found(members: Tensor, others: Tensor) -> float:
+    return true_positive_rate(members, others, at=FALSE_POSITIVES)
+
+
+def _most_true_positives(epsilon: float | None, delta: float | None) -> float:
+    """What (epsilon, delta)-differential privacy allows (Wasserman and Zhou 2010): e^epsilon times the false ones."""
+    if epsilon is None or delta is None or epsilon > 10:
+        return 1.0
+    return min(1.0, math.exp(epsilon) * FALSE_POSITIVES + delta)

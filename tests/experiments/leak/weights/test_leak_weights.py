@@ -1,0 +1,97 @@
+"""The command: a package's thief for real, what is finished is not made again, and a table that fits a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models.small_tasks import table_settings, task_folder
+from support.models.tiny import tiny_checkpoint
+
+from isthmus.common.errors import ConfigError
+from isthmus.experiments.leak.weights import leak_weights
+from isthmus.experiments.leak.weights.extraction_run import ExtractionResult
+from isthmus.experiments.leak.weights.leak_weights import run_leak_weights, show
+from isthmus.experiments.leak.weights.leak_weights_settings import PARTS, LeakWeightsSettings
+from isthmus.experiments.leak.weights.membership_run import AttackedMembership, MembershipResult, MembershipRun
+from isthmus.experiments.leak.weights.package_thief import PackageThiefSettings, measure_package_thief
+from isthmus.experiments.leak.weights.span_theft import TheftResult, TheftRun
+from isthmus.experiments.offsite.table import run_table
+from isthmus.privacy.measures.bootstrap import Interval
+
+SOME = Interval(1.234567, 0.123456, 12.345678)
+ATTACKED = tuple(AttackedMembership(name, SOME, SOME) for name in ("membership-loss", "membership-calibrated"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("package")
+    return {
+        "model": str(tiny_checkpoint("llama", folder / "model")),
+        "data_folder": task_folder(folder / "data"),
+    }
+
+
+def test_the_thief_is_the_tables(parts: dict[str, Any], tmp_path: Path) -> None:
+    own: dict[str, Any] = {"steps": 3, "batch": 4, "test": 12, "validation": 6, "threads": 1}
+    settings = PackageThiefSettings(**parts, **own, adapter_layers="1:1", method="uniform", precision="fp32")
+    found = measure_package_thief(settings, tmp_path / "ours")
+    table = {"seeds": 1, "learning_rates": "3e-4", "whole_rates": "1e-4", "max_length": 256, "whole_runs": False}
+    model, data = Path(parts["model"]), parts["data_folder"]
+    (row,) = run_table(table_settings(model, data, tmp_path / "theirs", **own, **table))["runs"]
+    assert found.thief_loss == row["thief"]
+    assert found.plug_in_loss == row["plug_in"] != row["thief"]
+    assert (found.loss, found.emulator_loss) == (row["full_zero_shot"], row["emulator_zero_shot"])
+    assert found.share_given_away == row["share_given_away"] == 0.5
+    with pytest.raises(ConfigError, match="give 2 rows"):
+        measure_package_thief(replace(settings, method="uniform,importance"), tmp_path / "ours")
+
+
+def test_what_is_finished_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Any) -> None:
+    made: list[int] = []
+
+    def theft(settings: Any) -> TheftResult:
+        made.append(settings.steps)
+        return TheftResult(1.0, 2.0, (TheftRun(0, 0, 1.5, 0.5), TheftRun(5, 60, 1.2, 0.8)))
+
+    monkeypatch.setattr(leak_weights, "measure_theft", theft)
+    settings = LeakWeightsSettings(parts="theft", model=parts["model"], out=tmp_path, theft_steps=7)
+    first = run_leak_weights(settings)
+    assert run_leak_weights(settings) == first
+    assert made == [7]
+    assert first["theft"]["runs"][1] == {"calls": 5, "tokens": 60, "loss": 1.2, "recovered": 0.8}
+    run_leak_weights(LeakWeightsSettings(parts="theft", model=parts["model"], out=tmp_path, theft_steps=8))
+    assert made == [7, 8]
+
+
+def test_settings_that_make_no_sense_are_refused_before_the_work(tmp_path: Path, parts: Any) -> None:
+    for name, value, message in (
+        ("parts", "thefts", "'thefts' is not known"),
+        ("calls", "1,many", "--calls '1,many' is no list of numbers"),
+    ):
+        values: dict[str, Any] = {"model": parts["model"], "out": tmp_path / "out", name: value}
+        with pytest.raises(ConfigError, match=message):
+            run_leak_weights(LeakWeightsSettings(**values))
+    assert not (tmp_path / "out" / "cells.jsonl").exists()
+
+
+def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    run = MembershipRun(None, None, None, None, 1.0, SOME, SOME, ATTACKED)
+    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, "the adapters", 0.7654, SOME, SOME, ATTACKED)
+    results = {
+        "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
+        "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
+        "theft": TheftResult(12.345, 12.345, (TheftRun(10000, 1000000, 12.345, -1.2345),)),
+        "package": {
+            **{f"{name}_loss": 12.345 for name in ("emulator", "reference", "plug_in", "thief")},
+            **{"loss": 12.345, "plug_in_recovery": -1.23, "thief_recovery": None, "share_given_away": 0.5},
+        },
+    }
+    assert tuple(results) == PARTS
+    show({name: each if isinstance(each, dict) else asdict(each) for name, each in results.items()})  # type: ignore[call-overload]
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("epsilon 6.54 at delta 1e-05" in line for line in lines)
+    assert any("thief" in line for line in lines)

@@ -1,0 +1,116 @@
+"""Members out of tiny adapters: found without a defence, hidden by DP-SGD, and trained as a split run trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.cloud.train_runs import cloud_for_runs
+from support.models.distinct_texts import distinct_task
+from support.models.tiny import tiny_checkpoint
+
+from isthmus.common.errors import ConfigError, DataError
+from isthmus.edge.data.batches import load_data
+from isthmus.experiments.leak.weights.local_split import LocalSplit
+from isthmus.experiments.leak.weights.membership_run import (
+    MembershipResult,
+    MembershipSettings,
+    calibrated_scores,
+    measure_membership,
+)
+from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
+from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership
+from isthmus.privacy.defences.accountant import epsilon
+
+MEMBERS, OTHERS, TEXTS = 12, 100, 112
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("membership")
+    return {
+        "model": str(tiny_checkpoint("llama", folder / "model", num_hidden_layers=4)),
+        "edge_layers": "1:1",
+        "data_folder": distinct_task(folder / "data", TEXTS),
+        "members": MEMBERS,
+        "others": OTHERS,
+        "epochs": 25,
+        "batch": 6,
+        "learning_rate": 1e-2,
+        "defended_rate": 1e-2,
+        "defence": "dp-sgd:clip=1,sigma=20",
+        "threads": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def result(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> MembershipResult:
+    return measure_membership(MembershipSettings(**settings), tmp_path_factory.mktemp("runs"))
+
+
+def test_an_undefended_adapter_tells_its_members_and_a_private_one_does_not(result: MembershipResult) -> None:
+    undefended, defended = result.runs
+    loss, calibrated = undefended.attacks
+    assert calibrated.auc.value > 0.9
+    assert calibrated.auc.value >= loss.auc.value
+    assert calibrated.true_positive_rate.value > 0.3
+    assert calibrated.auc.low > 0.5
+    assert undefended.member_loss.high < undefended.loss.low
+    for attack in defended.attacks:
+        assert attack.auc.low < 0.5 < attack.auc.high or attack.auc.value < 0.65
+        assert attack.true_positive_rate.low <= defended.most_true_positives
+
+
+def test_the_guarantee_is_the_accountants_and_the_price_is_stated(result: MembershipResult) -> None:
+    undefended, defended = result.runs
+    assert (undefended.epsilon, undefended.most_true_positives) == (None, 1)
+    assert defended.epsilon == pytest.approx(epsilon((25 * 4 / 20**2) ** 0.5, 1e-5))
+    assert defended.most_true_positives < 0.3
+    assert defended.guarantee is not None
+    assert "each example" in defended.guarantee
+    assert result.steps == 25 * 2
+    assert result.loss_ratio == defended.loss.value / undefended.loss.value
+
+
+def test_a_calibrated_score_is_the_attacks_own(settings: dict[str, Any]) -> None:
+    split = LocalSplit(settings["model"], "1:1")
+    texts = distinct_texts("e2e", settings["data_folder"], split.tokenizer, 3)
+    candidates = [Candidate(tokens_of(text)) for text in texts]
+    tuned, reference = split.edge(), split.edge()
+    with torch.no_grad():
+        tuned.lm_head.weight.mul_(1.1)
+    before, after = (LossMembership(model).scores(candidates) for model in (reference, tuned))
+    wanted = CalibratedMembership(tuned, reference).scores(candidates)
+    torch.testing.assert_close(calibrated_scores(before, after), wanted)
+    assert not torch.allclose(calibrated_scores(after, before), wanted)
+
+
+def test_a_local_run_trains_the_adapter_of_the_split_run_bit_for_bit(tmp_path: Path) -> None:
+    with cloud_for_runs(tmp_path) as runs:
+        runs.train(tmp_path / "split", validation_split=0.0)
+        config = runs.config(tmp_path / "local", validation_split=0.0)
+    split = LocalSplit(str(runs.model), "1:1")
+    split.train(load_data(config, split.tokenizer).train, config)
+    other = config.model_copy(update={"out": tmp_path / "other", "seed": 1})
+    split.train(load_data(config, split.tokenizer).train, other)
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("split", "local")]
+    control = load_file(tmp_path / "other" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert not all(torch.equal(adapters[0][name], control[name]) for name in control)
+
+
+def test_each_prompt_is_there_once_and_too_few_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    split = LocalSplit(settings["model"], "1:1")
+    folder = settings["data_folder"]
+    texts = distinct_texts("e2e", folder, split.tokenizer, TEXTS)
+    assert len({text.input_ids for text in texts}) == TEXTS
+    assert distinct_texts("e2e", folder, split.tokenizer, TEXTS, seed=1) != texts
+    with pytest.raises(DataError, match=f"{TEXTS} texts with prompts of their own, and {TEXTS + 1} are asked for"):
+        distinct_texts("e2e", folder, split.tokenizer, TEXTS + 1)
+    with pytest.raises(ConfigError, match="others = 99 are too few"):
+        measure_membership(MembershipSettings(**{**settings, "others": 99}), tmp_path)
+    with pytest.raises(ConfigError, match="no defence"):
+        measure_membership(MembershipSettings(**{**settings, "defence": "dp"}), tmp_path)
