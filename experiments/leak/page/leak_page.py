@@ -40,7 +40,7 @@ _FIGURES = {
         "Attack against task quality",
         "One mark a row: to the left the cloud reads less, at the bottom the task is learned better. The line is the "
         "frontier: no other row has both fewer tokens read and a lower loss. A hollow mark is a row that sends no "
-        "activations. Of undefended rows, the least exposed one is there.",
+        "activations. The attacker knows the front; of undefended rows, the least exposed one is there.",
     ),
     "rarity": (
         "All tokens and rare tokens",
@@ -181,7 +181,7 @@ def _rows_table(rows: Sequence[LedgerRow]) -> str:
             _cell(row.loss_ratio, times(row.loss_ratio) + _small(_number(row.common("task_loss"), ".3f"))),
             _cell(row.common("step_ratio"), times(row.common("step_ratio"))),
             _cell(bytes_per_token, _number(bytes_per_token, ",.0f")),
-            _cell(row.common("epsilon"), _number(row.common("epsilon"), ".3g") + _small(_unit(row))),
+            _cell(row.common("epsilon"), _number(row.common("epsilon"), ".3g") + _small(_delta(row))),
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return _table(_COLUMNS, lines)
@@ -228,12 +228,15 @@ def _attacks_table(rows: Sequence[LedgerRow]) -> str:
 
 def _claims_table(rows: Sequence[LedgerRow]) -> str:
     claims = {
-        str(row.common("defence")): _text(row.common("defence_claim"))
+        str(row.common("defence")): (_text(row.common("defence_claim")), _text(row.common("unit")))
         for row in rows
         if (row.common("defence") or "none") != "none"
     }
-    lines = [f"<tr><td><code>{escape(name)}</code></td><td>{escape(claim)}</td></tr>" for name, claim in claims.items()]
-    return _plain_table(("defence", "claim"), lines)
+    lines = [
+        f"<tr><td><code>{escape(name)}</code></td><td>{escape(claim)}</td><td>{escape(unit)}</td></tr>"
+        for name, (claim, unit) in claims.items()
+    ]
+    return _plain_table(("defence", "claim", "of this run"), lines)
 
 
 def _made_by(ledger: Mapping[str, Any]) -> str:
@@ -301,11 +304,9 @@ def _side(run: Mapping[str, Any]) -> str:
     return f"private front, knows {run.get('known_texts') or 'no'} texts"
 
 
-def _unit(row: LedgerRow) -> str:
-    delta, unit = row.common("delta"), row.common("unit")
-    return ", ".join(
-        part for part in ("" if delta is None else f"\u03b4 = {delta:g}", "" if unit is None else str(unit)) if part
-    )
+def _delta(row: LedgerRow) -> str:
+    delta = row.common("delta")
+    return "" if delta is None else f"\u03b4 = {delta:g}"
 
 
 def _of(known: Mapping[str, Any], name: str, what: str) -> str:

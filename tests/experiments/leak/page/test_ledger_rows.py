@@ -65,9 +65,9 @@ def test_of_undefended_rows_the_least_exposed_is_a_mark() -> None:
 
 def test_the_sentence_falls_whichever_way_the_rows_do() -> None:
     plain, weak = row("cut 2", 1.0, 1.0, defence="none"), row("weak", 0.96, 1.02)
-    said = frontier_sentence([plain, weak])
+    said = frontier_sentence([plain, weak, row("secret", 0.1, 1.0, front="tuned")])
     assert "the least exposed one (weak) gives up 96\u00a0%" in said
-    assert "No row that sends activations keeps the strongest attack below half" in said
+    assert "None that sends activations keeps the strongest attack below half" in said
     helps = row("helps", 0.3, 1.01)
     said = frontier_sentence([plain, weak, helps])
     assert "(helps) gives up 30\u00a0%" in said
