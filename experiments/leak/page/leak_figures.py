@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 from isthmus.experiments.leak.page.ledger_rows import (
+    SPACED,
     LedgerRow,
     Value,
     frontier,
@@ -22,7 +23,7 @@ from isthmus.experiments.leak.page.themed_svg import LIGHT, drawing, inline_svg
 
 _COLOURS = [LIGHT[name] for name in ("bad", "accent", "second", "third", "muted")]
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-_PRIOR = {"color": LIGHT["muted"], "linewidth": 1.2, "linestyle": (0, (2, 2))}
+_PRIOR: dict[str, Any] = {"color": LIGHT["muted"], "linewidth": 1.2, "linestyle": (0, (2, 2))}
 _LABEL = 30
 """Characters of a row's name in a figure; the page's table has all of it."""
 
@@ -71,11 +72,12 @@ def _draw_squares(axes: Any, name: str, row: LedgerRow) -> None:
         _short(row.name),
     ]
     of = "of tokens read" if row.worst("token_accuracy") else "by guessing alone"
-    axes.text(-0.45, 10.1, name, weight="bold", size=10.5, va="bottom")
-    axes.text(-0.45, -1.1, percent(row.exposed), size=19, weight="bold", va="top")
-    axes.text(-0.45, -2.95, of, va="top")
-    axes.text(-0.45, -4.05, "\n".join(lines), color=LIGHT["muted"], va="top", linespacing=1.4, size=9)
-    axes.set(xlim=(-0.6, 11.4), ylim=(-7.3, 11.3), aspect="equal", anchor="NW")
+    axes.text(-0.45, 10.1, name, weight="bold", size=10.5)
+    axes.text(-0.45, -2.35, percent(row.exposed), size=19, weight="bold")
+    axes.text(-0.45, -3.65, of)
+    for line, text in enumerate(lines):
+        axes.text(-0.45, -4.85 - 1.05 * line, text, color=LIGHT["muted"], size=9)
+    axes.set(xlim=(-0.6, 11.4), ylim=(-7.4, 11.4), aspect="equal", anchor="NW")
 
 
 def _without_labels(row: LedgerRow) -> str:
@@ -213,12 +215,12 @@ def draw_cuts(runs: Sequence[Mapping[str, Any]]) -> str:
             axes.set_xlabel("layers of the edge below the cut")
         panels[0][0].set(ylim=(0, 103))
         panels[0][0].set_yticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
-        lines = [({"color": _COLOURS[n % len(_COLOURS)]}, name.replace("_", " ")) for n, name in enumerate(attacks)]
-        lines += [
-            ({"color": LIGHT["text"], "linestyle": _DASHES[n % len(_DASHES)]}, f"over {name}")
-            for n, name in enumerate(codecs)
-        ]
-        for style, label in [*lines, (_PRIOR, "teacher-forced prior")]:
+        legend: dict[str, dict[str, Any]] = {}
+        for number, attack in enumerate(attacks):
+            legend[attack.translate(SPACED)] = {"color": _COLOURS[number % len(_COLOURS)]}
+        for number, codec in enumerate(codecs):
+            legend[f"over {codec}"] = {"color": LIGHT["text"], "linestyle": _DASHES[number % len(_DASHES)]}
+        for label, style in {**legend, "teacher-forced prior": _PRIOR}.items():
             panels[0][0].plot([], [], **style, label=label)
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.05, 1), ncols=4, frameon=False, borderpad=0)
@@ -262,9 +264,9 @@ def _draw_lines(axes: Any, runs: Sequence[Mapping[str, Any]], attacks: Sequence[
             _draw_band(axes, {place: values[place] for place in sorted(values)}, colour)
     priors = {run["cut"]: 100 * run["prior_accuracy"] for run in runs if run.get("prior_accuracy") is not None}
     if priors:
-        line = [(cuts.index(cut), priors[cut]) for cut in sorted(priors)]
-        line = [(-0.25, line[0][1]), *line, (len(cuts) - 0.75, line[-1][1])]
-        axes.plot(*zip(*line, strict=True), **_PRIOR)
+        heights = [priors[cut] for cut in sorted(priors)]
+        places = [-0.25, *(cuts.index(cut) for cut in sorted(priors)), len(cuts) - 0.75]
+        axes.plot(places, [heights[0], *heights, heights[-1]], **_PRIOR)
     axes.set_xticks(range(len(cuts)), [f"{cut:g}" for cut in cuts])
     axes.set_xlim(-0.25, max(0.25, len(cuts) - 0.75))
     axes.grid(axis="y")

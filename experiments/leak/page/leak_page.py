@@ -14,6 +14,7 @@ from isthmus.common.files import disk_errors
 from isthmus.experiments.leak.page.leak_figures import draw_all
 from isthmus.experiments.leak.page.ledger_rows import (
     MISSING,
+    SPACED,
     LedgerRow,
     Value,
     frontier,
@@ -32,14 +33,14 @@ _FIGURES = {
         "In each mode",
         "One square is one token of a hundred; red ones are those that the strongest attack of the row names right. "
         "Where nothing is sent, they are what somebody gets who has seen no traffic. With a private front, the "
-        "attacker has the base weights alone. A cheap defence is the least exposed one whose loss is at most 3 % above the "
-        "undefended run's.",
+        "attacker has the base weights alone. A cheap defence is the least exposed one whose loss is at most 3 % above "
+        "the undefended run's.",
     ),
     "frontier": (
         "Attack against task quality",
         "One mark a row: to the left the cloud reads less, at the bottom the task is learned better. The line is the "
         "frontier: no other row has both fewer tokens read and a lower loss. A hollow mark is a row that sends no "
-        "activations. Of undefended rows, the least exposed one is there.",
+        "activations. The attacker knows the front; of undefended rows, the least exposed one is there.",
     ),
     "rarity": (
         "All tokens and rare tokens",
@@ -155,7 +156,8 @@ def _card(heading: str, note: str, body: str) -> str:
 
 def _facts(ledger: Mapping[str, Any], rows: Sequence[LedgerRow]) -> Iterable[str]:
     yield f"model {_text(ledger.get('model'))}"
-    yield f"data {_text(ledger.get('data'))}"
+    data = ledger.get("data")
+    yield f"data {', '.join(map(str, data)) if isinstance(data, list) else _text(data)}"
     yield f"{_text(ledger.get('sequences'))} sequences attacked"
     yield f"{len(rows)} rows, {sum(len(row.runs) for row in rows)} attacks"
     yield f"{_text(ledger.get('processor'))}, threads: {_text(ledger.get('threads'))}"
@@ -179,7 +181,7 @@ def _rows_table(rows: Sequence[LedgerRow]) -> str:
             _cell(row.loss_ratio, times(row.loss_ratio) + _small(_number(row.common("task_loss"), ".3f"))),
             _cell(row.common("step_ratio"), times(row.common("step_ratio"))),
             _cell(bytes_per_token, _number(bytes_per_token, ",.0f")),
-            _cell(row.common("epsilon"), _number(row.common("epsilon"), ".3g") + _small(_unit(row))),
+            _cell(row.common("epsilon"), _number(row.common("epsilon"), ".3g") + _small(_delta(row))),
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return _table(_COLUMNS, lines)
@@ -192,7 +194,7 @@ def _runs_table(rows: Sequence[LedgerRow]) -> str:
             attack, recall = _text(run.get("attack")), run.get("coarse_recall")
             cells = [
                 _cell(row.name, escape(row.name)),
-                _cell(attack, escape(attack.replace("_", " ")) + _small(_side(run))),
+                _cell(attack, escape(attack.translate(SPACED)) + _small(_side(run))),
                 _share(measured(run, "token_accuracy"), "token"),
                 _share(measured(run, "rare_accuracy"), "rare"),
                 _share(measured(run, "secret_recall"), "secret"),
@@ -215,7 +217,7 @@ def _attacks_table(rows: Sequence[LedgerRow]) -> str:
         "<tr>"
         + "".join(
             f"<td>{escape(text)}</td>"
-            for text in (name.replace("_", " "), _of(known, name, "sees"), _of(known, name, "knows"))
+            for text in (name.translate(SPACED), _of(known, name, "sees"), _of(known, name, "knows"))
         )
         + "</tr>"
         for name in names
@@ -226,12 +228,15 @@ def _attacks_table(rows: Sequence[LedgerRow]) -> str:
 
 def _claims_table(rows: Sequence[LedgerRow]) -> str:
     claims = {
-        str(row.common("defence")): _text(row.common("defence_claim"))
+        str(row.common("defence")): (_text(row.common("defence_claim")), _text(row.common("unit")))
         for row in rows
         if (row.common("defence") or "none") != "none"
     }
-    lines = [f"<tr><td><code>{escape(name)}</code></td><td>{escape(claim)}</td></tr>" for name, claim in claims.items()]
-    return _plain_table(("defence", "claim"), lines)
+    lines = [
+        f"<tr><td><code>{escape(name)}</code></td><td>{escape(claim)}</td><td>{escape(unit)}</td></tr>"
+        for name, (claim, unit) in claims.items()
+    ]
+    return _plain_table(("defence", "claim", "of this run"), lines)
 
 
 def _made_by(ledger: Mapping[str, Any]) -> str:
@@ -277,7 +282,7 @@ def _share(value: Value | None, kind: str) -> str:
     interval = f"{100 * value.low:.0f} to {100 * (value.high or 0):.0f}" if value.low is not None else ""
     return (
         f'<td class="{kind}" style="--share:{min(max(value.value, 0), 1):.3f}" data-value="{value.value}" '
-        f'title="{escape(value.attack.replace("_", " "))}">{percent(value.value)}{_small(interval)}</td>'
+        f'title="{escape(value.attack.translate(SPACED))}">{percent(value.value)}{_small(interval)}</td>'
     )
 
 
@@ -299,11 +304,9 @@ def _side(run: Mapping[str, Any]) -> str:
     return f"private front, knows {run.get('known_texts') or 'no'} texts"
 
 
-def _unit(row: LedgerRow) -> str:
-    delta, unit = row.common("delta"), row.common("unit")
-    return ", ".join(
-        part for part in ("" if delta is None else f"\u03b4 = {delta:g}", "" if unit is None else str(unit)) if part
-    )
+def _delta(row: LedgerRow) -> str:
+    delta = row.common("delta")
+    return "" if delta is None else f"\u03b4 = {delta:g}"
 
 
 def _of(known: Mapping[str, Any], name: str, what: str) -> str:

@@ -11,6 +11,8 @@ Measure = Literal["token_accuracy", "rare_accuracy", "secret_recall", "label_acc
 SMALL_LOSS = 1.03
 """The loss over the undefended run's up to which a defence counts as one that costs little."""
 HALF = 0.5
+SPACED = str.maketrans("_-", "  ")
+"""Makes words of an attack's name."""
 MISSING = "\u2013"
 """Stands for a number that was not measured."""
 
@@ -104,11 +106,14 @@ def _name(key: tuple[str, str, str], keys: Iterable[tuple[str, str, str]]) -> st
 
 
 def marks(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
-    """Rows with a loss and an attack, and of the undefended ones, whose losses are one by definition, the least exposed.
+    """Rows with a loss and an attack by somebody who knows the front, or with no attack as nothing was sent.
 
-    From the lowest loss on, and of one loss the most exposed first.
+    Of the undefended ones, whose loss is about that of the undefended run, the least exposed. From the lowest loss on,
+    and of one loss the most exposed first.
     """
-    known = [row for row in rows if row.loss_ratio is not None and row.exposed is not None]
+    known = [
+        row for row in rows if row.against("known").runs and row.loss_ratio is not None and row.exposed is not None
+    ]
     plain = min((row for row in known if row.undefended), key=lambda row: row.exposed or 0, default=None)
     shown = [row for row in known if not row.undefended or row is plain]
     return sorted(shown, key=lambda row: (row.loss_ratio or 0, -(row.exposed or 0)))
@@ -125,21 +130,20 @@ def frontier(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
 
 def frontier_sentence(rows: Sequence[LedgerRow]) -> str:
     """What the ledger says of defences, whichever way it falls."""
-    sending = [row for row in rows if row.common("mode") != "emulator" and row.exposed is not None]
-    trained = [row for row in sending if row.loss_ratio is not None]
+    trained = [row for row in marks(rows) if row.common("mode") != "emulator"]
     if not trained:
         return "No row of this ledger has both an attack on tokens and a task loss, so it has no frontier."
     near = [row for row in trained if (row.loss_ratio or 0) <= SMALL_LOSS]
     parts = []
     if near:
         least = min(near, key=lambda row: row.exposed or 0)
+        bound = f"at a loss of at most {percent(SMALL_LOSS - 1)} above the undefended run's"
         parts.append(
-            f"Of the {len(near)} rows that send activations at a loss of at most {percent(SMALL_LOSS - 1)} above the "
-            f"undefended run's, even the least exposed one ({least.name}) gives up {percent(least.exposed)} of the "
-            "tokens."
+            f"Of {len(near)} ways to train that send activations, {bound}, even the least exposed one ({least.name}) "
+            f"gives up {percent(least.exposed)} of the tokens."
             if len(near) > 1
-            else f"One row sends activations at a loss of at most {percent(SMALL_LOSS - 1)} above the undefended "
-            f"run's ({least.name}), and gives up {percent(least.exposed)} of the tokens."
+            else f"One way to train sends activations {bound} ({least.name}), and gives up {percent(least.exposed)} of "
+            "the tokens."
         )
     half = [row for row in trained if (row.exposed or 0) < HALF]
     if half:
@@ -149,7 +153,7 @@ def frontier_sentence(rows: Sequence[LedgerRow]) -> str:
             f"({best.name})."
         )
     else:
-        parts.append("No row that sends activations keeps the strongest attack below half of the tokens.")
+        parts.append("None that sends activations keeps the strongest attack below half of the tokens.")
     parts += [
         f"Where none are sent ({row.name}), the loss is {times(row.loss_ratio)} the undefended run's."
         for row in rows

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.privacy.small_ledger import grid_file
+from support.privacy.small_leak import grid_file
 
 from isthmus.common.errors import ConfigError, PlanError
 from isthmus.experiments.leak.grid import Row, file_names, known_texts, read_grid

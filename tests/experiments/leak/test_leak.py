@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.commands import in_process, refused
-from support.privacy.small_ledger import all_here, grid_file, small_settings
+from support.privacy.small_leak import all_here, grid_file, small_settings
 
 from isthmus.common.errors import AttackLimitedError, CheckpointError
 from isthmus.experiments.leak import attacked_row

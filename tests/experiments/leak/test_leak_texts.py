@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models.tiny import tiny_tokenizer
-from support.privacy.small_ledger import letters
+from support.privacy.small_leak import letters
 
 from isthmus.common.errors import DataError
 from isthmus.experiments.leak.leak_texts import Counts, check_disjoint, load_texts
