@@ -64,9 +64,7 @@ def test_rows_are_compared_with_the_undefended_one_of_their_plan_and_task() -> N
 def test_the_table_fits_a_terminal_and_ends_with_the_frontier() -> None:
     rows = [
         row("plain", 2.0, 1.0, 1.0),
-        row(
-            "a row whose name is longer than a terminal's share of it is wide", 300.0, 123.45, 0.8, defence=["mixing"]
-        ),
+        row("a row whose name is longer than a terminal's share of it is wide", 300.0, 123.45, 0.8, defence=["mixing"]),
         row("emulator", 2.2, 0.5, None, mode="emulator", codec="none"),
     ]
     rows[1]["runs"][0] |= {"epsilon": 8.0, "delta": 1e-5, "unit": "of everything " * 9, "real_or_decoy_auc": 0.61}
