@@ -11,13 +11,24 @@ from support.commands import in_process, refused
 from support.privacy.small_leak import all_here, grid_file, small_settings
 
 from isthmus.common.errors import AttackLimitedError, CheckpointError
-from isthmus.experiments.leak import attacked_row
+from isthmus.experiments.leak import attacked_row, row_run
 from isthmus.experiments.leak.leak import run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_table import table
 
 UNDEFENDED = {"name": "undefended", "edge_layers": "1:1", "steps": 4, "also_codecs": ["int8"]}
-NOISE = {"name": "noise", "edge_layers": "1:1", "steps": 4, "defence": "gaussian:clip=1000,sigma=10"}
+NOISE = {"edge_layers": "1:1", "steps": 4, "defence": ["gaussian:clip=1000,sigma=10", "decoys:count=1"]}
+
+
+def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a row is made."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_run, "record_run", stop)
+        run_leak(settings)
 
 
 def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
@@ -27,7 +38,7 @@ def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
 
 def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = all_here(monkeypatch)
-    settings = small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", UNDEFENDED, NOISE))
+    settings = small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", UNDEFENDED, {"name": "noise", **NOISE}))
     result = run_leak(settings)
     assert [words[1] for words in commands] == ["train", "eval", "train"]
 
@@ -44,16 +55,18 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert noisy["epsilon"] is None
     assert noisy["defence_claim"].startswith("(epsilon, delta)")
     assert noisy["task_loss_ratio"] != 1
+    assert 0 <= noisy["real_or_decoy_auc"] <= 1
+    assert exact["real_or_decoy_auc"] is None
     assert max(map(len, table(result))) <= 80
 
     assert run_leak(settings) == result
     assert len(commands) == 3
     (path,) = settings.out.glob("noise*.json")
     path.unlink()
-    again = run_leak(settings)
-    assert [words[1] for words in commands[3:]] == ["train"]
-    assert of(again, "noise", "vocabulary_matching")["task_loss"] == pytest.approx(noisy["task_loss"], abs=0.5)
-
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(settings, monkeypatch)
+    assert not path.exists()
+    assert len(commands) == 3  # the row under way is all that is lost
     path.write_text("{")
     with pytest.raises(CheckpointError, match="no finished row"):
         run_leak(settings)
