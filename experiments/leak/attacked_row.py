@@ -33,6 +33,9 @@ from isthmus.privacy.measures.bootstrap import Interval, share_interval
 from isthmus.privacy.measures.priors import free_running_prior, teacher_forced_prior, unigram_prior
 from isthmus.privacy.measures.token_accuracy import token_hits
 
+FURTHER = ("vocabulary_matching",)
+"""The attacks from a row's further sides: the strongest where nothing but the front or the codec is in its way."""
+
 MISSED = 0.01
 """An undefended run may miss this share of the tokens before it is asked whether its lists are to blame."""
 
@@ -87,7 +90,9 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
         crossed = sequences(batches, front)
         for view in row.views if codec == row.codec else ("known",):
             attacked, knowledge = _side(row, view, codec, crossed, front, attacker)
-            for each in _token_attacks(run, attacked, knowledge, view, attacker):
+            first = codec == row.codec and view == row.views[0]
+            names = tuple(TOKEN_ATTACKS) if first else FURTHER
+            for each in _token_attacks(run, attacked, knowledge, view, names, attacker):
                 if row.defence_text == "none" and view == "known":
                     check_unlimited(each.judged, f"row {row.name!r} over {codec}")
                 found.append(each)
@@ -157,7 +162,12 @@ def _side(
 
 
 def _token_attacks(
-    run: RecordedRun, crossed: Sequence[Crossed], knowledge: Knowledge, view: str, attacker: Attacker
+    run: RecordedRun,
+    crossed: Sequence[Crossed],
+    knowledge: Knowledge,
+    view: str,
+    names: Sequence[str],
+    attacker: Attacker,
 ) -> Iterator[Found]:
     real = [number for number, each in enumerate(crossed) if each.text is not None]
     texts = [each.text for each in crossed if each.text is not None]
@@ -170,9 +180,9 @@ def _token_attacks(
     if known_texts(view) > 1:
         attacker.say(f"fitting a front to {known_texts(view)} known texts")
         knowledge = fit_front(knowledge)
-    for name, make in TOKEN_ATTACKS.items():
+    for name in names:
         attacker.say(f"{name} on {len(crossed)} sequences over {knowledge.codec}, front {view}")
-        guess = guess_of(make, knowledge, traffic)
+        guess = guess_of(TOKEN_ATTACKS[name], knowledge, traffic)
         chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in real))
         judged = judge_tokens(name, side, chosen, knowledge, truth)
         told = _told(guess, real, attacker) if len(real) < len(crossed) else None

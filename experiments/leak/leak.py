@@ -67,10 +67,12 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
             if finished[number] is not None:
                 continue
 
-            def say(what: str, number: int = number, row: Row = row) -> None:
-                console.print(f"[{number + 1}/{len(rows)}] {row.name}: {what}", markup=False, highlight=False)
-
             started = time.monotonic()
+
+            def say(what: str, number: int = number, row: Row = row, started: float = started) -> None:
+                after = f"{time.monotonic() - started:.0f} s"
+                console.print(f"[{number + 1}/{len(rows)}] {row.name}, {after}: {what}", markup=False, highlight=False)
+
             try:
                 with working_folder() as folder:
                     result = lab.make(row, folder, say)
@@ -81,7 +83,7 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
             made = {"settings": about[number], "seconds": round(time.monotonic() - started, 1), **result}
             write_atomic(path, f"{json.dumps(made)}\n".encode())
             finished[number] = made
-            say(f"finished after {made['seconds']:.0f} s")
+            say("finished")
     if limited:
         raise limited[0]
     result = ledger([each for each in finished if each is not None], _circumstances(settings, checkpoint))
