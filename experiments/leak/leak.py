@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.runtime.numerics import processor_name
 from isthmus.common.errors import AttackLimitedError, CheckpointError
 from isthmus.common.figures import plotting
 from isthmus.common.files import disk_errors, write_atomic
@@ -105,7 +105,7 @@ def _circumstances(settings: LeakSettings, checkpoint: Checkpoint) -> dict[str, 
     return {
         "model": checkpoint.name,
         "sequences": settings.attacked,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": settings.threads,
         "settings": shared | {"model": checkpoint.name},
