@@ -41,7 +41,8 @@
     ├── NotRunningError          64   no daemon runs with the home
     ├── TranscriptError          70   a transcript does not verify, or the cloud signs another one than the edge's
     ├── AuditError               71   a cloud's answer, computed again elsewhere, has other bits
-    └── LeakBudgetError          72   attacks recover more of the private texts than a run's leak budget allows
+    ├── LeakBudgetError          72   attacks recover more of the private texts than a run's leak budget allows
+    └── AttackLimitedError       73   an attack got less than it could, for want of candidates
 
 Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
 pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.
@@ -289,3 +290,9 @@ class LeakBudgetError(IsthmusError, PermissionError):
     """Attacks recover more of what a run sends than its leak budget allows."""
 
     exit_code = 72
+
+
+class AttackLimitedError(IsthmusError, ArithmeticError):
+    """An attack on an undefended run missed tokens that were not among its candidates, so it shows nothing."""
+
+    exit_code = 73

@@ -43,12 +43,15 @@ def _folders_with_code() -> set[Path]:
 
 def _sources() -> set[str]:
     """The files that a wheel must hold, by their names there."""
-    return {
+    code = (".py", ".pyi", ".proto", ".css", ".js", ".toml")
+    packaged = {
         f"{package.replace('.', '/')}/{path.name}"
         for package in PACKAGES
         for path in (ROOT / FOLDERS[package]).iterdir()
-        if path.suffix in (".py", ".pyi", ".proto") or path.name == "py.typed"
+        if path.suffix in code or path.name == "py.typed"
     }
+    served = ROOT / "daemon" / "page" / "static"
+    return packaged | {f"isthmus/daemon/page/static/{path.name}" for path in served.iterdir()}
 
 
 def _modules() -> list[str]:

@@ -23,12 +23,12 @@ def numerics(span_dtype: str, attention: str, device: torch.device, threads: int
         threads: torch threads.
         note: What else they depend on.
     """
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {threads} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {threads} threads"
     said = f"{span_dtype}, {attention}, torch {torch.__version__}, {where}".encode("ascii", "replace").decode()
     return said[: _MOST - len(note)] + note
 
 
-def _cpu() -> str:
+def processor_name() -> str:
     """The processor's name, and the instructions that torch's kernels use of it."""
     try:
         names = [line.partition(":")[2].strip() for line in _CPU_INFO.read_text().splitlines() if "model name" in line]

@@ -132,7 +132,7 @@ class DirectLabels(_LabelAttack):
     """The row of the head that points most against the gradient as it was sent."""
 
     name: ClassVar[str] = "labels-direct"
-    knows: ClassVar[str] = "the head"
+    knows: ClassVar[str] = "the head, public texts"
 
     def match(self, row: Row) -> tuple[Tensor, Tensor]:
         """See `_LabelAttack`."""
@@ -144,6 +144,7 @@ class ExactLabels(_LabelAttack):
     """The candidate whose gradient, drawn through the top, has the direction of what the edge sent."""
 
     name: ClassVar[str] = "labels-exact"
+    knows: ClassVar[str] = "the head and the top layers, or base weights near them; public texts"
 
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
         """Take the shortest lists that hold all labels of the public texts, or the longest ones; set the threshold."""

@@ -90,7 +90,7 @@ def attack_tokens(
     if knowledge.private_front and len(knowledge.known) > 1:
         knowledge = fit_front(knowledge)
     return [
-        judge_tokens(name, front, _guess(TOKEN_ATTACKS[name], knowledge, traffic), knowledge, truth) for name in names
+        judge_tokens(name, front, guess_of(TOKEN_ATTACKS[name], knowledge, traffic), knowledge, truth) for name in names
     ]
 
 
@@ -128,7 +128,7 @@ def attack_labels(
     if not traffic.backwards:
         return []
     front: Front = "tuned" if knowledge.private_front else "known"
-    return [judge_labels(name, front, _guess(LABEL_ATTACKS[name], knowledge, traffic), truth) for name in names]
+    return [judge_labels(name, front, guess_of(LABEL_ATTACKS[name], knowledge, traffic), truth) for name in names]
 
 
 def judge_labels(attack: str, front: Front, guess: Guess, truth: Truth) -> Judged:
@@ -143,7 +143,8 @@ def worst(judged: Sequence[Judged], what: Literal["token_accuracy", "label_accur
     return max((each.high for each in intervals if each is not None), default=0.0)
 
 
-def _guess(make: Callable[[], Attack], knowledge: Knowledge, traffic: Traffic) -> Guess:
+def guess_of(make: Callable[[], Attack], knowledge: Knowledge, traffic: Traffic) -> Guess:
+    """What a fresh attack makes of the traffic."""
     attack = make()
     attack.prepare(knowledge)
     return attack.run(traffic)

@@ -56,6 +56,27 @@ def mean_interval(values: Tensor, *, seed: int = 0) -> Interval:
     return Interval(float(values.double().mean()), *(float(means.quantile(q)) for q in (0.025, 0.975)))
 
 
+def ratio_interval(hits: Hits, base: Hits, *, seed: int = 0) -> Interval:
+    """A share over that of the same sequences in another case, both redrawn together.
+
+    Args:
+        hits, base: By sequence; `right` may be any sum, of losses say.
+        seed: Of the draws.
+
+    Raises:
+        ConfigError: They are of other sequences, or the base is nothing.
+    """
+    if len(hits.of) != len(base.of) or float(base.right.sum()) == 0:
+        raise ConfigError(
+            f"{len(hits.of)} sequences cannot be compared with {len(base.of)} whose sum is {float(base.right.sum())}: "
+            "give both of the same sequences"
+        )
+    of_each = drawn(len(hits.of), seed)
+    ours, theirs = (each.right[of_each].sum(1) / each.of[of_each].sum(1) for each in (hits, base))
+    ratios = ours / theirs
+    return Interval(hits.share / base.share, *(float(ratios.quantile(q)) for q in (0.025, 0.975)))
+
+
 def drawn(n: int, seed: int) -> Tensor:
     """Sequences drawn with replacement, `[draws, n]`."""
     return torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(seed))

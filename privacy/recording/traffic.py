@@ -7,7 +7,7 @@ takes those of one session or one tenant.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,11 +197,12 @@ T = TypeVar("T", bound=OfSession)
 Call = Forward | Backward | Decode
 
 
-def read_traffic(folder: Path) -> Traffic:
+def read_traffic(folder: Path, wanted: Callable[[int], bool] = lambda step: True) -> Traffic:
     """Read a recording, all of whose tensors have to fit into memory, decoded.
 
     Args:
         folder: what `isthmus cloud serve --record` was given.
+        wanted: whether the calls of an optimizer step are read; step 0 is before the first.
 
     Raises:
         DataError: there is none, it has no session, or several models' or plans', or a file of it is damaged or cut
@@ -210,7 +211,7 @@ def read_traffic(folder: Path) -> Traffic:
     files = sorted(folder.glob(PATTERN), key=lambda path: (len(path.name), path.name))  # as they were begun
     if not files:
         raise DataError(f"{folder} has no recording: give the folder of `isthmus cloud serve --record`")
-    reader = _Reader()
+    reader = _Reader(wanted)
     for file in files:
         for entry in read_entries(file):
             reader.take(file, entry)
@@ -234,6 +235,7 @@ class _Session:
 class _Reader:
     """Puts the entries of a recording together."""
 
+    wanted: Callable[[int], bool]
     sessions: dict[bytes, _Session] = field(default_factory=dict)
     calls: dict[tuple[type[Call], bytes, int], Call] = field(default_factory=dict)  # by link and number
     asked: list[Asked] = field(default_factory=list)
@@ -282,6 +284,8 @@ class _Reader:
                 weights = tuple((_tensor(each.down), _tensor(each.up), each.scale) for each in message.weights)
                 self.leased.append(Leased(session.lists.get(message.sites, ()), weights, **whose))
             case m.Forward() | m.Backward() | m.Decode():
+                if not self.wanted(message.id.step):
+                    return
                 session.list_of[message.id.call] = message.sites
                 call = _call(message, whose)
                 session.waiting[message.id] = call
@@ -291,7 +295,8 @@ class _Reader:
                 if waited is not None:
                     self.calls[_key(session, waited)] = _answered(waited, message)
             case m.SiteQuestion():
-                session.questions[message.id] = message
+                if self.wanted(message.id.step):
+                    session.questions[message.id] = message
             case m.SiteAnswer():
                 question = session.questions.pop(message.id, None)
                 if question is not None:

@@ -142,3 +142,14 @@ def test_a_run_goes_on_when_the_recording_has_ended(tmp_path: Path, wire: list[t
     assert 1 < len(found) < len(wire)
     assert {call.kind for call in found} == set(Kind)
     assert read_traffic(folder).forwards
+
+
+def test_the_calls_of_some_steps_can_be_read_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    folder.mkdir()
+    with cloud_for_runs(tmp_path, recorder=Recorder(folder, 64 * MIB)) as runs:
+        runs.train(tmp_path / "out", steps=3, accumulate=1)
+    everything, last = read_traffic(folder), read_traffic(folder, wanted=lambda step: step == 3)
+    assert {call.step for call in everything.forwards} == {0, 1, 2, 3}
+    assert {call.step for call in (*last.forwards, *last.backwards)} == {3}
+    assert [call.call for call in last.backwards] == [call.call for call in everything.backwards if call.step == 3]

@@ -1,0 +1,196 @@
+"""The attacks on a row's recording, from each side that the grid names, with the priors beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import AttackLimitedError
+from isthmus.experiments.leak.grid import Row, known_texts
+from isthmus.experiments.leak.leak_texts import LeakTexts, Text
+from isthmus.experiments.leak.real_or_decoy import real_or_decoy
+from isthmus.experiments.leak.recorded_rows import Crossed, labels_of, sequences, traffic_of
+from isthmus.experiments.leak.recorded_run import RecordedRun
+from isthmus.privacy.attacks.attack import Guess, Knowledge, KnownDefence
+from isthmus.privacy.attacks.front import Front
+from isthmus.privacy.attacks.private_front import fit_front
+from isthmus.privacy.ledger.judged_attacks import (
+    LABEL_ATTACKS,
+    TOKEN_ATTACKS,
+    Front as Side,
+    Judged,
+    Truth,
+    guess_of,
+    judge_labels,
+    judge_tokens,
+)
+from isthmus.privacy.measures.bootstrap import Interval, share_interval
+from isthmus.privacy.measures.priors import free_running_prior, teacher_forced_prior, unigram_prior
+from isthmus.privacy.measures.token_accuracy import token_hits
+
+FURTHER = ("vocabulary_matching",)
+"""The attacks from a row's further sides: the strongest where nothing but the front or the codec is in its way."""
+
+MISSED = 0.01
+"""An undefended run may miss this share of the tokens before it is asked whether its lists are to blame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attacker:
+    """What there is for attacks on a row.
+
+    Attributes:
+        base: The whole model with the frozen weights.
+        tuned: The same with the edge's adapter.
+        defence: The defences as they are after the run.
+        say: Told what is under way.
+    """
+
+    base: Any
+    tuned: Any
+    tokenizer: Any
+    plan: SplitPlan
+    texts: LeakTexts
+    n_attacked: int
+    defence: KnownDefence | None
+    inverter_steps: int
+    seed: int
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an attack got of a row, from one side and over one codec.
+
+    Attributes:
+        real_or_decoy: The area under the curve of an attack that tells real texts from decoys, where there are some.
+    """
+
+    judged: Judged
+    codec: str
+    known_texts: int
+    real_or_decoy: Interval | None = None
+
+
+def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
+    """Make all attacks on a row.
+
+    Raises:
+        AttackLimitedError: An attack on an undefended row got less than it could because of its lists.
+        DataError: The recording is not that of the row.
+    """
+    front = Front(attacker.tuned, attacker.plan.bottom)
+    found = []
+    for codec, batches in run.sent.items():
+        crossed = sequences(batches, front)
+        for view in row.views if codec == row.codec else ("known",):
+            attacked, knowledge = _side(row, view, codec, crossed, front, attacker)
+            first = codec == row.codec and view == row.views[0]
+            names = tuple(TOKEN_ATTACKS) if first else FURTHER
+            for each in _token_attacks(run, attacked, knowledge, view, names, attacker):
+                if row.defence_text == "none" and view == "known":
+                    check_unlimited(each.judged, f"row {row.name!r} over {codec}")
+                found.append(each)
+    if run.learned:
+        learned = sequences(run.learned, front, run.backwards)
+        _, knowledge = _side(row, "known", row.codec, [], front, attacker)
+        truth = Truth((), labels=tuple(labels_of(each.text, each.forward.hidden.shape[1]) for each in learned))
+        for name in LABEL_ATTACKS:
+            attacker.say(f"{name} on {len(learned)} sequences' gradients")
+            guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
+            found.append(Found(judge_labels(name, "known", guess, truth), row.codec, 0))
+    return found
+
+
+def check_unlimited(judged: Judged, where: str) -> None:
+    """Refuse an attack that missed more than `MISSED` of the tokens when half of those were not in its lists.
+
+    Its accuracy would say how good the lists are, not what the wire gives away.
+
+    Raises:
+        AttackLimitedError: It is one.
+    """
+    if judged.coarse_recall is None or judged.token_accuracy is None:
+        return
+    missed, unlisted = 1 - judged.token_accuracy.value, 1 - judged.coarse_recall
+    if missed > MISSED and unlisted >= missed / 2:
+        raise AttackLimitedError(
+            f"{where}: {judged.attack} got {judged.token_accuracy.value:.1%} of the tokens with a coarse recall of "
+            f"{judged.coarse_recall:.1%}, so its lists limit it: give it more public texts (--public) or a longer "
+            "training (--inverter-steps)"
+        )
+
+
+def priors_of(attacker: Attacker, texts: Sequence[Text]) -> dict[str, Interval]:
+    """What is guessed of texts without their traffic, under the names that the ledger has for it."""
+    public, true = [text.tokens for text in attacker.texts.public], [text.tokens for text in texts]
+    guesses: dict[str, list[Tensor]] = {
+        "prior_accuracy": teacher_forced_prior(attacker.base, public, true),
+        "prior_free_accuracy": free_running_prior(attacker.base, public, true),
+        "prior_unigram_accuracy": unigram_prior(public, true),
+    }
+    return {name: share_interval(token_hits(guess, true)) for name, guess in guesses.items()}
+
+
+def _side(
+    row: Row, view: str, codec: str, crossed: Sequence[Crossed], front: Front, attacker: Attacker
+) -> tuple[list[Crossed], Knowledge]:
+    """The sequences that are attacked, and what the attacker knows who has this view."""
+    known = {id(text) for text in attacker.texts.sent[attacker.n_attacked :]}
+    attacked = [each for each in crossed if each.text is None or id(each.text) not in known]
+    given = [each for each in crossed if each.text is not None and id(each.text) in known][: known_texts(view)]
+    private = view != "known"
+    knowledge = Knowledge(
+        attacker.base,
+        attacker.tokenizer,
+        attacker.plan,
+        Front(attacker.base, attacker.plan.bottom) if private else front,
+        tuple(text.tokens for text in attacker.texts.public),
+        codec=codec,
+        private_front=private,
+        known=tuple((each.text.tokens, each.forward.hidden[0]) for each in given if each.text is not None),
+        defence=attacker.defence,
+        inverter_steps=attacker.inverter_steps,
+        seed=attacker.seed,
+    )
+    return attacked, knowledge
+
+
+def _token_attacks(
+    run: RecordedRun,
+    crossed: Sequence[Crossed],
+    knowledge: Knowledge,
+    view: str,
+    names: Sequence[str],
+    attacker: Attacker,
+) -> Iterator[Found]:
+    real = [number for number, each in enumerate(crossed) if each.text is not None]
+    texts = [each.text for each in crossed if each.text is not None]
+    truth = Truth(
+        tuple(text.tokens for text in texts),
+        secrets=tuple(() if text.secret is None else (text.secret,) for text in texts),
+    )
+    traffic = traffic_of(run.traffic, crossed)
+    side: Side = "tuned" if knowledge.private_front else "known"
+    if known_texts(view) > 1:
+        attacker.say(f"fitting a front to {known_texts(view)} known texts")
+        knowledge = fit_front(knowledge)
+    for name in names:
+        attacker.say(f"{name} on {len(crossed)} sequences over {knowledge.codec}, front {view}")
+        guess = guess_of(TOKEN_ATTACKS[name], knowledge, traffic)
+        chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in real))
+        judged = judge_tokens(name, side, chosen, knowledge, truth)
+        told = _told(guess, real, attacker) if len(real) < len(crossed) else None
+        yield Found(judged, knowledge.codec, known_texts(view), told)
+
+
+def _told(guess: Guess, real: Sequence[int], attacker: Attacker) -> Interval:
+    is_real = torch.zeros(len(guess.tokens), dtype=torch.bool)
+    is_real[list(real)] = True
+    public = [text.tokens for text in attacker.texts.public]
+    return real_or_decoy(attacker.base, attacker.tokenizer.eos_token_id, guess.tokens, is_real, public)

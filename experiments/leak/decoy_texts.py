@@ -1,0 +1,93 @@
+"""Decoys, written by the frozen model after a few public examples: the same form, other contents."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.edge.data.batches import encode
+from isthmus.edge.data.readers import Example
+from isthmus.experiments.leak.leak_texts import Text
+from isthmus.experiments.leak.planted import planted
+
+_SHOTS = 3
+_AT_ONCE = 16
+_ROUNDS = 40
+
+
+def write_decoys(
+    model: Any, tokenizer: Any, real: Sequence[Text], public: Sequence[Text], count: int, seed: int
+) -> list[Example]:
+    """Decoys for private texts: `count` for each, as long as that one or a little longer.
+
+    The prompts are those of public texts; the model writes what follows, at temperature 1. One in as many has a made-up
+    secret as of the private texts.
+
+    Args:
+        model: The whole frozen model.
+        real: The private texts.
+        public: Texts that show the model what is wanted.
+    """
+    drawn = random.Random(f"decoys/{seed}")  # noqa: S311  # the edge's own key decides which decoy goes where
+    wanted = Counter(len(text.encoded.input_ids) for text in real for _ in range(count))
+    share = sum(text.secret is not None for text in real) / len(real)
+    prompts = [text.example for text in public]
+    found: list[Example] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for number in range(_ROUNDS):
+            if not wanted:
+                break
+            for prompt, completion in _round(model, tokenizer, prompts, drawn):
+                secret = f" {planted(len(found), seed + 2).words}" if drawn.random() < share else ""
+                example = Example(prompt, completion + secret)
+                (encoded,), _ = encode([example], tokenizer, 1 << 20)
+                # The decoy serves the longest text that it is long enough for; in the last rounds any that is left.
+                fits = [length for length in wanted if length <= len(encoded.input_ids)]
+                near = [length for length in fits if length >= len(encoded.input_ids) - 1 - number // 2]
+                if near:
+                    length = max(near)
+                    wanted -= Counter([length])
+                    found.append(example)
+    return [*found, *_rest(wanted, prompts)]
+
+
+def _round(model: Any, tokenizer: Any, examples: Sequence[Example], drawn: random.Random) -> Iterator[tuple[str, str]]:
+    """Some prompts, and what the model writes after them."""
+    chosen = [drawn.choice(examples) for _ in range(_AT_ONCE)]
+    texts = []
+    for example in chosen:
+        shots = drawn.sample(list(examples), _SHOTS)
+        texts.append("\n\n".join([*(f"{shot.prompt}{shot.completion}" for shot in shots), example.prompt]))
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    longest = max(map(len, tokens))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in tokens])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
+    written = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48,
+        pad_token_id=0,
+    )  # fmt: skip
+    for example, row in zip(chosen, written[:, longest:], strict=True):
+        line = _first_line(tokenizer, row)
+        if line.strip():
+            yield example.prompt, line
+
+
+def _first_line(tokenizer: Any, row: Tensor) -> str:
+    text: str = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.split("\n", maxsplit=1)[0].rstrip()
+
+
+def _rest(wanted: Counter[int], prompts: Sequence[Example]) -> Iterator[Example]:
+    """For lengths that no written text has: two public texts in one."""
+    for number, length in enumerate(wanted.elements()):
+        example = prompts[number % len(prompts)]
+        text = example.completion
+        while len(text) < 8 * length:
+            text += prompts[(number + len(text)) % len(prompts)].completion
+        yield Example(example.prompt, text)

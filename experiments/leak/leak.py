@@ -1,0 +1,143 @@
+"""The ledger of leaks: each row of a grid trained over a real cloud that records, attacked, and scored on its task.
+
+A finished row is a file in the folder of `--out`, with all that it was made of, and is not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.runtime.numerics import processor_name
+from isthmus.common.errors import AttackLimitedError, CheckpointError
+from isthmus.common.figures import plotting
+from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.torch_threads import torch_threads
+from isthmus.experiments.harness.launch import working_folder
+from isthmus.experiments.leak.grid import Row, file_names, read_grid
+from isthmus.experiments.leak.leak_settings import LeakSettings
+from isthmus.experiments.leak.ledger_json import ledger
+from isthmus.experiments.leak.page.leak_page import write_page
+from isthmus.experiments.leak.row_run import RowLab
+
+_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps")
+_PLACES = ("data_folder", "out", "page", "record_mib")
+_WHERE = (*_ROWS, *_PLACES)
+"""Settings that say which rows are made or where, and not what comes of a row."""
+
+
+def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str, Any]:
+    """Make the rows that are not finished, and put the ledger together.
+
+    Returns:
+        What `ledger_json.ledger` says.
+
+    Raises:
+        ConfigError: The grid or a setting makes no sense.
+        PlanError: A row's plan does not fit the model.
+        CheckpointError: A finished row's file is damaged, or was made with other settings.
+        DiskError: The folder cannot be written.
+        AttackLimitedError: An undefended row was limited by its attack's lists; the other rows are finished.
+        IsthmusError: What cloud and edge raise.
+    """
+    console = console or Console(stderr=True)
+    if settings.page is not None:
+        plotting()  # matplotlib is missed now, and not after hours
+    rows = read_grid(settings)
+    checkpoint = resolve(settings.model)
+    for row in rows:
+        row.plan(checkpoint.config.num_hidden_layers)
+    with disk_errors(settings.out):
+        settings.out.mkdir(parents=True, exist_ok=True)
+    paths = [settings.out / name for name in file_names(rows)]
+    about = [_about(row, settings, checkpoint) for row in rows]
+    finished = [_read(path, each) for path, each in zip(paths, about, strict=True)]
+    lab = RowLab(checkpoint, load_tokenizer(checkpoint.folder), settings)
+    limited: list[AttackLimitedError] = []
+    with torch_threads(settings.threads):
+        for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
+            if finished[number] is not None:
+                continue
+
+            started = time.monotonic()
+
+            def say(what: str, number: int = number, row: Row = row, started: float = started) -> None:
+                after = f"{time.monotonic() - started:.0f} s"
+                console.print(f"[{number + 1}/{len(rows)}] {row.name}, {after}: {what}", markup=False, highlight=False)
+
+            try:
+                with working_folder() as folder:
+                    result = lab.make(row, folder, say)
+            except AttackLimitedError as error:
+                say(str(error))
+                limited.append(error)
+                continue
+            made = {"settings": about[number], "seconds": round(time.monotonic() - started, 1), **result}
+            write_atomic(path, f"{json.dumps(made)}\n".encode())
+            finished[number] = made
+            say("finished")
+    if limited:
+        raise limited[0]
+    result = ledger([each for each in finished if each is not None], _circumstances(settings, checkpoint))
+    if settings.page is not None:
+        write_page(result, settings.page)
+    return result
+
+
+def _about(row: Row, settings: LeakSettings, checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that a row's result depends on, as JSON has it."""
+    shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _WHERE}
+    about = {**shared, "model": checkpoint.digest(), "row": row.model_dump(mode="json")}
+    plain: dict[str, Any] = json.loads(json.dumps(about))
+    return plain
+
+
+def _circumstances(settings: LeakSettings, checkpoint: Checkpoint) -> dict[str, Any]:
+    shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _WHERE}
+    return {
+        "model": checkpoint.name,
+        "sequences": settings.attacked,
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": settings.threads,
+        "settings": shared | {"model": checkpoint.name},
+    }
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A finished row; None where there is none yet."""
+    if not path.exists():
+        return None
+    try:
+        made = json.loads(path.read_bytes())
+        settings, whole = made["settings"], isinstance(made["runs"], list) and isinstance(made["task"], dict)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no finished row of a ledger: remove it, and the row is made again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): remove it, or give another --out") from error
+    if not whole:
+        raise CheckpointError(f"{path} is no finished row of a ledger: remove it, and the row is made again")
+    if settings != about:
+        other = _first_other(settings, about)
+        raise CheckpointError(
+            f"{path} was made with another {other}: remove it, or give another --out, and the row is made again"
+        )
+    return dict(made)
+
+
+def _first_other(settings: Any, about: Mapping[str, Any]) -> str:
+    if not isinstance(settings, Mapping):
+        return "form"
+    names: Sequence[str] = sorted({*settings, *about})
+    name = next(name for name in names if settings.get(name) != about.get(name))
+    if name == "row" and isinstance(settings.get("row"), Mapping):
+        return _first_other(settings["row"], about["row"])
+    return name

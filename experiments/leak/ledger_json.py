@@ -1,0 +1,71 @@
+"""The ledger as JSON: the entries of all rows, with what compares a row with the undefended one of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from isthmus.privacy.measures.bootstrap import Interval, ratio_interval, share_interval
+from isthmus.privacy.measures.token_accuracy import Hits
+
+
+def ledger(rows: Sequence[Mapping[str, Any]], circumstances: Mapping[str, Any]) -> dict[str, Any]:
+    """Put finished rows together.
+
+    Args:
+        rows: Each with `settings`, `seconds`, and what `RowLab.make` returns.
+        circumstances: Further keys of the result.
+
+    Returns:
+        `circumstances`; `data`, the tasks; `seconds`, of all rows together; and `runs`, entries as `RowLab.make` has
+        them with `task_loss`, `task_accuracy`, `task_loss_ratio` and `step_ratio`: the last two over the undefended
+        split run over fp32 of the same plan and task, null where there is none in the ledger.
+    """
+    baselines = {_place(row): row for row in rows if _is_baseline(row)}
+    runs = []
+    for row in rows:
+        base = baselines.get(_place(row))
+        for entry in row["runs"]:
+            codec = entry["codec"] if entry["codec"] in row["task"] else row["settings"]["row"]["codec"]
+            runs.append({**entry, **_compared(row, codec, base)})
+    return {
+        **circumstances,
+        "data": sorted({row["settings"]["row"]["data"] for row in rows}),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "runs": runs,
+    }
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str]:
+    about = row["settings"]["row"]
+    return about["edge_layers"], about["data"]
+
+
+def _is_baseline(row: Mapping[str, Any]) -> bool:
+    about = row["settings"]["row"]
+    return about["mode"] == "split" and not about["defence"] and about["codec"] == "fp32"
+
+
+def _compared(row: Mapping[str, Any], codec: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
+    task = row["task"][codec]
+    losses, hits = _hits(task["losses"]), _hits(task["hits"])
+    ratio = None if base is None else ratio_interval(losses, _hits(base["task"]["fp32"]["losses"]))
+    return {
+        **_measured("task_loss", share_interval(losses)),
+        **_measured("task_accuracy", share_interval(hits)),
+        **_measured("task_loss_ratio", ratio),
+        "step_ratio": None if base is None else row["step_seconds"] / base["step_seconds"],
+        "step_ratio_interval": None,
+    }
+
+
+def _measured(name: str, interval: Interval | None) -> dict[str, Any]:
+    value = None if interval is None else interval.value
+    return {name: value, f"{name}_interval": None if interval is None else [interval.low, interval.high]}
+
+
+def _hits(values: Mapping[str, Any]) -> Hits:
+    right, of = (torch.tensor(values[name], dtype=torch.float64) for name in ("right", "of"))
+    return Hits(right, of)

@@ -1,0 +1,150 @@
+"""A row's run: a cloud that records, an edge that trains, and what of the recording is attacked.
+
+Tokens are attacked in the evaluation after the last step, which sends private texts that were not trained on through
+the front, the bottleneck and the noise as they are then. Labels are attacked in the gradients of the last steps.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import DataError
+from isthmus.edge.data.batches import Batches
+from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.processes import run_isthmus, train_flags
+from isthmus.experiments.harness.prose import write_jsonl
+from isthmus.experiments.leak.grid import Row
+from isthmus.experiments.leak.leak_settings import LeakSettings
+from isthmus.experiments.leak.leak_texts import LeakTexts, Text
+from isthmus.experiments.leak.recorded_rows import Batch, in_order
+from isthmus.privacy.recording.traffic import Backward, Traffic, read_traffic
+
+_ALPHA = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRun:
+    """What a run left.
+
+    Attributes:
+        adapter: The folder of the adapter.
+        checkpoint: That of the newest checkpoint, which has what was trained beside the adapter.
+        report: Its `report.json`.
+        traffic: All that was read of the recording.
+        sent: By codec the private texts as they were sent after training.
+        learned: The last steps, where gradients went up; empty where none did.
+        backwards: Their gradients.
+    """
+
+    adapter: Path
+    checkpoint: Path
+    report: Mapping[str, Any]
+    traffic: Traffic
+    sent: Mapping[str, tuple[Batch, ...]]
+    learned: tuple[Batch, ...]
+    backwards: tuple[Backward, ...]
+
+
+def record_run(
+    row: Row, settings: LeakSettings, texts: LeakTexts, model: Any, folder: Path, decoys: Path | None = None
+) -> RecordedRun:
+    """Train over a cloud that records.
+
+    Args:
+        model: The whole model, whose names are those of the edge's part.
+        folder: For the run's files; must hold none.
+        decoys: The file of decoys, where the row has some.
+
+    Raises:
+        IsthmusError: What cloud and edge raise.
+        DataError: The recording does not have what the run sent.
+    """
+    out, recording = folder / "run", folder / "recording"
+    plan = row.plan(model.config.num_hidden_layers)
+    write_examples(folder / "train.jsonl", texts.train)
+    write_examples(folder / "sent.jsonl", texts.sent)
+    serve = ("--edge-layers", row.edge_layers, "--threads", str(settings.threads))
+    record = ("--record", str(recording), "--record-mib", str(settings.record_mib))
+    with LocalCloud(folder, settings.model, *serve, *record) as cloud:
+        connection = {"cloud": cloud.connection_file, "key": cloud.edge_key, "threads": settings.threads}
+        options = {**connection, "out": out, **train_options(row, settings, model, plan)}
+        options |= {"codec": row.codec, "data": folder / "train.jsonl", "validation": folder / "sent.jsonl"}
+        defences = [flag for each in row.defences(str(decoys)) for flag in ("--defence", each.text())]
+        run_isthmus("edge", "train", *train_flags(options), *defences)
+        shared = {**connection, "data": folder / "sent.jsonl", "batch": settings.batch, "max_length": _whole(settings)}
+        for codec in row.also_codecs:
+            run_isthmus("edge", "eval", *train_flags({**shared, "codec": codec, "adapter": out / "adapter"}))
+    last = row.steps - -(-settings.attacked // settings.batch)
+    traffic = read_traffic(recording, wanted=lambda step: step == 0 or step > last)
+    shutil.rmtree(recording)
+    return _found(row, settings, texts, out, traffic, last)
+
+
+def train_options(row: Row, settings: LeakSettings, model: Any, plan: SplitPlan) -> dict[str, Any]:
+    """What the run has beside its data, cloud, folder and defences, as fields of `TrainConfig`."""
+    options: dict[str, Any] = {
+        "steps": row.steps,
+        "batch": settings.batch,
+        "learning_rate": settings.learning_rate,
+        "max_length": _whole(settings),
+        "alpha": _ALPHA,
+        "seed": settings.seed,
+        "save_every": row.steps,
+        "log_every": 50,
+    }
+    if row.mode == "top-only":
+        options["target_modules"] = ",".join(top_modules(model, plan))
+    return options
+
+
+def top_modules(model: Any, plan: SplitPlan) -> list[str]:
+    """The full names of the linears above the span that LoRA usually adapts."""
+    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model.config.model_type]
+    above = tuple(f"{family_of(model.config).layers_path}.{layer}." for layer in range(plan.cloud.stop, plan.n_layers))
+    names = [name for name, _ in model.named_modules() if name.startswith(above)]
+    return [name for name in names if name.rpartition(".")[2] in usual]
+
+
+def write_examples(path: Path, texts: Sequence[Text]) -> None:
+    """Write texts as a data file that `edge train` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path, ({"prompt": text.example.prompt, "completion": text.example.completion} for text in texts))
+
+
+def _whole(settings: LeakSettings) -> int:
+    """Tokens that cut no text."""
+    return 4 * settings.max_length
+
+
+def _found(row: Row, settings: LeakSettings, texts: LeakTexts, out: Path, traffic: Traffic, last: int) -> RecordedRun:
+    """Sort the recording."""
+    size, copies, names = settings.batch, 1 + row.n_decoys, traffic.sessions
+    if len(names) != 1 + len(row.also_codecs):
+        raise DataError(
+            f"the recording has {len(names)} sessions of {1 + len(row.also_codecs)}: raise --record-mib, or repeat the "
+            "row where a connection broke"
+        )
+    sent_batches = [texts.sent[start : start + size] for start in range(0, len(texts.sent), size)]
+    own = traffic.of(session=names[0])
+    evaluated = own.forwards[-len(sent_batches) * copies :]
+    sent = {row.codec: tuple(in_order(evaluated, sent_batches, copies))}
+    for codec, name in zip(row.also_codecs, names[1:], strict=True):
+        sent[codec] = tuple(in_order(traffic.of(session=name).forwards, sent_batches, 1))
+    order = Batches([text.encoded for text in texts.train], size, 0, settings.seed)
+    backwards = tuple(each for each in own.backwards if each.step > last)
+    steps = sorted({each.step for each in backwards})
+    places = [divmod(step - 1, len(order)) for step in steps]
+    batches = [[texts.train[index] for index in order.order(epoch)[place * size :][:size]] for epoch, place in places]
+    calls = {each.call for each in backwards}
+    learned = tuple(in_order([each for each in own.forwards if each.call in calls], batches, copies))
+    report = json.loads((out / "report.json").read_text())
+    return RecordedRun(out / "adapter", out / f"checkpoint-{row.steps}", report, traffic, sent, learned, backwards)

@@ -1,0 +1,249 @@
+"""One row of the ledger: its run, the attacks on it, and its task's loss."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.edge.data.batches import pad_id
+from isthmus.experiments.harness.processes import run_isthmus, train_flags
+from isthmus.experiments.harness.prose import write_jsonl
+from isthmus.experiments.harness.single_process import whole
+from isthmus.experiments.leak.attacked_row import Attacker, Found, attack_row, priors_of
+from isthmus.experiments.leak.decoy_texts import write_decoys
+from isthmus.experiments.leak.grid import Row
+from isthmus.experiments.leak.leak_settings import LeakSettings
+from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, load_texts
+from isthmus.experiments.leak.recorded_run import record_run, train_options, write_examples
+from isthmus.experiments.leak.trained_edge import TaskScore, score_task, trained_defence, with_adapter
+from isthmus.experiments.scoring.tasks import default_data_folder
+from isthmus.privacy.attacks.front import Front
+from isthmus.privacy.measures.bootstrap import Interval
+from isthmus.protocol.secure.keys import generate_root, issue_worker
+
+Say = Callable[[str], None]
+
+_KEEP = 0.5  # of the middle's layers, in an emulator
+
+
+class RowLab:
+    """Makes rows, one after the other, with one model.
+
+    Args:
+        settings: Those of the command.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, settings: LeakSettings) -> None:
+        self._checkpoint, self._tokenizer, self._settings = checkpoint, tokenizer, settings
+
+    @cached_property
+    def _base(self) -> Any:
+        return whole(self._checkpoint).requires_grad_(False)
+
+    def make(self, row: Row, folder: Path, say: Say) -> dict[str, Any]:
+        """Train, attack and score.
+
+        Args:
+            folder: For the run's files; empty.
+            say: Told what is under way.
+
+        Returns:
+            `runs`, entries of the ledger without what compares rows; `task`, losses and hits of each held-out text, by
+            codec; `step_seconds`, mean over the run.
+
+        Raises:
+            AttackLimitedError: The row is undefended, and an attack's lists limited it.
+            DataError: There are too few texts.
+            IsthmusError: What cloud and edge raise.
+        """
+        texts = self._texts(row)
+        if row.mode == "emulator":
+            return self._emulator(row, texts, folder, say)
+        return self._split(row, texts, folder, say)
+
+    def _texts(self, row: Row) -> LeakTexts:
+        settings = self._settings
+        counts = Counts(
+            settings.texts, settings.attacked + row.n_known, settings.public, settings.scored, settings.max_length
+        )
+        return load_texts(
+            row.data, settings.data_folder or default_data_folder(), self._tokenizer, counts, settings.seed
+        )
+
+    def _split(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> dict[str, Any]:
+        settings = self._settings
+        decoys = None
+        if row.n_decoys:
+            say("writing decoys")
+            real = (*texts.train, *texts.sent)
+            written = write_decoys(self._base, self._tokenizer, real, texts.public, row.n_decoys, settings.seed)
+            decoys = folder / "decoys.jsonl"
+            write_jsonl(decoys, ({"prompt": each.prompt, "completion": each.completion} for each in written))
+        say(f"{row.steps} steps over a cloud that records")
+        run = record_run(row, settings, texts, self._base, folder, decoys)
+        plan = row.plan(self._checkpoint.config.num_hidden_layers)
+        tuned = with_adapter(self._checkpoint, run.adapter)
+        defence = trained_defence(
+            row.defences(), run.checkpoint, self._base.config.hidden_size,
+            lambda: [Front(tuned, plan.bottom).states(text.tokens) for text in texts.public],
+        )  # fmt: skip
+        say("scoring the task")
+        scores = {
+            codec: score_task(
+                tuned,
+                texts.scored,
+                pad_id(self._tokenizer),
+                plan=plan,
+                codec=codec,
+                defence=defence,
+                seed=settings.seed,
+            )
+            for codec in run.sent
+        }
+        attacker = Attacker(
+            base=self._base,
+            tuned=tuned,
+            tokenizer=self._tokenizer,
+            plan=plan,
+            texts=texts,
+            n_attacked=settings.attacked,
+            defence=defence,
+            inverter_steps=settings.inverter_steps,
+            seed=settings.seed,
+            say=say,
+        )
+        found = attack_row(row, run, attacker)
+        priors = priors_of(attacker, texts.sent[: settings.attacked])
+        report = run.report
+        shared: dict[str, Any] = {
+            "bytes_per_token": report["bytes_per_token_up"] + report["bytes_per_token_down"],
+            **{name: report[name] for name in ("epsilon", "delta")},
+            "unit": report["guarantee"],
+        }
+        return {
+            "runs": [_entry(row, each, priors, shared) for each in found],
+            "task": {codec: _plain(score) for codec, score in scores.items()},
+            "step_seconds": report["seconds"] / report["steps"],
+        }
+
+    def _emulator(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> dict[str, Any]:
+        settings = self._settings
+        package = row.package or folder / "package"
+        if row.package is None:
+            say("building an emulator")
+            self._build(row, texts, folder, package)
+        say(f"{row.steps} steps on the emulator")
+        write_examples(folder / "train.jsonl", texts.train)
+        plan = row.plan(self._checkpoint.config.num_hidden_layers)
+        options = {**train_options(row, settings, self._base, plan), "threads": settings.threads}
+        options |= {"package": package, "data": folder / "train.jsonl", "validation_split": 0.0, "out": folder / "run"}
+        run_isthmus("emulator", "tune", *train_flags(options))
+        report = json.loads((folder / "run" / "report.json").read_text())
+        tuned = with_adapter(self._checkpoint, folder / "run" / "adapter")
+        say("scoring the task")
+        score = score_task(tuned, texts.scored, pad_id(self._tokenizer))
+        attacker = Attacker(
+            base=self._base,
+            tuned=tuned,
+            tokenizer=self._tokenizer,
+            plan=plan,
+            texts=texts,
+            n_attacked=settings.attacked,
+            defence=None,
+            inverter_steps=settings.inverter_steps,
+            seed=settings.seed,
+            say=say,
+        )
+        priors = priors_of(attacker, texts.sent[: settings.attacked])
+        shared = {"bytes_per_token": 0.0, "epsilon": None, "delta": None, "unit": None}
+        return {
+            "runs": [_entry(row, None, priors, shared)],
+            "task": {row.codec: _plain(score)},
+            "step_seconds": report["seconds"] / report["steps"],
+        }
+
+    def _build(self, row: Row, texts: LeakTexts, folder: Path, package: Path) -> None:
+        """Build a package, distilled on the public texts for a few steps."""
+        settings, home = self._settings, folder / "home"
+        home.mkdir(mode=0o700)
+        generate_root(home)
+        issue_worker(home)
+        public = [f"{text.example.prompt}{text.example.completion}" for text in texts.public]
+        random.Random(settings.seed).shuffle(public)  # noqa: S311  # an order, not a secret
+        write_jsonl(folder / "public.jsonl", ({"text": text} for text in public))
+        options = {
+            "model": settings.model,
+            "out": package,
+            "home": home,
+            "adapter_layers": row.edge_layers,
+            "keep": _KEEP,
+            "distill": folder / "public.jsonl",
+            "distill_steps": settings.distill_steps,
+            "length": settings.max_length,
+            "save_every": settings.distill_steps,
+            "seed": settings.seed,
+            "device": "cpu",
+        }
+        run_isthmus("emulator", "build", *train_flags(options))
+
+
+MEASURED = ("token_accuracy", "rare_accuracy", "secret_recall", "rouge_l", "label_accuracy")
+"""What is measured of an attack."""
+
+
+def _entry(row: Row, found: Found | None, priors: Mapping[str, Interval], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the ledger, without what compares rows; of no attack where nothing was sent."""
+    judged = None if found is None else found.judged
+    front = "known" if judged is None else judged.front
+    codec = row.codec if found is None else found.codec
+    known = 0 if found is None else found.known_texts
+    return {
+        "row": _title(row, codec, front, known),
+        "attack": None if judged is None else judged.attack,
+        "cut": int(row.edge_layers.partition(":")[0]),
+        "plan": row.edge_layers,
+        "mode": row.mode,
+        "codec": "none" if found is None else codec,
+        "defence": row.defence_text,
+        "defence_claim": "; ".join(each.claim for each in row.defences()) or "none",
+        "front": front,
+        "data": row.data,
+        "known_texts": known,
+        "steps": row.steps,
+        **_measured((name, None if judged is None else getattr(judged, name)) for name in MEASURED),
+        **_measured(priors.items()),
+        "coarse_recall": None if judged is None else judged.coarse_recall,
+        **_measured([("real_or_decoy_auc", None if found is None else found.real_or_decoy)]),
+        **shared,
+    }
+
+
+def _title(row: Row, codec: str, front: str, known: int) -> str:
+    """The row's name, with the side that it is attacked from where it is another than the usual one."""
+    parts = [row.name]
+    if codec != row.codec:
+        parts.append(codec)
+    if front == "tuned":
+        parts.append(f"private front, {known} known texts" if known else "private front")
+    return ", ".join(parts)
+
+
+def _measured(values: Iterable[tuple[str, Interval | None]]) -> dict[str, Any]:
+    """Each value, and its interval."""
+    entry: dict[str, Any] = {}
+    for name, interval in values:
+        entry[name] = None if interval is None else interval.value
+        entry[f"{name}_interval"] = None if interval is None else [interval.low, interval.high]
+    return entry
+
+
+def _plain(score: TaskScore) -> dict[str, Any]:
+    return {
+        name: {"right": hits.right.tolist(), "of": hits.of.tolist()}
+        for name, hits in (("losses", score.losses), ("hits", score.hits))
+    }
