@@ -38,6 +38,9 @@ $(VENV)/.installed $(VENV)/.installed-by-hashes: pyproject.toml lock/requirement
 demo: $(STAMP)
 	$(BIN)/isthmus demo
 
+# Each process compiles each file of the tests, unless another run has left what it compiled, whatever the environment says.
+test test-lowest: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 

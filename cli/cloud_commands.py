@@ -164,6 +164,14 @@ def serve(
     record_mib: Annotated[
         int, typer.Option(min=1, help="MiB of a recording at most: then it ends, and the cloud goes on.")
     ] = 1024,
+    wipe_freed: Annotated[
+        bool,
+        typer.Option(
+            "--wipe-freed",
+            help="Have each worker overwrite the memory that it frees, so that less of a session outlasts it; slower, "
+            "and only with glibc's allocator.",
+        ),
+    ] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     tls_client_ca: Annotated[
@@ -290,6 +298,7 @@ def serve(
         device=device,
         record=None if record is None else record.expanduser(),
         record_mib=record_mib,
+        wipe_freed=wipe_freed,
         tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key, tls_client_ca),
         bounds=Bounds(
             max_connections=max_connections,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import secrets
 import socket
 import time
@@ -16,6 +17,7 @@ from isthmus.cloud.control.autoscaler import Change
 from isthmus.cloud.control.controller import Controller, ControllerSpec
 from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, MethodError, RayCluster
 from isthmus.cloud.control.worker import CUDA, Worker, WorkerSpec, no_gpu
+from isthmus.cloud.engine.freed_memory import wiping
 from isthmus.cloud.telemetry.logs import log, log_file, log_to
 from isthmus.common.errors import ConfigError, IsthmusError, UnreachableError
 
@@ -258,6 +260,8 @@ class Serving:
     def _start(self, number: int) -> None:
         spec = self._specs[number]
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.threads)}
+        if spec.wipe_freed:
+            environment |= wiping(os.environ)
         actor = self._cluster.start(Worker, spec, name=self._names[number], environment=environment, worker=number)
         self._workers[number] = _Worker(actor, State.STARTING, actor.ask("port"))
 

@@ -52,5 +52,6 @@ class ServeOptions:
     device: str = "cpu"
     record: Path | None = None
     record_mib: int = 1024
+    wipe_freed: bool = False
     tls: TlsFiles | None = None
     bounds: Bounds = field(default_factory=Bounds)

@@ -65,7 +65,7 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
     home = options.home
     identity = _check_home(home, console)
     backbone = backbone_of(options, console)
-    check_device(options.device)
+    check_device(options.device, wipe_freed=options.wipe_freed)
     _warn_of_intruders(backbone, console)
     count = count_workers(options, backbone.plan)
     if options.tls is not None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.ray_cluster import was_restarted
 from isthmus.cloud.directory import Peer, Report, Update
+from isthmus.cloud.engine.freed_memory import check_wiping
 from isthmus.cloud.telemetry.logs import log, log_to
 from isthmus.common.errors import ConfigError, IsthmusError, PortInUseError
 from isthmus.protocol.limits import MIB
@@ -67,6 +68,7 @@ class WorkerSpec:
     next_key: str = ""  # file with the key that the next stage has enrolled
     record: str = ""  # folder of the recording; "" for none
     record_bytes: int = 0  # that it takes at most
+    wipe_freed: bool = False  # whether it must overwrite what it frees
     bounds: Bounds = field(default_factory=Bounds)  # limits on what others can make it hold
 
 
@@ -96,6 +98,8 @@ class Worker:
 
         self._spec, self._restarts = spec, 0
         log_to(Path(spec.log_file) if spec.log_file else None)
+        if spec.wipe_freed:
+            check_wiping()
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
         identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))

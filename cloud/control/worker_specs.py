@@ -27,7 +27,7 @@ from isthmus.backbone.checkpoints.span_format import (
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control.ports import Ports, parse_address
 from isthmus.cloud.control.serve_options import ServeOptions, TlsFiles
-from isthmus.cloud.control.worker import DEVICES, WorkerSpec
+from isthmus.cloud.control.worker import CPU, DEVICES, WorkerSpec
 from isthmus.cloud.telemetry.logs import log_file
 from isthmus.common.errors import ConfigError, PackageError
 from isthmus.common.files import disk_errors, sha256_of
@@ -148,10 +148,15 @@ def count_workers(options: ServeOptions, plan: SplitPlan) -> WorkerCount:
     return WorkerCount(max(least, stages), max(most, stages))
 
 
-def check_device(device: str) -> None:
-    """Check the name of a device. Raises ConfigError."""
+def check_device(device: str, *, wipe_freed: bool = False) -> None:
+    """Check the name of a device, and that its memory can be wiped where that is asked for. Raises ConfigError."""
     if device not in DEVICES:
         raise ConfigError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+    if wipe_freed and device != CPU:
+        raise ConfigError(
+            f"--wipe-freed and --device {device} exclude each other, as a GPU's memory is not overwritten when it is "
+            "freed: leave one of them out"
+        )
 
 
 def check_package(folder: Path, identity: WorkerIdentity, backbone: Backbone) -> None:
@@ -238,6 +243,7 @@ def worker_specs(
         device=options.device,
         record="" if options.record is None else str(options.record.absolute()),
         record_bytes=options.record_mib * MIB,
+        wipe_freed=options.wipe_freed,
         bounds=options.bounds,
         tls_cert="" if tls is None else str(tls.cert.absolute()),
         tls_key="" if tls is None else str(tls.key.absolute()),

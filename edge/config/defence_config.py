@@ -12,9 +12,9 @@ from isthmus.privacy.defences.defence_options import (
     DEFENCES,
     DefenceOptions,
     DpSgd,
+    LearnedNoise,
     Mixing,
     Smoothing,
-    TrainedBottleneck,
     check_together,
     read_defence,
 )
@@ -91,11 +91,11 @@ def _check_one(config: TrainConfig, each: DefenceOptions) -> None:
             f"span_cache_mib = {config.span_cache_mib} gives again what was sent before, and defence {each.name} "
             "changes what is sent: leave one of them out"
         )
-    if config.optimizer == "mezo" and isinstance(each, DpSgd | Smoothing | Mixing):
+    if config.optimizer == "mezo" and isinstance(each, DpSgd | Smoothing | Mixing | LearnedNoise):
         raise ValueError(f"defence {each.name} acts on gradients, and optimizer mezo has none: use another")
-    if isinstance(each, TrainedBottleneck) and config.optimizer not in ("adamw", "mezo"):
+    if each.trained and config.optimizer not in ("adamw", "mezo"):
         raise ValueError(
-            f"defence bottleneck is trained beside the adapter, and optimizer {config.optimizer} moves LoRA alone: "
+            f"defence {each.name} is trained beside the adapter, and optimizer {config.optimizer} moves LoRA alone: "
             "use adamw"
         )
     if isinstance(each, DpSgd) and config.draft_package is not None:

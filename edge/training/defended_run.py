@@ -29,7 +29,7 @@ from isthmus.edge.data.readers import read_examples
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
 from isthmus.privacy.defences.decoys import Decoys
-from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd, TrainedBottleneck
+from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd
 from isthmus.privacy.defences.defended_span import DefendedSpan, build_defences
 from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.privacy.defences.secret_noise import KEY_BYTES, SecretNoise
@@ -207,8 +207,8 @@ def exposure_of(
     epochs = -(-total // per_epoch)
     evaluations = 2 + (0 if config.eval_every is None else (total - 1) // config.eval_every)
     mezo = config.optimizer == "mezo"
-    pair = any(isinstance(each, TrainedBottleneck) for each in options)
-    goes_back = not mezo and (pair or _trained_below(model, trained))
+    below = any(each.trained_below for each in options)
+    goes_back = not mezo and (below or _trained_below(model, trained))
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
     return Exposure(
         tokens=max(lengths),

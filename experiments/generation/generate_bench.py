@@ -21,12 +21,6 @@ import torch
 import typer
 from torch import Tensor
 
-from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.backbone.decoding.decode_pass import DecodePass, ExactCall, FastCall
-from isthmus.backbone.decoding.key_values import KeyValues
-from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.runtime.batch_invariance import measure_batch_invariance
-from isthmus.backbone.split.span import DTYPES, FrozenSpan, SpanInput, load_span
 from isthmus.common.errors import IsthmusError
 from isthmus.common.readable import lines
 from isthmus.common.torch_threads import torch_threads
@@ -36,12 +30,12 @@ from isthmus.edge.generation.exact import exact_decoding
 from isthmus.experiments.generation.generate_process import MODULE
 from isthmus.experiments.generation.links_bench import check_links, run_links, show_links
 from isthmus.experiments.generation.prompts import PROMPTS, chat_ids
+from isthmus.experiments.generation.span_steps import span_alone
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.generation_settings import GenerateSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.single_process import whole_model
-from isthmus.planner.speed_profile import VERIFY_TOKENS
 
 CONTEXTS = (37, 80, 120, 160, 200, 250, 300, 340)
 """Tokens that the sessions of the span's measurement have in their caches: of chats that have gone on for a while."""
@@ -108,7 +102,7 @@ def show(result: dict[str, Any]) -> None:
 def _locally(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
     with torch_threads(settings.threads):
         found = _against_one_process(settings, folder / "compared")
-        spans = {dtype: _span_alone(settings, dtype) for dtype in ("fp32", "bf16")}
+        spans = {dtype: span_alone(settings, dtype, CONTEXTS) for dtype in ("fp32", "bf16")}
     batched = _many_edges(settings, folder / "many", spans["fp32"]["span_batched_over_serial"])
     of_spans = {name: {dtype: figures[name] for dtype, figures in spans.items()} for name in spans["fp32"]}
     return {**found, **batched, **of_spans}
@@ -329,55 +323,6 @@ def _edges(cloud: LocalCloud, count: int, stack: ExitStack) -> Iterator[TaskProc
     for process in processes:
         process.answer()
         yield process
-
-
-def _span_alone(settings: GenerateSettings, dtype: str) -> dict[str, float]:
-    """What a decode step of the span takes: of eight sessions, of one, exact, and of nine tokens."""
-    checkpoint = resolve(settings.model)
-    plan = SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers)
-    span = load_span(checkpoint, plan, dtype=DTYPES[dtype])
-    rows = measure_batch_invariance(span, settings.threads, settings.threads).rows
-    decode = DecodePass(span, rows)
-    caches = [KeyValues(span) for _ in CONTEXTS]
-    for cache, length in zip(caches, CONTEXTS, strict=True):
-        decode([FastCall(_states(span, length), cache)])
-    one = caches[len(caches) // 2]
-
-    def serial() -> None:
-        for cache in caches:
-            decode([FastCall(_states(span, 1), cache)])
-
-    def verify() -> None:
-        decode([FastCall(_states(span, VERIFY_TOKENS), one)])
-        one.keep(one.length - VERIFY_TOKENS)
-
-    work: dict[str, Callable[[], object]] = {
-        "serial": serial,
-        "batched": lambda: decode([FastCall(_states(span, 1), cache) for cache in caches]),
-        "alone": lambda: decode([FastCall(_states(span, 1), one)]),
-        "verify": verify,
-    }
-    if rows is not None:
-        work["exact"] = lambda: decode([ExactCall(_states(span, 1), one, blocks=(1,))])
-    spent: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(settings.rounds + 1):
-        for name, run in work.items():
-            begun = time.perf_counter()
-            run()
-            if turn:  # the first one warms up
-                spent[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(seconds) for name, seconds in spent.items()}
-    figures = {
-        "span_batched_over_serial": medians["serial"] / medians["batched"],
-        "verify9_ratio": medians["verify"] / medians["alone"],
-    }
-    if "exact" in medians:
-        figures["exact_over_fast"] = medians["exact"] / medians["alone"]
-    return figures
-
-
-def _states(span: FrozenSpan, length: int) -> SpanInput:
-    return SpanInput(torch.randn(1, length, span.hidden_size, dtype=span.dtype))
 
 
 def _many_edges(settings: GenerateSettings, folder: Path, gain: float) -> dict[str, float]:

@@ -151,6 +151,28 @@ class AuditSettings:
     threads: flags.Threads = 1
 
 
+@dataclass(frozen=True, slots=True)
+class SecretsSettings:
+    """Look for nonces that are used twice over crashes, and for what a cloud keeps of sessions, and where.
+
+    Exits with 1 where a key and a nonce came twice, where anything of a session was found in another place than the
+    worker's memory, where something was left there in spite of `--wipe-freed`, or where a control was not found.
+
+    Example: isthmus bench secrets --json
+    """
+
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
+    restarts: Annotated[int, Option(min=1, help="Edges and workers that are killed and started again.")] = 500
+    sessions: Annotated[int, Option(min=1, help="Sessions of the state machines alone that crash.")] = 100_000
+    tokens: Annotated[int, Option(min=1, help="Tokens of the calls under way while a cloud is looked at.")] = 256
+    steps: Annotated[int, Option(min=1, help="Timed steps with --wipe-freed and without, in turns.")] = 12
+    batch: Annotated[int, Option(min=1, help="Sequences of such a step.")] = 4
+    seq: Annotated[int, Option(min=2, help="Tokens of a sequence.")] = 64
+    seed: Annotated[int, Option(help="Says who crashes when.")] = 0
+    threads: flags.Threads = 1
+
+
 RIGS: Final = {
     "faults": Measurement(FaultSettings, "rigs.faults.faults:run_faults"),
     "link": Measurement(LinkSettings, "rigs.network.link_bench:run_link"),
@@ -166,6 +188,12 @@ RIGS: Final = {
         "rigs.lying.audit_bench:run_audit_bench",
         "rigs.lying.audit_bench:show",
         passed=("all_caught", "no_false_alarms", "as_predicted"),
+    ),
+    "secrets": Measurement(
+        SecretsSettings,
+        "rigs.secrets.secrets_bench:run_secrets",
+        "rigs.secrets.secrets_bench:show",
+        passed=("no_reuse", "nothing_elsewhere", "freed_wiped", "controls_found"),
     ),
 }
 """The commands by name."""

@@ -18,15 +18,19 @@ from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
 from isthmus.common.errors import AttackLimitedError, CheckpointError
+from isthmus.common.figures import plotting
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.common.torch_threads import torch_threads
 from isthmus.experiments.harness.launch import working_folder
 from isthmus.experiments.leak.grid import Row, file_names, read_grid
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.ledger_json import ledger
+from isthmus.experiments.leak.page.leak_page import write_page
 from isthmus.experiments.leak.row_run import RowLab
 
-_WHERE = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps", "data_folder", "out", "record_mib")
+_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps")
+_PLACES = ("data_folder", "out", "page", "record_mib")
+_WHERE = (*_ROWS, *_PLACES)
 """Settings that say which rows are made or where, and not what comes of a row."""
 
 
@@ -45,6 +49,8 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
         IsthmusError: What cloud and edge raise.
     """
     console = console or Console(stderr=True)
+    if settings.page is not None:
+        plotting()  # matplotlib is missed now, and not after hours
     rows = read_grid(settings)
     checkpoint = resolve(settings.model)
     for row in rows:
@@ -78,7 +84,10 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
             say(f"finished after {made['seconds']:.0f} s")
     if limited:
         raise limited[0]
-    return ledger([each for each in finished if each is not None], _circumstances(settings, checkpoint))
+    result = ledger([each for each in finished if each is not None], _circumstances(settings, checkpoint))
+    if settings.page is not None:
+        write_page(result, settings.page)
+    return result
 
 
 def _about(row: Row, settings: LeakSettings, checkpoint: Checkpoint) -> dict[str, Any]:

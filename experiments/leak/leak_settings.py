@@ -56,6 +56,9 @@ class LeakSettings:
     seed: Annotated[int, Option(min=0, help="Of the texts, the runs and the attacks.")] = 0
     threads: flags.Threads = 2
     data_folder: flags.DataFolder = None
+    page: Annotated[
+        Path | None, Option(help="Folder for the figures and the page of the ledger (needs matplotlib).")
+    ] = None
     out: flags.Out = Path("isthmus-leak")
 
 

@@ -34,7 +34,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
             worst = row.worst(measure)
             cells.append(f"{percent(None if worst is None else worst.value):>8}")
         ratios = [row.common(name) for name in ("task_loss_ratio", "step_ratio")]
-        loss, step = ("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        loss, step = ("-" if ratio is None else f"{ratio:.{2 if ratio < 10 else 0}f}" for ratio in ratios)
         name = shorten(row.name, _NAME - 1, placeholder="…")
         lines.append(f"{name:{_NAME}}{''.join(cells)}{percent(row.common('prior_accuracy')):>7}{loss:>6}{step:>5}")
     told = [run["real_or_decoy_auc"] for run in result["runs"] if run.get("real_or_decoy_auc") is not None]

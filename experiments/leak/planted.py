@@ -5,39 +5,8 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-_FIRST = [
-    "Amara",
-    "Bela",
-    "Ciro",
-    "Dagny",
-    "Emeka",
-    "Fenna",
-    "Goran",
-    "Hedda",
-    "Imre",
-    "Jolanda",
-    "Kwame",
-    "Liesel",
-    "Mirko",
-    "Noor",
-    "Oskar",
-    "Petra",
-]
-_LAST = [
-    "Abara",
-    "Bakos",
-    "Castell",
-    "Dvorak",
-    "Eriksen",
-    "Falk",
-    "Grimaldi",
-    "Hajdu",
-    "Ibsen",
-    "Jurado",
-    "Kessler",
-    "Lindqvist",
-    "Moravec",
-]
+_FIRST = ("Amara", "Bela", "Ciro", "Dagny", "Emeka", "Fenna", "Goran", "Hedda", "Imre", "Jolanda", "Kwame", "Liesel")
+_LAST = ("Abara", "Bakos", "Castell", "Dvorak", "Eriksen", "Falk", "Grimaldi", "Hajdu", "Ibsen", "Jurado", "Kessler")
 _KINDS = 3
 
 

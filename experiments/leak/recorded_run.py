@@ -28,9 +28,6 @@ from isthmus.experiments.leak.leak_texts import LeakTexts, Text
 from isthmus.experiments.leak.recorded_rows import Batch, in_order
 from isthmus.privacy.recording.traffic import Backward, Traffic, read_traffic
 
-LABELLED = 40
-"""Sequences whose gradients are attacked, at least, where there are as many."""
-
 _ALPHA = 16.0
 
 
@@ -86,7 +83,7 @@ def record_run(
         shared = {**connection, "data": folder / "sent.jsonl", "batch": settings.batch, "max_length": _whole(settings)}
         for codec in row.also_codecs:
             run_isthmus("edge", "eval", *train_flags({**shared, "codec": codec, "adapter": out / "adapter"}))
-    last = row.steps - -(-LABELLED // settings.batch)
+    last = row.steps - -(-settings.attacked // settings.batch)
     traffic = read_traffic(recording, wanted=lambda step: step == 0 or step > last)
     shutil.rmtree(recording)
     return _found(row, settings, texts, out, traffic, last)

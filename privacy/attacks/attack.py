@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -79,6 +79,7 @@ class Knowledge:
             `[n, h]` that came.
         defence: What is known of the defence; None for none.
         inverter_steps: Steps that the learned inverter is trained for.
+        front_steps: Steps that a private front is fitted for.
         seed: Of whatever is drawn.
     """
 
@@ -92,6 +93,7 @@ class Knowledge:
     known: tuple[tuple[Tensor, Tensor], ...] = ()
     defence: KnownDefence | None = None
     inverter_steps: int = 240
+    front_steps: int = 300
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,25 +127,35 @@ class Knowledge:
         Args:
             exact: The text's hidden states at the cut, `[n, h]`.
         """
-        with self._drawing(number):
-            if self.defence is not None:
-                if self.defence.on_embeddings:
-                    exact = self.front.states(tokens, embedded=self.defence.embedded)
-                exact = self.defence.send(exact[None])[0]
-        return decode(encode(exact[None], self.codec, Role.ACTIVATION))[0]
+        with self._passing(number) as noisy:
+            return self._arrived((self.front.states(tokens) if noisy else exact)[None])[0]
+
+    def sent_alone(self, tokens: Tensor) -> Tensor:
+        """What a cloud would have once an edge had sent each of these tokens `[m]` as a text of its own, `[m, h]`."""
+        with self._passing(int(tokens[0])):
+            states = self.front.candidates(self.front.begin(), tokens, torch.tensor(0))
+            return self._arrived(states[:, None])[:, 0]
 
     def sent_gradient(self, gradient: Tensor, number: int) -> Tensor:
         """The same of a gradient at the span's output, `[1, n, h]`."""
-        with self._drawing(number):
+        with self._passing(number):
             if self.defence is not None:
                 gradient = self.defence.gradient(gradient)
         return decode(encode(gradient, self.codec, Role.GRADIENT))
 
+    def _arrived(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[batch, n, h]` through defence and codec."""
+        sent = hidden if self.defence is None else self.defence.send(hidden)
+        return decode(encode(sent, self.codec, Role.ACTIVATION))
+
     @contextmanager
-    def _drawing(self, number: int) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[]):
+    def _passing(self, number: int) -> Iterator[bool]:
+        """Draw the noise of a pass, that of embeddings in the front; gives whether there is such noise."""
+        with torch.random.fork_rng(devices=[]), ExitStack() as noisy:
             torch.manual_seed(self.seed * 1_000_003 + number)
-            yield
+            if self.defence is not None and self.defence.on_embeddings:
+                noisy.enter_context(self.front.changed_embedding(self.defence.embedded))
+            yield self.defence is not None and self.defence.on_embeddings
 
     def with_front(self, front: Front) -> Knowledge:
         """The same with another front."""

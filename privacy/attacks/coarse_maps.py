@@ -70,11 +70,8 @@ class RidgeMap:
         self._later = _solve(
             torch.cat([text.sent[1:] for text in texts]), embedding[torch.cat([text.tokens[1:] for text in texts])]
         )
-        first, front = first_tokens(knowledge)[:_FIRST_TOKENS], knowledge.front
-        states = [front.candidates(front.begin(), tokens, torch.tensor(0)) for tokens in torch.split(first, _FEW)]
-        # Each is sent as a text of one token.
-        singles = zip(first.split(1), torch.cat(states).split(1), strict=True)
-        sent = torch.cat([knowledge.sent(token, state, number) for number, (token, state) in enumerate(singles)])
+        first = first_tokens(knowledge)[:_FIRST_TOKENS]
+        sent = torch.cat([knowledge.sent_alone(tokens) for tokens in torch.split(first, _FEW)])
         self._first = _solve(sent, embedding[first])
 
     def scores(self, hidden: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ forward of a thousand positions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,23 +110,24 @@ class Front:
         """The positions that the model counts by itself for tokens in these columns of a padded row, `[n]`."""
         return torch.arange(len(columns)) if self._counts_tokens else columns
 
-    def states(
-        self, tokens: Tensor, *, graph: bool = False, embedded: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """Hidden states at the cut, `[n, h]`, of a text `[n]`; with `graph`, gradients flow to the layers.
+    @contextmanager
+    def changed_embedding(self, made: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block runs, the first layer gets what is made of the embedding's `[1, n, e]`."""
+        hook = self._base.get_input_embeddings().register_forward_hook(lambda _, __, embedded: made(embedded))
+        try:
+            yield
+        finally:
+            hook.remove()
 
-        Args:
-            embedded: What is made of the embedding's `[1, n, e]` before the first layer.
+    def states(self, tokens: Tensor, *, graph: bool = False) -> Tensor:
+        """Hidden states at the cut, `[n, h]`, of a text `[n]`; with `graph`, gradients flow to the layers.
 
         Raises:
             ConfigError: The text is longer than the model is made for.
         """
         n = len(tokens)
         check_length(self.longest, n)
-        with ExitStack() as until_then, torch.set_grad_enabled(graph):
-            if embedded is not None:
-                hook = self._base.get_input_embeddings().register_forward_hook(lambda _, __, found: embedded(found))
-                until_then.callback(hook.remove)
+        with torch.set_grad_enabled(graph):
             return self._run(tokens, torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril(), None)
 
     def begin(self) -> Prefix:

@@ -1,4 +1,7 @@
-"""A front that the edge has tuned in secret: the attacker's own, fitted to texts that it knows to have been sent."""
+"""A front that the edge has tuned in secret: the attacker's own, fitted to texts of which it knows what came.
+
+It knows them, or has guessed most of their tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.attacks.attack import Knowledge
 
-_STEPS = 300
 _RATE = 3e-3
 _RANK = 8
+_ROUNDING = 1e-9
 _JUDGED = 4  # one known text in so many is not fitted to
 
 
@@ -45,20 +48,22 @@ def fit_front(knowledge: Knowledge) -> Knowledge:
     weights = [weight for weight in front.layers.parameters() if weight.requires_grad]
     spread = torch.cat([hidden[1:] for _, hidden in fitted]).std(0).clamp_min(1e-6)
     optimizer = torch.optim.Adam(weights, lr=_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS, pct_start=0.1)
-    for step in range(_STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=knowledge.front_steps, pct_start=0.1)
+    for step in range(knowledge.front_steps):
         tokens, hidden = fitted[step % len(fitted)]
         expected = front.states(tokens, graph=True)
         if knowledge.defence is not None:
             expected = knowledge.expect(expected)
-        loss = ((expected - hidden)[1:] / spread).square().mean()
+        # Of the roots, not the squares: where a token is wrong that was only guessed, it counts for little.
+        loss = (((expected - hidden)[1:] / spread).square().mean(1) + _ROUNDING).sqrt().mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-    for module in front.layers.modules():
+    for name, module in list(front.layers.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge()  # type: ignore[operator]  # a mixin of modules
+            module.merge()
+            front.layers.set_submodule(name, module.get_base_layer())
     front.layers.requires_grad_(False)
     return knowledge.with_front(front)

@@ -13,6 +13,7 @@ hold the right token of nearly all public texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -22,14 +23,15 @@ from isthmus.privacy.attacks.attack import Guess, Knowledge, Row, rows
 from isthmus.privacy.attacks.coarse_maps import CoarseMap, held_out, inverter_of, ranks, ridge_of
 from isthmus.privacy.attacks.first_states import FirstStates
 from isthmus.privacy.attacks.front import Prefix
-from isthmus.privacy.attacks.private_front import held_out_known
+from isthmus.privacy.attacks.private_front import fit_front, held_out_known
 from isthmus.privacy.attacks.wire_noise import WireNoise
 from isthmus.privacy.recording.traffic import Traffic
 
 _LISTS = (8, 32, 128, 512, 2048)
 """Lengths of the lists; then the whole vocabulary in pieces of the last."""
 
-_PRIVATE_LIST = 512
+_PRIVATE_LIST = 128
+_SAMPLE = 12  # rows whose guesses a private front is fitted to
 _RUNS = (4, 32)
 """Tokens of a run that is checked at once, at least and at most; each that holds is followed by one twice as long."""
 
@@ -71,9 +73,25 @@ class VocabularyMatching:
         self._calibrate(judged or [(text.tokens, text.sent) for text in held_out(knowledge)])
 
     def run(self, traffic: Traffic) -> Guess:
-        """See `Attack`."""
+        """See `Attack`. A private front is fitted to what is guessed of some rows, before all are read."""
+        found = list(rows(traffic, self._front))
+        return (self._fitted(found) if self._knowledge.private_front else self)._guess(found)
+
+    def _fitted(self, found: Sequence[Row]) -> VocabularyMatching:
+        """The attack with a front that is fitted to guesses as if they were known, where there are enough."""
+        plain = [row for row in found if torch.equal(row.positions, torch.arange(len(row.hidden)))]
+        longest = sorted(plain, key=lambda row: -len(row.hidden))[:_SAMPLE]
+        guessed = [(self._read(row)[0], row.hidden) for row in longest if len(row.hidden) > 1]
+        known = (*self._knowledge.known, *guessed)
+        if len(known) < 2:
+            return self
+        fitted = VocabularyMatching()
+        fitted.prepare(fit_front(replace(self._knowledge, known=known)))
+        return fitted
+
+    def _guess(self, found: Sequence[Row]) -> Guess:
         guesses, credits = [], []
-        for row in rows(traffic, self._front):
+        for row in found:
             tokens, credit = self._read(row)
             guesses.append(row.spread(tokens))
             credits.extend(credit)

@@ -26,6 +26,16 @@ class DefenceOptions(BaseModel):
     claim: ClassVar[str] = "none"
     broken_by: ClassVar[str | None] = None
 
+    @property
+    def trained(self) -> bool:
+        """Whether something of it is trained with the adapters."""
+        return self.trained_below
+
+    @property
+    def trained_below(self) -> bool:
+        """Whether that is below the cloud's layers, so that gradients go up."""
+        return False
+
     def text(self) -> str:
         """As an option writes it, with every parameter that is set."""
         given = self.model_dump(exclude_none=True)
@@ -55,6 +65,26 @@ class EmbeddingNoise(DefenceOptions):
     claim = "d_chi-privacy of each token in what goes up forward, with eta for all passes; none where gradients go up"
 
     eta: float = Field(gt=0, description="Privacy loss per distance between two embeddings; less is more noise.")
+    denoise: bool = Field(False, description="Whether the edge learns to take the noise out of what comes back.")
+
+    @property
+    def trained(self) -> bool:
+        """See `DefenceOptions`."""
+        return self.denoise
+
+
+class LearnedNoise(DefenceOptions):
+    """See `isthmus.privacy.defences.learned_noise`."""
+
+    name = "learned-noise"
+
+    sigma: float = Field(gt=0, description="Standard deviation that each channel's noise has at the start.")
+    reward: float = Field(0.1, gt=0, description="What the loss falls by when every deviation grows by a factor of e.")
+
+    @property
+    def trained_below(self) -> bool:
+        """See `DefenceOptions`."""
+        return True
 
 
 class TrainedBottleneck(DefenceOptions):
@@ -67,6 +97,11 @@ class TrainedBottleneck(DefenceOptions):
     clip: float | None = Field(None, gt=0, description="Largest norm of a token's code.")
     sigma: float | None = Field(None, gt=0, description="Standard deviation of the code's noise, in units of `clip`.")
     delta: float = Field(1e-5, gt=0, lt=1)
+
+    @property
+    def trained_below(self) -> bool:
+        """See `DefenceOptions`."""
+        return True
 
 
 class Mixing(DefenceOptions):
@@ -126,7 +161,8 @@ Guaranteed = Gaussian | TrainedBottleneck | DpSgd
 DEFENCES: dict[str, type[DefenceOptions]] = {
     options.name: options
     for options in (
-        Gaussian, EmbeddingNoise, TrainedBottleneck, Mixing, Decoys, Smoothing, DpSgd, Rotation, Quantization,
+        Gaussian, EmbeddingNoise, LearnedNoise, TrainedBottleneck, Mixing, Decoys, Smoothing, DpSgd, Rotation,
+        Quantization,
     )
 }  # fmt: skip
 """By the names that options have for them."""

@@ -23,6 +23,7 @@ from isthmus.privacy.defences.defence_options import (
     DefenceOptions,
     EmbeddingNoise,
     Gaussian,
+    LearnedNoise,
     Mixing,
     Quantization,
     Rotation,
@@ -32,6 +33,7 @@ from isthmus.privacy.defences.defence_options import (
 from isthmus.privacy.defences.embedding_noise import MetricNoise
 from isthmus.privacy.defences.gaussian_noise import GaussianNoise
 from isthmus.privacy.defences.label_smoothing import LabelSmoothing
+from isthmus.privacy.defences.learned_noise import ChannelNoise
 from isthmus.privacy.defences.mixing import RowMixing
 from isthmus.privacy.defences.secret_noise import Label, SecretNoise
 from isthmus.privacy.defences.trained_bottleneck import BottleneckPair
@@ -42,6 +44,7 @@ SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 _MADE_BY: dict[type[DefenceOptions], Callable[[Any, int], Defence]] = {
     Gaussian: GaussianNoise,
     EmbeddingNoise: MetricNoise,
+    LearnedNoise: ChannelNoise,
     TrainedBottleneck: BottleneckPair,
     Mixing: RowMixing,
     Smoothing: LabelSmoothing,

@@ -9,13 +9,18 @@ is at most exp(η·‖E(x) - E(x')‖) times likelier under one than under the o
 not add up, given the adapters. For a whole sequence the losses of its tokens do add up.
 
 Not claimed: anything about gradients. The labels of a language model are its tokens, and the gradient at the span's
-output carries them. Other examples' messages, through the adapters, are not covered either. Split-and-Denoise's
-denoiser is left out: the adapters above the cloud's layers learn to do with the noise.
+output carries them. Other examples' messages, through the adapters, are not covered either.
+
+With `denoise` the edge takes out of the span's output what the noise did to it, as it knows the noise: a network of two
+layers, told the output and the noise of a token, learns a correction along with the adapters. (Split-and-Denoise trains
+a transformer for it beforehand, on public texts.) It computes on the edge alone, and the claim stays what it is.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from isthmus.privacy.defences.defence import Defence, Pass
 from isthmus.privacy.defences.defence_options import EmbeddingNoise
@@ -28,15 +33,44 @@ class MetricNoise(Defence):
     def __init__(self, options: EmbeddingNoise, width: int) -> None:
         super().__init__(options, width)
         self._eta = options.eta
+        self._denoiser = _denoiser(width) if options.denoise else None
 
     def embedded(self, embedded: Tensor, now: Pass) -> Tensor:
         """See `Defence`."""
+        return embedded + self._drawn(embedded, now)
+
+    def output(self, output: Tensor, now: Pass) -> Tensor:
+        """See `Defence`."""
+        if self._denoiser is None:
+            return output
+        scale = self._eta / self.width  # brings the noise to a length of about 1
+        noise = (self._drawn(output, now) * scale).float()
+        correction: Tensor = self._denoiser(torch.cat([layer_norm(output.float(), output.shape[-1:]), noise], -1))
+        return output + correction.to(output)
+
+    def module(self) -> nn.Module | None:
+        """See `Defence`."""
+        return self._denoiser
+
+    def _drawn(self, like: Tensor, now: Pass) -> Tensor:
+        """The noise of a pass, `[B, S, h]`."""
         lengths = now.real.sum(-1).tolist()
         rows = [
-            metric_noise(now.noise, length, embedded.shape[-1], self._eta, content)
+            metric_noise(now.noise, length, self.width, self._eta, content)
             for length, content in zip(lengths, now.contents(), strict=True)
         ]
-        return embedded + now.spread(rows).to(embedded)
+        return now.spread(rows).to(like)
+
+
+def _denoiser(width: int) -> nn.Module:
+    """From an output and a noise, `[…, 2h]`, to what is added to the output, `[…, h]`; at the start nothing."""
+    with torch.random.fork_rng(devices=[]):  # the run's random state has other uses, which this must not move
+        torch.manual_seed(0)
+        last = nn.Linear(width, width)
+        denoiser = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), last)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return denoiser
 
 
 def metric_noise(noise: SecretNoise, count: int, width: int, eta: float, content: bytes) -> Tensor:

@@ -22,8 +22,21 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, codec_by_id, decode
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfSession:
+    """What is a session's.
+
+    Attributes:
+        session: the session's id, in hexadecimal.
+        tenant: the name of its tenant.
+    """
+
+    session: str = ""
+    tenant: str = ""
+
+
 @dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(OfSession):
     """A forward of the span, as the cloud computed it.
 
     Attributes:
@@ -36,8 +49,6 @@ class Forward:
         output: `[batch, seq, hidden]`, fp32, what the span gave back, as the edge decodes it; None where nothing was
             given back.
         kept: whether a backward was to follow.
-        session: the session's id, in hexadecimal.
-        tenant: the name of its tenant.
     """
 
     call: int
@@ -48,12 +59,10 @@ class Forward:
     codec: str
     output: Tensor | None
     kept: bool
-    session: str = ""
-    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Backward:
+class Backward(OfSession):
     """A backward of the span.
 
     Attributes:
@@ -62,8 +71,6 @@ class Backward:
         gradient: `[batch, seq, hidden]`, fp32: of the loss by the span's output, as the edge sent it.
         codec: the name of the codec of `gradient`.
         returned: `[batch, seq, hidden]`, fp32: the gradient of the span's input; None where none was given back.
-        session: the session's id, in hexadecimal.
-        tenant: the name of its tenant.
     """
 
     call: int
@@ -71,12 +78,10 @@ class Backward:
     gradient: Tensor
     codec: str
     returned: Tensor | None
-    session: str = ""
-    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
+class Decode(OfSession):
     """A decode call: the next tokens of texts that are generated, or a prompt.
 
     Attributes:
@@ -90,8 +95,6 @@ class Decode:
         positions: `[batch or 1, seq]`, int64; None where there are none.
         codec: the name of the codec of `hidden`.
         output: `[batch, seq, hidden]`, fp32; None where nothing was given back.
-        session: the session's id, in hexadecimal.
-        tenant: the name of its tenant.
     """
 
     call: int
@@ -104,12 +107,10 @@ class Decode:
     positions: Tensor | None
     codec: str
     output: Tensor | None
-    session: str = ""
-    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(OfSession):
     """What the cloud asked an edge in the middle of a call, at sites that read one input, and the answer.
 
     Attributes:
@@ -119,8 +120,6 @@ class Asked:
         sites: the sites that it was about.
         question: the inputs `[batch, seq, in]`, or the gradients `[batch, seq, out]` of the sites' contributions, fp32.
         answer: the contributions `[batch, seq, out]`, or the gradients `[batch, seq, in]`, fp32.
-        session: the session's id, in hexadecimal.
-        tenant: the name of its tenant.
     """
 
     call: int
@@ -129,25 +128,19 @@ class Asked:
     sites: tuple[SiteSpec, ...]
     question: tuple[Tensor, ...]
     answer: tuple[Tensor, ...]
-    session: str = ""
-    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Leased:
+class Leased(OfSession):
     """Adapters that an edge sent for the cloud to run.
 
     Attributes:
         sites: where they act.
         weights: of each of them `down` `[r, in]`, `up` `[out, r]`, both fp32, and the scale of their product.
-        session: the session's id, in hexadecimal.
-        tenant: the name of its tenant.
     """
 
     sites: tuple[SiteSpec, ...]
     weights: tuple[tuple[Tensor, Tensor, float], ...]
-    session: str = ""
-    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +189,11 @@ class Traffic:
             mine(self.leased),
         )
 
-    def _all(self) -> Iterable[Forward | Backward | Decode | Asked | Leased]:
+    def _all(self) -> Iterable[OfSession]:
         return (*self.forwards, *self.backwards, *self.decodes, *self.asked, *self.leased)
 
 
-T = TypeVar("T", Forward, Backward, Decode, Asked, Leased)
+T = TypeVar("T", bound=OfSession)
 Call = Forward | Backward | Decode
 
 

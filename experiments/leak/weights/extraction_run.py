@@ -68,7 +68,7 @@ class ExtractionResult:
     Attributes:
         products: Products that were extracted.
         of: Products that there were, without those of the first step, which are zero.
-        positions: Token positions of the step with the fewest.
+        positions: Token positions of the step with the fewest, padding included.
         median_error, largest_error: Of the relative errors by the Frobenius norm. A guess of zero has 1.
         largest_own_error: The largest error that the attack itself reckons with, without knowing the true products.
         codec: Of the wire.

@@ -5,6 +5,7 @@ Each result is a cell in `out`, by the settings that it depends on, so an interr
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -103,7 +104,7 @@ def _budgets(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--calls {text!r} is no list of numbers: write 0,50,400 for example") from None
+        raise ConfigError(f"--calls {text!r} is no list of numbers: write 0,50,300 for example") from None
 
 
 def _plain(value: Any) -> Any:
@@ -122,16 +123,17 @@ def show(result: Mapping[str, Any]) -> None:
 
 def _show_membership(found: Mapping[str, Any]) -> None:
     print(f"members of an adapter's data: {found['members']} members, {found['others']} others, {found['steps']} steps")
-    line = "{:24} {:14} {:>19} {:>19}".format
+    line = "{:28} {:>22} {:>22}".format
     for run in found["runs"]:
-        promised = "" if run["epsilon"] is None else f", epsilon {run['epsilon']:.3g} at delta {run['delta']:g} a text"
-        print(f"  {run['defence'] or 'no defence'}{promised}: loss {_interval(run['loss'])}")
-        print(line("", "", "AUC", "found at 1 % false"))
+        print(f"  {run['defence'] or 'no defence'}: loss {_interval(run['loss'])}")
+        if run["epsilon"] is not None:
+            promised = f"epsilon {run['epsilon']:.3g} at delta {run['delta']:g}, of {run['guarantee']}"
+            print(textwrap.fill(promised, 80, initial_indent="    ", subsequent_indent="    "))
+        print(line("", "AUC", "found at 1 % false"))
         for each in run["attacks"]:
-            figures = _interval(each["auc"]), _interval(each["true_positive_rate"])
-            print(line(f"    {each['attack']}", "", *figures))
+            print(line(f"    {each['attack']}", _interval(each["auc"]), _interval(each["true_positive_rate"])))
         if run["most_true_positives"] < 1:
-            print(line("    allowed", "", "", f"{run['most_true_positives']:.3f} at most"))
+            print(line("    allowed", "", f"{run['most_true_positives']:.3f} at most"))
     print(f"  untuned: loss {_interval(found['untuned_loss'])}; defended over undefended {found['loss_ratio']:.3f}")
 
 

@@ -46,8 +46,8 @@ class LeakWeightsSettings:
     sites: Annotated[str, Option(help="Sites of the recorded run, as for `edge train`.")] = "all"
     site_steps: Annotated[int, Option(min=2, help="Optimizer steps of the recorded run.")] = 3
     site_codec: Annotated[str, Option(help="Codec of its wire.")] = "fp32"
-    calls: Annotated[str, Option(help="Budgets of a thief's queries to the span, of one text each.")] = "0,50,400"
-    theft_steps: Annotated[int, Option(min=1, help="Steps of each theft, of one text each.")] = 400
+    calls: Annotated[str, Option(help="Budgets of a thief's queries to the span, of one text each.")] = "0,50,300"
+    theft_steps: Annotated[int, Option(min=1, help="Steps of each theft, of one text each.")] = 300
     method: Annotated[str, Option(help="Recipe of the package's emulator, as for `emulator build`.")] = "importance"
     keep: Annotated[float, Option(help="Share of the middle's layers that it keeps.")] = 0.5
     text: Annotated[

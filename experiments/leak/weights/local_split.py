@@ -21,6 +21,7 @@ from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Encoded, TrainingData, fingerprint, pad_id
 from isthmus.edge.training.defended_run import defended_run
 from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.precision import hold_frozen_linears
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 from isthmus.privacy.defences.accountant import Guarantee
@@ -58,6 +59,7 @@ class LocalSplit:
         total = total_steps(config, len(texts))
         edge = self.edge()
         tuned = build_peft(edge, config, total_steps=total)
+        hold_frozen_linears(tuned, config)
         progress = StepProgress("step", total, Console(stderr=True), every=config.log_every)
         with defended_run(edge, tuned, config, identity, data, self.tokenizer, progress.message) as defended:
             Trainer(tuned, data, config, identity, progress=progress, defended=defended).fit()

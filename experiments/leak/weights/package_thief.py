@@ -81,6 +81,8 @@ def measure_package_thief(settings: PackageThiefSettings, folder: Path) -> Packa
         ConfigError: A setting makes no sense.
         DataError: The data are missing.
     """
+    if "," in settings.method + settings.task:
+        raise ConfigError(f"method = {settings.method!r} and task = {settings.task!r} name several: name one of each")
     table = run_table(
         TableSettings(
             model=settings.model,
@@ -105,10 +107,7 @@ def measure_package_thief(settings: PackageThiefSettings, folder: Path) -> Packa
             out=folder,
         )
     )
-    rows = [row for row in table["runs"] if row["metric"] == "completion_loss"]
-    if len(rows) != 1:
-        raise ConfigError(f"method = {settings.method!r} and task = {settings.task!r} give {len(rows)} rows: name one")
-    (row,) = rows
+    (row,) = (row for row in table["runs"] if row["metric"] == "completion_loss")
     return PackageThiefResult(
         loss=row["full_zero_shot"],
         emulator_loss=row["emulator_zero_shot"],

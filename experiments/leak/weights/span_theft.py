@@ -40,10 +40,10 @@ class TheftSettings:
     edge_layers: str = "2:2"
     task: str = "e2e"
     data_folder: Path | None = None
-    calls: tuple[int, ...] = (0, 50, 400)
+    calls: tuple[int, ...] = (0, 50, 300)
     held_out: int = 100
     layers: int = 2
-    steps: int = 400
+    steps: int = 300
     learning_rate: float = 3e-4
     seed: int = 0
     threads: int | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from isthmus.cloud.control.autoscaler import Change
 from isthmus.cloud.control.cluster import ControlStoreLostError, Serving, State
 from isthmus.cloud.control.ray_cluster import ActorGoneError, NoAnswerError
 from isthmus.cloud.control.worker import WorkerSpec
+from isthmus.cloud.engine.freed_memory import wiping
 from isthmus.common.errors import ConfigError, IsthmusError, UnreachableError
 
 SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", 1, 1, 1, "")
@@ -61,12 +63,14 @@ class FakeCluster:
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.actors: dict[str, FakeActor] = {}
+        self.environments: dict[str, Mapping[str, str]] = {}
         self.control_store = ("127.0.0.1", 1)
 
     def start(
-        self, _kind: type, _argument: object, *, name: str, environment: object, worker: int | None = None
+        self, _kind: type, _argument: object, *, name: str, environment: Mapping[str, str], worker: int | None = None
     ) -> FakeActor:
         short = "controller" if worker is None else f"worker-{worker}"
+        self.environments[short] = environment
         return self.actors.setdefault(short, FakeActor(self.log, short))
 
     def reserve_gpus(self, workers: list[int], seconds: float = 0.0) -> None:
@@ -101,6 +105,14 @@ def start(fake: FakeCluster, tmp_path: Path) -> Start:
         return made
 
     return serving
+
+
+def test_only_workers_that_must_wipe_have_the_environment_for_it(fake: FakeCluster, start: Start) -> None:
+    wiped = wiping(os.environ)
+    for wipe in (True, False):
+        start(wipe_freed=wipe)
+        assert (wiped.items() <= fake.environments["worker-0"].items()) == wipe
+        assert not wiped.keys() & fake.environments["controller"].keys()
 
 
 def test_a_worker_is_started_and_drained_as_the_controller_says(fake: FakeCluster, start: Start) -> None:

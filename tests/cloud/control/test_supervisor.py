@@ -99,6 +99,26 @@ def test_a_recording_is_an_option_of_serve(tmp_path: Path, monkeypatch: pytest.M
     assert [(options.record, options.record_mib) for options in given] == [(None, 1024), (tmp_path, 7)]
 
 
+def test_wiping_is_an_option_of_serve_that_reaches_the_workers_and_excludes_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[WorkerSpec] = []
+
+    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
+        started.extend(specs)
+        raise StartedError
+
+    monkeypatch.setattr(supervisor, "Serving", start)
+    home, model = Home(tmp_path).folder, tiny_checkpoint("llama", tmp_path / "model")
+    words = ["serve", "--model", str(model), "--home", str(home), "--listen", "127.0.0.1:0", "--metrics", ""]
+    for options in ([], ["--wipe-freed"]):
+        assert isinstance(CliRunner().invoke(app, [*words, *options]).exception, StartedError)
+    assert [spec.wipe_freed for spec in started] == [False, True]
+    refused = CliRunner().invoke(app, [*words, "--wipe-freed", "--device", "cuda"]).exception
+    assert isinstance(refused, ConfigError)
+    assert "--wipe-freed and --device cuda exclude each other" in str(refused)
+
+
 def test_serve_ends_when_the_worker_is_gone_for_good() -> None:
     with pytest.raises(UnreachableError, match=r"worker\.log"):
         _wait(threading.Event(), lambda: True, poll=0.001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from isthmus.cloud.control import worker as worker_module
 from isthmus.cloud.control.worker import Worker, WorkerSpec
-from isthmus.common.errors import PortInUseError
+from isthmus.common.errors import ConfigError, PortInUseError
 
 SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", 1, 1, 1, "")
 
@@ -27,6 +28,11 @@ def test_a_restarted_worker_that_cannot_start_ends_its_process(monkeypatch: pyte
     monkeypatch.setattr(worker_module.os, "_exit", codes.append)
     Worker(SPEC)
     assert codes == [1]
+
+
+def test_a_worker_that_must_wipe_and_does_not_says_so_to_whoever_started_it() -> None:
+    with pytest.raises(ConfigError, match="--wipe-freed cannot work here"):
+        Worker(dataclasses.replace(SPEC, wipe_freed=True)).port()
 
 
 def test_a_process_that_only_has_handles_of_workers_needs_no_torch() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer, served
-from support.cloud.sessions import call_in_flight, channels, eventually, hidden
+from support.cloud.sessions import call_in_flight, channels, eventually, hidden, step_together
 from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.sites.site_spec import SiteSpec
@@ -123,14 +123,7 @@ def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
             output, call = links[number].forward_span(inputs[number], None, None, keep=True)[:2]
             results[number] = (output, links[number].backward_span(call, gradients[number], inputs[number], None, None))
 
-        with call_in_flight(server, cloud) as held:
-            threads = [threading.Thread(target=step, args=(number,)) for number in range(3)]
-            for thread in threads:
-                thread.start()
-            eventually(lambda: len(server.server.status()["waiting"]) == 3)
-            held.release.set()
-            for thread in threads:
-                thread.join(10)
+        step_together(server, cloud, step, 3)
         shared = server.server.status()["calls_per_pass"]
     # The three forwards wait together, so that two at least share a pass; when the backwards come is up to the threads.
     assert shared > 1 if batching else shared == 0

@@ -54,16 +54,18 @@ class Pairwise(CachedGeneration, LlamaForCausalLM):  # type: ignore[misc]  # tra
         sizes = {"vocab_size": V, "num_hidden_layers": 1, "max_position_embeddings": self.isthmus_longest}
         super().__init__(tiny_config("llama", **sizes, pad_token_id=0, bos_token_id=None, eos_token_id=None))
         self.first, self.second, self.takes = first, second, takes
+        self._after = torch.stack((first.expand(V, V), second))  # by whether a pair has begun, and by the token
+        self._has_begun = torch.arange(self.isthmus_longest) % 2
+        self._cached = torch.zeros(1, 1, self.isthmus_longest, 1)
         self.eval()
 
     def forward(self, input_ids: Tensor, cache: Any, **_: Any) -> CausalLMOutputWithPast:
         """The logits after each token, `[1, S, V]`; the prompt has one token."""
         Pairwise.now += self.takes
         start, length = cache.get_seq_length(), input_ids.shape[1]
-        cache.update(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), 0)
-        begins = (torch.arange(start, start + length) % 2 == 0)[:, None]
-        logits = torch.where(begins, self.first, self.second[input_ids[0]])
-        return CausalLMOutputWithPast(logits=logits[None], cache=cache)
+        cache.update(self._cached[:, :, :length], self._cached[:, :, :length], 0)
+        logits = self._after[self._has_begun[start : start + length], input_ids]
+        return CausalLMOutputWithPast(logits=logits, cache=cache)
 
 
 def tables(folder: Path, seed: int) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,15 @@ def test_the_same_key_gives_the_same_run(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, decoys: str) -> None:
-    defence = ["bottleneck:rank=8", NOISY, decoys, "smoothing:share=0.1", "dp-sgd:clip=1,sigma=0.1"]
+    defence = [
+        "bottleneck:rank=8",
+        "learned-noise:sigma=0.1",
+        "embedding-noise:eta=90,denoise=true",
+        NOISY,
+        decoys,
+        "smoothing:share=0.1",
+        "dp-sgd:clip=1,sigma=0.1",
+    ]
     whole, part = tmp_path / "whole", tmp_path / "part"
     key = tmp_path / "key"
     key.write_text("ab" * 32)
@@ -129,6 +137,8 @@ def test_a_file_with_too_few_decoys_ends_the_run_before_anything_is_sent(runs: R
         ("dp-sgd:clip=1,sigma=1", {"optimizer": "mezo"}, "optimizer mezo has none"),
         ("dp-sgd:clip=1,sigma=1", {"draft": "package"}, "without dp-sgd's noise"),
         ("bottleneck:rank=4", {"optimizer": "lora-plus"}, "use adamw"),
+        ("embedding-noise:eta=1,denoise=true", {"optimizer": "lora-plus"}, "use adamw"),
+        ("learned-noise:sigma=1", {"optimizer": "mezo"}, "optimizer mezo has none"),
         ("mixing", {"batch": 1}, "batch is 1"),
         (["mixing", NOISY], {}, "exclude each other"),
         ("permutation", {}, "sends the same hidden states"),

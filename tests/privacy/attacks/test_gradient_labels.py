@@ -64,13 +64,13 @@ def test_all_labels_come_out_where_the_top_is_known(family: str) -> None:
 def test_a_coarse_wire_hides_few_labels(codec: str) -> None:
     knowledge = knowing(tiny_model("llama"), codec=codec)
     traffic, labels = sent(knowledge)
-    assert accuracy(ExactLabels(), knowledge, traffic, labels) > 0.9
+    assert accuracy(ExactLabels(), knowledge, traffic, labels) > 0.95
 
 
 def test_most_labels_come_out_of_the_gradient_as_it_is() -> None:
     knowledge = knowing(tiny_model("llama"))
     traffic, labels = sent(knowledge)
-    assert 0.5 < accuracy(DirectLabels(), knowledge, traffic, labels) <= 1
+    assert 0.8 < accuracy(DirectLabels(), knowledge, traffic, labels) <= 1
 
 
 def test_positions_without_a_label_are_mostly_left_alone() -> None:
@@ -81,7 +81,7 @@ def test_positions_without_a_label_are_mostly_left_alone() -> None:
     guess = attack.run(traffic).labels
     assert guess is not None
     guessed = torch.cat(guess)[torch.cat(labels) == UNKNOWN] != UNKNOWN
-    assert guessed.double().mean() < 0.25
+    assert guessed.double().mean() < 0.1
     assert attack.coarse_recall == 1
 
 
@@ -98,7 +98,7 @@ def tuned_in_secret(model: Any, by: float, layers: range) -> Any:
 def test_base_weights_are_near_enough_to_a_top_tuned_in_secret() -> None:
     model = tiny_model("llama")
     traffic, labels = sent(knowing(tuned_in_secret(model, 0.1, range(4, 6))))
-    assert accuracy(ExactLabels(), knowing(model), traffic, labels) > 0.9
+    assert accuracy(ExactLabels(), knowing(model), traffic, labels) > 0.95
 
 
 @pytest.mark.parametrize("attack", [DirectLabels, ExactLabels])
@@ -110,7 +110,7 @@ def test_another_head_and_gradients_of_other_calls_give_nothing(attack: type[Dir
     elsewhere = tuple(
         replace(each, gradient=each.gradient[:, torch.randperm(LENGTH, generator=random)]) for each in traffic.backwards
     )
-    assert accuracy(attack(), knowledge, replace(traffic, backwards=elsewhere), labels) < 0.4
+    assert accuracy(attack(), knowledge, replace(traffic, backwards=elsewhere), labels) < 0.2
 
 
 def test_a_gradient_without_its_output_is_refused() -> None:

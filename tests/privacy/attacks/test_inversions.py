@@ -14,15 +14,18 @@ from isthmus.privacy.attacks.nearest_neighbour import NearestNeighbour
 from isthmus.privacy.attacks.ridge_inversion import RidgeInversion
 
 
+# The model is random, and its states have 32 channels, so that one layer hides more than it does in a real model; there
+# are 256 tokens. The three find 0.20, 0.75 and 0.82 of them: the first knows the table of embeddings alone. The last
+# has 40 steps on 50 texts, and finds no more with 160.
 @pytest.mark.parametrize(
-    ("attack", "enough"), [(NearestNeighbour(), 0.12), (RidgeInversion(), 0.6), (LearnedInverter(), 0.6)]
+    ("attack", "enough"), [(NearestNeighbour(), 0.15), (RidgeInversion(), 0.7), (LearnedInverter(), 0.7)]
 )
 def test_an_inversion_finds_many_tokens_after_one_layer(attack: Attack, enough: float) -> None:
     case = attacked("gpt2", bottom=1)
     guess = case.attack(attack)
     assert isinstance(guess, Guess)
     assert case.accuracy(guess) > enough
-    assert case.shuffled().accuracy(attack.run(case.shuffled().traffic)) < enough / 2  # the control
+    assert case.shuffled().accuracy(attack.run(case.shuffled().traffic)) < enough / 4  # the control
 
 
 def test_a_learned_inverter_depends_on_its_seed_alone() -> None:

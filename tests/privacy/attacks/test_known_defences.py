@@ -33,7 +33,8 @@ def defended(case: Attacked, text: str, passes: int = 1) -> Attacked:
             return Pass(SecretNoise(b"k" * KEY_BYTES), (turn,), ids, torch.ones_like(ids, dtype=torch.bool))
 
         def states(tokens: Tensor) -> Tensor:
-            return front.states(tokens, embedded=lambda found: made[0].embedded(found, about(tokens[None])))
+            with front.changed_embedding(lambda found: made[0].embedded(found, about(tokens[None]))):
+                return front.states(tokens)
 
         hidden = torch.stack([states(tokens) for tokens in case.texts])
         hidden = made[0].hidden(hidden, about(torch.stack(case.texts))).detach()
@@ -43,7 +44,7 @@ def defended(case: Attacked, text: str, passes: int = 1) -> Attacked:
 
 def knowing(case: Attacked, text: str) -> Attacked:
     others = [each.exact for each in case.knowledge.public_texts]
-    return case.knowing(defence=KnownDefences(defences(text), others))
+    return case.knowing(defence=KnownDefences(defences(text), others), inverter_steps=20)
 
 
 @pytest.mark.parametrize(

@@ -12,33 +12,36 @@ from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
 
 
 def tuned_front(model: object, by: float) -> Front:
-    """The model's front with other weights, by a share of their spread."""
+    """The model's front with adapters of rank 2 in its weights, of a share of their spread."""
     front = Front(model, 2).with_own_layers()
     random = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for weight in front.layers.parameters():
             if weight.dim() == 2:
-                weight.add_(by * weight.std() * torch.randn(weight.shape, generator=random))
+                up, down = (torch.randn(size, 2, generator=random) for size in weight.shape)
+                weight.add_(by * weight.std() * up @ down.T / 2**0.5)
     return front
 
 
 def test_a_tuned_front_is_read_with_the_base_weights_and_better_with_known_texts() -> None:
     model = tiny_model("llama")
     edges = tuned_front(model, 0.1)
-    case = attacked(model=model, edges_front=edges).knowing(private_front=True)
+    case = attacked(model=model, edges_front=edges).knowing(private_front=True, front_steps=100, inverter_steps=20)
     alone = case.accuracy(case.attack(VocabularyMatching()))
-    assert alone > 0.5
+    assert alone > 0.7
 
     random = torch.Generator().manual_seed(5)
-    texts = [torch.randint(3, VOCAB, (60,), generator=random) for _ in range(8)]
+    *texts, other = [torch.randint(3, VOCAB, (60,), generator=random) for _ in range(9)]
     known = case.knowing(known=tuple((text, edges.states(text)) for text in texts))
     fitted = known.knowing(front=fit_front(known.knowledge).front)
-    assert fitted.accuracy(fitted.attack(VocabularyMatching())) > alone + 0.1
+    assert fitted.accuracy(fitted.attack(VocabularyMatching())) > 0.95
+
+    def far(front: Front) -> float:
+        return float((front.states(other) - edges.states(other))[1:].norm())
 
     # The control: known texts that are not what came of them teach nothing.
     mixed = known.knowing(known=tuple((text, edges.states(text.flip(0))) for text in texts))
-    spoiled = mixed.knowing(front=fit_front(mixed.knowledge).front)
-    assert spoiled.accuracy(spoiled.attack(VocabularyMatching())) < alone
+    assert far(fitted.knowledge.front) < far(case.knowledge.front) < far(fit_front(mixed.knowledge).front)
 
 
 def test_one_known_text_is_too_few() -> None:

@@ -36,7 +36,7 @@ def test_noise_is_looked_through() -> None:
     case = attacked(defence=GaussianNoise(float(states.std()) * 0.3))
     assert case.accuracy(case.attack(VocabularyMatching())) > 0.95
     drowned = attacked(defence=GaussianNoise(float(states.std()) * 30))  # the control
-    assert drowned.accuracy(drowned.attack(VocabularyMatching())) < 0.2
+    assert drowned.accuracy(drowned.attack(VocabularyMatching())) < 0.1
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -66,9 +66,9 @@ def _wrong_front() -> Attacked:
 @pytest.mark.parametrize("case", [_wrong_front(), attacked().shuffled()], ids=["wrong front", "shuffled"])
 def test_it_fails_where_it_must_and_says_so(case: Attacked) -> None:
     guess = case.attack(VocabularyMatching())
-    assert case.accuracy(guess) < 0.3
+    assert case.accuracy(guess) < 0.1
     assert guess.coarse_recall is not None
-    assert guess.coarse_recall < 0.5
+    assert guess.coarse_recall < 0.2
 
 
 def test_what_the_coarse_map_misses_is_found_in_the_vocabulary() -> None:

@@ -12,7 +12,8 @@ from isthmus.privacy.defences.defence_options import DEFENCES, NO_DEFENCE, Gauss
     [
         "gaussian:clip=1.0,sigma=8.0,memo=false,delta=1e-05",
         "gaussian:clip=1.0,sigma=8.0,gradient_clip=0.5,gradient_sigma=2.0,memo=true,delta=1e-06",
-        "embedding-noise:eta=10.0",
+        "embedding-noise:eta=10.0,denoise=true",
+        "learned-noise:sigma=0.5,reward=0.1",
         "bottleneck:rank=16,delta=1e-05",
         "mixing:share=0.7",
         "decoys:file=d.jsonl,count=2",

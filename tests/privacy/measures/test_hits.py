@@ -9,7 +9,7 @@ import torch
 from support.models.tiny import tiny_tokenizer
 
 from isthmus.common.errors import ConfigError
-from isthmus.privacy.measures.bootstrap import mean_interval, share_interval
+from isthmus.privacy.measures.bootstrap import mean_interval, ratio_interval, share_interval
 from isthmus.privacy.measures.planted_secrets import decoded, secret_hits
 from isthmus.privacy.measures.rouge import rouge_l
 from isthmus.privacy.measures.token_accuracy import Hits, rare_tokens, token_hits
@@ -96,3 +96,17 @@ def test_the_interval_of_a_mean() -> None:
     assert (value, round(low / 10), round(high / 10)) == (49.5, 4, 6)
     with pytest.raises(ConfigError, match="no values"):
         mean_interval(torch.tensor([]))
+
+
+def test_a_ratio_is_redrawn_with_both_on_the_same_sequences() -> None:
+    base = Hits(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1.0, 1.0, 1.0]))
+    twice = Hits(2 * base.right, base.of)
+    assert ratio_interval(twice, base) == pytest.approx((2, 2, 2))
+    other = Hits(torch.tensor([9.0, 5.0, 1.0]), base.of)
+    found = ratio_interval(other, base)
+    assert found.value == 1
+    assert found.low < 0.5
+    assert found.high > 2
+    for wrong in (Hits(base.right[:2], base.of[:2]), Hits(0 * base.right, base.of)):
+        with pytest.raises(ConfigError, match="cannot be compared"):
+            ratio_interval(twice, wrong)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer, served
-from support.cloud.sessions import call_in_flight, eventually, hidden
+from support.cloud.sessions import hidden, step_together
 from support.cloud.train_runs import cloud_for_runs
 from support.models.tiny import tiny_checkpoint
 
@@ -106,14 +105,7 @@ def test_two_tenants_of_one_pass_are_told_apart(tmp_path: Path) -> None:
         def step(number: int) -> None:
             got[names[number]] = links[number].forward_span(inputs[number], None, None, keep=False)[0].clone()
 
-        with call_in_flight(server, cloud) as held:
-            threads = [threading.Thread(target=step, args=(number,)) for number in range(2)]
-            for thread in threads:
-                thread.start()
-            eventually(lambda: len(server.server.status()["waiting"]) == 2)
-            held.release.set()
-            for thread in threads:
-                thread.join(10)
+        step_together(server, cloud, step, 2)
         assert server.server.status()["calls_per_pass"] > 1
     traffic = read_traffic(folder)
     assert sorted(traffic.tenants) == ["alice", *names]
@@ -150,3 +142,14 @@ def test_a_run_goes_on_when_the_recording_has_ended(tmp_path: Path, wire: list[t
     assert 1 < len(found) < len(wire)
     assert {call.kind for call in found} == set(Kind)
     assert read_traffic(folder).forwards
+
+
+def test_the_calls_of_some_steps_can_be_read_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    folder.mkdir()
+    with cloud_for_runs(tmp_path, recorder=Recorder(folder, 64 * MIB)) as runs:
+        runs.train(tmp_path / "out", steps=3, accumulate=1)
+    everything, last = read_traffic(folder), read_traffic(folder, wanted=lambda step: step == 3)
+    assert {call.step for call in everything.forwards} == {0, 1, 2, 3}
+    assert {call.step for call in (*last.forwards, *last.backwards)} == {3}
+    assert [call.call for call in last.backwards] == [call.call for call in everything.backwards if call.step == 3]

@@ -142,3 +142,15 @@ def call_in_flight(server: ThreadServer, cloud: Served) -> Iterator[Held]:
         held.release.set()
         held.thread.join(10)
     link.close()
+
+
+def step_together(server: ThreadServer, cloud: Served, step: Callable[[int], None], count: int) -> None:
+    """Let so many tenants make a step, by their numbers, whose first calls wait together for one of alice's."""
+    with call_in_flight(server, cloud) as held:
+        threads = [threading.Thread(target=step, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(server.server.status()["waiting"]) == count)
+        held.release.set()
+        for thread in threads:
+            thread.join(10)

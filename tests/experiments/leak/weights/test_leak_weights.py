@@ -16,11 +16,16 @@ from isthmus.experiments.leak.weights.extraction_run import ExtractionResult
 from isthmus.experiments.leak.weights.leak_weights import run_leak_weights, show
 from isthmus.experiments.leak.weights.leak_weights_settings import PARTS, LeakWeightsSettings
 from isthmus.experiments.leak.weights.membership_run import AttackedMembership, MembershipResult, MembershipRun
-from isthmus.experiments.leak.weights.package_thief import PackageThiefSettings, measure_package_thief
+from isthmus.experiments.leak.weights.package_thief import (
+    PackageThiefResult,
+    PackageThiefSettings,
+    measure_package_thief,
+)
 from isthmus.experiments.leak.weights.span_theft import TheftResult, TheftRun
 from isthmus.experiments.offsite.table import run_table
 from isthmus.privacy.measures.bootstrap import Interval
 
+PROMISED = "the adapters, of each example; the messages have none"
 SOME = Interval(1.234567, 0.123456, 12.345678)
 ATTACKED = tuple(AttackedMembership(name, SOME, SOME) for name in ("membership-loss", "membership-calibrated"))
 
@@ -45,7 +50,7 @@ def test_the_thief_is_the_tables(parts: dict[str, Any], tmp_path: Path) -> None:
     assert found.plug_in_loss == row["plug_in"] != row["thief"]
     assert (found.loss, found.emulator_loss) == (row["full_zero_shot"], row["emulator_zero_shot"])
     assert found.share_given_away == row["share_given_away"] == 0.5
-    with pytest.raises(ConfigError, match="give 2 rows"):
+    with pytest.raises(ConfigError, match="name several: name one of each"):
         measure_package_thief(replace(settings, method="uniform,importance"), tmp_path / "ours")
 
 
@@ -79,18 +84,15 @@ def test_settings_that_make_no_sense_are_refused_before_the_work(tmp_path: Path,
 
 def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     run = MembershipRun(None, None, None, None, 1.0, SOME, SOME, ATTACKED)
-    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, "the adapters", 0.7654, SOME, SOME, ATTACKED)
+    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, PROMISED, 0.7654, SOME, SOME, ATTACKED)
     results = {
         "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
         "theft": TheftResult(12.345, 12.345, (TheftRun(10000, 1000000, 12.345, -1.2345),)),
-        "package": {
-            **{f"{name}_loss": 12.345 for name in ("emulator", "reference", "plug_in", "thief")},
-            **{"loss": 12.345, "plug_in_recovery": -1.23, "thief_recovery": None, "share_given_away": 0.5},
-        },
+        "package": PackageThiefResult(12.345, 12.345, 12.345, 12.345, 12.345, -1.23, None, 0.5),
     }
     assert tuple(results) == PARTS
-    show({name: each if isinstance(each, dict) else asdict(each) for name, each in results.items()})  # type: ignore[call-overload]
+    show({name: asdict(each) for name, each in results.items()})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("epsilon 6.54 at delta 1e-05" in line for line in lines)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cloud.train_runs import cloud_for_runs
-from support.models.distinct_texts import distinct_task
 from support.models.tiny import tiny_checkpoint
+from support.privacy.distinct_texts import distinct_task
 
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.edge.data.batches import load_data
@@ -25,7 +25,7 @@ from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_o
 from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership
 from isthmus.privacy.defences.accountant import epsilon
 
-MEMBERS, OTHERS, TEXTS = 12, 100, 112
+MEMBERS, OTHERS, TEXTS, EPOCHS = 8, 100, 108, 12
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "data_folder": distinct_task(folder / "data", TEXTS),
         "members": MEMBERS,
         "others": OTHERS,
-        "epochs": 25,
-        "batch": 6,
-        "learning_rate": 1e-2,
+        "epochs": EPOCHS,
+        "batch": 4,
+        "learning_rate": 2e-2,
         "defended_rate": 1e-2,
         "defence": "dp-sgd:clip=1,sigma=20",
         "threads": 1,
@@ -53,25 +53,25 @@ def result(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 
 def test_an_undefended_adapter_tells_its_members_and_a_private_one_does_not(result: MembershipResult) -> None:
     undefended, defended = result.runs
-    loss, calibrated = undefended.attacks
-    assert calibrated.auc.value > 0.9
-    assert calibrated.auc.value >= loss.auc.value
-    assert calibrated.true_positive_rate.value > 0.3
-    assert calibrated.auc.low > 0.5
+    assert [attack.attack for attack in undefended.attacks] == ["membership-loss", "membership-calibrated"]
+    for attack in undefended.attacks:
+        assert attack.auc.value > 0.85
+        assert attack.auc.low > 0.6
+        assert attack.true_positive_rate.value > 0.2
     assert undefended.member_loss.high < undefended.loss.low
     for attack in defended.attacks:
-        assert attack.auc.low < 0.5 < attack.auc.high or attack.auc.value < 0.65
+        assert attack.auc.low < 0.5 < attack.auc.high
         assert attack.true_positive_rate.low <= defended.most_true_positives
 
 
 def test_the_guarantee_is_the_accountants_and_the_price_is_stated(result: MembershipResult) -> None:
     undefended, defended = result.runs
     assert (undefended.epsilon, undefended.most_true_positives) == (None, 1)
-    assert defended.epsilon == pytest.approx(epsilon((25 * 4 / 20**2) ** 0.5, 1e-5))
+    assert defended.epsilon == pytest.approx(epsilon((EPOCHS * 4 / 20**2) ** 0.5, 1e-5))
     assert defended.most_true_positives < 0.3
     assert defended.guarantee is not None
     assert "each example" in defended.guarantee
-    assert result.steps == 25 * 2
+    assert result.steps == EPOCHS * 2
     assert result.loss_ratio == defended.loss.value / undefended.loss.value
 
 

@@ -29,11 +29,11 @@ def distinct_task(folder: Path, n: int) -> Path:
     return folder
 
 
-def learned_checkpoint(folder: Path, data: Path, steps: int = 60) -> Path:
+def learned_checkpoint(folder: Path, data: Path, steps: int = 40) -> Path:
     """A tiny Llama of four layers that has been trained on such texts as a whole."""
     path = tiny_checkpoint("llama", folder, num_hidden_layers=4, initializer_range=0.1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    texts = [tokens_of(text)[:24] for text in distinct_texts("e2e", data, tokenizer, 32)]
+    texts = [tokens_of(text)[:24] for text in distinct_texts("e2e", data, tokenizer, 16)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = torch.stack(texts)
     for _ in range(steps):

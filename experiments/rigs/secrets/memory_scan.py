@@ -1,0 +1,167 @@
+"""Looks for canaries: in the memory of processes, in files, and in what a server says.
+
+Of a process, all pages that it holds are read, also those that are swapped out. Memory that several processes share,
+such as Ray's object store, is read through a process that has it open. Reading makes no page that was not there before.
+Needs Linux, and to be the user of the process or root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.common.errors import IsthmusError
+
+WINDOW = 24
+"""Bytes of a canary."""
+_PREFIX = np.arange(8)  # its first bytes, which most places are dismissed by
+_PAGE = mmap.PAGESIZE
+_CHUNK, _BLOCK = 1 << 26, 1 << 22
+_PRESENT = np.uint64(0b11 << 62)  # bits of /proc/PID/pagemap: in memory, or swapped out
+_NO_MEMORY = ("[vvar]", "[vsyscall]", "[vvar_vclock]")
+
+
+class Scanner:
+    """Counts canaries.
+
+    Args:
+        canaries: What each is of, by its `WINDOW` bytes.
+
+    Attributes:
+        scanned: Bytes that were looked through.
+    """
+
+    def __init__(self, canaries: Mapping[bytes, str]) -> None:
+        self._canaries = dict(canaries)
+        self.scanned = 0
+        self._starts = np.zeros(1 << 16, bool)
+        self._starts[[int.from_bytes(window[:2], "little") for window in self._canaries]] = True
+        self._prefixes = np.array([int.from_bytes(window[:8], "little") for window in self._canaries], np.uint64)
+
+    def count(self, parts: Iterable[bytes]) -> Counter[str]:
+        """How often canaries of each kind are in pieces of bytes, none of which goes on in another."""
+        found: Counter[str] = Counter()
+        for part in parts:
+            self.scanned += len(part)
+            for start in range(0, len(part), _BLOCK):
+                found.update(self._in_block(memoryview(part)[start : start + _BLOCK + WINDOW - 1]))
+        return found
+
+    def _in_block(self, block: memoryview) -> Iterator[str]:
+        if len(block) < WINDOW:
+            return
+        raw = np.frombuffer(block, np.uint8)
+        for shift in (0, 1):
+            pairs = np.frombuffer(block, np.dtype("<u2"), (len(block) - shift) // 2, shift)
+            places: NDArray[np.intp] = np.flatnonzero(self._starts[pairs]) * 2 + shift
+            places = places[places <= len(block) - WINDOW]
+            prefixes = np.ascontiguousarray(raw[places[:, None] + _PREFIX]).view(np.dtype("<u8")).ravel()
+            for place in places[np.isin(prefixes, self._prefixes)]:
+                name = self._canaries.get(bytes(block[place : place + WINDOW]))
+                if name is not None:
+                    yield name
+
+
+def canaries_of(data: bytes, count: int) -> Iterator[bytes]:
+    """Up to so many windows of bytes, from all over them, that are not found by chance: of many different bytes."""
+    for at in range(count):
+        start = (2 * at + 1) * len(data) // (2 * count)
+        for shift in range(4):  # a value whose low bytes are zero begins with bytes that are everywhere
+            window = data[start + shift : start + shift + WINDOW]
+            if len(window) == WINDOW and len(set(window)) >= WINDOW // 3 and all(window[:2]):
+                yield window
+                break
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """With a process that stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def memory_of(pid: int) -> list[bytes]:
+    """A copy of all the private and mapped memory that a process holds, in runs of pages that lie together.
+
+    Raises IsthmusError where the process has ended, or may not be read.
+    """
+    try:
+        return list(_runs(pid))
+    except OSError as error:
+        raise IsthmusError(f"the memory of process {pid} cannot be read ({error}): be its user, or root") from None
+
+
+def _runs(pid: int) -> Iterator[bytes]:
+    folder = Path(f"/proc/{pid}")
+    with (folder / "mem").open("rb", buffering=0) as memory, (folder / "pagemap").open("rb", buffering=0) as pages:
+        for line in (folder / "maps").read_text().splitlines():
+            area, rights, *rest = line.split(maxsplit=5)
+            if not rights.startswith("r") or rest[-1] in _NO_MEMORY:
+                continue
+            start, end = (int(each, 16) for each in area.split("-"))
+            for first, last in _held(pages, start // _PAGE, end // _PAGE):
+                memory.seek(first * _PAGE)
+                with contextlib.suppress(OSError):  # a device's pages
+                    yield _read(memory, (last - first) * _PAGE)
+
+
+def _held(pages: object, first: int, last: int) -> list[tuple[int, int]]:
+    """Runs of pages between two that the process holds, each to before its end."""
+    pages.seek(first * 8)  # type: ignore[attr-defined]
+    entries = np.frombuffer(_read(pages, (last - first) * 8), np.uint64)
+    held = np.concatenate(([0], ((entries & _PRESENT) != 0).astype(np.int8), [0]))
+    edges = np.flatnonzero(np.diff(held))
+    return [(first + int(a), first + int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _read(file: object, size: int) -> bytes:
+    """So many bytes, or fewer where there are no more."""
+    parts = []
+    while size and (part := file.read(min(size, _CHUNK))):  # type: ignore[attr-defined]
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def shared_files_of(pid: int) -> Iterator[bytes]:
+    """What is in the shared memory that a process has open: the parts of it that were ever written."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # it has been closed meanwhile
+            if str(link.readlink()).startswith(("/dev/shm/", "/memfd:", "/tmp/plasma")):  # noqa: S108  # names of Ray's
+                yield from _written_parts(link)
+
+
+def _written_parts(path: Path) -> Iterator[bytes]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        end = 0
+        while True:
+            try:
+                start = os.lseek(descriptor, end, os.SEEK_DATA)
+            except OSError:  # no more data
+                return
+            end = os.lseek(descriptor, start, os.SEEK_HOLE)
+            os.lseek(descriptor, start, os.SEEK_SET)
+            with os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
+                yield _read(file, end - start)
+    finally:
+        os.close(descriptor)
+
+
+def files_below(*places: Path, wanted: Callable[[Path], bool] = lambda path: True) -> Iterator[bytes]:
+    """The files below folders, those that are wanted and can be read; links are not followed."""
+    for path in (path for place in places for path in place.rglob("*")):
+        with contextlib.suppress(OSError):  # it is gone
+            if wanted(path) and path.is_file() and not path.is_symlink():
+                yield path.read_bytes()

@@ -1,0 +1,129 @@
+"""The ledger on a tiny model: real runs over a cloud that records, and nothing that is finished is made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import in_process, refused
+from support.privacy.small_leak import all_here, grid_file, small_settings
+
+from isthmus.common.errors import AttackLimitedError, CheckpointError
+from isthmus.experiments.leak import attacked_row
+from isthmus.experiments.leak.leak import run_leak
+from isthmus.experiments.leak.leak_settings import LeakSettings
+from isthmus.experiments.leak.leak_table import table
+
+UNDEFENDED = {"name": "undefended", "edge_layers": "1:1", "steps": 4, "also_codecs": ["int8"]}
+NOISE = {"name": "noise", "edge_layers": "1:1", "steps": 4, "defence": "gaussian:clip=1000,sigma=10"}
+
+
+def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
+    (found,) = [run for run in result["runs"] if (run["row"], run["attack"]) == (row, attack)]
+    return found
+
+
+def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = all_here(monkeypatch)
+    settings = small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", UNDEFENDED, NOISE))
+    result = run_leak(settings)
+    assert [words[1] for words in commands] == ["train", "eval", "train"]
+
+    exact = of(result, "undefended", "vocabulary_matching")
+    assert exact["token_accuracy"] == exact["secret_recall"] == 1
+    assert exact["token_accuracy_interval"][0] < 1
+    assert exact["task_loss_ratio"] == exact["step_ratio"] == 1
+    assert of(result, "undefended, int8", "vocabulary_matching")["token_accuracy"] > 0.9
+    assert of(result, "undefended", "labels-exact")["label_accuracy"] > 0.9
+    assert exact["prior_accuracy"] < 0.5
+
+    noisy = of(result, "noise", "vocabulary_matching")
+    assert noisy["token_accuracy"] < 0.5
+    assert noisy["epsilon"] is None
+    assert noisy["defence_claim"].startswith("(epsilon, delta)")
+    assert noisy["task_loss_ratio"] != 1
+    assert max(map(len, table(result))) <= 80
+
+    assert run_leak(settings) == result
+    assert len(commands) == 3
+    (path,) = settings.out.glob("noise*.json")
+    path.unlink()
+    again = run_leak(settings)
+    assert [words[1] for words in commands[3:]] == ["train"]
+    assert of(again, "noise", "vocabulary_matching")["task_loss"] == pytest.approx(noisy["task_loss"], abs=0.5)
+
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="no finished row"):
+        run_leak(settings)
+    (path,) = settings.out.glob("undefended*.json")
+    made = json.loads(path.read_text())
+    made["settings"]["public"] = 33
+    path.write_text(json.dumps(made))
+    with pytest.raises(CheckpointError, match="made with another public"):
+        run_leak(settings)
+
+
+def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_here(monkeypatch)
+    plain = {"edge_layers": "1:1", "steps": 4}
+    rows = [{**plain, "name": "first"}, {**plain, "name": "second", "defence": "smoothing:share=0.5"}]
+    settings = small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", *rows))
+
+    def limited(*_: Any) -> None:
+        raise AttackLimitedError("its lists limit it")
+
+    monkeypatch.setattr(attacked_row, "check_unlimited", limited)
+    with pytest.raises(AttackLimitedError):
+        run_leak(settings)
+    assert [path.name.partition("-")[0] for path in settings.out.iterdir()] == ["second"]
+
+
+def test_top_only_sends_no_gradient_and_an_emulator_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = all_here(monkeypatch)
+    shared = {"edge_layers": "1:1", "steps": 3, "data": "sst2"}
+    rows = [{**shared, "name": mode, "mode": mode} for mode in ("top-only", "emulator")]
+    result = run_leak(small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", *rows)))
+    assert [words[:2] for words in commands] == [("edge", "train"), ("emulator", "build"), ("emulator", "tune")]
+    top = [run for run in result["runs"] if run["mode"] == "top-only"]
+    assert of(result, "top-only", "vocabulary_matching")["token_accuracy"] == 1
+    assert all(run["label_accuracy"] is None for run in top)
+    (nothing,) = [run for run in result["runs"] if run["mode"] == "emulator"]
+    assert nothing["attack"] is None
+    assert nothing["token_accuracy"] is None
+    assert nothing["bytes_per_token"] == 0
+    assert nothing["prior_unigram_accuracy"] == top[0]["prior_unigram_accuracy"] > 0
+    assert nothing["task_loss"] > 0
+    assert nothing["task_loss_ratio"] is None  # no undefended row of this plan
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--defence", "fog:depth=1"), 10, "'fog' is no defence"),
+        (("--defence", "gaussian:clip=1"), 10, "sigma"),
+        (("--edge-layers", "9:1"), 22, "9:1"),
+        (("--edge-layers", "0:1"), 22, "without layers"),
+        (("--codec", "int3"), 10, "'int3'"),
+        (("--grid", "nowhere.toml"), 10, "nowhere.toml"),
+        (("--row", "cut 99"), 10, "'cut 99'"),
+        (("--edge-layers", "1:1", "--row", "cut 2"), 10, "--row"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    flags: tuple[str, ...], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: LeakSettings = small_settings(tmp_path)
+    own = ("--model", settings.model, "--data-folder", settings.data_folder, "--out", settings.out)
+    refused(in_process(capsys, "experiment", "leak", *own, *flags), code, said)
+    assert not settings.out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = small_settings(tmp_path)
+    (tmp_path / "file").write_text("")
+    own = ("--model", settings.model, "--edge-layers", "1:1", "--out", tmp_path / "file" / "out")
+    refused(in_process(capsys, "experiment", "leak", *own), 51, "file")
