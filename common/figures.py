@@ -19,7 +19,7 @@ def plotting() -> Any:
         import matplotlib
     except ImportError:
         raise ConfigError(
-            "--figure needs the package matplotlib: pip install 'isthmus[figures]', or leave --figure out"
+            "figures need the package matplotlib: pip install 'isthmus[figures]', or leave the option for them out"
         ) from None
     matplotlib.use("agg")
     from matplotlib import pyplot

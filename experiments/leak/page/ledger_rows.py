@@ -165,21 +165,20 @@ def frontier_sentence(rows: Sequence[LedgerRow]) -> str:
 def modes(rows: Sequence[LedgerRow]) -> list[tuple[str, LedgerRow]]:
     """One row for each way of training that a reader can choose, with its name; those that the ledger has."""
 
-    # A row that was scored, and attacked from several sides, says more than another.
-    plain = sorted(
-        (row for row in rows if row.undefended), key=lambda row: (row.loss_ratio is None, not row.against("tuned").runs)
-    )
+    plain = sorted((row for row in rows if row.undefended), key=lambda row: row.loss_ratio is None)  # scored ones first
+    private = [seen for row in plain if (seen := row.against("tuned")).runs]
+    known = [seen for row in plain if (seen := row.against("known")).runs]
+    plans = [row.common("plan") for row in private[:1]]
     others = [row for row in rows if not row.undefended]
     cheap = [row for row in _in_mode(others, "split") if (row.loss_ratio or float("inf")) <= SMALL_LOSS]
     choices = [
-        ("Split", [row.against("known") for row in plain]),
-        ("Private front", [row.against("tuned") for row in plain]),
+        ("Split", sorted(known, key=lambda row: row.common("plan") not in plans)),  # beside its private front
+        ("Private front", private),
         ("Cheap defence", sorted(cheap, key=lambda row: 1.0 if row.exposed is None else row.exposed)),
         ("Top layers only", _in_mode(others, "top-only")),
         ("Emulator", _in_mode(others, "emulator")),
     ]
-    found = ((title, next((row for row in rows if row.runs), None)) for title, rows in choices)
-    return [(title, row) for title, row in found if row is not None]
+    return [(title, found[0]) for title, found in choices if found]
 
 
 def _in_mode(rows: Sequence[LedgerRow], mode: str) -> list[LedgerRow]:

@@ -52,6 +52,13 @@ def test_who_does_not_know_the_front_is_told_from_who_does() -> None:
     assert [(name, each.exposed) for name, each in modes([both])] == [("Split", 1.0), ("Private front", 0.97)]
 
 
+def test_of_split_rows_the_one_with_a_private_front_stands_beside_it() -> None:
+    other = row("cut 1", 1.0, 1.0, defence="none", plan="1:2")
+    known, tuned = (row(side, 0.9, 1.0, defence="none", front=side) for side in ("known", "tuned"))
+    assert [each.name for _, each in modes([other, known, tuned])] == ["known", "tuned"]
+    assert [each.name for _, each in modes([other, known])] == ["cut 1"]
+
+
 def test_on_the_frontier_no_row_is_better_in_both() -> None:
     rows = [row("a", 1.0, 1.0), row("b", 0.9, 1.2), row("c", 0.95, 1.3), row("d", 0.5, 2.0), row("e", 0.4, None)]
     assert [each.name for each in frontier(rows)] == ["a", "b", "d"]
