@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,12 +27,8 @@ _LABEL = b"isthmus v1 run certificate\0"
 _VERSION = 1
 
 
-Leak = Mapping[str, str | int | float]
-"""What was measured of what a cloud can learn: names, and texts or numbers."""
-
-
 def write_certificate(
-    path: Path, transcript: Transcript, adapter: Path, key: Ed25519PrivateKey, leak: Leak | None = None
+    path: Path, transcript: Transcript, adapter: Path, key: Ed25519PrivateKey, leak: str | None = None
 ) -> dict[str, Any]:
     """Write a run's certificate; returns what it says.
 
@@ -42,7 +37,7 @@ def write_certificate(
         transcript: The run's, checked.
         adapter: The adapter's folder.
         key: The edge's key, which signs.
-        leak: What was measured of what the cloud can learn, by name; None where nothing was.
+        leak: What was measured of what the cloud can learn, in a line; None where nothing was.
 
     Raises:
         DiskError: It cannot be written.
@@ -59,7 +54,7 @@ def write_certificate(
         "exchanges": transcript.exchanges,
         "unsigned": transcript.unsigned,
         "adapter": folder_digest(adapter).hex(),
-        "leak": None if leak is None else dict(leak),
+        "leak": leak,
         "edge": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
     }
     signed = {**said, "signature": base64.b64encode(key.sign(_signed(said))).decode()}
@@ -72,7 +67,7 @@ class Certified:
     """What a good certificate says: the fingerprint of the edge's key that has signed it, and what leaks."""
 
     edge: Fingerprint
-    leak: Leak | None
+    leak: str | None
 
 
 def check_certificate(path: Path, transcript: Transcript, adapter: Path | None = None) -> Certified:
@@ -90,7 +85,7 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
         said = json.loads(path.read_bytes())
         signature, edge = (base64.b64decode(said.pop(name), validate=True) for name in ("signature", "edge"))
         leak = said.get("leak")
-        if leak is not None and not all(isinstance(each, str | int | float) for each in leak.values()):
+        if not isinstance(leak, str | None):
             raise ValueError(f"leak is {leak!r:.200}")
         if said["version"] != _VERSION:
             raise ValueError(f"version {said['version']}")

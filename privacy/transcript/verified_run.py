@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, Leak, check_certificate
+from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, check_certificate
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
 from isthmus.protocol.secure.keys import Fingerprint
 
@@ -34,7 +34,7 @@ class Verified:
     root: str | None
     edge: str | None
     adapter: bool
-    leak: Leak | None
+    leak: str | None
     digest: str
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Verified:
             "adapter": "the one of the certificate" if self.adapter else "not compared",
         }
         if self.leak is not None:
-            found["leak"] = ", ".join(f"{name} {value}" for name, value in self.leak.items())
+            found["leak"] = self.leak
         return "\n".join([f"{self.path} verifies", *(f"  {name:12} {said}" for name, said in found.items())])
 
 

@@ -11,7 +11,7 @@ from support.protocol.wire import EDGE, NOW, PIN, identity
 
 from isthmus.common.errors import ConfigError, TranscriptError
 from isthmus.privacy.transcript.chain import CloudTranscript, Exchange, Session
-from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, Leak, write_certificate
+from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, write_certificate
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
 from isthmus.privacy.transcript.verified_run import verify_run
 from isthmus.protocol import messages as m
@@ -33,7 +33,7 @@ def signed_by(worker: WorkerIdentity, path: Path) -> None:
     log.signature(SESSION, signed)
 
 
-def run_in(folder: Path, leak: Leak | None = None) -> Path:
+def run_in(folder: Path, leak: str | None = None) -> Path:
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "weights").write_bytes(b"1")
     signed_by(identity(), folder / TRANSCRIPT_FILE)
@@ -43,17 +43,17 @@ def run_in(folder: Path, leak: Leak | None = None) -> Path:
 
 
 def test_a_certificate_carries_what_leaks(tmp_path: Path) -> None:
-    leak = {"tokens": 0.98, "attack": "matching"}
+    leak = "tokens ≤ 0.98 (vocabulary_matching), measured on 16 texts"
     found = verify_run(run_in(tmp_path / "run", leak), PIN)
     assert found.leak == leak
-    assert found.lines().splitlines()[-1].split() == ["leak", "tokens", "0.98,", "attack", "matching"]
+    assert found.lines().splitlines()[-1].split() == ["leak", *leak.split()]
     assert all(len(line) <= 80 for line in found.lines().splitlines()[1:])
     bare = verify_run(run_in(tmp_path / "bare"))
     assert (bare.leak, "leak" in bare.lines()) == (None, False)
 
 
 def test_a_leak_that_was_changed_is_noticed(tmp_path: Path) -> None:
-    path = run_in(tmp_path / "run", {"tokens": 0.98}) / CERTIFICATE_FILE
+    path = run_in(tmp_path / "run", "tokens ≤ 0.98") / CERTIFICATE_FILE
     path.write_text(path.read_text().replace("0.98", "0.01"))
     with pytest.raises(TranscriptError, match="the edge's signature under it does not verify"):
         verify_run(tmp_path / "run")
