@@ -28,7 +28,18 @@ def headings(text: str) -> list[str]:
     [
         (
             ("edge", "train"),
-            ["Connection", "Data", "Adapter", "Sites", "Optimization", "Computation", "Draft", "Audit", "Output"],
+            [
+                "Connection",
+                "Data",
+                "Adapter",
+                "Sites",
+                "Optimization",
+                "Computation",
+                "Draft",
+                "Privacy",
+                "Audit",
+                "Output",
+            ],
         ),
         (("edge", "eval"), ["Connection", "Data", "Adapter", "Computation"]),
         (("edge", "audit"), ["Connection", "Audit"]),
