@@ -15,9 +15,9 @@ from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.leak_texts import Text
 from isthmus.experiments.leak.planted import planted
 
-_SHOTS = 3
-_AT_ONCE = 16
-_ROUNDS = 40
+_SHOTS = 1
+_AT_ONCE = 32
+_ROUNDS = 20
 
 
 def write_decoys(
@@ -47,9 +47,9 @@ def write_decoys(
                 secret = f" {planted(len(found), seed + 2).words}" if drawn.random() < share else ""
                 example = Example(prompt, completion + secret)
                 (encoded,), _ = encode([example], tokenizer, 1 << 20)
-                # The decoy serves the longest text that it is long enough for; in the last rounds any that is left.
+                # It serves the longest text that it is long enough for; later rounds take what is longer by more.
                 fits = [length for length in wanted if length <= len(encoded.input_ids)]
-                near = [length for length in fits if length >= len(encoded.input_ids) - 1 - number // 2]
+                near = [length for length in fits if length >= len(encoded.input_ids) - 1 - number]
                 if near:
                     length = max(near)
                     wanted -= Counter([length])
@@ -69,7 +69,7 @@ def _round(model: Any, tokenizer: Any, examples: Sequence[Example], drawn: rando
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in tokens])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
     written = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48,
+        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=36,
         pad_token_id=0,
     )  # fmt: skip
     for example, row in zip(chosen, written[:, longest:], strict=True):

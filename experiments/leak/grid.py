@@ -58,7 +58,7 @@ class Row(BaseModel):
     codec: str = "fp32"
     defence: tuple[str, ...] = ()
     data: Literal["e2e", "sst2"] = "e2e"
-    steps: int = Field(150, ge=1)
+    steps: int = Field(100, ge=1)
     views: tuple[str, ...] = ("known",)
     also_codecs: tuple[str, ...] = ()
     package: Path | None = None

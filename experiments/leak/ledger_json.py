@@ -21,15 +21,18 @@ def ledger(rows: Sequence[Mapping[str, Any]], circumstances: Mapping[str, Any]) 
     Returns:
         `circumstances`; `data`, the tasks; `seconds`, of all rows together; and `runs`, entries as `RowLab.make` has
         them with `task_loss`, `task_accuracy`, `task_loss_ratio` and `step_ratio`: the last two over the undefended
-        split run over fp32 of the same plan and task, null where there is none in the ledger.
+        split run over fp32 of the same plan and task, null where there is none in the ledger. The steps of the
+        run are not those of a further codec, so `step_ratio` is null there.
     """
     baselines = {_place(row): row for row in rows if _is_baseline(row)}
     runs = []
     for row in rows:
         base = baselines.get(_place(row))
         for entry in row["runs"]:
-            codec = entry["codec"] if entry["codec"] in row["task"] else row["settings"]["row"]["codec"]
-            runs.append({**entry, **_compared(row, codec, base)})
+            own = row["settings"]["row"]["codec"]
+            codec = entry["codec"] if entry["codec"] in row["task"] else own
+            compared = _compared(row, codec, base)
+            runs.append({**entry, **compared, **({} if codec == own else {"step_ratio": None})})
     return {
         **circumstances,
         "data": sorted({row["settings"]["row"]["data"] for row in rows}),

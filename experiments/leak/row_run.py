@@ -220,6 +220,8 @@ def _entry(row: Row, found: Found | None, priors: Mapping[str, Interval], shared
         "coarse_recall": None if judged is None else judged.coarse_recall,
         **_measured([("real_or_decoy_auc", None if found is None else found.real_or_decoy)]),
         **shared,
+        # What was measured of the run's own codec is not said of another.
+        **({} if codec == row.codec else {"bytes_per_token": None}),
     }
 
 
