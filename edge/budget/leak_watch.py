@@ -166,15 +166,13 @@ class BudgetWatch:
         """Attack the run as it is, keep the worst, and compare it with the budget."""
         self._check_stop()
         with torch.random.fork_rng():
-            found = list(self._leaks())
+            for leak in self._leaks():
+                self._say(f"leak: {leak.text()}")
+                before = self._worst.get(leak.channel)
+                if before is None or leak.value >= before.value:
+                    self._worst[leak.channel] = leak
+                self._compare(leak, now)
         self._attacks += 1
-        for leak in found:
-            before = self._worst.get(leak.channel)
-            if before is None or leak.value >= before.value:
-                self._worst[leak.channel] = leak
-        self._say(f"leak: {', '.join(leak.text() for leak in found)}")
-        for leak in found:
-            self._compare(leak, now)
 
     def _leaks(self) -> Iterator[Leak]:
         texts, codecs = self._texts, self._rehearsal.codecs
@@ -183,8 +181,8 @@ class BudgetWatch:
             self._states = self._expected(knowledge)
             passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
             truth = self._rehearsal.truth(texts.sample, texts.secrets)
-            leak, _ = token_leak(knowledge, passes, truth, self._shares["tokens"], self._between)
-            yield leak
+            limit = self._limits.get("tokens", 1.0)
+            yield token_leak(knowledge, passes, truth, self._shares["tokens"], limit, self._between)
         elif not self._states:
             self._states = self._expected(self._knows(texts.public, codecs.forward_up))
         if "labels" in self._limits and not self._gradients:
@@ -194,7 +192,8 @@ class BudgetWatch:
             traffic, truth = self._rehearsal.gradients(labelled)
             with self._rehearsal.span() as span:
                 knowledge = self._knows(texts.public[len(labelled) :], codecs.backward_up, span)
-                leak, _ = label_leak(knowledge, traffic, truth, self._shares["labels"], self._between)
+                limit = self._limits["labels"]
+                leak = label_leak(knowledge, traffic, truth, self._shares["labels"], limit, self._between)
             yield leak
 
     def _compare(self, leak: Leak, now: str) -> None:
