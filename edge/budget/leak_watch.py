@@ -62,7 +62,7 @@ class BudgetWatch:
         self._check_stop: Callable[[], None] = lambda: None
         self._worst: dict[str, Leak] = {}
         self._attacks = 0
-        self._attacked_at = 0
+        self._attacked_at: int | None = None  # applied steps; None before this process makes one
         self._states: list[Tensor] = []
         total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
         passes = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
@@ -102,6 +102,8 @@ class BudgetWatch:
         Raises:
             LeakBudgetError: The budget is broken.
         """
+        if self._attacked_at is None:
+            self._attacked_at = step - 1
         change, every = self._change(), self._config.leak_every
         due = every is not None and step - 1 - self._attacked_at >= every
         if change <= self._config.leak_change and not due:
@@ -120,14 +122,14 @@ class BudgetWatch:
     def state(self) -> Mapping[str, Any]:
         """See `StepObserver`."""
         worst = {channel: asdict(leak) for channel, leak in self._worst.items()}
-        return {"worst": worst, "attacks": self._attacks, "attacked_at": self._attacked_at}
+        return {"worst": worst, "attacks": self._attacks}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `StepObserver`."""
         self._worst = {
             channel: Leak(**{**leak, "recovered": tuple(leak["recovered"])}) for channel, leak in state["worst"].items()
         }
-        self._attacks, self._attacked_at = int(state["attacks"]), int(state["attacked_at"])
+        self._attacks = int(state["attacks"])
 
     def figures(self) -> dict[str, Any]:
         """See `LeakWatch`."""
