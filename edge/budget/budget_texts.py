@@ -39,8 +39,11 @@ class BudgetTexts:
     given: bool
 
 
-def choose_texts(config: TrainConfig, data: TrainingData, tokenizer: Any) -> BudgetTexts:
+def choose_texts(config: TrainConfig, data: TrainingData, tokenizer: Any, *, attacked: bool) -> BudgetTexts:
     """Draw the sample by the run's seed, add every text that holds a secret, and take the attacker's texts.
+
+    Args:
+        attacked: Whether any attack needs them.
 
     Raises:
         ConfigError: A secret is in no text, or there are too few texts for the attacker.
@@ -62,7 +65,7 @@ def choose_texts(config: TrainConfig, data: TrainingData, tokenizer: Any) -> Bud
         public = [text for text in dict.fromkeys(found) if text.input_ids not in known]
         remedy = "give a file with more texts that are not among the private ones"
     public = [text for text in public if len(text.input_ids) > 1]
-    if len(public) < FEWEST_PUBLIC:
+    if attacked and len(public) < FEWEST_PUBLIC:
         raise ConfigError(f"{len(public)} texts for the attacker are too few, it needs {FEWEST_PUBLIC}: {remedy}.")
     return BudgetTexts(sample, secrets, tuple(public[:MOST_PUBLIC]), config.public is not None)
 

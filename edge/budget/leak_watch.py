@@ -57,12 +57,15 @@ class BudgetWatch:
         self._say = say
         self._limits = config.limits()
         self._gradients = gradients_go_up(model, tuned, config)
-        self._texts = choose_texts(config, data, tokenizer)
+        self._attacks_labels = self._gradients and "labels" in self._limits
+        self._attacks_texts = "tokens" in self._limits or config.secrets is not None
+        self._attacks_anything = self._attacks_texts or self._attacks_labels
+        self._texts = choose_texts(config, data, tokenizer, attacked=self._attacks_anything)
         self._rehearsal = Rehearsal(model, tuned, config, defended, data.pad_id)
         self._check_stop: Callable[[], None] = lambda: None
         self._worst: dict[str, Leak] = {}
         self._attacks = 0
-        self._attacked_at = 0
+        self._attacked_at: int | None = None  # applied steps; None before this process makes one
         self._states: list[Tensor] = []
         total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
         passes = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
@@ -79,21 +82,25 @@ class BudgetWatch:
         if not self._worst:
             return None
         parts = [leak.text() for leak in self._worst.values()]
-        count, measured = len(self._texts.sample), "tokens" in self._worst
-        on = [f"measured on {count} texts"] if measured else []
-        if self._labels_are_measured:
+        on = [f"measured on {len(self._texts.sample)} texts"] if self._attacks_texts else []
+        if self._attacks_labels:
             on.append(f"labels on {len(self._labelled())} public ones")
         return ", ".join([*parts, *on])
 
     def begin(self, check_stop: Callable[[], None]) -> None:
         """See `LeakWatch`."""
         self._check_stop = check_stop
-        source = "public texts" if self._texts.given else "other texts of the run, which makes it stronger"
-        self._say(
-            f"leak budget {self._budget()}: measured, not guaranteed. {len(self._texts.sample)} private texts are "
-            f"attacked here before anything private is sent; the attacker learns from {len(self._texts.public)} "
-            f"{source}."
-        )
+        said = f"leak budget {self._budget()}: measured, not guaranteed."
+        if self._attacks_texts:
+            said += f" {len(self._texts.sample)} private texts are attacked here before anything private is sent."
+        if self._attacks_labels:
+            said += (
+                f" {len(self._labelled())} public texts go through the cloud's layers, and their labels are attacked."
+            )
+        if self._attacks_anything:
+            source = "public texts" if self._texts.given else "other texts of the run, which makes it stronger"
+            said += f" The attacker learns from up to {len(self._texts.public)} {source}."
+        self._say(said)
         self._attack("Nothing private has been sent")
 
     def before_step(self, step: int) -> None:
@@ -102,6 +109,10 @@ class BudgetWatch:
         Raises:
             LeakBudgetError: The budget is broken.
         """
+        if not self._attacks_anything:
+            return
+        if self._attacked_at is None:
+            self._attacked_at = step - 1
         change, every = self._change(), self._config.leak_every
         due = every is not None and step - 1 - self._attacked_at >= every
         if change <= self._config.leak_change and not due:
@@ -120,26 +131,22 @@ class BudgetWatch:
     def state(self) -> Mapping[str, Any]:
         """See `StepObserver`."""
         worst = {channel: asdict(leak) for channel, leak in self._worst.items()}
-        return {"worst": worst, "attacks": self._attacks, "attacked_at": self._attacked_at}
+        return {"worst": worst, "attacks": self._attacks}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `StepObserver`."""
         self._worst = {
             channel: Leak(**{**leak, "recovered": tuple(leak["recovered"])}) for channel, leak in state["worst"].items()
         }
-        self._attacks, self._attacked_at = int(state["attacks"]), int(state["attacked_at"])
+        self._attacks = int(state["attacks"])
 
     def figures(self) -> dict[str, Any]:
         """See `LeakWatch`."""
         values = {f"leak_{channel}": leak.value for channel, leak in self._worst.items()}
         return {"leak": self.line, "leak_attacks": self._attacks, **values}
 
-    @property
-    def _labels_are_measured(self) -> bool:
-        return self._gradients and self._texts.given and "labels" in self._limits
-
     def _check_labels(self) -> None:
-        if "labels" not in self._limits or not self._gradients:
+        if not self._attacks_labels:
             return
         if not self._texts.given:
             raise ConfigError(
@@ -166,36 +173,33 @@ class BudgetWatch:
         """Attack the run as it is, keep the worst, and compare it with the budget."""
         self._check_stop()
         with torch.random.fork_rng():
-            found = list(self._leaks())
+            for leak in self._leaks():
+                self._say(f"leak: {leak.text()}")
+                before = self._worst.get(leak.channel)
+                if before is None or leak.value >= before.value:
+                    self._worst[leak.channel] = leak
+                self._compare(leak, now)
         self._attacks += 1
-        for leak in found:
-            before = self._worst.get(leak.channel)
-            if before is None or leak.value >= before.value:
-                self._worst[leak.channel] = leak
-        self._say(f"leak: {', '.join(leak.text() for leak in found)}")
-        for leak in found:
-            self._compare(leak, now)
 
     def _leaks(self) -> Iterator[Leak]:
         texts, codecs = self._texts, self._rehearsal.codecs
-        if "tokens" in self._limits or texts.secrets:
+        if self._attacks_anything:
             knowledge = self._knows(texts.public, codecs.forward_up)
             self._states = self._expected(knowledge)
+        if self._attacks_texts:
             passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
             truth = self._rehearsal.truth(texts.sample, texts.secrets)
-            leak, _ = token_leak(knowledge, passes, truth, self._shares["tokens"], self._between)
-            yield leak
-        elif not self._states:
-            self._states = self._expected(self._knows(texts.public, codecs.forward_up))
-        if "labels" in self._limits and not self._gradients:
-            yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
-        elif "labels" in self._limits:
-            labelled = self._labelled()
+            limit = self._limits.get("tokens", 1.0)
+            yield token_leak(knowledge, passes, truth, self._shares["tokens"], limit, self._between)
+        if self._attacks_labels:
+            labelled, limit = self._labelled(), self._limits["labels"]
             traffic, truth = self._rehearsal.gradients(labelled)
             with self._rehearsal.span() as span:
                 knowledge = self._knows(texts.public[len(labelled) :], codecs.backward_up, span)
-                leak, _ = label_leak(knowledge, traffic, truth, self._shares["labels"], self._between)
+                leak = label_leak(knowledge, traffic, truth, self._shares["labels"], limit, self._between)
             yield leak
+        elif "labels" in self._limits:
+            yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
 
     def _compare(self, leak: Leak, now: str) -> None:
         """Raise LeakBudgetError where a leak breaks the budget."""
