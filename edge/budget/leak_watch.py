@@ -62,7 +62,7 @@ class BudgetWatch:
         self._check_stop: Callable[[], None] = lambda: None
         self._worst: dict[str, Leak] = {}
         self._attacks = 0
-        self._attacked_at = 0
+        self._attacked_at: int | None = None  # applied steps; None before this process makes one
         self._states: list[Tensor] = []
         total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
         passes = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
@@ -102,6 +102,8 @@ class BudgetWatch:
         Raises:
             LeakBudgetError: The budget is broken.
         """
+        if self._attacked_at is None:
+            self._attacked_at = step - 1
         change, every = self._change(), self._config.leak_every
         due = every is not None and step - 1 - self._attacked_at >= every
         if change <= self._config.leak_change and not due:
@@ -120,14 +122,14 @@ class BudgetWatch:
     def state(self) -> Mapping[str, Any]:
         """See `StepObserver`."""
         worst = {channel: asdict(leak) for channel, leak in self._worst.items()}
-        return {"worst": worst, "attacks": self._attacks, "attacked_at": self._attacked_at}
+        return {"worst": worst, "attacks": self._attacks}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `StepObserver`."""
         self._worst = {
             channel: Leak(**{**leak, "recovered": tuple(leak["recovered"])}) for channel, leak in state["worst"].items()
         }
-        self._attacks, self._attacked_at = int(state["attacks"]), int(state["attacked_at"])
+        self._attacks = int(state["attacks"])
 
     def figures(self) -> dict[str, Any]:
         """See `LeakWatch`."""
@@ -166,15 +168,13 @@ class BudgetWatch:
         """Attack the run as it is, keep the worst, and compare it with the budget."""
         self._check_stop()
         with torch.random.fork_rng():
-            found = list(self._leaks())
+            for leak in self._leaks():
+                self._say(f"leak: {leak.text()}")
+                before = self._worst.get(leak.channel)
+                if before is None or leak.value >= before.value:
+                    self._worst[leak.channel] = leak
+                self._compare(leak, now)
         self._attacks += 1
-        for leak in found:
-            before = self._worst.get(leak.channel)
-            if before is None or leak.value >= before.value:
-                self._worst[leak.channel] = leak
-        self._say(f"leak: {', '.join(leak.text() for leak in found)}")
-        for leak in found:
-            self._compare(leak, now)
 
     def _leaks(self) -> Iterator[Leak]:
         texts, codecs = self._texts, self._rehearsal.codecs
@@ -183,8 +183,8 @@ class BudgetWatch:
             self._states = self._expected(knowledge)
             passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
             truth = self._rehearsal.truth(texts.sample, texts.secrets)
-            leak, _ = token_leak(knowledge, passes, truth, self._shares["tokens"], self._between)
-            yield leak
+            limit = self._limits.get("tokens", 1.0)
+            yield token_leak(knowledge, passes, truth, self._shares["tokens"], limit, self._between)
         elif not self._states:
             self._states = self._expected(self._knows(texts.public, codecs.forward_up))
         if "labels" in self._limits and not self._gradients:
@@ -194,7 +194,8 @@ class BudgetWatch:
             traffic, truth = self._rehearsal.gradients(labelled)
             with self._rehearsal.span() as span:
                 knowledge = self._knows(texts.public[len(labelled) :], codecs.backward_up, span)
-                leak, _ = label_leak(knowledge, traffic, truth, self._shares["labels"], self._between)
+                limit = self._limits["labels"]
+                leak = label_leak(knowledge, traffic, truth, self._shares["labels"], limit, self._between)
             yield leak
 
     def _compare(self, leak: Leak, now: str) -> None:

@@ -59,19 +59,22 @@ class Leak:
 
 
 def token_leak(
-    knowledge: Knowledge, passes: Sequence[Traffic], truth: Truth, share: float, between: Between
-) -> tuple[Leak, list[Judged]]:
-    """Attack the texts.
+    knowledge: Knowledge, passes: Sequence[Traffic], truth: Truth, share: float, limit: float, between: Between
+) -> Leak:
+    """Attack the texts, the quick attacks first, until one breaks the limit.
 
     Args:
         passes: What goes up of the same texts in each pass of the run; of several passes, attacks take the first one
             alone, or the mean.
+        limit: What the budget allows.
         between: Called between the parts of the work; what it raises ends it.
     """
-    judged = []
+    judged: list[Judged] = []
     for name, make in TOKEN_ATTACKS.items():
         guess = _guess(make(), name, knowledge, passes[0], between)
         judged.append(judge_tokens(name, "known", guess, knowledge, truth))
+        if (found := _worst("tokens", judged, share, truth)).value > limit:
+            return found
     if len(passes) > 1:
         averaged, together = AveragedMatching(), passes[0]
         between(averaged.name, 0, 1)
@@ -81,29 +84,30 @@ def token_leak(
         guess = averaged.run(together)
         first = Guess(guess.tokens[: len(truth.tokens)], guess.coarse_recall)
         judged.append(judge_tokens(averaged.name, "known", first, knowledge, truth))
-    planted = sum(map(len, truth.secrets))
-    found = max((round(each.secret_recall.value * planted) for each in judged if each.secret_recall), default=0)
-    return replace(_worst("tokens", judged, share), recovered=(found, planted)), judged
+    return _worst("tokens", judged, share, truth)
 
 
 def label_leak(
-    knowledge: Knowledge, traffic: Traffic, truth: Truth, share: float, between: Between
-) -> tuple[Leak, list[Judged]]:
+    knowledge: Knowledge, traffic: Traffic, truth: Truth, share: float, limit: float, between: Between
+) -> Leak:
     """Attack the labels. Arguments as of `token_leak`; the traffic has gradients."""
-    judged = []
+    judged: list[Judged] = []
     for name, make in LABEL_ATTACKS.items():
-        guess = _guess(make(), name, knowledge, traffic, between)
-        judged.append(judge_labels(name, "known", guess, truth))
-    return _worst("labels", judged, share), judged
+        judged.append(judge_labels(name, "known", _guess(make(), name, knowledge, traffic, between), truth))
+        if _worst("labels", judged, share, truth).value > limit:
+            break
+    return _worst("labels", judged, share, truth)
 
 
-def _worst(channel: str, judged: Sequence[Judged], share: float) -> Leak:
+def _worst(channel: str, judged: Sequence[Judged], share: float, truth: Truth) -> Leak:
     def got(each: Judged) -> Interval:
         interval = each.token_accuracy if channel == "tokens" else each.label_accuracy
         return interval or Interval(0, 0, 0)
 
     most = max(judged, key=lambda each: (got(each).high, got(each).value))
-    return Leak(channel, most.attack, got(most).value, got(most).high, share)
+    planted = sum(map(len, truth.secrets))
+    found = max((round(each.secret_recall.value * planted) for each in judged if each.secret_recall), default=0)
+    return Leak(channel, most.attack, got(most).value, got(most).high, share, (found, planted))
 
 
 def _guess(attack: Attack, name: str, knowledge: Knowledge, traffic: Traffic, between: Between) -> Guess:

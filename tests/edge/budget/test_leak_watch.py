@@ -79,7 +79,7 @@ def quick_maps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_private_crosses_where_the_budget_is_not_kept(cloud: Recorded, tmp_path: Path) -> None:
     before = len(cloud.seen())
-    said = r"tokens<=0\.5 is broken: .* = 1\.00\. Nothing private has been sent\. .*emulator"
+    said = r"tokens<=0\.5 is broken: .* Nothing private has been sent\. .*emulator"
     with pytest.raises(LeakBudgetError, match=said):
         cloud.train(tmp_path / "out", leak_budget=["tokens<=0.5"])
     assert len(cloud.seen()) == before
