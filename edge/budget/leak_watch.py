@@ -16,13 +16,14 @@ from torch import Tensor
 from isthmus.common.errors import ConfigError, LeakBudgetError
 from isthmus.edge.budget.attacker import knowledge_of
 from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
-from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, label_leak, token_leak
+from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, attack_gradients, attack_texts, worst_leak
 from isthmus.edge.budget.rehearsal import Rehearsal
 from isthmus.edge.config.schedule import steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData
 from isthmus.edge.training.defended_run import DefendedRun, gradients_go_up
 from isthmus.privacy.attacks.attack import Knowledge
+from isthmus.privacy.ledger.judged_attacks import LABEL_ATTACKS, Judged
 from isthmus.privacy.ledger.mode_leaks import keeping
 
 _CHANGE_TEXTS = 4
@@ -79,9 +80,9 @@ class BudgetWatch:
         if not self._worst:
             return None
         parts = [leak.text() for leak in self._worst.values()]
-        count, measured = len(self._texts.sample), "tokens" in self._worst
-        on = [f"measured on {count} texts"] if measured else []
-        if self._labels_are_measured:
+        attacks = {leak.attack for leak in self._worst.values()}
+        on = [] if attacks <= {NO_GRADIENTS, *LABEL_ATTACKS} else [f"measured on {len(self._texts.sample)} texts"]
+        if attacks & LABEL_ATTACKS.keys():
             on.append(f"labels on {len(self._labelled())} public ones")
         return ", ".join([*parts, *on])
 
@@ -136,10 +137,6 @@ class BudgetWatch:
         values = {f"leak_{channel}": leak.value for channel, leak in self._worst.items()}
         return {"leak": self.line, "leak_attacks": self._attacks, **values}
 
-    @property
-    def _labels_are_measured(self) -> bool:
-        return self._gradients and self._texts.given and "labels" in self._limits
-
     def _check_labels(self) -> None:
         if "labels" not in self._limits or not self._gradients:
             return
@@ -177,30 +174,51 @@ class BudgetWatch:
         self._attacks += 1
 
     def _leaks(self) -> Iterator[Leak]:
-        texts, codecs = self._texts, self._rehearsal.codecs
-        if "tokens" in self._limits or texts.secrets:
+        texts, codecs, limits = self._texts, self._rehearsal.codecs, self._limits
+        tokens, labels = "tokens" in limits or bool(texts.secrets), "labels" in limits
+        spoken = labels and not self._config.withhold_answers  # labels are among the tokens that are sent
+        wanted = [channel for channel, asked in (("tokens", tokens), ("labels", spoken)) if asked]
+        if wanted:
             knowledge = self._knows(texts.public, codecs.forward_up)
             self._states = self._expected(knowledge)
             passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
-            truth = self._rehearsal.truth(texts.sample, texts.secrets)
-            limit = self._limits.get("tokens", 1.0)
-            yield token_leak(knowledge, passes, truth, self._shares["tokens"], limit, self._between)
+            truth, answers = self._rehearsal.truth(texts.sample, texts.secrets)
+
+            def found(judged: Sequence[Judged]) -> list[Leak]:
+                return [worst_leak(channel, judged, self._shares["tokens"], truth) for channel in wanted]
+
+            def enough(judged: Sequence[Judged]) -> bool:
+                return any(leak.value > self._limit(leak.channel) for leak in found(judged))
+
+            yield from found(attack_texts(knowledge, passes, truth, answers, enough, self._between))
         elif not self._states:
             self._states = self._expected(self._knows(texts.public, codecs.forward_up))
-        if "labels" in self._limits and not self._gradients:
+        if labels and self._gradients:
+            yield self._by_gradients()
+        elif labels and not spoken:
             yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
-        elif "labels" in self._limits:
-            labelled = self._labelled()
-            traffic, truth = self._rehearsal.gradients(labelled)
-            with self._rehearsal.span() as span:
-                knowledge = self._knows(texts.public[len(labelled) :], codecs.backward_up, span)
-                limit = self._limits["labels"]
-                leak = label_leak(knowledge, traffic, truth, self._shares["labels"], limit, self._between)
-            yield leak
+
+    def _by_gradients(self) -> Leak:
+        """What gradients give of labels."""
+        labelled, share = self._labelled(), self._shares["labels"]
+        traffic, truth = self._rehearsal.gradients(labelled)
+
+        def found(judged: Sequence[Judged]) -> Leak:
+            return worst_leak("labels", judged, share, truth)
+
+        def enough(judged: Sequence[Judged]) -> bool:
+            return found(judged).value > self._limit("labels")
+
+        with self._rehearsal.span() as span:
+            knowledge = self._knows(self._texts.public[len(labelled) :], self._rehearsal.codecs.backward_up, span)
+            return found(attack_gradients(knowledge, traffic, truth, enough, self._between))
+
+    def _limit(self, channel: str) -> float:
+        return self._limits.get(channel, 1.0)
 
     def _compare(self, leak: Leak, now: str) -> None:
         """Raise LeakBudgetError where a leak breaks the budget."""
-        limit = self._limits.get(leak.channel, 1.0)
+        limit = self._limit(leak.channel)
         found, of = leak.recovered
         if leak.value <= limit and not found:
             return
