@@ -95,7 +95,8 @@ class Rehearsal:
 
     def truth(self, texts: Sequence[Encoded], secrets: tuple[tuple[str, ...], ...]) -> tuple[Truth, tuple[Tensor, ...]]:
         """What `forwards` of the same texts is judged by, and of each row the labels where they stand, -1 elsewhere."""
-        tokens, answers = [], []
+        tokens: list[Tensor] = []
+        answers: list[Tensor] = []
         for batch in Batches(texts, self._rows, self._pad_id).epoch():
             labels = batch["labels"].where(batch["labels"] != IGNORED, UNKNOWN)
             # A withheld answer is no token that is sent, and one of the text all the same.

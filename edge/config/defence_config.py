@@ -47,6 +47,11 @@ class DefenceConfig(Settings):
         f"run. By default OUT/{KEY_FILE}, which is made when it is missing.",
     )
 
+    @property
+    def withholds(self) -> bool:
+        """See `ExamplesConfig`."""
+        return self.withhold_answers
+
     @field_validator("defence", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:

@@ -30,7 +30,6 @@ from torch import Tensor
 from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.common.errors import ChatTemplateError, ConfigError, DataError
 from isthmus.edge.config.data_config import ExamplesConfig
-from isthmus.edge.config.defence_config import DefenceConfig
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.readers import Example, read_examples
 
@@ -136,7 +135,7 @@ def encode_for(config: ExamplesConfig, examples: Sequence[Example], tokenizer: A
         DataError: A withheld answer is not one token at the end of its row; and what `encode` raises.
     """
     encoded, dropped = encode(examples, tokenizer, config.max_length)
-    if isinstance(config, DefenceConfig) and config.withhold_answers:
+    if config.withholds:
         encoded = [
             _withheld(example, number, pad_id(tokenizer), tokenizer.eos_token_id)
             for number, example in enumerate(encoded, 1)
