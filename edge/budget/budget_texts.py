@@ -11,7 +11,7 @@ import torch
 
 from isthmus.common.errors import ConfigError
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.data.batches import Encoded, TrainingData, encode
+from isthmus.edge.data.batches import Encoded, TrainingData, encode_for
 from isthmus.edge.data.readers import read_examples
 from isthmus.privacy.measures.planted_secrets import decoded
 
@@ -60,7 +60,7 @@ def choose_texts(config: TrainConfig, data: TrainingData, tokenizer: Any, *, att
         public = [private[place] for place in order if place not in set(chosen)]
         remedy = "give --public FILE, or a smaller --leak-sample"
     else:
-        found, _ = encode(read_examples(config.public, config), tokenizer, config.max_length)
+        found, _ = encode_for(config, read_examples(config.public, config), tokenizer)
         known = {text.input_ids for text in private}
         public = [text for text in dict.fromkeys(found) if text.input_ids not in known]
         remedy = "give a file with more texts that are not among the private ones"

@@ -16,13 +16,14 @@ from torch import Tensor
 from isthmus.common.errors import ConfigError, LeakBudgetError
 from isthmus.edge.budget.attacker import knowledge_of
 from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
-from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, label_leak, token_leak
+from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, attack_gradients, attack_texts, worst_leak
 from isthmus.edge.budget.rehearsal import Rehearsal
 from isthmus.edge.config.schedule import steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData
 from isthmus.edge.training.defended_run import DefendedRun, gradients_go_up
 from isthmus.privacy.attacks.attack import Knowledge
+from isthmus.privacy.ledger.judged_attacks import Judged
 from isthmus.privacy.ledger.mode_leaks import keeping
 
 _CHANGE_TEXTS = 4
@@ -58,7 +59,13 @@ class BudgetWatch:
         self._limits = config.limits()
         self._gradients = gradients_go_up(model, tuned, config)
         self._attacks_labels = self._gradients and "labels" in self._limits
-        self._attacks_texts = "tokens" in self._limits or config.secrets is not None
+        # Labels that are not withheld are among the tokens that are sent.
+        in_texts = {
+            "tokens": "tokens" in self._limits or config.secrets is not None,
+            "labels": "labels" in self._limits and not config.withhold_answers,
+        }
+        self._in_texts = [channel for channel, read in in_texts.items() if read]
+        self._attacks_texts = bool(self._in_texts)
         self._attacks_anything = self._attacks_texts or self._attacks_labels
         self._texts = choose_texts(config, data, tokenizer, attacked=self._attacks_anything)
         self._rehearsal = Rehearsal(model, tuned, config, defended, data.pad_id)
@@ -188,22 +195,41 @@ class BudgetWatch:
             self._states = self._expected(knowledge)
         if self._attacks_texts:
             passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
-            truth = self._rehearsal.truth(texts.sample, texts.secrets)
-            limit = self._limits.get("tokens", 1.0)
-            yield token_leak(knowledge, passes, truth, self._shares["tokens"], limit, self._between)
+            truth, answers = self._rehearsal.truth(texts.sample, texts.secrets)
+
+            def found(judged: Sequence[Judged]) -> list[Leak]:
+                return [worst_leak(channel, judged, self._shares["tokens"], truth) for channel in self._in_texts]
+
+            def enough(judged: Sequence[Judged]) -> bool:
+                return any(leak.value > self._limit(leak.channel) for leak in found(judged))
+
+            yield from found(attack_texts(knowledge, passes, truth, answers, enough, self._between))
         if self._attacks_labels:
-            labelled, limit = self._labelled(), self._limits["labels"]
-            traffic, truth = self._rehearsal.gradients(labelled)
-            with self._rehearsal.span() as span:
-                knowledge = self._knows(texts.public[len(labelled) :], codecs.backward_up, span)
-                leak = label_leak(knowledge, traffic, truth, self._shares["labels"], limit, self._between)
-            yield leak
-        elif "labels" in self._limits:
+            yield self._by_gradients()
+        elif "labels" in self._limits and "labels" not in self._in_texts:
             yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
+
+    def _by_gradients(self) -> Leak:
+        """What gradients give of labels."""
+        labelled, share = self._labelled(), self._shares["labels"]
+        traffic, truth = self._rehearsal.gradients(labelled)
+
+        def found(judged: Sequence[Judged]) -> Leak:
+            return worst_leak("labels", judged, share, truth)
+
+        def enough(judged: Sequence[Judged]) -> bool:
+            return found(judged).value > self._limit("labels")
+
+        with self._rehearsal.span() as span:
+            knowledge = self._knows(self._texts.public[len(labelled) :], self._rehearsal.codecs.backward_up, span)
+            return found(attack_gradients(knowledge, traffic, truth, enough, self._between))
+
+    def _limit(self, channel: str) -> float:
+        return self._limits.get(channel, 1.0)
 
     def _compare(self, leak: Leak, now: str) -> None:
         """Raise LeakBudgetError where a leak breaks the budget."""
-        limit = self._limits.get(leak.channel, 1.0)
+        limit = self._limit(leak.channel)
         found, of = leak.recovered
         if leak.value <= limit and not found:
             return

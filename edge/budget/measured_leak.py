@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge
 from isthmus.privacy.attacks.averaging import AveragedMatching
 from isthmus.privacy.ledger.judged_attacks import (
@@ -15,13 +17,17 @@ from isthmus.privacy.ledger.judged_attacks import (
     judge_labels,
     judge_tokens,
 )
-from isthmus.privacy.measures.bootstrap import Interval
+from isthmus.privacy.measures.bootstrap import Interval, share_interval
+from isthmus.privacy.measures.token_accuracy import token_hits
 from isthmus.privacy.recording.traffic import Traffic
 
-NO_GRADIENTS = "no gradients"
+NO_GRADIENTS = "no gradients, answers withheld"
 
 Between = Callable[[str, int, int], None]
 """Called with an attack's name, the calls that it has attacked, and all of them."""
+
+Enough = Callable[[Sequence[Judged]], bool]
+"""Told of the attacks so far; true where no other is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +64,34 @@ class Leak:
         return f"{text}, {found} of {of} secrets" if of else text
 
 
-def token_leak(
-    knowledge: Knowledge, passes: Sequence[Traffic], truth: Truth, share: float, limit: float, between: Between
-) -> Leak:
-    """Attack the texts, the quick attacks first, until one breaks the limit.
+def attack_texts(
+    knowledge: Knowledge,
+    passes: Sequence[Traffic],
+    truth: Truth,
+    answers: Sequence[Tensor],
+    enough: Enough,
+    between: Between,
+) -> list[Judged]:
+    """Attack the texts, the quick attacks first; each gives tokens, and labels where they are among the tokens.
 
     Args:
         passes: What goes up of the same texts in each pass of the run; of several passes, attacks take the first one
             alone, or the mean.
-        limit: What the budget allows.
+        answers: Of each row of `truth.tokens` the labels where they stand, -1 elsewhere.
+        enough: Whether the attacks so far are.
         between: Called between the parts of the work; what it raises ends it.
     """
     judged: list[Judged] = []
+
+    def judge(name: str, guess: Guess) -> bool:
+        found = judge_tokens(name, "known", guess, knowledge, truth)
+        labels = share_interval(token_hits(guess.tokens, answers))
+        judged.append(replace(found, label_accuracy=labels))
+        return enough(judged)
+
     for name, make in TOKEN_ATTACKS.items():
-        guess = _guess(make(), name, knowledge, passes[0], between)
-        judged.append(judge_tokens(name, "known", guess, knowledge, truth))
-        if (found := _worst("tokens", judged, share, truth)).value > limit:
-            return found
+        if judge(name, _guess(make(), name, knowledge, passes[0], between)):
+            return judged
     if len(passes) > 1:
         averaged, together = AveragedMatching(), passes[0]
         between(averaged.name, 0, 1)
@@ -82,30 +99,31 @@ def token_leak(
         for each in passes[1:]:
             together = replace(together, forwards=together.forwards + each.forwards)
         guess = averaged.run(together)
-        first = Guess(guess.tokens[: len(truth.tokens)], guess.coarse_recall)
-        judged.append(judge_tokens(averaged.name, "known", first, knowledge, truth))
-    return _worst("tokens", judged, share, truth)
+        judge(averaged.name, Guess(guess.tokens[: len(truth.tokens)], guess.coarse_recall))
+    return judged
 
 
-def label_leak(
-    knowledge: Knowledge, traffic: Traffic, truth: Truth, share: float, limit: float, between: Between
-) -> Leak:
-    """Attack the labels. Arguments as of `token_leak`; the traffic has gradients."""
+def attack_gradients(
+    knowledge: Knowledge, traffic: Traffic, truth: Truth, enough: Enough, between: Between
+) -> list[Judged]:
+    """Attack the labels by the gradients of `traffic`. Arguments as of `attack_texts`."""
     judged: list[Judged] = []
     for name, make in LABEL_ATTACKS.items():
         judged.append(judge_labels(name, "known", _guess(make(), name, knowledge, traffic, between), truth))
-        if _worst("labels", judged, share, truth).value > limit:
+        if enough(judged):
             break
-    return _worst("labels", judged, share, truth)
+    return judged
 
 
-def _worst(channel: str, judged: Sequence[Judged], share: float, truth: Truth) -> Leak:
+def worst_leak(channel: str, judged: Sequence[Judged], share: float, truth: Truth) -> Leak:
+    """What the strongest attack got in a channel."""
+
     def got(each: Judged) -> Interval:
         interval = each.token_accuracy if channel == "tokens" else each.label_accuracy
         return interval or Interval(0, 0, 0)
 
     most = max(judged, key=lambda each: (got(each).high, got(each).value))
-    planted = sum(map(len, truth.secrets))
+    planted = sum(map(len, truth.secrets)) if channel == "tokens" else 0
     found = max((round(each.secret_recall.value * planted) for each in judged if each.secret_recall), default=0)
     return Leak(channel, most.attack, got(most).value, got(most).high, share, (found, planted))
 

@@ -93,14 +93,17 @@ class Rehearsal:
         traffic = Traffic("", str(self._model.split_plan), tuple(forwards), tuple(backwards))
         return traffic, Truth((), tuple(labels))
 
-    def truth(self, texts: Sequence[Encoded], secrets: tuple[tuple[str, ...], ...]) -> Truth:
-        """What `forwards` of the same texts is judged by."""
-        tokens = [
-            row.masked_fill(mask == 0, UNKNOWN)
-            for batch in Batches(texts, self._rows, self._pad_id).epoch()
-            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ]
-        return Truth(tuple(tokens), secrets=secrets)
+    def truth(self, texts: Sequence[Encoded], secrets: tuple[tuple[str, ...], ...]) -> tuple[Truth, tuple[Tensor, ...]]:
+        """What `forwards` of the same texts is judged by, and of each row the labels where they stand, -1 elsewhere."""
+        tokens: list[Tensor] = []
+        answers: list[Tensor] = []
+        for batch in Batches(texts, self._rows, self._pad_id).epoch():
+            labels = batch["labels"].where(batch["labels"] != IGNORED, UNKNOWN)
+            # A withheld answer is no token that is sent, and one of the text all the same.
+            private = labels.where(labels != UNKNOWN, batch["input_ids"])
+            tokens.extend(private.masked_fill(batch["attention_mask"] == 0, UNKNOWN))
+            answers.extend(labels)
+        return Truth(tuple(tokens), secrets=secrets), tuple(answers)
 
     @contextmanager
     def span(self) -> Iterator[SpanFn]:

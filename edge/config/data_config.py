@@ -34,6 +34,11 @@ class ExamplesConfig(Settings):
     completion_template: str | None = Field(None, description="The completion, made of columns: ' {ref}'.")
     max_length: int = Field(512, ge=2, description="Tokens per example at most; what is longer is cut at its end.")
 
+    @property
+    def withholds(self) -> bool:
+        """Whether another token stands in the place of each answer, see `isthmus.edge.data.batches`."""
+        return False
+
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
         has_prompt = bool(self.prompt_column or self.prompt_template)

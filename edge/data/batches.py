@@ -9,6 +9,10 @@ of the trained segments and -100 elsewhere. The first token is never a label, si
 For `messages`, the assistant's turns are trained on when each can be found in the rendered conversation (the rendering
 of the conversation up to a turn must be a prefix of the whole, which holds for most templates); otherwise only the last
 one is, and it must follow the rendering of what came before it.
+
+With `withhold_answers` another token stands in the place of an answer. What stands at a row's last position serves to
+predict what follows, from which nothing is learned; so loss, gradients and adapter keep their bits. This needs answers
+of one token: one of several is sent up to its last token, as each is predicted from those before.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ T = TypeVar("T")
 class Encoded:
     """One example as tokens.
 
-    `labels[i]` is `input_ids[i]` where it is trained on, else -100; the model shifts them itself.
+    `labels[i]` is `input_ids[i]` where it is trained on, or what stood there of a withheld answer; else -100. The model
+    shifts them itself.
     """
 
     input_ids: tuple[int, ...]
@@ -88,13 +93,13 @@ def load_examples(config: ExamplesConfig, tokenizer: Any) -> TrainingData:
 def _encoded(
     examples: Sequence[Example], held_out: Sequence[Example], config: ExamplesConfig, tokenizer: Any
 ) -> TrainingData:
-    train, dropped = encode(examples, tokenizer, config.max_length)
+    train, dropped = encode_for(config, examples, tokenizer)
     if not train:
         raise DataError(
             f"{config.data}: no examples are left, as none of the {len(examples)} has a label within its "
             f"first {config.max_length} tokens; raise --max-length."
         )
-    validation, dropped_held_out = encode(held_out, tokenizer, config.max_length)
+    validation, dropped_held_out = encode_for(config, held_out, tokenizer)
     return TrainingData(
         train, validation, pad_id(tokenizer), dropped + dropped_held_out, fingerprint(train, validation)
     )
@@ -121,6 +126,35 @@ def split(examples: Sequence[T], fraction: float, seed: int) -> tuple[list[T], l
     chosen = set(random.Random(f"split/{seed}").sample(range(len(examples)), count))  # noqa: S311  # an order, not a secret
     train = [example for index, example in enumerate(examples) if index not in chosen]
     return train, [example for index, example in enumerate(examples) if index in chosen]
+
+
+def encode_for(config: ExamplesConfig, examples: Sequence[Example], tokenizer: Any) -> tuple[list[Encoded], int]:
+    """Tokenize examples as a run has them: `encode`, and answers withheld where the run does so.
+
+    Raises:
+        DataError: A withheld answer is not one token at the end of its row; and what `encode` raises.
+    """
+    encoded, dropped = encode(examples, tokenizer, config.max_length)
+    if config.withholds:
+        encoded = [
+            _withheld(example, number, pad_id(tokenizer), tokenizer.eos_token_id)
+            for number, example in enumerate(encoded, 1)
+        ]
+    return encoded, dropped
+
+
+def _withheld(example: Encoded, number: int, filler: int, eos: int | None) -> Encoded:
+    """An example with another token in the place of its answer, and without EOS, for which the answer would be sent."""
+    places = [place for place, label in enumerate(example.labels) if label != IGNORED]
+    if len(places) > 1 and example.labels[places[-1]] == eos:
+        places.pop()
+    end = places[0] + 1
+    if len(places) > 1 or any(token != eos for token in example.input_ids[end:]):
+        raise DataError(
+            f"withhold_answers keeps back an answer of one token at the end of its row, and that of example {number} "
+            f"has {len(places)}, or something follows it: shorten the answers, or leave withhold_answers out."
+        )
+    return Encoded((*example.input_ids[: end - 1], filler), example.labels[:end])
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[Encoded], int]:

@@ -24,7 +24,7 @@ from isthmus.common.files import disk_errors, write_atomic
 from isthmus.edge.config.defence_config import KEY_FILE
 from isthmus.edge.config.schedule import steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.data.batches import TrainingData, encode, fingerprint
+from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
@@ -255,7 +255,7 @@ def _decoys(
     wanted = next((each for each in options if isinstance(each, DecoyOptions)), None)
     if wanted is None:
         return None, None
-    texts, _ = encode(read_examples(wanted.file, config), tokenizer, config.max_length)
+    texts, _ = encode_for(config, read_examples(wanted.file, config), tokenizer)
     real = [example.input_ids for example in (*data.train, *data.validation)]
     generated = [(text.input_ids, text.labels) for text in texts]
     return Decoys(wanted.count, real, generated, noise), fingerprint(texts)

@@ -4,7 +4,8 @@ A limit is `tokens<=X` or `labels<=X`, X a share between 0 and 1. Loads no torch
 
 What a mode without a defence gives up follows from what it sends. Hidden states at a cut whose lower layers are known
 give up all tokens, at any depth and in any codec, and gradients at the span's output give up all labels: the attacks'
-upper bounds are 1. Where nothing is sent, they are 0.
+upper bounds are 1. Where nothing is sent, they are 0. Labels that are sent as tokens of the text are given up with
+them, so a mode without gradients keeps a limit of labels where the answers are withheld.
 """
 
 from __future__ import annotations
@@ -47,14 +48,15 @@ class ModeLeak:
         return " and ".join(reversed(given)) if given else "nothing of the texts crosses"
 
 
+_WITHHELD = "for labels --withhold-answers"
 _TOKENS, _BOTH = frozenset({"tokens"}), frozenset({"tokens", "labels"})
 
 MODE_LEAKS: dict[str, ModeLeak] = {
     each.mode: each
     for each in (
         ModeLeak("u_shape", _BOTH, "isthmus edge train"),
-        ModeLeak("tail_cache", _TOKENS, "adapters on the top layers alone: a cloud with --edge-layers 0:N"),
-        ModeLeak("taps", _TOKENS, "isthmus edge train --method ladder"),
+        ModeLeak("tail_cache", _TOKENS, f"adapters on the top alone (a cloud with --edge-layers 0:N), {_WITHHELD}"),
+        ModeLeak("taps", _TOKENS, f"isthmus edge train --method ladder, {_WITHHELD}"),
         ModeLeak("edge", _BOTH, "isthmus edge train --sites all"),
         ModeLeak("kill_revive", _BOTH, "isthmus edge train --sites all --site-policy kill-revive"),
         ModeLeak("low_rank", _BOTH, "isthmus edge train --sites all --method low_rank"),

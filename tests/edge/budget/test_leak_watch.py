@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Recorded:
     folder: Path
     texts: Path
     public: Path
+    asked: Path
+    asked_public: Path
 
     def train(self, out: Path, **values: Any) -> Report:
         """Six steps of four texts: all of the data."""
@@ -50,6 +53,11 @@ def text(n: int, length: int) -> str:
     return "".join("abcdefghij"[(n * 7 + place * (n % 9 + 1)) % 10] for place in range(length))
 
 
+def question(n: int, length: int) -> str:
+    """A line with an answer of one token."""
+    return json.dumps({"prompt": text(n, length), "completion": "xyz"[n % 3]}) + "\n"
+
+
 @pytest.fixture(scope="module")
 def clouds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Recorded]]:
     with ExitStack() as stack:
@@ -57,12 +65,15 @@ def clouds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Recor
         for plan in ("1:1", "0:2"):
             folder = tmp_path_factory.mktemp("budget")
             private, public, recording = folder / "private.jsonl", folder / "public.jsonl", folder / "recording"
+            asked, asked_public = folder / "asked.jsonl", folder / "asked-public.jsonl"
             recording.mkdir()
+            asked.write_text("".join(question(n, 9 + n % 3) for n in range(24)))
+            asked_public.write_text("".join(question(n, SHORTEST_PUBLIC + n % 3) for n in range(30)))
             lines = [json.dumps({"text": text(n, 9 + n % 3)}) + "\n" for n in range(24)]
             private.write_text("".join(lines))
             public.write_text("".join(json.dumps({"text": text(n, SHORTEST_PUBLIC + n % 3)}) + "\n" for n in range(30)))
             runs = stack.enter_context(cloud_for_runs(folder, plan, recorder=Recorder(recording, 64 * MIB)))
-            made[plan] = Recorded(runs, recording, private, public)
+            made[plan] = Recorded(runs, recording, private, public, asked, asked_public)
         yield made
 
 
@@ -101,17 +112,24 @@ def test_a_run_of_fewer_steps_sends_fewer_texts(cloud: Recorded, tmp_path: Path)
 
 
 def test_labels_are_measured_with_public_texts_alone(cloud: Recorded, tmp_path: Path) -> None:
-    budget: dict[str, Any] = {"leak_budget": "labels<=0.3", "steps": 2}
+    budget: dict[str, Any] = {
+        "data": str(cloud.asked), "withhold_answers": True, "leak_budget": "labels<=0.3", "steps": 2,
+    }  # fmt: skip
     before = len(cloud.seen())
     with pytest.raises(ConfigError, match="give --public FILE"):
         cloud.train(tmp_path / "out", **budget)
     assert len(cloud.seen()) == before
     with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: labels-.*tail_cache .*taps .*emulator"):
-        cloud.train(tmp_path / "out", **budget, public=str(cloud.public))
+        cloud.train(tmp_path / "out", **budget, public=str(cloud.asked_public))
     calls = cloud.seen()[before:]
     assert calls
     assert all(isinstance(call, m.Forward) for call in calls)
     assert min(min(lengths(call)) for call in calls if isinstance(call, m.Forward)) > SHORTEST_PUBLIC
+    # Without withholding, the answers are among the tokens, and no public text needs to be sent to see it.
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: .* of the labels.*Nothing private"):
+        cloud.train(tmp_path / "out", **{**budget, "withhold_answers": False}, public=str(cloud.asked_public))
+    assert len(cloud.seen()) == before
 
 
 def lengths(call: m.Forward) -> list[int]:
@@ -121,15 +139,20 @@ def lengths(call: m.Forward) -> list[int]:
     return decode(call.inputs.attention_mask).sum(-1).tolist()
 
 
-def test_a_top_only_run_keeps_a_label_budget_and_gives_up_its_tokens(
+def test_a_top_only_run_that_withholds_answers_keeps_a_label_budget(
     clouds: dict[str, Recorded], tmp_path: Path
 ) -> None:
     cloud = clouds["0:2"]
-    report = cloud.train(tmp_path / "out", leak_budget=["labels<=0", "tokens<=1"])
-    assert report.leak == "tokens ≤ 1.00 (nearest_neighbour), labels 0 (no gradients), measured on 6 texts"
+    budget: dict[str, Any] = {"data": str(cloud.asked), "leak_budget": ["labels<=0", "tokens<=1"]}
+    report = cloud.train(tmp_path / "out", withhold_answers=True, **budget)
+    line = r"tokens ≤ [\d.]+ \(\w+\), labels 0 \(no gradients, answers withheld\), measured on 6 texts"
+    assert re.fullmatch(line, report.leak or "")
     assert report.leak_labels == 0
-    ladder = cloud.train(tmp_path / "ladder", leak_budget=["labels<=0", "tokens<=1"], method="ladder", taps=1)
+    ladder = cloud.train(tmp_path / "ladder", withhold_answers=True, method="ladder", taps=1, **budget)
     assert ladder.leak == report.leak
+    # The control: answers that are sent are read.
+    with pytest.raises(LeakBudgetError, match=r"labels<=0 is broken: .* recovers 1\.000 of the labels"):
+        cloud.train(tmp_path / "told", **budget)
     assert not [call for call in cloud.seen() if isinstance(call, m.Backward)]
 
 
