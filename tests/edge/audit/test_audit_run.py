@@ -63,7 +63,8 @@ def test_an_honest_run_passes(runs: Runs, honest_run: Path) -> None:
         assert found.caught == {"0.001": 1.0, "0.01": 1.0, "0.1": 1.0}
     assert len(audited(runs, honest_run, calls=5).to_json()) == 10
     five = audited(runs, honest_run, calls=5)
-    assert (five.replayed, five.caught["0.01"], five.caught["0.1"]) == (5, 0.25, pytest.approx(1 - 15 * 14 / 380))
+    assert five.replayed == 5
+    assert [five.caught["0.01"], five.caught["0.1"]] == pytest.approx([0.25, 1 - 15 * 14 / 380])
     assert "5 of 20 calls" in lines(five)
     assert all(len(line) <= 80 for line in lines(five).splitlines())
 
