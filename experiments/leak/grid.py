@@ -26,7 +26,7 @@ from isthmus.privacy.defences.defence_options import Decoys, DefenceOptions, che
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 DOCUMENTED = Path(__file__).with_name("grid.toml")
-"""The grid whose figures are in the documents."""
+"""The grid that the documents name."""
 
 Mode = Literal["split", "top-only", "emulator"]
 _VIEW = re.compile(r"known|tuned(\+[1-9]\d*)?")
