@@ -222,16 +222,19 @@ def exposure_of(
         backwards=epochs if gradients_go_up(model, trained, config) else 0,
         held_out=evaluations if data.validation else 0,
         steps=epochs,
+        moves=_front_moves(model, trained, config),
     )
 
 
 def gradients_go_up(model: Any, trained: Any, config: TrainConfig) -> bool:
-    """Whether the run's steps send gradients: whether something is trained below the cloud's layers, by backwards.
+    """Whether the run's steps send gradients: whether something is trained below the cloud's layers, by backwards."""
+    return config.optimizer != "mezo" and _front_moves(model, trained, config)
 
-    A ladder stands beside them, and no gradient flows through them.
-    """
+
+def _front_moves(model: Any, trained: Any, config: TrainConfig) -> bool:
+    """Whether something is trained below the cloud's layers. A ladder stands beside them."""
     below = any(each.trained_below for each in config.defences()) or _trained_below(model, trained)
-    return config.optimizer != "mezo" and config.method != "ladder" and below
+    return config.method != "ladder" and below
 
 
 def _of_run(config: TrainConfig, identity: ModelIdentity, data: TrainingData) -> bytes:
@@ -242,7 +245,7 @@ def _of_run(config: TrainConfig, identity: ModelIdentity, data: TrainingData) ->
 
 
 def _trained_below(model: Any, trained: Any) -> bool:
-    """Whether something is trained below the cloud's layers, so that gradients go up."""
+    """Whether parameters of the model below the cloud's layers, or inside them, are trained."""
     layers = model.get_submodule(family_of(model.config).layers_path)
     above = {id(parameter) for layer in layers[model.split_plan.cloud.stop :] for parameter in layer.parameters()}
     return any(parameter.requires_grad and id(parameter) not in above for parameter in trained.parameters())

@@ -33,6 +33,7 @@ class Exposure:
         backwards: Those whose gradient goes up; 0 where nothing is trained below or in the cloud's layers.
         held_out: Passes of a held-out example, which has no backwards and no steps.
         steps: Steps that a training example takes part in.
+        moves: Whether something that is trained changes what is sent from pass to pass, by gradients or without.
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class Exposure:
     backwards: int
     held_out: int
     steps: int
+    moves: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def _gap(messages: Sequence[DefenceOptions], exposure: Exposure) -> str | None:
     gaussian = next((each for each in messages if isinstance(each, Gaussian)), None)
     if exposure.backwards and (gaussian is None or gaussian.gradient_sigma is None):
         return "none: gradients go up without noise (gaussian's gradient_clip and gradient_sigma)"
-    if exposure.backwards and gaussian is not None and gaussian.memo and len(messages) == 1:
+    if exposure.moves and gaussian is not None and gaussian.memo and len(messages) == 1:
         return "none: what is trained below the cut moves between passes, and memoised noise shows by how much"
     return None
 
@@ -124,7 +126,7 @@ def _messages(messages: Sequence[DefenceOptions], exposure: Exposure) -> float:
     for each in messages:
         if isinstance(each, Gaussian | TrainedBottleneck) and each.sigma is not None:
             memo = isinstance(each, Gaussian) and each.memo
-            if memo and exposure.backwards:
+            if memo and exposure.moves:
                 continue
             once = 4 * exposure.tokens / each.sigma**2
             training = once if memo else once * exposure.forwards

@@ -108,6 +108,13 @@ def test_the_report_has_what_is_guaranteed(runs: Runs, tmp_path: Path) -> None:
     assert "gradients go up without noise" in (bare.guarantee or "")
 
 
+def test_memoised_noise_guarantees_nothing_where_the_front_moves_without_gradients(runs: Runs, tmp_path: Path) -> None:
+    for memo, guaranteed in (("true", False), ("false", True)):
+        noise = f"gaussian:clip=1,sigma=50,memo={memo}"
+        report = runs.train(tmp_path / memo, steps=1, optimizer="mezo", defence=[noise])
+        assert (report.epsilon is not None) == guaranteed
+
+
 def test_dp_sgd_makes_a_call_for_each_example(runs: Runs, plain: Path, tmp_path: Path) -> None:
     report = runs.train(tmp_path / "out", steps=2, defence=["dp-sgd:clip=1,sigma=0.1"])
     assert report.calls == 2 * json.loads((plain / "report.json").read_text())["calls"]  # of micro-batches of two

@@ -12,7 +12,7 @@ from isthmus.common.errors import ConfigError
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, epsilon, guarantee
 from isthmus.privacy.defences.defence_options import read_defence
 
-ONCE = Exposure(tokens=9, forwards=1, backwards=0, held_out=0, steps=1)
+ONCE = Exposure(tokens=9, forwards=1, backwards=0, held_out=0, steps=1, moves=False)
 
 
 def of(exposure: Exposure, *texts: str) -> Guarantee:
@@ -70,9 +70,10 @@ def test_of_two_noises_the_louder_counts() -> None:
 def test_memoised_noise_counts_once_where_nothing_below_is_trained() -> None:
     memo = "gaussian:clip=5,sigma=6,gradient_clip=1,gradient_sigma=6,memo=true"
     assert of(replace(ONCE, forwards=50, held_out=50), memo).epsilon == pytest.approx(epsilon(1, 1e-5))
-    trained = of(replace(ONCE, forwards=50, backwards=50), memo)
-    assert trained.epsilon is None
-    assert "moves between passes" in trained.of
+    for backwards in (50, 0):  # an optimizer without gradients moves it, too
+        trained = of(replace(ONCE, forwards=50, backwards=backwards, moves=True), memo)
+        assert trained.epsilon is None
+        assert "moves between passes" in trained.of
 
 
 def test_gradients_without_noise_leave_no_guarantee() -> None:
