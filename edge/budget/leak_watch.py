@@ -268,16 +268,3 @@ class BudgetWatch:
         self._check_stop()
         if done == 0:
             self._say(f"attacking: {attack}, {of} calls")
-
-
-def budget_watch(
-    model: Any,
-    tuned: Any,
-    config: TrainConfig,
-    data: TrainingData,
-    tokenizer: Any,
-    defended: DefendedRun | None,
-    say: Callable[[str], None],
-) -> BudgetWatch | None:
-    """See `BudgetWatch`; None where the run has no budget."""
-    return BudgetWatch(model, tuned, config, data, tokenizer, defended, say) if config.budgeted else None
