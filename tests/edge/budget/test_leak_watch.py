@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cloud.train_runs import Runs, cloud_for_runs
+from support.cloud.train_runs import Runs, cloud_for_runs, interrupted
 
 from isthmus.backbone.adapters.adapter_files import adapter_digest
-from isthmus.common.errors import ConfigError, LeakBudgetError
+from isthmus.common.errors import CheckpointError, ConfigError, LeakBudgetError
 from isthmus.edge.budget import measured_leak
 from isthmus.edge.run_report import Report
 from isthmus.privacy.attacks.coarse_maps import InverterMap
@@ -193,6 +193,19 @@ def test_a_run_ends_when_training_undoes_its_defence(cloud: Recorded, tmp_path: 
     assert (out / f"checkpoint-{applied}").is_dir()
     evaluations = 1
     assert len(cloud.seen()) - before == evaluations + applied * 2 * 2  # two micro-batches, forward and backward
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_a_run_that_goes_on_is_attacked_again_first(cloud: Recorded, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"leak_budget": ["tokens<=1"], "leak_sample": 2, "leak_change": 9.0}
+    interrupted(cloud.runs, tmp_path, 2, **values)
+    with pytest.raises(CheckpointError, match="such as a leak budget"):
+        cloud.runs.train(tmp_path, resume=True)
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match="This process has sent nothing private"):
+        cloud.runs.train(tmp_path, resume=True, **{**values, "leak_budget": ["tokens<=0"]})
+    assert len(cloud.seen()) == before
+    assert cloud.runs.train(tmp_path, resume=True, **values).leak_attacks == 2
 
 
 @pytest.mark.usefixtures("one_attack")
