@@ -16,7 +16,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.audit.run_evidence import RunEvidence
-from isthmus.edge.budget.leak_watch import budget_watch
+from isthmus.edge.budget.leak_watch import BudgetWatch
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import cache_of, open_link, wire_of
@@ -79,6 +79,9 @@ def train_over(
             contextlib.closing(evidence),
             defended_run(model, tuned, config, identity, data, tokenizer, progress.message) as defended,
         ):
+            leak = None
+            if config.budgeted:
+                leak = BudgetWatch(model, tuned, config, data, tokenizer, defended, progress.message)
             trainer = Trainer(
                 tuned,
                 data,
@@ -95,7 +98,7 @@ def train_over(
                 listener=listener,
                 defended=defended,
                 evidence=evidence,
-                leak=budget_watch(model, tuned, config, data, tokenizer, defended, progress.message),
+                leak=leak,
             )
             wire.watch(trainer.check_stop)
             return trainer.fit().report

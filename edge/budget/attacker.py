@@ -62,7 +62,7 @@ def knowledge_of(
         defences = copy.deepcopy(defended.defences)
         for module in filter(None, (each.module() for each in defences)):
             module.requires_grad_(False)
-        known = KnownDefences(defences, [front.states(text) for text in tokens])
+        known = KnownDefences(defences, lambda: [front.states(text) for text in tokens])
     if span is not None:
         family = family_of(model.config)
         base = seen.get_submodule(family.base)

@@ -108,7 +108,7 @@ class BudgetWatch:
             source = "public texts" if self._texts.given else "other texts of the run, which makes it stronger"
             said += f" The attacker learns from up to {len(self._texts.public)} {source}."
         self._say(said)
-        self._attack("Nothing private has been sent")
+        self._attack("This process has sent nothing private")
 
     def before_step(self, step: int) -> None:
         """See `StepObserver`: attacks again where the front has changed, before the step's batches go out.
@@ -191,9 +191,9 @@ class BudgetWatch:
     def _leaks(self) -> Iterator[Leak]:
         texts, codecs = self._texts, self._rehearsal.codecs
         if self._attacks_anything:
-            knowledge = self._knows(texts.public, codecs.forward_up)
-            self._states = self._expected(knowledge)
+            self._states = self._expected()
         if self._attacks_texts:
+            knowledge = self._knows(texts.public, codecs.forward_up)
             passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
             truth, answers = self._rehearsal.truth(texts.sample, texts.secrets)
 
@@ -247,13 +247,17 @@ class BudgetWatch:
 
     def _change(self) -> float:
         """How far the hidden states at the cut have moved since the last attack, relative to them."""
-        now = self._expected(self._knows(self._texts.public[:FEWEST_PUBLIC], self._rehearsal.codecs.forward_up))
-        moved = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(now, self._states, strict=True)])
+        pairs = zip(self._expected(), self._states, strict=True)
+        moved = torch.cat([(now - before).norm(dim=-1) / before.norm(dim=-1) for now, before in pairs])
         return float(moved.mean())
 
     @torch.no_grad()
-    def _expected(self, knowledge: Knowledge) -> list[Tensor]:
-        """Hidden states at the cut as they are sent, without noise, `[n, h]`; the first position is a sink, and out."""
+    def _expected(self) -> list[Tensor]:
+        """Hidden states at the cut as they are sent, without noise, `[n, h]`; the first position is a sink, and out.
+
+        Rows are mixed with the mean of the same public texts each time, so that only training moves them.
+        """
+        knowledge = self._knows(self._texts.public[:FEWEST_PUBLIC], self._rehearsal.codecs.forward_up)
         tokens = [torch.tensor(text.input_ids) for text in self._texts.sample[:_CHANGE_TEXTS]]
         return [knowledge.expect(knowledge.front.states(each))[1:] for each in tokens]
 
@@ -264,16 +268,3 @@ class BudgetWatch:
         self._check_stop()
         if done == 0:
             self._say(f"attacking: {attack}, {of} calls")
-
-
-def budget_watch(
-    model: Any,
-    tuned: Any,
-    config: TrainConfig,
-    data: TrainingData,
-    tokenizer: Any,
-    defended: DefendedRun | None,
-    say: Callable[[str], None],
-) -> BudgetWatch | None:
-    """See `BudgetWatch`; None where the run has no budget."""
-    return BudgetWatch(model, tuned, config, data, tokenizer, defended, say) if config.budgeted else None

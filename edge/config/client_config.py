@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from isthmus.edge.config.adapter_config import Sites
 from isthmus.edge.config.config_text import read_text
-from isthmus.edge.config.data_config import ComputationConfig, ExamplesConfig
+from isthmus.edge.config.data_config import ComputationConfig, SentExamplesConfig
 from isthmus.edge.config.settings import Settings
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
@@ -78,7 +78,7 @@ class PluggedConfig(Settings):
     )
 
 
-class EvalConfig(ClientConfig, ExamplesConfig, PluggedConfig, ComputationConfig):
+class EvalConfig(ClientConfig, SentExamplesConfig, PluggedConfig, ComputationConfig):
     """What `edge eval` needs."""
 
 

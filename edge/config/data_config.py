@@ -56,6 +56,23 @@ class ExamplesConfig(Settings):
         return self
 
 
+class SentExamplesConfig(ExamplesConfig):
+    """Examples that pass through a cloud's layers."""
+
+    panel = "Privacy"
+
+    withhold_answers: bool = Field(
+        False,
+        description="Send another token in the place of each answer, which has to be one token at the end of its row. "
+        "What comes of it keeps its bits, and labels are then in gradients alone.",
+    )
+
+    @property
+    def withholds(self) -> bool:
+        """See `ExamplesConfig`."""
+        return self.withhold_answers
+
+
 class DataConfig(ExamplesConfig):
     """Examples to train on, and examples that are held out."""
 

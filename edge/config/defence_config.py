@@ -36,21 +36,11 @@ class DefenceConfig(Settings):
         description="NAME[:PARAMETER=VALUE,…], once for each defence, in the order in which they act: "
         f"{', '.join(DEFENCES)}. A run with one is no longer exact.",
     )
-    withhold_answers: bool = Field(
-        False,
-        description="Send another token in the place of each answer, which has to be one token at the end of its row. "
-        "The run keeps its bits, and labels are then in gradients alone.",
-    )
     defence_key: Path | None = Field(
         None,
         description="File with the secret from which defences draw, 64 hexadecimal digits; the same key gives the same "
         f"run. By default OUT/{KEY_FILE}, which is made when it is missing.",
     )
-
-    @property
-    def withholds(self) -> bool:
-        """See `ExamplesConfig`."""
-        return self.withhold_answers
 
     @field_validator("defence", mode="before")
     @classmethod

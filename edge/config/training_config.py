@@ -19,7 +19,7 @@ from isthmus.edge.config.audit_config import AuditConfig
 from isthmus.edge.config.budget_config import BudgetConfig, check_budgeted
 from isthmus.edge.config.client_config import SCHEMES, ClientConfig, EvalConfig, GenerateConfig, PluggedConfig
 from isthmus.edge.config.config_text import check_name, one_line, read_text, read_toml
-from isthmus.edge.config.data_config import ComputationConfig, DataConfig
+from isthmus.edge.config.data_config import ComputationConfig, DataConfig, SentExamplesConfig
 from isthmus.edge.config.defence_config import DefenceConfig, check_defended
 from isthmus.edge.config.settings import Settings, field_names
 from isthmus.training.rate_schedule import Schedule
@@ -165,7 +165,15 @@ class DraftConfig(Settings):
 
 
 class TrainConfig(
-    TrainClientConfig, DraftConfig, DefenceConfig, BudgetConfig, AuditConfig, SitesConfig, PluggedConfig, TuningConfig
+    TrainClientConfig,
+    DraftConfig,
+    DefenceConfig,
+    BudgetConfig,
+    AuditConfig,
+    SitesConfig,
+    PluggedConfig,
+    SentExamplesConfig,
+    TuningConfig,
 ):
     """A run whose middle layers are in the cloud."""
 

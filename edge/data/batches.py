@@ -129,21 +129,11 @@ def split(examples: Sequence[T], fraction: float, seed: int) -> tuple[list[T], l
 
 
 def encode_for(config: ExamplesConfig, examples: Sequence[Example], tokenizer: Any) -> tuple[list[Encoded], int]:
-    """Tokenize examples as a run has them: `encode`, and answers withheld where the run does so.
-
-    Raises:
-        DataError: A withheld answer is not one token at the end of its row; and what `encode` raises.
-    """
-    encoded, dropped = encode(examples, tokenizer, config.max_length)
-    if config.withholds:
-        encoded = [
-            _withheld(example, number, pad_id(tokenizer), tokenizer.eos_token_id)
-            for number, example in enumerate(encoded, 1)
-        ]
-    return encoded, dropped
+    """Tokenize examples as a configuration says; see `encode`."""
+    return encode(examples, tokenizer, config.max_length, withhold=config.withholds)
 
 
-def _withheld(example: Encoded, number: int, filler: int, eos: int | None) -> Encoded:
+def _withheld(example: Encoded, where: str, filler: int, eos: int | None) -> Encoded:
     """An example with another token in the place of its answer, and without EOS, for which the answer would be sent."""
     places = [place for place, label in enumerate(example.labels) if label != IGNORED]
     if len(places) > 1 and example.labels[places[-1]] == eos:
@@ -151,24 +141,27 @@ def _withheld(example: Encoded, number: int, filler: int, eos: int | None) -> En
     end = places[0] + 1
     if len(places) > 1 or any(token != eos for token in example.input_ids[end:]):
         raise DataError(
-            f"withhold_answers keeps back an answer of one token at the end of its row, and that of example {number} "
-            f"has {len(places)}, or something follows it: shorten the answers, or leave withhold_answers out."
+            f"{where}: withhold_answers keeps back an answer of one token at the end of its row, and this one has "
+            f"{len(places)}, or something follows it: shorten the answers, or leave withhold_answers out."
         )
     return Encoded((*example.input_ids[: end - 1], filler), example.labels[:end])
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[Encoded], int]:
+def encode(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, *, withhold: bool = False
+) -> tuple[list[Encoded], int]:
     """Tokenize examples; see the top of the file for the rules.
 
     Args:
         max_length: Tokens per example at most. What is longer is cut at its end.
+        withhold: Whether another token stands in the place of each answer.
 
     Returns:
         The encoded examples, in order, and how many were left out because the cut left no label.
 
     Raises:
         ChatTemplateError: The tokenizer's chat template takes more time, memory or room than it may.
-        DataError: A conversation cannot be rendered by the tokenizer's chat template.
+        DataError: A conversation cannot be rendered by the tokenizer's chat template, or an answer cannot be withheld.
         ConfigError: There are conversations and the tokenizer has no chat template.
     """
     with ChatTemplate(tokenizer) as template:
@@ -190,7 +183,8 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tupl
             labels.append(eos)
         labels = [IGNORED, *labels[1:]][:max_length]
         if any(label != IGNORED for label in labels):
-            encoded.append(Encoded(tuple(ids[:max_length]), tuple(labels)))
+            whole = Encoded(tuple(ids[:max_length]), tuple(labels))
+            encoded.append(_withheld(whole, example.where, pad_id(tokenizer), eos) if withhold else whole)
     return encoded, len(examples) - len(encoded)
 
 

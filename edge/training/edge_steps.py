@@ -239,7 +239,7 @@ class EdgeSteps(Task):
         if len(observed) != len(self._observers):
             raise CheckpointError(
                 f"{folder} cannot be resumed: {len(observed)} observers have left their state there, and this "
-                f"run has {len(self._observers)}. Resume with those that it was started with."
+                f"run has {len(self._observers)}. Resume with those that it was started with, such as a leak budget."
             )
         methods.load_method_state(self._model, tensors, method)
         for observer, state in zip(self._observers, observed, strict=True):

@@ -79,7 +79,7 @@ def trained_defence(
             except RuntimeError as error:
                 raise CheckpointError(f"{folder} has other weights of a defence than the run's: {error}") from error
             module.requires_grad_(False)
-    return KnownDefences(defences, [states for states in others() if len(states) > 1])
+    return KnownDefences(defences, lambda: [states for states in others() if len(states) > 1])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ texts. Decoys, smoothed labels and private gradients change no hidden state that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +25,22 @@ class KnownDefences(KnownDefence):
 
     Args:
         defences: As `isthmus.privacy.defences.defended_span.build_defences` makes them; a trained one as it is trained.
-        others: Hidden states at the cut of public texts, `[n, h]` each, of two tokens or more; for `mixing` alone.
+        others: Gives hidden states at the cut of public texts, `[n, h]` each, of two tokens or more; called for
+            `mixing` alone.
 
     Raises:
         ConfigError: They cannot be known, or there is nothing to mix with.
     """
 
-    def __init__(self, defences: Sequence[Defence], others: Sequence[Tensor] = ()) -> None:
+    def __init__(self, defences: Sequence[Defence], others: Callable[[], Sequence[Tensor]] = tuple) -> None:
         if any(isinstance(each, SecretRotation) for each in defences):
             raise ConfigError("rotation is a secret matrix: attack it as a private front, with known texts")
         mixes = any(isinstance(each, RowMixing) for each in defences)
-        if mixes and not others:
-            raise ConfigError("mixing needs something to mix with: give the hidden states of public texts")
         self._defences = tuple(defences)
-        self._others = tuple(others) if mixes else ()
-        self._mean = torch.cat([states[1:] for states in others]).mean(0, keepdim=True) if mixes else None
+        self._others = tuple(others()) if mixes else ()
+        if mixes and not self._others:
+            raise ConfigError("mixing needs something to mix with: give the hidden states of public texts")
+        self._mean = torch.cat([states[1:] for states in self._others]).mean(0, keepdim=True) if mixes else None
         self.on_embeddings = any(isinstance(each, MetricNoise) for each in defences)
 
     @torch.no_grad()

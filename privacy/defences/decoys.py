@@ -4,7 +4,7 @@ Each micro-batch of B rows becomes 1 + count calls of B rows. For each row, and 
 the calls has the real one; the others have its decoys in the same place, of the same length and with the same mask. So
 a real row is computed in a call of the same shape, in the same place, as without decoys, and as a row's bits depend on
 nothing else, outputs and gradients of real rows keep theirs. Decoys pass through the edge's own layers and the loss
-too, and their gradients go up as well; nothing of that reaches the adapters.
+too, and their gradients go up as well; nothing of that reaches what is trained, be it an adapter or a defence.
 
 An example has the same decoys in every pass, which no other example has: the cloud sees 1 + count texts equally often.
 

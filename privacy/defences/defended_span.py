@@ -140,10 +140,11 @@ class DefendedSpan:
             inverse(places), *(self._span(call, attention_mask, position_ids) for call in calls)
         )
         real, *others = answers
-        self._pending = [
-            (rows, own, self._received(answer, own))
-            for rows, (_, own), answer in zip(decoys, fronts, others, strict=True)
-        ]
+        with self._nothing_trained():
+            self._pending = [
+                (rows, own, self._received(answer, own))
+                for rows, (_, own), answer in zip(decoys, fronts, others, strict=True)
+            ]
         return self._received(real, now)
 
     def extra_loss(self, logits: Tensor, labels: Tensor) -> Tensor | None:
@@ -209,20 +210,27 @@ class DefendedSpan:
 
     def _decoy_loss(self, rows: DecoyRows, own: Pass, answer: Tensor, count: int) -> Tensor:
         """The loss of decoys, whose gradient reaches the answer and no parameter."""
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
+        with self._nothing_trained():
             with self._beside(own, lambda *_: answer):
                 logits = self._run(rows).logits
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            extra = [defence.extra_loss(logits, rows.labels, own) for defence in self._defences]
         loss = cross_entropy(
             logits[:, :-1].float().flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        extra = [defence.extra_loss(logits, rows.labels, own) for defence in self._defences]
         return torch.stack([loss / count, *(part for part in extra if part is not None)]).sum()
+
+    @contextmanager
+    def _nothing_trained(self) -> Iterator[None]:
+        """Let what decoys pass through, the model and the defences' own parts, learn nothing of them."""
+        modules = [self._model, *(module for each in self._defences if (module := each.module()) is not None)]
+        trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+        for weight in trained:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in trained:
+                weight.requires_grad_(True)
 
     def _run(self, rows: DecoyRows) -> Any:
         mask, positions = self._inputs

@@ -26,34 +26,21 @@ def headings(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (
-            ("edge", "train"),
-            [
-                "Connection",
-                "Data",
-                "Adapter",
-                "Sites",
-                "Optimization",
-                "Computation",
-                "Draft",
-                "Privacy",
-                "Audit",
-                "Output",
-            ],
-        ),
-        (("edge", "eval"), ["Connection", "Data", "Adapter", "Computation"]),
-        (("edge", "audit"), ["Connection", "Audit"]),
-        (("edge", "generate"), ["Connection", "Adapter", "Generation"]),
-        (("emulator", "tune"), ["Package", "Data", "Adapter", "Optimization", "Computation", "Output"]),
-        (("emulator", "fetch"), ["Connection"]),
-        (("emulator", "return"), ["Connection"]),
+        (("edge", "train"), "Connection Data Adapter Sites Optimization Computation Draft Privacy Audit Output"),
+        (("edge", "eval"), "Connection Data Adapter Computation Privacy"),
+        (("edge", "audit"), "Connection Audit"),
+        (("edge", "generate"), "Connection Adapter Generation"),
+        (("emulator", "tune"), "Package Data Adapter Optimization Computation Output"),
+        (("emulator", "fetch"), "Connection"),
+        (("emulator", "return"), "Connection"),
     ],
 )
-def test_help_is_in_groups_and_80_columns(words: tuple[str, ...], wanted: list[str]) -> None:
+def test_help_is_in_groups_and_80_columns(words: tuple[str, ...], wanted: str) -> None:
     text = help_of(*words)
     found = headings(text)
-    assert [heading for heading in found if heading not in ("Arguments", "Options")] == wanted
-    assert found.index("Options") < found.index(wanted[0])
+    groups = [heading for heading in found if heading not in ("Arguments", "Options")]
+    assert groups == wanted.split()
+    assert found.index("Options") < found.index(groups[0])
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "Example: isthmus" in text
 

@@ -1,4 +1,4 @@
-"""Tiny clouds for links, in memory and for tests that generate; and what a test has to itself.
+"""Tiny clouds for links, in memory, for whole runs, and for tests that generate; and what a test has to itself.
 
 That is a download cache, a clock that moves only by sleeping, and one torch thread.
 """
@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.cloud.clouds import served
 from support.cloud.memory_cloud import MemoryCloud, StillTime
+from support.cloud.train_runs import Runs, cloud_for_runs
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.cloud.session.served_model import Served
@@ -36,6 +37,13 @@ def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
 def cloud(shared: Served) -> MemoryCloud:
     shared.executor.cache.evict_all()
     return MemoryCloud(shared)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """A cloud that whole runs of a module train against."""
+    with cloud_for_runs(tmp_path_factory.mktemp("runs")) as started:
+        yield started
 
 
 @pytest.fixture

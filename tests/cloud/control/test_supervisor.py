@@ -27,6 +27,19 @@ class StartedError(Exception):
     """Instead of starting Ray."""
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[WorkerSpec]:
+    """The workers that `serve` would have started; it raises StartedError instead."""
+    found: list[WorkerSpec] = []
+
+    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
+        found.extend(specs)
+        raise StartedError
+
+    monkeypatch.setattr(supervisor, "Serving", start)
+    return found
+
+
 @pytest.mark.parametrize(
     ("options", "threads", "line"),
     [
@@ -44,15 +57,8 @@ class StartedError(Exception):
 )
 def test_workers_share_the_cores_at_their_largest_number_and_the_operator_is_told(
     options: dict[str, Any], threads: list[int], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], started: list[WorkerSpec],
 ) -> None:  # fmt: skip
-    started: list[WorkerSpec] = []
-
-    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
-        started.extend(specs)
-        raise StartedError
-
-    monkeypatch.setattr(supervisor, "Serving", start)
     monkeypatch.setattr(supervisor, "usable_cores", lambda: 8)
     home, model = Home(tmp_path).folder, tiny_checkpoint("llama", tmp_path / "model")
     with pytest.raises(StartedError):
@@ -66,15 +72,8 @@ def test_workers_share_the_cores_at_their_largest_number_and_the_operator_is_tol
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_recording_is_announced_and_made_by_the_worker_that_edges_talk_to(
-    recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recorded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], started: list[WorkerSpec]
 ) -> None:
-    started: list[WorkerSpec] = []
-
-    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
-        started.extend(specs)
-        raise StartedError
-
-    monkeypatch.setattr(supervisor, "Serving", start)
     home, model = Home(tmp_path).folder, tiny_checkpoint("llama", tmp_path / "model")
     folder = tmp_path / "deep" / "recording"
     options = ServeOptions(str(model), home, listen="127.0.0.1:0", pipeline=2, record=folder if recorded else None)
@@ -100,15 +99,8 @@ def test_a_recording_is_an_option_of_serve(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_wiping_is_an_option_of_serve_that_reaches_the_workers_and_excludes_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, started: list[WorkerSpec]
 ) -> None:
-    started: list[WorkerSpec] = []
-
-    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
-        started.extend(specs)
-        raise StartedError
-
-    monkeypatch.setattr(supervisor, "Serving", start)
     home, model = Home(tmp_path).folder, tiny_checkpoint("llama", tmp_path / "model")
     words = ["serve", "--model", str(model), "--home", str(home), "--listen", "127.0.0.1:0", "--metrics", ""]
     for options in ([], ["--wipe-freed"]):

@@ -209,6 +209,7 @@ def test_an_answer_ends_when_its_iterator_is_closed(daemon: Daemon) -> None:
     async def work() -> list[Piece]:
         async with aclosing(daemon.answers.generate(TINY, "Once", replace(LONG, n=4))) as pieces:
             found = [await anext(pieces) for _ in range(3)]
+        await asyncio.gather(*daemon.answers._notes)  # they ask the worker, too
         assert not daemon.answers._worker._answers
         assert daemon.answers._turns._free == 2
         return found

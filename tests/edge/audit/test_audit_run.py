@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.cloud.clouds import ThreadServer
-from support.cloud.train_runs import Runs, cloud_for_runs
+from support.cloud.train_runs import Runs
 from support.commands import in_process, refused
 from support.models.tiny import tiny_checkpoint
 
@@ -25,12 +24,6 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import decode, encode
 
 SITES = {"sites": "all", "leased": "all", "target_modules": "q_proj"}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with cloud_for_runs(tmp_path_factory.mktemp("runs")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

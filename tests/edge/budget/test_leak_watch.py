@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cloud.train_runs import Runs, cloud_for_runs
+from support.cloud.train_runs import Runs, cloud_for_runs, interrupted
 
 from isthmus.backbone.adapters.adapter_files import adapter_digest
-from isthmus.common.errors import ConfigError, LeakBudgetError
+from isthmus.common.errors import CheckpointError, ConfigError, LeakBudgetError
+from isthmus.edge.budget import measured_leak
 from isthmus.edge.run_report import Report
 from isthmus.privacy.attacks.coarse_maps import InverterMap
+from isthmus.privacy.attacks.nearest_neighbour import NearestNeighbour
 from isthmus.privacy.recording.recorder import Recorder
 from isthmus.privacy.recording.recording_file import read_entries
 from isthmus.protocol import messages as m
@@ -88,9 +90,15 @@ def quick_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InverterMap, "_learn", lambda *_: None)
 
 
+@pytest.fixture
+def one_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not depend on the attack: the quickest one alone, to which an embedding gives up its token."""
+    monkeypatch.setattr(measured_leak, "TOKEN_ATTACKS", {NearestNeighbour.name: NearestNeighbour})
+
+
 def test_nothing_private_crosses_where_the_budget_is_not_kept(cloud: Recorded, tmp_path: Path) -> None:
     before = len(cloud.seen())
-    said = r"tokens<=0\.5 is broken: .* Nothing private has been sent\. .*emulator"
+    said = r"tokens<=0\.5 is broken: .* This process has sent nothing private\. .*emulator"
     with pytest.raises(LeakBudgetError, match=said):
         cloud.train(tmp_path / "out", leak_budget=["tokens<=0.5"])
     assert len(cloud.seen()) == before
@@ -127,7 +135,7 @@ def test_labels_are_measured_with_public_texts_alone(cloud: Recorded, tmp_path: 
     assert min(min(lengths(call)) for call in calls if isinstance(call, m.Forward)) > SHORTEST_PUBLIC
     # Without withholding, the answers are among the tokens, and no public text needs to be sent to see it.
     before = len(cloud.seen())
-    with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: .* of the labels.*Nothing private"):
+    with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: .* of the labels.*sent nothing private"):
         cloud.train(tmp_path / "out", **{**budget, "withhold_answers": False}, public=str(cloud.asked_public))
     assert len(cloud.seen()) == before
 
@@ -139,6 +147,7 @@ def lengths(call: m.Forward) -> list[int]:
     return decode(call.inputs.attention_mask).sum(-1).tolist()
 
 
+@pytest.mark.usefixtures("one_attack")
 def test_a_top_only_run_that_withholds_answers_keeps_a_label_budget(
     clouds: dict[str, Recorded], tmp_path: Path
 ) -> None:
@@ -184,6 +193,27 @@ def test_a_run_ends_when_training_undoes_its_defence(cloud: Recorded, tmp_path: 
     assert (out / f"checkpoint-{applied}").is_dir()
     evaluations = 1
     assert len(cloud.seen()) - before == evaluations + applied * 2 * 2  # two micro-batches, forward and backward
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_a_run_that_goes_on_is_attacked_again_first(cloud: Recorded, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"leak_budget": ["tokens<=1"], "leak_sample": 2, "leak_change": 9.0}
+    interrupted(cloud.runs, tmp_path, 2, **values)
+    with pytest.raises(CheckpointError, match="such as a leak budget"):
+        cloud.runs.train(tmp_path, resume=True)
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match="This process has sent nothing private"):
+        cloud.runs.train(tmp_path, resume=True, **{**values, "leak_budget": ["tokens<=0"]})
+    assert len(cloud.seen()) == before
+    assert cloud.runs.train(tmp_path, resume=True, **values).leak_attacks == 2
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_only_training_counts_as_a_change_of_the_front(cloud: Recorded, tmp_path: Path) -> None:
+    still = {"leak_budget": ["tokens<=1"], "leak_change": 1e-3, "leak_sample": 2, "steps": 2, "defence": ["mixing"]}
+    assert cloud.train(tmp_path / "still", learning_rate=1e-9, **still).leak_attacks == 1
+    # The control: what training moves is attacked again.
+    assert cloud.train(tmp_path / "moved", learning_rate=0.1, **still).leak_attacks == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from support.privacy.attacked import tiny_model
 from torch import Tensor
 
 from isthmus.common.errors import DataError
+from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import IGNORED, Encoded, collate, encode_for, pad_id
 from isthmus.edge.data.readers import Example
@@ -19,13 +20,16 @@ from isthmus.edge.data.readers import Example
 ROWS = [Example("ab: ", "x"), Example("cdefg: ", "y"), Example("h: ", "z")]
 
 
-def encoded(examples: list[Example], **values: Any) -> list[Encoded]:
-    config = TrainConfig.model_validate({"cloud": "isthmus://h:1#SHA256:x", "data": "-", **values})
+def encoded(
+    examples: list[Example], command: type[TrainConfig | EvalConfig] = TrainConfig, **values: Any
+) -> list[Encoded]:
+    config = command.model_validate({"cloud": "isthmus://h:1#SHA256:x", "data": "-", **values})
     return encode_for(config, examples, tiny_tokenizer())[0]
 
 
 def test_another_token_stands_where_the_answer_was_and_the_label_stays() -> None:
     sent, plain = encoded(ROWS, withhold_answers=True), encoded(ROWS)
+    assert encoded(ROWS, EvalConfig, withhold_answers=True) == sent
     for ours, theirs in zip(sent, plain, strict=True):
         (answer,) = (label for label in theirs.labels if label not in (IGNORED, EOS))
         assert answer not in ours.input_ids
@@ -56,8 +60,8 @@ def test_loss_and_gradients_keep_their_bits() -> None:
 @pytest.mark.parametrize(
     ("example", "said"),
     [
-        (Example("ab: ", "xy"), "that of example 2 has 2, or something"),
-        (Example("", "abc"), "that of example 2 has 2, or something"),
+        (Example("ab: ", "xy", where="d.jsonl:2"), "d.jsonl:2: .* this one has 2, or something"),
+        (Example("", "abc", where="d.jsonl:2"), "d.jsonl:2: .* this one has 2, or something"),
     ],
 )
 def test_an_answer_of_several_tokens_is_refused(example: Example, said: str) -> None:

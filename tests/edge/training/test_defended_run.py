@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from support.cloud.train_runs import Runs, cloud_for_runs, interrupted
+from support.cloud.train_runs import Runs, interrupted
 from support.run_folders import assert_same_run
 from typer.testing import CliRunner
 
@@ -21,12 +20,6 @@ from isthmus.edge.training.defended_run import read_key
 
 NEEDED: dict[str, Any] = {"cloud": "isthmus://h:1#SHA256:x", "data": "d.jsonl"}
 NOISY = "gaussian:clip=1,sigma=0.5,gradient_clip=1e-3,gradient_sigma=0.5"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with cloud_for_runs(tmp_path_factory.mktemp("defended")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cloud.train_runs import Runs, cloud_for_runs
+from support.cloud.train_runs import Runs
 from support.run_folders import adapter, assert_same_run, losses
 
 from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, UnreachableError
@@ -20,13 +20,6 @@ from isthmus.edge.client.remote_span import BackwardRequest, SpanCalls
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.split_run import train_over
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with cloud_for_runs(tmp_path_factory.mktemp("in-flight")) as started:
-        yield started
-
 
 SITED = {"sites": "all", "target_modules": "q_proj,v_proj,down_proj"}
 

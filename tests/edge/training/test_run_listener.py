@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.cloud.train_runs import Runs, cloud_for_runs
+from support.cloud.train_runs import Runs
 
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.edge.cloud_link import open_link
@@ -48,12 +48,6 @@ class Heard:
     def saved(self, step: int, save: SaveAdapter) -> None:
         self.calls.append(("saved", step))
         save(self.folder / str(step))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with cloud_for_runs(tmp_path_factory.mktemp("listened")) as started:
-        yield started
 
 
 @pytest.mark.parametrize("values", [{}, {"overlap": 2}, {"optimizer": "mezo"}, {"method": "prompt"}])

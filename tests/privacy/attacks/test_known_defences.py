@@ -43,7 +43,9 @@ def defended(case: Attacked, text: str, passes: int = 1) -> Attacked:
 
 
 def knowing(case: Attacked, text: str) -> Attacked:
-    others = [each.exact for each in case.knowledge.public_texts]
+    def others() -> list[Tensor]:
+        return [each.exact for each in case.knowledge.public_texts]
+
     return case.knowing(defence=KnownDefences(defences(text), others), inverter_steps=20)
 
 

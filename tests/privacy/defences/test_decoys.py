@@ -51,6 +51,24 @@ def test_real_rows_keep_their_bits(
     assert len(hidden.sent) == 4 * (1 + count) + 1
 
 
+@pytest.mark.parametrize(
+    "defence", ["learned-noise:sigma=0.1", "embedding-noise:eta=40,denoise=true", "bottleneck:rank=8"]
+)
+def test_what_a_defence_trains_learns_nothing_of_decoys(
+    run: Callable[..., DefendedModel], noise: SecretNoise, defence: str
+) -> None:
+    def found(made: Decoys | None) -> tuple[Tensor, ...]:
+        hidden = run(defence)
+        module = hidden.defences[0].module()
+        assert module is not None
+        with hidden.defended(made) as span:
+            return torch.autograd.grad(hidden.loss(ROWS, span), list(module.parameters()))
+
+    plain = found(None)
+    assert any(gradient.any() for gradient in plain)
+    assert all(map(torch.equal, found(decoys(noise)), plain))
+
+
 def places_of(sent: list[Tensor], known: Tensor) -> list[int]:
     """In which of two calls each row of `known` went."""
     return [0 if torch.equal(sent[0][row], known[row]) else 1 for row in range(len(known))]
