@@ -7,6 +7,7 @@ micro-batches' sizes.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from isthmus.backbone.adapters.adapter_files import adapter_digest
 from isthmus.common.errors import CheckpointError
+from isthmus.common.files import disk_errors
 from isthmus.common.progress import StepProgress
 from isthmus.common.readable import size
 from isthmus.common.shutdown import StopRequest
@@ -36,6 +38,10 @@ from isthmus.edge.training.step_rule import EdgeRule
 from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
 from isthmus.training.training_loop import Task
+
+COSTS_FILE = "costs.jsonl"
+"""A JSON line for each step with its `seconds`, `tokens`, `bytes_up` and `bytes_down`. The log has none of it, as it is
+the same whenever a run is made. A step that a resumed run makes again has another line."""
 
 
 class StepObserver(Protocol):
@@ -181,6 +187,7 @@ class EdgeSteps(Task):
 
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """See `Task`."""
+        self._write_cost(line["step"])
         crossed, speed = self._step_spent.wire, self._step_spent.tokens / self._step_spent.seconds
         points = {"loss/train": line["loss"], "learning_rate": line["learning_rate"], "tokens_per_s": speed}
         points |= {"bytes/up": crossed.bytes_up, "bytes/down": crossed.bytes_down}
@@ -260,6 +267,13 @@ class EdgeSteps(Task):
         if self._listener is not None:
             self._listener.evaluated(step, loss)
         return loss
+
+    def _write_cost(self, step: int) -> None:
+        spent, path = self._step_spent, self._config.out / COSTS_FILE
+        wire = {"bytes_up": spent.wire.bytes_up, "bytes_down": spent.wire.bytes_down}
+        line = {"step": step, "seconds": spent.seconds, "tokens": spent.tokens, **wire}
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(line)}\n")
 
     def _totals(self) -> WireTotals:
         return WireTotals() if self._meter is None else self._meter.totals()

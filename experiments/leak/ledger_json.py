@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from isthmus.privacy.measures.bootstrap import Interval, ratio_interval, share_interval
+from isthmus.privacy.measures.bootstrap import Interval, means_ratio_interval, ratio_interval, share_interval
 from isthmus.privacy.measures.token_accuracy import Hits
 
 
@@ -22,7 +22,8 @@ def ledger(rows: Sequence[Mapping[str, Any]], circumstances: Mapping[str, Any]) 
         `circumstances`; `data`, the tasks; `seconds`, of all rows together; and `runs`, entries as `RowLab.make` has
         them with `task_loss`, `task_accuracy`, `task_loss_ratio` and `step_ratio`: the last two over the undefended
         split run over fp32 of the same plan and task, null where there is none in the ledger. The steps of the
-        run are not those of a further codec, so `step_ratio` is null there.
+        run are not those of a further codec, so `step_ratio` is null there. Its interval is of steps, redrawn; it
+        says nothing of what else the machine did at the time of either run.
     """
     baselines = {_place(row): row for row in rows if _is_baseline(row)}
     runs = []
@@ -32,7 +33,8 @@ def ledger(rows: Sequence[Mapping[str, Any]], circumstances: Mapping[str, Any]) 
             own = row["settings"]["row"]["codec"]
             codec = entry["codec"] if entry["codec"] in row["task"] else own
             compared = _compared(row, codec, base)
-            runs.append({**entry, **compared, **({} if codec == own else {"step_ratio": None})})
+            steps = None if base is None or codec != own else _step_ratio(row, base)
+            runs.append({**entry, **compared, **_measured("step_ratio", steps)})
     return {
         **circumstances,
         "data": sorted({row["settings"]["row"]["data"] for row in rows}),
@@ -59,9 +61,12 @@ def _compared(row: Mapping[str, Any], codec: str, base: Mapping[str, Any] | None
         **_measured("task_loss", share_interval(losses)),
         **_measured("task_accuracy", share_interval(hits)),
         **_measured("task_loss_ratio", ratio),
-        "step_ratio": None if base is None else row["step_seconds"] / base["step_seconds"],
-        "step_ratio_interval": None,
     }
+
+
+def _step_ratio(row: Mapping[str, Any], base: Mapping[str, Any]) -> Interval:
+    ours, theirs = (torch.tensor(each["step_seconds"], dtype=torch.float64) for each in (row, base))
+    return means_ratio_interval(ours, theirs)
 
 
 def _measured(name: str, interval: Interval | None) -> dict[str, Any]:

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import DataError
 from isthmus.edge.data.batches import Batches
+from isthmus.edge.training.edge_steps import COSTS_FILE
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
@@ -32,11 +35,28 @@ _ALPHA = 16.0
 
 
 @dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What each step of a run took, `[steps]` fp64 each; bytes are those of both ways."""
+
+    seconds: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+
+def read_costs(out: Path) -> StepCosts:
+    """The costs of a run that was not interrupted, by its folder."""
+    lines = [json.loads(line) for line in (out / COSTS_FILE).read_text(encoding="utf-8").splitlines()]
+    names = ("seconds", "tokens", "bytes_up", "bytes_down")
+    seconds, tokens, up, down = (torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in names)
+    return StepCosts(seconds, tokens, up + down)
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedRun:
     """What a run left.
 
     Attributes:
-        adapter: The folder of the adapter.
+        out: Its folder.
         checkpoint: That of the newest checkpoint, which has what was trained beside the adapter.
         report: Its `report.json`.
         traffic: All that was read of the recording.
@@ -45,7 +65,7 @@ class RecordedRun:
         backwards: Their gradients.
     """
 
-    adapter: Path
+    out: Path
     checkpoint: Path
     report: Mapping[str, Any]
     traffic: Traffic
@@ -147,4 +167,4 @@ def _found(row: Row, settings: LeakSettings, texts: LeakTexts, out: Path, traffi
     calls = {each.call for each in backwards}
     learned = tuple(in_order([each for each in own.forwards if each.call in calls], batches, copies))
     report = json.loads((out / "report.json").read_text())
-    return RecordedRun(out / "adapter", out / f"checkpoint-{row.steps}", report, traffic, sent, learned, backwards)
+    return RecordedRun(out, out / f"checkpoint-{row.steps}", report, traffic, sent, learned, backwards)

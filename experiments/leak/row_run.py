@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.data.batches import pad_id
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
@@ -19,11 +19,13 @@ from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, load_texts
-from isthmus.experiments.leak.recorded_run import record_run, train_options, write_examples
+from isthmus.experiments.leak.recorded_run import read_costs, record_run, train_options, write_examples
 from isthmus.experiments.leak.trained_edge import TaskScore, score_task, trained_defence, with_adapter
 from isthmus.experiments.scoring.tasks import default_data_folder
+from isthmus.privacy.attacks.attack import KnownDefence
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.measures.bootstrap import Interval
+from isthmus.privacy.measures.bootstrap import Interval, share_interval
+from isthmus.privacy.measures.token_accuracy import Hits
 from isthmus.protocol.secure.keys import generate_root, issue_worker
 
 Say = Callable[[str], None]
@@ -54,7 +56,7 @@ class RowLab:
 
         Returns:
             `runs`, entries of the ledger without what compares rows; `task`, losses and hits of each held-out text, by
-            codec; `step_seconds`, mean over the run.
+            codec; `step_seconds`, of each step.
 
         Raises:
             AttackLimitedError: The row is undefended, and an attack's lists limited it.
@@ -87,7 +89,7 @@ class RowLab:
         say(f"{row.steps} steps over a cloud that records")
         run = record_run(row, settings, texts, self._base, folder, decoys)
         plan = row.plan(self._checkpoint.config.num_hidden_layers)
-        tuned = with_adapter(self._checkpoint, run.adapter)
+        tuned = with_adapter(self._checkpoint, run.out / "adapter")
         defence = trained_defence(
             row.defences(), run.checkpoint, self._base.config.hidden_size,
             lambda: [Front(tuned, plan.bottom).states(text.tokens) for text in texts.public],
@@ -105,30 +107,19 @@ class RowLab:
             )
             for codec in run.sent
         }
-        attacker = Attacker(
-            base=self._base,
-            tuned=tuned,
-            tokenizer=self._tokenizer,
-            plan=plan,
-            texts=texts,
-            n_attacked=settings.attacked,
-            defence=defence,
-            inverter_steps=settings.inverter_steps,
-            seed=settings.seed,
-            say=say,
-        )
+        attacker = self._attacker(tuned, plan, texts, defence, say)
         found = attack_row(row, run, attacker)
-        priors = priors_of(attacker, texts.sent[: settings.attacked])
-        report = run.report
+        costs = read_costs(run.out)
         shared: dict[str, Any] = {
-            "bytes_per_token": report["bytes_per_token_up"] + report["bytes_per_token_down"],
-            **{name: report[name] for name in ("epsilon", "delta")},
-            "unit": report["guarantee"],
+            **_measured([("bytes_per_token", share_interval(Hits(costs.bytes, costs.tokens)))]),
+            **{name: run.report[name] for name in ("epsilon", "delta")},
+            "unit": run.report["guarantee"],
         }
+        priors = priors_of(attacker, texts.sent[: settings.attacked])
         return {
             "runs": [_entry(row, each, priors, shared) for each in found],
             "task": {codec: _plain(score) for codec, score in scores.items()},
-            "step_seconds": report["seconds"] / report["steps"],
+            "step_seconds": costs.seconds.tolist(),
         }
 
     def _emulator(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> dict[str, Any]:
@@ -143,29 +134,33 @@ class RowLab:
         options = {**train_options(row, settings, self._base, plan), "threads": settings.threads}
         options |= {"package": package, "data": folder / "train.jsonl", "validation_split": 0.0, "out": folder / "run"}
         run_isthmus("emulator", "tune", *train_flags(options))
-        report = json.loads((folder / "run" / "report.json").read_text())
         tuned = with_adapter(self._checkpoint, folder / "run" / "adapter")
         say("scoring the task")
         score = score_task(tuned, texts.scored, pad_id(self._tokenizer))
-        attacker = Attacker(
+        priors = priors_of(self._attacker(tuned, plan, texts, None, say), texts.sent[: settings.attacked])
+        nothing = _measured([("bytes_per_token", Interval(0, 0, 0))])
+        return {
+            "runs": [_entry(row, None, priors, {**nothing, "epsilon": None, "delta": None, "unit": None})],
+            "task": {row.codec: _plain(score)},
+            "step_seconds": read_costs(folder / "run").seconds.tolist(),
+        }
+
+    def _attacker(
+        self, tuned: Any, plan: SplitPlan, texts: LeakTexts, defence: KnownDefence | None, say: Say
+    ) -> Attacker:
+        settings = self._settings
+        return Attacker(
             base=self._base,
             tuned=tuned,
             tokenizer=self._tokenizer,
             plan=plan,
             texts=texts,
             n_attacked=settings.attacked,
-            defence=None,
+            defence=defence,
             inverter_steps=settings.inverter_steps,
             seed=settings.seed,
             say=say,
         )
-        priors = priors_of(attacker, texts.sent[: settings.attacked])
-        shared = {"bytes_per_token": 0.0, "epsilon": None, "delta": None, "unit": None}
-        return {
-            "runs": [_entry(row, None, priors, shared)],
-            "task": {row.codec: _plain(score)},
-            "step_seconds": report["seconds"] / report["steps"],
-        }
 
     def _build(self, row: Row, texts: LeakTexts, folder: Path, package: Path) -> None:
         """Build a package, distilled on the public texts for a few steps."""
@@ -221,7 +216,7 @@ def _entry(row: Row, found: Found | None, priors: Mapping[str, Interval], shared
         **_measured([("real_or_decoy_auc", None if found is None else found.real_or_decoy)]),
         **shared,
         # What was measured of the run's own codec is not said of another.
-        **({} if codec == row.codec else {"bytes_per_token": None}),
+        **({} if codec == row.codec else _measured([("bytes_per_token", None)])),
     }
 
 

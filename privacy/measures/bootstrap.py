@@ -77,6 +77,23 @@ def ratio_interval(hits: Hits, base: Hits, *, seed: int = 0) -> Interval:
     return Interval(hits.share / base.share, *(float(ratios.quantile(q)) for q in (0.025, 0.975)))
 
 
+def means_ratio_interval(values: Tensor, base: Tensor, *, seed: int = 0) -> Interval:
+    """The mean of values `[n]` over that of others, `[m]`; of as many, both are redrawn together, as they belong.
+
+    Args:
+        values, base: Seconds of the steps of two runs, say.
+        seed: Of the draws.
+
+    Raises:
+        ConfigError: There are none on one side, or the others' mean is nothing.
+    """
+    if not len(values) or not len(base) or float(base.mean()) == 0:
+        raise ConfigError(f"{len(values)} values over {len(base)} others have no ratio: give some that are above 0")
+    other_seed = seed if len(values) == len(base) else seed + 1
+    ratios = values[drawn(len(values), seed)].mean(1) / base[drawn(len(base), other_seed)].mean(1)
+    return Interval(float(values.mean() / base.mean()), *(float(ratios.quantile(q)) for q in (0.025, 0.975)))
+
+
 def drawn(n: int, seed: int) -> Tensor:
     """Sequences drawn with replacement, `[draws, n]`."""
     return torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(seed))

@@ -21,6 +21,7 @@ from isthmus.protocol.tensor_codecs import Payload, Role, codec_by_id, decode
 WINDOWS: Final = 6
 """Canaries of each tensor, and of each form of it."""
 SECRET, KEY, LEASED = "traffic secret", "AES key", "leased weights"
+TENSORS: Final = ("activations", "gradients")
 
 
 class Captured:
@@ -87,7 +88,7 @@ class Captured:
 
     def _tensor(self, payload: Payload, name: str = "") -> None:
         codec = codec_by_id(payload.codec).name
-        what = "activations" if payload.role == Role.ACTIVATION else "gradients"
+        what = TENSORS[payload.role != Role.ACTIVATION]
         longest = max(payload.buffers, key=len)
         for window in canaries_of(bytes(longest), WINDOWS):
             self.canaries[window] = name or f"{codec} {what}, as they cross"

@@ -2,8 +2,8 @@
 
 The same scanner looks for the same canaries both times, in the same places: the worker's memory, logs, other files,
 what the metrics' endpoint says, and what Ray has. What should never be found anywhere else than in the worker's memory
-has controls that are to be found: a tenant's name in logs, files and metrics, the home's path in Ray's control store,
-and an object in Ray's store.
+has controls that are to be found: a tenant's name in logs, files and metrics, the home's path in the memory of `serve`
+and of Ray's control store, and an object in Ray's store.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from isthmus.common.errors import IsthmusError, UnreachableError
-from isthmus.experiments.rigs.secrets.canaries import KEY, LEASED, SECRET, Captured
+from isthmus.experiments.rigs.secrets.canaries import KEY, LEASED, SECRET, TENSORS, Captured
 from isthmus.experiments.rigs.secrets.memory_scan import (
     WINDOW,
     Scanner,
@@ -32,11 +32,17 @@ from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 SETTLE_SECONDS: Final = 4.0
 """After the end of the sessions: the engine trims its heap when it has been idle for a second."""
 END_SECONDS: Final = 60.0
-SESSIONS: Final = 2 * len(ACTIVATION_CODECS)
-"""That the edge may have at a time: one for each codec, and those that have not ended yet."""
+SESSIONS: Final = 4 * len(ACTIVATION_CODECS)
+"""That the edge may have at a time: two for each codec, and those that have not ended yet."""
+LOOKS: Final = 8
+"""At most, until all is found that a cloud must hold: a call may be answered before the worker stands still."""
 LOGS: Final = (".log", ".out", ".err")
 TENANT, HOME, OBJECT = "a tenant's name", "the home's path", "an object in Ray's store"
-CONTROLS: Final = {"logs": TENANT, "files": TENANT, "metrics": TENANT, "ray": OBJECT, "ray_control_store": HOME}
+CONTROLS: Final = {
+    **dict.fromkeys(("logs", "files", "metrics"), TENANT),
+    **dict.fromkeys(("serve", "ray_control_store"), HOME),
+    "ray": OBJECT,
+}
 """What must be found in each place."""
 
 
@@ -51,12 +57,12 @@ class Place:
 
     Attributes:
         address: Its connection string.
-        key: Of an edge that may have a session for each codec.
+        key: Of an edge that may have so many sessions as `SESSIONS` says.
         worker: The worker's process.
         sessions: Says how many sessions the worker has.
         folders: With the files that it writes.
         said: What its endpoints say.
-        others: Its other processes, those of Ray among them.
+        others: Its other processes: `serve`, `ray_control_store`, and those whose names begin with `ray`.
         controls: What each further canary is of that must be found, by its bytes.
     """
 
@@ -75,23 +81,28 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
 
     Returns:
         `memory`: a row for each kind of canary with `kind`, `canaries`, `during` and `after`, which are copies in the
-        worker's memory; `after` and `during`, their sums; `held_found`: whether each codec's tensors, the leased
-        weights and the keys were found in it while the sessions lasted; `elsewhere`: copies in all other places, both
-        times; `places`: of each other place its `copies`, its `control` and how often that was found; `scanned_mib`.
+        worker's memory, of several looks the most; `after` and `during`, their sums; `held_found`: whether each codec's
+        activations and gradients, the leased weights and the keys were found in it while the sessions lasted;
+        `elsewhere`: copies in all other places, both times; `places`: of each other place its `copies`, its `control`
+        and how often that was found; `controls_found`: whether each control of the place was; `scanned_mib`.
     """
+    during: Counter[str] = Counter()
     with Captured() as captured:
         with Sessions(place.address, place.key, tokens) as sessions:
-            with sessions.in_flight(), stopped(place.worker):
-                memory = memory_of(place.worker)
-            canaries = {**captured.canaries, **place.controls}
-            scanner = Scanner(canaries)
-            during = scanner.count(memory)
-            del memory
+            for _ in range(LOOKS):
+                with sessions.in_flight(), stopped(place.worker):
+                    memory = memory_of(place.worker)
+                scanner = Scanner({**captured.canaries, **place.controls})
+                during |= scanner.count(memory)
+                del memory
+                if _held_found(during):
+                    break
             found = _elsewhere(place, scanner)
         _until_ended(place)
     after = scanner.count(memory_of(place.worker))
     for name, copies in _elsewhere(place, scanner).items():
         found[name] = found.get(name, Counter()) + copies
+    wanted = {name for name, control in CONTROLS.items() if control in place.controls.values()}
     kinds = Counter(captured.canaries.values())
     rows = [
         {"kind": kind, "canaries": kinds[kind], "during": during[kind], "after": after[kind]} for kind in captured.kinds
@@ -100,7 +111,7 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
         name: {
             "copies": sum(copies[kind] for kind in kinds),
             "control": CONTROLS.get(name),
-            "control_copies": copies[CONTROLS[name]] if name in CONTROLS else None,
+            "control_copies": copies[CONTROLS[name]] if name in wanted else None,
         }
         for name, copies in found.items()
     }
@@ -109,7 +120,7 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
         "after": sum(row["after"] for row in rows),
         "held_found": _held_found(during),
         "elsewhere": sum(each["copies"] for each in places.values()),
-        "controls_found": all(each["control_copies"] != 0 for each in places.values()),
+        "controls_found": all(found.get(name, Counter())[CONTROLS[name]] for name in wanted),
         "memory": rows,
         "places": places,
         "scanned_mib": scanner.scanned / 2**20,
@@ -124,7 +135,7 @@ def _elsewhere(place: Place, scanner: Scanner) -> dict[str, Counter[str]]:
         "metrics": scanner.count(place.said()),
     }
     for name, pid in place.others().items():
-        kind = name if name == "ray_control_store" else "ray" if name.startswith("ray") else "other processes"
+        kind = name if name in CONTROLS else "ray"
         try:
             copies = scanner.count(memory_of(pid)) + scanner.count(shared_files_of(pid))
         except (IsthmusError, OSError):
@@ -147,6 +158,6 @@ def _until_ended(place: Place) -> None:
 
 def _held_found(found: Mapping[str, int]) -> bool:
     """Whether everything was found that a cloud must hold in a session."""
-    held = (SECRET, KEY, LEASED)
-    codecs = (any(found[kind] for kind in found if kind.startswith(f"{codec} ")) for codec in ACTIVATION_CODECS)
-    return all(found[kind] for kind in held) and all(codecs)
+    forms = (f"{codec} {what}" for codec in ACTIVATION_CODECS for what in TENSORS)
+    tensors = (any(found[kind] for kind in found if kind.startswith(form)) for form in forms)
+    return all(found[kind] for kind in (SECRET, KEY, LEASED)) and all(tensors)

@@ -24,9 +24,11 @@ from isthmus.experiments.rigs.secrets.remains import look
 from isthmus.experiments.rigs.secrets.restarts import Restarts
 
 CONTROL_SESSIONS: Final = 1000
+"""Of a broken build, at most: it has used a pair again after two."""
 OPTIONS: Final = {"plain": (), "wiping": ("--wipe-freed",)}
 """What the two clouds are started with."""
 WARM_UP: Final = 2
+"""Pairs of steps that are not timed: caches fill in the first one, and each cloud has gone first once."""
 
 
 def run_secrets(settings: SecretsSettings, folder: Path) -> dict[str, Any]:
@@ -107,8 +109,7 @@ def show(result: dict[str, Any]) -> None:
     for name, cloud in result["clouds"].items():
         print(f"{name:20} memory: {cloud['during']} copies in sessions, {cloud['after']} after them")
         for place, found in cloud["places"].items():
-            control = f", {found['control_copies']} of {found['control']}" if found["control"] else ""
-            print(f"{'':20} {place}: {found['copies']} copies{control}")
+            print(f"{'':20} {place}: {found['copies']} copies, {found['control_copies']} of {found['control']}")
     print(f"{'step':20} {result['step']['ratio']:.3f} with --wipe-freed, over that without")
 
 

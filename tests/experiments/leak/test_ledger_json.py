@@ -34,7 +34,7 @@ def row(name: str, loss: float, seconds: float, tokens: float | None, **about: A
         "seconds": 10.0,
         "runs": [entry],
         "task": {settings["codec"]: task},
-        "step_seconds": seconds,
+        "step_seconds": [seconds, 3 * seconds],
     }
 
 
@@ -54,11 +54,12 @@ def test_rows_are_compared_with_the_undefended_one_of_their_plan_and_task() -> N
     assert found["noise"]["task_loss_ratio"] == pytest.approx(1.5)
     assert found["noise"]["task_loss_ratio_interval"] == pytest.approx([1.5, 1.5])
     assert found["noise"]["step_ratio"] == pytest.approx(2.0)
+    assert found["noise"]["step_ratio_interval"] == pytest.approx([2.0, 2.0])  # twice the time in each step
     assert found["plain"]["task_loss_ratio"] == 1
     assert found["top"]["task_loss_ratio"] == pytest.approx(1.25)
     for name in ("deeper", "other"):
         assert found[name]["task_loss_ratio"] is None
-        assert found[name]["step_ratio"] is None
+        assert found[name]["step_ratio"] is found[name]["step_ratio_interval"] is None
 
 
 def test_the_table_fits_a_terminal_and_ends_with_the_frontier() -> None:

@@ -9,7 +9,7 @@ import torch
 from support.models.tiny import tiny_tokenizer
 
 from isthmus.common.errors import ConfigError
-from isthmus.privacy.measures.bootstrap import mean_interval, ratio_interval, share_interval
+from isthmus.privacy.measures.bootstrap import mean_interval, means_ratio_interval, ratio_interval, share_interval
 from isthmus.privacy.measures.planted_secrets import decoded, secret_hits
 from isthmus.privacy.measures.rouge import rouge_l
 from isthmus.privacy.measures.token_accuracy import Hits, rare_tokens, token_hits
@@ -110,3 +110,15 @@ def test_a_ratio_is_redrawn_with_both_on_the_same_sequences() -> None:
     for wrong in (Hits(base.right[:2], base.of[:2]), Hits(0 * base.right, base.of)):
         with pytest.raises(ConfigError, match="cannot be compared"):
             ratio_interval(twice, wrong)
+
+
+def test_a_ratio_of_means_redraws_as_many_together_and_others_apart() -> None:
+    seconds = torch.tensor([1.0, 5.0, 9.0, 2.0])
+    assert means_ratio_interval(2 * seconds, seconds) == pytest.approx((2, 2, 2))
+    longer = means_ratio_interval(torch.cat([2 * seconds] * 4), seconds)
+    assert longer.value == pytest.approx(2)
+    assert longer.low < 1.5
+    assert longer.high > 2.5
+    for wrong in (torch.tensor([]), torch.zeros(3)):
+        with pytest.raises(ConfigError, match="have no ratio"):
+            means_ratio_interval(seconds, wrong)

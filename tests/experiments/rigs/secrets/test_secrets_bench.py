@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from isthmus.cloud.engine.freed_memory import wiping
 from isthmus.experiments.harness.launch import free_ports
 from isthmus.experiments.harness.rig_settings import SecretsSettings
 from isthmus.experiments.rigs.secrets import remains
+from isthmus.experiments.rigs.secrets.canaries import KEY, LEASED, SECRET, TENSORS
 from isthmus.experiments.rigs.secrets.memory_scan import (
     WINDOW,
     Scanner,
@@ -29,9 +31,10 @@ from isthmus.experiments.rigs.secrets.memory_scan import (
     shared_files_of,
 )
 from isthmus.experiments.rigs.secrets.nursery import Nursery
-from isthmus.experiments.rigs.secrets.remains import TENANT, Place, look, new_name
+from isthmus.experiments.rigs.secrets.remains import OBJECT, TENANT, Place, _held_found, look, new_name
 from isthmus.experiments.rigs.secrets.secrets_bench import nonces
 from isthmus.protocol.enrolment import ConnectionString, Quota
+from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 PLAN = "2:2"
 
@@ -85,6 +88,28 @@ def test_what_a_worker_holds_of_sessions_is_found_in_its_memory_alone(place: Pla
     assert found["controls_found"]
     assert found["elsewhere"] == 0
     assert all(row["after"] == 0 for row in found["memory"] if row["kind"] in {"AES key", "traffic secret"})
+
+
+def test_all_that_a_cloud_must_hold_has_to_be_found() -> None:
+    kinds = [
+        *(f"{codec} {what}, as they cross" for codec in ACTIVATION_CODECS for what in TENSORS),
+        SECRET,
+        KEY,
+        LEASED,
+    ]
+    found = Counter(dict.fromkeys(kinds, 1))
+    assert _held_found(found)
+    for kind in kinds:
+        assert not _held_found(found - Counter([kind]))
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
+def test_a_place_whose_control_is_not_found_is_told(place: Place) -> None:
+    """Ray's object is to be found, and there is no Ray."""
+    found = look(replace(place, controls={**place.controls, bytes(WINDOW): OBJECT}), tokens=16)
+    assert not found["controls_found"]
+    assert found["places"]["logs"]["control_copies"]
 
 
 def test_bytes_are_found_in_memory_shared_memory_and_files(tmp_path: Path) -> None:
