@@ -21,7 +21,7 @@ TEST_PROCESSES ?= 3
 PACKAGES    := backbone cli cloud common daemon edge emulator experiments kernels planner privacy protocol rpc training
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
-.PHONY: setup demo test test-lowest fuzz lint format proto vectors lock audit conformance bench bench-wire bench-emulators clean
+.PHONY: setup demo test test-long test-lowest fuzz lint format proto vectors lock audit conformance bench bench-wire bench-emulators clean
 
 setup: $(STAMP)
 
@@ -39,14 +39,20 @@ demo: $(STAMP)
 	$(BIN)/isthmus demo
 
 # Each process compiles each file of the tests, unless another run has left what it compiled, whatever the environment says.
-test test-lowest: export PYTHONDONTWRITEBYTECODE :=
+test test-long test-lowest: export PYTHONDONTWRITEBYTECODE :=
+
+PYTEST := -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+	$(BIN)/python $(PYTEST) -m "not long" $(PYTEST_FLAGS)
+
+# What takes tens of seconds each: crashes, faults and benchmarks of real processes, at length.
+test-long: $(STAMP)
+	$(BIN)/python $(PYTEST) -m long $(PYTEST_FLAGS)
 
 # The tests with the lowest versions that pyproject.toml allows of what it names, in an environment of its own.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+	$(LOWEST)/bin/python $(PYTEST) $(PYTEST_FLAGS)
 
 $(LOWEST)/.installed: pyproject.toml | $(STAMP)
 	$(PYTHON) -m venv --clear $(LOWEST)

@@ -47,6 +47,7 @@ def one_cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert len(started) == 1
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_a_form_is_measured_over_the_span_as_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def roomy() -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 @pytest.mark.server
 def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpoint, roomy: Path) -> None:

@@ -34,6 +34,7 @@ class Seen:
         monkeypatch.setattr(FaultPlan, "choose", noting)
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_a_broken_wire_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,7 @@ def test_a_broken_wire_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted({moment.step for moment in seen.moments}) == list(range(1, settings.tokens + 1))
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_an_answer_of_an_edge_that_forgets_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

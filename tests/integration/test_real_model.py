@@ -46,7 +46,7 @@ def without_a_cloud() -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_parity_is_bitwise_and_its_control_is_caught(
     cloud: LocalCloud,
     without_a_cloud: dict[str, Any],
@@ -104,6 +104,7 @@ def test_a_saved_adapter_gives_the_split_models_logits_and_text_on_the_whole_mod
     assert torch.equal(*generated)
 
 
+@pytest.mark.long
 @pytest.mark.shared_data
 def test_the_command_trains_on_real_task_data(cloud: LocalCloud, shared_data: Path, tmp_path: Path) -> None:
     rows = (shared_data / "e2e" / "train.csv").read_text(encoding="utf-8-sig").splitlines()

@@ -143,6 +143,7 @@ def ask(cloud: LocalCloud) -> dict[str, Any]:
     return status if all("pid" in worker for worker in status["workers"]) else {}
 
 
+@pytest.mark.long
 def test_a_cluster_without_its_control_store_is_started_again(
     place: Path, two: LocalCloud, undisturbed: dict[str, torch.Tensor]
 ) -> None:
@@ -180,6 +181,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.long
 def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Path) -> None:
     with LocalCloud(
         place / "growing", str(place / "model"), "--threads", "1", "--workers", "1:2", "--batching", "off"
@@ -217,6 +219,7 @@ def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Pat
         assert "worker_added" in events(cloud)
 
 
+@pytest.mark.long
 def test_stages_that_are_killed_change_nothing(place: Path, undisturbed: dict[str, torch.Tensor]) -> None:
     # The stash holds inputs and no graph: every backward computes its forward again.
     options = ("--threads", "1", "--pipeline", "2", "--stash-bytes", "16KiB")

@@ -36,6 +36,7 @@ def test_the_kernels_in_the_interpreter(tmp_path: Path) -> None:
     _passes("triton_checks.py", tmp_path, TRITON_INTERPRET="1")
 
 
+@pytest.mark.long
 @needs_triton
 def test_the_kernels_compile(tmp_path: Path) -> None:
     _passes("triton_compile_checks.py", tmp_path)

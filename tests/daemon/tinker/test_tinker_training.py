@@ -149,6 +149,7 @@ def test_what_trains_refuses_by_name(client: tinker.ServiceClient) -> None:
             promise.result()
 
 
+@pytest.mark.long
 def test_a_daemon_killed_between_gradients_and_their_step_changes_no_bit(
     client: tinker.ServiceClient, server: TinkerServer
 ) -> None:
@@ -191,6 +192,7 @@ def _adapter_over_a_relay(server: TinkerServer, loses: Callable[[str, int], bool
     return made, [path.rpartition("/")[2] for path in relay.lost]
 
 
+@pytest.mark.long
 def test_answers_lost_on_the_wire_change_no_bit(
     runs: Runs, client: tinker.ServiceClient, server: TinkerServer, tmp_path: Path
 ) -> None:

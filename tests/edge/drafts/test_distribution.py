@@ -120,6 +120,7 @@ def plain(logits: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.long
 def test_a_model_draft(models: tuple[Pairwise, Pairwise]) -> None:
     model, other = models
     draft = ModelDraft(other, FixedLength(3))
@@ -127,6 +128,7 @@ def test_a_model_draft(models: tuple[Pairwise, Pairwise]) -> None:
     assert 0.2 < draft.statistics.accepted / draft.statistics.drafted < 0.9
 
 
+@pytest.mark.long
 def test_a_model_draft_of_a_length_that_depends_on_what_it_drafts(models: tuple[Pairwise, Pairwise]) -> None:
     model, other = models
     lengths = set()

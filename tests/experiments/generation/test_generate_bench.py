@@ -30,6 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("bench") / "model", max_position_embeddings=512)
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,7 @@ def test_without_namespaces_the_links_are_refused(monkeypatch: pytest.MonkeyPatc
         check_links(GenerateSettings("nowhere"))
 
 
+@pytest.mark.long
 @namespaces
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")

@@ -86,6 +86,7 @@ def test_the_figure_has_both_runs(tmp_path: Path) -> None:
         serve_bench.draw_serve({"batched": run}, other)
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ def test_a_ratio_above_the_bound_is_an_error_of_measuring() -> None:
         check_bound(1.31, 1.13)
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

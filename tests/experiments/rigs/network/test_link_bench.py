@@ -106,6 +106,7 @@ def test_the_way_is_measured() -> None:
     assert way.congestion_control.isalnum()
 
 
+@pytest.mark.long
 @namespaces
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
