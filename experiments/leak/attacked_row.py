@@ -37,7 +37,8 @@ FURTHER = ("vocabulary_matching",)
 """The attacks from a row's further sides: the strongest where nothing but the front or the codec is in its way."""
 
 MISSED = 0.01
-"""An undefended run may miss this share of the tokens before it is asked whether its lists are to blame."""
+"""An undefended run may miss this share of the tokens before it is asked whether its lists are to blame: what an attack
+misses for other reasons, such as two tokens that hardly differ, is a few in a thousand."""
 
 
 @dataclass(frozen=True, slots=True)

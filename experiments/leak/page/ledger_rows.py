@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 Measure = Literal["token_accuracy", "rare_accuracy", "secret_recall", "label_accuracy"]
 
 SMALL_LOSS = 1.03
-"""The loss over the undefended run's up to which a defence counts as one that costs little."""
+"""The loss over the undefended run's up to which a defence counts as one that costs little: page and sentence say it."""
 HALF = 0.5
+"""The share of the tokens that the frontier's sentence asks about: a text of which half is read is hardly hidden."""
 SPACED = str.maketrans("_-", "  ")
 """Makes words of an attack's name."""
 MISSING = "\u2013"
