@@ -99,7 +99,7 @@ class Task:
 
 def default_data_folder() -> Path:
     """Where the tasks' data lie unless a flag says otherwise: shared/data beside the checkout."""
-    return Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:

@@ -9,7 +9,7 @@ from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_tokenizer
 
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.experiments.scoring.tasks import Sizes, load_task, parse_instruction
+from isthmus.experiments.scoring.tasks import Sizes, default_data_folder, load_task, parse_instruction
 
 SIZES = Sizes(test=8, validation=4, max_length=96)
 
@@ -17,6 +17,11 @@ SIZES = Sizes(test=8, validation=4, max_length=96)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return task_folder(tmp_path_factory.mktemp("data"))
+
+
+def test_the_data_lie_beside_the_checkout() -> None:
+    checkout = Path(__file__).resolve().parents[3]
+    assert default_data_folder() == checkout.parent / "shared" / "data"
 
 
 def test_an_instruction_is_a_question_with_answers() -> None:
