@@ -12,7 +12,7 @@ from isthmus.common.readable import size
 from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PlanSettings, StepCost
 from isthmus.planner.link_spec import LOCAL, LinkSpec
 from isthmus.planner.speed_profile import SpeedProfile
-from isthmus.privacy.ledger.mode_leaks import CHANNELS, MODE_LEAKS
+from isthmus.privacy.ledger.mode_leaks import CHANNELS, MODE_LEAKS, ModeLeak
 
 Goal = Literal["quality", "speed", "privacy"]
 
@@ -85,12 +85,13 @@ def budget_lines(costs: Sequence[ModeCost], goal: Goal, limits: Mapping[str, flo
     leaks = [MODE_LEAKS[cost.mode] for cost in costs if cost.mode in MODE_LEAKS]
     kept = [leak for leak in leaks if leak.keeps(limits)]
     only = f": {kept[0].mode} only" if len(kept) == 1 else ""
-    lines = [f"Leak budget {_budget(limits)}{only}. What attacks recover (upper 95 % bounds, without a defence):"]
-    lines += [f"{leak.mode} {'keeps' if leak in kept else 'breaks'} it: {leak.why()}" for leak in leaks]
+    lines = [f"Leak budget {_budget(limits)}{only}. What attacks are taken to recover (without a defence):"]
+    lines += [f"{_named(leak)} {'keeps' if leak in kept else 'breaks'} it: {leak.why()}" for leak in leaks]
     return [
         *lines,
-        "These bounds were measured, and are not guaranteed. A label that is a token of the text is sent as one. "
-        "`isthmus edge train --leak-budget` measures a run with its own texts and defence.",
+        "These bounds are assumed from what each mode sends, and nothing was attacked. A label that is a token of the "
+        "text is sent as one, unless --withhold-answers keeps it back. `isthmus edge train --leak-budget` measures a "
+        "run with its own texts and defence.",
     ]
 
 
@@ -103,6 +104,7 @@ def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, clou
         f"over a run; taps has {settings.taps} taps of {_width(settings)}; emulator keeps "
         f"{settings.emulator_keep:.0%} of the cloud's layers.",
         f"tail_cache and taps are given for epochs after the first; tail_cache is for the plan 0:{settings.plan.top}.",
+        f"In the guides {', '.join(_renamed())}.",
         "Bytes are of whole sealed frames; gRPC, HTTP/2, TCP and TLS add about 1 %. What a session says once (its "
         "handshake, its list of sites) is not counted.",
         "Memory counts the process, weights, adapters with their optimizer, what autograd keeps and three tensors of "
@@ -214,6 +216,14 @@ def _for_privacy(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
         return chosen, "no other mode keeps the leak budget"
     others = " and ".join(cost.mode for cost in choices if cost is not chosen)
     return chosen, f"the leak budget is kept by {others}, too"
+
+
+def _renamed() -> list[str]:
+    return [f"{leak.mode} is {leak.title}" for leak in MODE_LEAKS.values() if leak.mode != leak.title]
+
+
+def _named(leak: ModeLeak) -> str:
+    return leak.mode if leak.mode == leak.title else f"{leak.mode} ({leak.title})"
 
 
 def _budget(limits: Mapping[str, float]) -> str:

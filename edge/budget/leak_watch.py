@@ -242,7 +242,7 @@ class BudgetWatch:
                 f"upper bound {leak.bound:.2f}, times {leak.share:.2f} of the texts = {leak.value:.2f}"
             )
         limits = {**self._limits, **({"tokens": 0.0} if self._texts.secrets else {})}
-        modes = "; ".join(f"{mode.mode} ({mode.how})" for mode in keeping(limits))
+        modes = "; ".join(f"{mode.title} ({mode.how})" for mode in keeping(limits))
         raise LeakBudgetError(f"{said}. {now}. What keeps the budget: {modes}.")
 
     def _change(self) -> float:

@@ -31,7 +31,8 @@ RARE_BELOW = 1e-4
 """A token is rare if it is less than this share of the public texts."""
 
 Front = Literal["known", "tuned"]
-"""`known`: the attacker has the front that the edge runs. `tuned`: the edge has tuned it, and keeps it to itself."""
+"""`known`: the attacker has the front that the edge runs. `tuned`: a private front, which the
+edge has tuned and keeps to itself."""
 
 
 @dataclass(frozen=True, slots=True)

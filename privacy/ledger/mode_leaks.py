@@ -3,9 +3,9 @@
 A limit is `tokens<=X` or `labels<=X`, X a share between 0 and 1. Loads no torch.
 
 What a mode without a defence gives up follows from what it sends. Hidden states at a cut whose lower layers are known
-give up all tokens, at any depth and in any codec, and gradients at the span's output give up all labels: the attacks'
-upper bounds are 1. Where nothing is sent, they are 0. Labels that are sent as tokens of the text are given up with
-them, so a mode without gradients keeps a limit of labels where the answers are withheld.
+are taken to give up all tokens, at any depth and in any codec, and gradients at the output of the cloud's layers all
+labels: the bounds are 1. Where nothing is sent, they are 0. Labels that are sent as tokens of the text are given up
+with them, so a mode without gradients keeps a limit of labels where the answers are withheld.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-CHANNELS = {"tokens": "hidden states at the cut", "labels": "gradients at the span's output"}
+CHANNELS = {"tokens": "hidden states at the cut", "labels": "gradients at the output of the cloud's layers"}
 """What a budget limits, and what it is read from."""
 
 _LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.]+)", re.ASCII)
@@ -26,11 +26,13 @@ class ModeLeak:
 
     Attributes:
         mode: Its name in `isthmus plan`.
+        title: Its name in the documents.
         sends: Which of `CHANNELS` it opens.
         how: How a user gets it.
     """
 
     mode: str
+    title: str
     sends: frozenset[str]
     how: str
 
@@ -54,14 +56,14 @@ _TOKENS, _BOTH = frozenset({"tokens"}), frozenset({"tokens", "labels"})
 MODE_LEAKS: dict[str, ModeLeak] = {
     each.mode: each
     for each in (
-        ModeLeak("u_shape", _BOTH, "isthmus edge train"),
-        ModeLeak("tail_cache", _TOKENS, f"adapters on the top alone (a cloud with --edge-layers 0:N), {_WITHHELD}"),
-        ModeLeak("taps", _TOKENS, f"isthmus edge train --method ladder, {_WITHHELD}"),
-        ModeLeak("edge", _BOTH, "isthmus edge train --sites all"),
-        ModeLeak("kill_revive", _BOTH, "isthmus edge train --sites all --site-policy kill-revive"),
-        ModeLeak("low_rank", _BOTH, "isthmus edge train --sites all --method low_rank"),
-        ModeLeak("leased", _BOTH, "isthmus edge train --sites all --leased all"),
-        ModeLeak("emulator", frozenset(), "isthmus emulator tune"),
+        ModeLeak("u_shape", "split", _BOTH, "isthmus edge train"),
+        ModeLeak("tail_cache", "top only", _TOKENS, f"adapters on the last layers alone, {_WITHHELD}"),
+        ModeLeak("taps", "ladder", _TOKENS, f"isthmus edge train --method ladder, {_WITHHELD}"),
+        ModeLeak("edge", "sites", _BOTH, "isthmus edge train --sites all"),
+        ModeLeak("kill_revive", "kill-and-revive", _BOTH, "isthmus edge train --sites all --site-policy kill-revive"),
+        ModeLeak("low_rank", "low-rank sites", _BOTH, "isthmus edge train --sites all --method low_rank"),
+        ModeLeak("leased", "leased sites", _BOTH, "isthmus edge train --sites all --leased all"),
+        ModeLeak("emulator", "emulator", frozenset(), "isthmus emulator tune"),
     )
 }  # fmt: skip
 """By the modes' names."""

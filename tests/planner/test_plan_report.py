@@ -73,8 +73,8 @@ def test_privacy_takes_what_keeps_the_leak_budget_and_by_default_what_gives_up_n
     first, *lines, last = budget_lines(costs(), "privacy", {})
     assert first.startswith("Leak budget tokens<=0 and labels<=0: emulator only.")
     assert "emulator keeps it: nothing of the texts crosses" in lines
-    assert "tail_cache breaks it: tokens 1.00 (hidden states at the cut)" in lines
-    assert "not guaranteed" in last
+    assert "tail_cache (top only) breaks it: tokens 1.00 (hidden states at the cut)" in lines
+    assert "nothing was attacked" in last
     without = [each for each in costs() if each.mode != "emulator"]
     assert recommend(without, "privacy", POSITIONS, 0).startswith("No mode that fits the edge keeps tokens<=0")
 
@@ -85,8 +85,8 @@ def test_a_label_budget_is_kept_where_no_gradients_go_up() -> None:
         "budget is kept by emulator, too."
     )
     lines = budget_lines(costs(), "privacy", {"labels": 0.1})
-    both = "tokens 1.00 (hidden states at the cut) and labels 1.00 (gradients at the span's output)"
-    assert f"u_shape breaks it: {both}" in lines
+    both = "tokens 1.00 (hidden states at the cut) and labels 1.00 (gradients at the output of the cloud's layers)"
+    assert f"u_shape (split) breaks it: {both}" in lines
     # For any goal, and the control: a budget that allows everything changes nothing.
     assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 0.1}).startswith("Use tail_cache")
     assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 1.0}) == recommend(costs(), "quality", POSITIONS, 0)
@@ -173,6 +173,7 @@ def test_assumptions_follow_the_settings() -> None:
         "20%",
         "5 taps of width 32",
         "plan 0:3",
+        "u_shape is split, tail_cache is top only,",
         "Cloud: 2 x 10, bf16, 4 threads",
         "no slow start",
     ):

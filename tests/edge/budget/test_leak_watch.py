@@ -127,7 +127,7 @@ def test_labels_are_measured_with_public_texts_alone(cloud: Recorded, tmp_path: 
     with pytest.raises(ConfigError, match="give --public FILE"):
         cloud.train(tmp_path / "out", **budget)
     assert len(cloud.seen()) == before
-    with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: labels-.*tail_cache .*taps .*emulator"):
+    with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: labels-.*top only .*ladder .*emulator"):
         cloud.train(tmp_path / "out", **budget, public=str(cloud.asked_public))
     calls = cloud.seen()[before:]
     assert calls
