@@ -100,9 +100,12 @@ def serve(
     metrics: Annotated[
         str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")
     ] = "127.0.0.1:9464",
-    dtype: Annotated[str | None, typer.Option(help="What the span computes in: fp32 or bf16; by default fp32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="What the cloud's layers compute in: fp32 or bf16; by default fp32.")
+    ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="How the span's weights are held: none, int8 or nf4; by default none.")
+        str | None,
+        typer.Option(help="How the weights of the cloud's layers are held: none, int8 or nf4; by default none."),
     ] = None,
     stash_bytes: Annotated[
         str | None,
@@ -152,7 +155,7 @@ def serve(
         Literal["on", "off"], typer.Option(help="Compute the calls of several edges in one pass.")
     ] = "on",
     device: Annotated[
-        str, typer.Option(help="Where the span computes: cpu, or cuda, with a GPU for each worker or stage.")
+        str, typer.Option(help="Where the cloud's layers compute: cpu, or cuda, with a GPU for each worker or stage.")
     ] = "cpu",
     record: Annotated[
         Path | None,
@@ -234,7 +237,7 @@ def serve(
         str | None,
         typer.Option(
             help="Forward states of the edges at work, before further forwards wait; by default half of what the "
-            "span's weights take. Those of silent edges count against --stash-bytes only."
+            "weights of the cloud's layers take. Those of silent edges count against --stash-bytes only."
         ),
     ] = None,
     count_graphs: Annotated[
@@ -338,9 +341,11 @@ UNANSWERED = 60  # documented in docs/exit-codes.md
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; what `serve --model` is then given.")],
-    to: Annotated[str, typer.Option("--quantize", help="How the span's weights are held: int8 or nf4.")] = "nf4",
+    to: Annotated[
+        str, typer.Option("--quantize", help="How the weights of the cloud's layers are held: int8 or nf4.")
+    ] = "nf4",
     edge_layers: EdgeLayers = "2:2",
-    dtype: Annotated[str, typer.Option(help="What the span computes in: fp32 or bf16.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="What the cloud's layers compute in: fp32 or bf16.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a model's middle layers in fewer bits, with the edge's parts: all that `serve` needs of the model.

@@ -61,7 +61,9 @@ def train(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Tune adapters on your data; the cloud sees activations, never text, labels or adapters.
+    """Tune adapters on your data: text and labels are not sent, but activations and their gradients are.
+
+    A cloud that attacks can recover nearly all of the text and the labels from these.
 
     Ends with the adapter's folder (OUT/adapter) and OUT/report.json.
 

@@ -77,8 +77,8 @@ def plan(
     leak_budget: Annotated[
         list[str] | None,
         typer.Option(
-            help="tokens<=X or labels<=X, once or several times: recommend only what keeps it. With --goal privacy "
-            "both are 0 by default."
+            help="tokens<=X, labels<=X, or both with a comma: recommend only what keeps it, if all that is sent is "
+            "read. With --goal privacy both are 0 by default."
         ),
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Only measure this machine, for another's plan.")] = False,

@@ -21,8 +21,8 @@ class BudgetConfig(Settings):
 
     leak_budget: tuple[str, ...] = Field(
         (),
-        description="tokens<=X or labels<=X, several with commas: the largest share (0 to 1) that attacks may recover. "
-        "Measured on a sample before anything private is sent, and not guaranteed.",
+        description="tokens<=X, labels<=X, or both with a comma: the largest share (0 to 1) of these that attacks may "
+        "recover. Measured on a sample before anything private is sent, and not guaranteed.",
     )
     secrets: Path | None = Field(
         None,
@@ -38,12 +38,14 @@ class BudgetConfig(Settings):
     leak_sample: int = Field(
         16,
         ge=2,
-        description="Private texts that are attacked. Of n texts without a hit, the upper bound is still 3 / n.",
+        description="Private texts that are attacked. What is limited is an upper bound: 3 / n where attacks recover "
+        "nothing of n texts, so a small budget needs more of them.",
     )
     leak_change: float = Field(
         0.1,
         gt=0,
-        description="Relative change of the sample's hidden states at the cut after which a run attacks again.",
+        description="Relative change of the sample's hidden states at the cut after which a run attacks again: 0.1 is "
+        "a tenth.",
     )
     leak_every: int | None = Field(
         None, ge=1, description="Steps after which a run attacks again in any case; by default it goes by change alone."

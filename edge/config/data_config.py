@@ -64,7 +64,7 @@ class SentExamplesConfig(ExamplesConfig):
     withhold_answers: bool = Field(
         False,
         description="Send another token in the place of each answer, which has to be one token at the end of its row. "
-        "What comes of it keeps its bits, and labels are then in gradients alone.",
+        "The result is the same, bit for bit, and what is left of the labels is in the gradients.",
     )
 
     @property

@@ -34,7 +34,9 @@ class DefenceConfig(Settings):
     defence: tuple[str, ...] = Field(
         (),
         description="NAME[:PARAMETER=VALUE,…], once for each defence, in the order in which they act: "
-        f"{', '.join(DEFENCES)}. A run with one is no longer exact.",
+        f"{', '.join(DEFENCES)}. None is known to hide the text from a cloud that attacks and leave the training "
+        "useful; rotation and quantization are there to show that they protect nothing. All but decoys change the "
+        "adapter.",
     )
     defence_key: Path | None = Field(
         None,

@@ -38,14 +38,15 @@ class Row(BaseModel):
     Attributes:
         name: Its name; no other row has the same.
         edge_layers: The split plan; of an emulator, the layers that are tuned.
-        mode: `split`: adapters in the edge's layers below and above the span. `top-only`: above it alone, so that no
+        mode: `split`: adapters in the edge's first and last layers. `top-only`: in the last ones alone, so that no
             gradient goes up. `emulator`: nothing goes up.
         codec: Of what goes up and down.
         defence: As `edge train --defence` has them; `decoys` without its file, which is generated.
         data: The task.
         steps: Optimizer steps.
         views: From which sides it is attacked. `known`: the attacker has the edge's own layers as they are after
-            training. `tuned`: it has the base weights alone; `tuned+8`: and eight texts that it knows were sent.
+            training. `tuned`: the front is private, and it has the base weights alone; `tuned+8`: and eight texts that
+            it knows were sent.
         also_codecs: Codecs in which the attacked texts are sent once more with the trained adapter.
         package: Folder of an emulator's package; None to build one.
     """
@@ -86,7 +87,7 @@ class Row(BaseModel):
         if self.also_codecs and self.defence:
             raise ValueError("also_codecs sends without defences: leave it out, or make it a row of its own")
         if self.mode == "top-only" and any(view != "known" for view in self.views):
-            raise ValueError("mode top-only tunes nothing below the span, so its front is known: give no other view")
+            raise ValueError("mode top-only does not tune the first layers, so its front is known: give no other view")
         return self
 
     def defences(self, decoys: str = "-") -> list[DefenceOptions]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 Measure = Literal["token_accuracy", "rare_accuracy", "secret_recall", "label_accuracy"]
 
 SMALL_LOSS = 1.03
-"""The loss over the undefended run's up to which a defence counts as one that costs little: page and sentence say it."""
+"""The loss over the undefended run's up to which a defence counts as one of little cost: page and sentence say it."""
 HALF = 0.5
 """The share of the tokens that the frontier's sentence asks about: a text of which half is read is hardly hidden."""
 SPACED = str.maketrans("_-", "  ")
@@ -176,7 +176,7 @@ def modes(rows: Sequence[LedgerRow]) -> list[tuple[str, LedgerRow]]:
         ("Split", sorted(known, key=lambda row: row.common("plan") not in plans)),  # beside its private front
         ("Private front", private),
         ("Cheap defence", sorted(cheap, key=lambda row: 1.0 if row.exposed is None else row.exposed)),
-        ("Top layers only", _in_mode(others, "top-only")),
+        ("Top only", _in_mode(others, "top-only")),
         ("Emulator", _in_mode(others, "emulator")),
     ]
     return [(title, found[0]) for title, found in choices if found]

@@ -144,7 +144,7 @@ def _show_extraction(found: Mapping[str, Any]) -> None:
 
 
 def _show_theft(found: Mapping[str, Any]) -> None:
-    print(f"the span: loss {found['loss']:.3f} with it, {found['without']:.3f} with the edge's layers alone")
+    print(f"the cloud's layers: loss {found['loss']:.3f} with it, {found['without']:.3f} with the edge's layers alone")
     line = "{:>10} {:>10} {:>12} {:>12}".format
     print(line("queries", "positions", "stolen loss", "recovered"))
     for run in found["runs"]:

@@ -20,7 +20,7 @@ PARTS: Final = ("membership", "extraction", "theft", "package")
 
 @dataclass(frozen=True, slots=True)
 class LeakWeightsSettings:
-    """Attack weights: members out of adapters, adapters out of sites, the span out of its answers, a package's thief.
+    """Attack weights, where `experiment leak` attacks texts: what adapters, sites, answers and packages give away.
 
     A measurement that is finished for the same settings is taken from the folder of `--out`.
 
@@ -28,7 +28,12 @@ class LeakWeightsSettings:
     """
 
     parts: Annotated[
-        str, Option(help=f"Measurements, comma-separated: {', '.join(PARTS)}. All when nothing is named.")
+        str,
+        Option(
+            help="Measurements, comma-separated, by default all. membership: which texts an adapter was trained on. "
+            "extraction: the adapters at sites. theft: the cloud's layers, learned from their answers. package: what a "
+            "thief of an emulator package makes of it."
+        ),
     ] = ""
     model: flags.Model = "smollm2-135m"
     edge_layers: flags.EdgeLayers = "2:2"
@@ -38,15 +43,17 @@ class LeakWeightsSettings:
     epochs: Annotated[int, Option(min=1, help="Passes over the members.")] = 8
     batch: Annotated[int, Option(min=1, help="Members of a step.")] = 16
     learning_rate: Annotated[float, Option(min=0, help="Peak rate of the adapter without a defence.")] = 3e-3
-    defence: Annotated[str, Option(help="NAME:PARAMETER=VALUE,… of the other adapter, as for `edge train`.")] = (
-        "dp-sgd:clip=1,sigma=4"
-    )
-    defended_rate: Annotated[float, Option(min=0, help="Peak rate of the other adapter.")] = 1e-3
+    defence: Annotated[
+        str, Option(help="Of a second adapter, to compare: NAME:PARAMETER=VALUE,…, as for `edge train`.")
+    ] = "dp-sgd:clip=1,sigma=4"
+    defended_rate: Annotated[float, Option(min=0, help="Peak rate of the adapter with the defence.")] = 1e-3
     rank: Annotated[int, Option(min=1, help="Rank of LoRA, in both and at sites.")] = 8
     sites: Annotated[str, Option(help="Sites of the recorded run, as for `edge train`.")] = "all"
     site_steps: Annotated[int, Option(min=2, help="Optimizer steps of the recorded run.")] = 3
     site_codec: Annotated[str, Option(help="Codec of its wire.")] = "fp32"
-    calls: Annotated[str, Option(help="Budgets of a thief's queries to the span, of one text each.")] = "0,50,300"
+    calls: Annotated[str, Option(help="Budgets of a thief's queries to the cloud's layers, of one text each.")] = (
+        "0,50,300"
+    )
     theft_steps: Annotated[int, Option(min=1, help="Steps of each theft, of one text each.")] = 300
     method: Annotated[str, Option(help="Recipe of the package's emulator, as for `emulator build`.")] = "importance"
     keep: Annotated[float, Option(help="Share of the middle's layers that it keeps.")] = 0.5
