@@ -160,7 +160,7 @@ def audit(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Have sampled calls of a run computed again elsewhere, and say where the first answer was another one.
+    """Have sampled calls of a run computed again elsewhere, and say where the first answer differs.
 
     Whoever computes them sees the activations, and so the text. Ends with exit code 71 where an answer differs.
 

@@ -17,10 +17,11 @@ from isthmus.experiments.harness.command import Measurement
 
 @dataclass(frozen=True, slots=True)
 class LeakSettings:
-    """Train over a cloud that records, attack what it has, and set what each attack gets beside what the run is worth.
+    """Train over a cloud that records, attack what it has, and set what each attack gets beside the task's loss.
 
     Each row of a grid is a run with its split, codec and defences. A row that is finished is a file in the folder of
-    --out, and is not made again. Ctrl-C loses the row under way.
+    --out, and is not made again. Ctrl-C loses the row under way. Ends with exit code 73 where an attack on a row
+    without a defence was limited by its lists of candidates.
 
     Example: isthmus experiment leak --json
 

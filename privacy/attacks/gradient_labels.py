@@ -83,7 +83,7 @@ class _LabelAttack:
     between two that pass it are guessed as well.
     """
 
-    sees: ClassVar[str] = "gradients at the span's output, and the span's output"
+    sees: ClassVar[str] = "gradients at the output of the cloud's layers, and that output"
     knows: ClassVar[str]
     coarse_recall: float | None = None
     threshold: float = 0.0

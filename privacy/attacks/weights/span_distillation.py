@@ -82,7 +82,7 @@ class SpanDistillation:
     """Trains a stand-in for the span."""
 
     name: ClassVar[str] = "span-distillation"
-    sees: ClassVar[str] = "the span's answers to its own queries"
+    sees: ClassVar[str] = "the answers of the cloud's layers to its own queries"
     knows: ClassVar[str] = "the edge's layers, and public texts"
 
     def __init__(self, theft: Theft) -> None:
