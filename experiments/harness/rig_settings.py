@@ -160,7 +160,8 @@ class SecretsSettings:
     """Look for nonces that are used twice over crashes, and for what a cloud keeps of sessions, and where.
 
     Exits with 1 where a key and a nonce came twice, where anything of a session was found in another place than the
-    worker's memory, where something was left there in spite of `--wipe-freed`, or where a control was not found.
+    worker's memory, where something was left there in spite of `--wipe-freed`, or where a control was not found. With
+    --keep, an interrupted measurement goes on.
 
     Example: isthmus bench secrets --json
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +108,9 @@ def _info(_tenant: Tenant, session_id: bytes) -> m.SessionInfo:
     )
 
 
-def crashed_machines(folder: Path, sessions: int, source: str, seed: int) -> Sealed:
+def crashed_machines(
+    folder: Path, sessions: int, source: str, seed: int, advance: Callable[[], None] = lambda: None
+) -> Sealed:
     """What the machines of so many sessions have sealed.
 
     Args:
@@ -116,12 +118,14 @@ def crashed_machines(folder: Path, sessions: int, source: str, seed: int) -> Sea
         sessions: Each of an edge's machine and a worker's.
         source: Of random bytes, a name of `SOURCES`.
         seed: Says where they crash.
+        advance: Called after each.
     """
     machines = Machines(folder, seed)
     entries: list[bytes] = []
     with logged(entries.append), SOURCES[source]():
         for _ in range(sessions):
             machines.crash()
+            advance()
     return Sealed.of(entries)
 
 

@@ -32,7 +32,7 @@ from isthmus.experiments.rigs.secrets.memory_scan import (
 )
 from isthmus.experiments.rigs.secrets.nursery import Nursery
 from isthmus.experiments.rigs.secrets.remains import OBJECT, TENANT, Place, _held_found, look, new_name
-from isthmus.experiments.rigs.secrets.secrets_bench import nonces
+from isthmus.experiments.rigs.secrets.secrets_bench import Parts, run_secrets, show
 from isthmus.protocol.enrolment import ConnectionString, Quota
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
@@ -46,16 +46,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
-def test_no_nonce_is_used_twice_and_constant_random_bytes_are_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    settings = SecretsSettings(edge_layers=PLAN, restarts=4, sessions=200)
-    found = nonces(settings, checkpoint, tmp_path, lambda: None)
-    for part in ("processes", "machines"):
-        assert found[part]["reuses"] == 0
-        assert found[part]["records"] > found[part]["keys"] > 0
-    assert found["processes"]["edges_in_session"] >= 1
-    assert len(found["controls"]) == 3
-    assert all(control["reuses"] for control in found["controls"])
-    assert found["own_source_constant"]["reuses"] == 0  # the library's random bytes are enough
+def test_no_nonce_is_used_twice_and_an_interrupted_measurement_goes_on(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SecretsSettings(model=str(checkpoint.folder), edge_layers=PLAN, restarts=4, sessions=200)
+    place = {"copies": 0, "control": TENANT, "control_copies": 2}
+    seen = {"during": 3, "after": 0, "elsewhere": 0, "held_found": True, "controls_found": True}
+    monkeypatch.setattr(Parts, "cloud", lambda *_: {**seen, "places": {"logs": place}})
+    monkeypatch.setattr(Parts, "step", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_secrets(settings, tmp_path)
+    for name in ("processes", "machines", "cloud"):
+        monkeypatch.setattr(Parts, name, lambda *_: 1 / 0)
+    monkeypatch.setattr(Parts, "step", lambda _: {"ratio": 1.5})
+    found = run_secrets(settings, tmp_path)
+    processes, machines = (found["nonces"][part] for part in ("processes", "machines"))
+    for part in (processes, machines):
+        assert part["reuses"] == 0
+        assert part["records"] > part["keys"] > 0
+    assert processes["edges_in_session"] >= 1
+    controls = [*processes["controls"], *machines["controls"]]
+    assert len(controls) == 3
+    assert all(control["reuses"] for control in controls)
+    assert machines["own_source_constant"]["reuses"] == 0  # the library's random bytes are enough
+    assert [found[name] for name in ("no_reuse", "nothing_elsewhere", "freed_wiped", "controls_found")] == [True] * 4
+    show(found)
+    assert "1.500 with --wipe-freed" in capsys.readouterr().out
 
 
 @pytest.fixture
