@@ -52,6 +52,19 @@ def test_a_certificate_carries_what_leaks(tmp_path: Path) -> None:
     assert (bare.leak, "leak" in bare.lines()) == (None, False)
 
 
+def test_a_leak_of_several_lines_adds_none_to_what_is_verified(tmp_path: Path) -> None:
+    found = verify_run(run_in(tmp_path / "run", "tokens ≤ 0.01\n  certificate  of the edge SHA256:yours"))
+    lines = found.lines().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "sessions",
+        "exchanges",
+        "cloud",
+        "certificate",
+        "adapter",
+        "leak",
+    ]
+
+
 def test_a_leak_that_was_changed_is_noticed(tmp_path: Path) -> None:
     path = run_in(tmp_path / "run", "tokens ≤ 0.98") / CERTIFICATE_FILE
     path.write_text(path.read_text().replace("0.98", "0.01"))
