@@ -32,7 +32,14 @@ from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.optimizers import step_rule
-from isthmus.edge.training.run_identity import NO_DRAFT, ModelIdentity, check_fits, fixed_settings, identity_entries
+from isthmus.edge.training.run_identity import (
+    NO_DRAFT,
+    ModelIdentity,
+    check_fits,
+    fixed_settings,
+    identity_entries,
+    noted_settings,
+)
 from isthmus.edge.training.run_listener import RunListener, SaveAdapter, accuracy_for
 from isthmus.edge.training.step_rule import EdgeRule
 from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
@@ -117,9 +124,10 @@ class EdgeSteps(Task):
         )
         self.device: torch.device = model.device
         start = None if config.start_from is None else adapter_digest(config.start_from)
-        self.settings: Mapping[str, Any] = fixed_settings(
-            config, self.total, start, NO_DRAFT if draft is None else draft.settings
-        )
+        self.settings: Mapping[str, Any] = {
+            **fixed_settings(config, self.total, start, NO_DRAFT if draft is None else draft.settings),
+            **noted_settings(config),
+        }
         self._model = model
         self._data = data
         self._config = config

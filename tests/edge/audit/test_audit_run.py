@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.cloud.clouds import ThreadServer
-from support.cloud.train_runs import Runs
+from support.cloud.train_runs import Runs, interrupted
 from support.commands import in_process, refused
 from support.models.tiny import tiny_checkpoint
 
@@ -167,3 +167,22 @@ def test_a_sample_of_another_run_is_no_evidence(runs: Runs, honest_run: Path, tm
     (tmp_path / "run" / "audit" / name).write_bytes(first.read_bytes())
     with pytest.raises(TranscriptError, match="not the one of the transcript"):
         audited(runs, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("begun", "said"),
+    [
+        ({"transcript": False}, "transcript was False and is now True"),
+        ({}, "whether audit_sample was given was False and is now True"),
+    ],
+)
+def test_a_run_is_noted_from_its_first_call_or_not_at_all(
+    runs: Runs, tmp_path: Path, begun: dict[str, bool], said: str
+) -> None:
+    """Else the certificate would leave calls out that made the adapter, and the sample those of before."""
+    interrupted(runs, tmp_path, 2, **begun)
+    sampled = {} if begun else {"audit_sample": 1}
+    with pytest.raises(CheckpointError, match=said):
+        runs.train(tmp_path, resume=True, **sampled)
+    runs.train(tmp_path, resume=True, **begun)
+    assert (tmp_path / "certificate.json").exists() == (not begun)
