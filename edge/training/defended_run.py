@@ -56,6 +56,7 @@ class DefendedRun:
         noise: SecretNoise,
         promised: Guarantee | None,
         decoys: str | None,
+        eval_every: int | None,
     ) -> None:
         self.texts = [each.text() for each in options]
         self.guarantee = promised
@@ -64,7 +65,8 @@ class DefendedRun:
         self._noise = noise
         self._private = next((each for each in options if isinstance(each, DpSgd)), None)
         self._modules = modules
-        self._identity = {"key": noise.fingerprint, "decoys": decoys}
+        # How often held-out texts are sent is in the guarantee, and counts from the run's first step.
+        self._identity = {"key": noise.fingerprint, "decoys": decoys, "eval_every": eval_every}
         self._step = _BEFORE
         span.begin("after", _BEFORE)
 
@@ -117,11 +119,11 @@ class DefendedRun:
         """See `StepObserver`.
 
         Raises:
-            CheckpointError: The key or the decoys are others than before.
+            CheckpointError: The key, the decoys or the steps between evaluations are others than before.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
-                what = "key" if name == "key" else "file of decoys"
+                what = {"key": "key", "decoys": "file of decoys"}.get(name, f"eval_every ({state.get(name)})")
                 raise CheckpointError(
                     f"the run cannot be resumed: its defences had another {what}. Resume with the one that it was "
                     f"started with, or {START_ANEW}."
@@ -171,7 +173,7 @@ def defended_run(
         say(guarantee_line(promised))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
-        yield DefendedRun(options, span, defences, modules, noise, promised, made_of)
+        yield DefendedRun(options, span, defences, modules, noise, promised, made_of, config.eval_every)
 
 
 def guarantee_line(promised: Guarantee) -> str:

@@ -101,6 +101,16 @@ def test_the_report_has_what_is_guaranteed(runs: Runs, tmp_path: Path) -> None:
     assert "gradients go up without noise" in (bare.guarantee or "")
 
 
+def test_a_resume_cannot_forget_evaluations(runs: Runs, tmp_path: Path) -> None:
+    """Each of them sends the held-out texts under fresh noise, and the guarantee counts them."""
+    noisy = ["gaussian:clip=1,sigma=50,gradient_clip=1e-3,gradient_sigma=50"]
+    whole = runs.train(tmp_path / "whole", eval_every=1, defence=noisy)
+    interrupted(runs, tmp_path / "part", 3, eval_every=1, defence=noisy)
+    with pytest.raises(CheckpointError, match=r"its defences had another eval_every \(1\)"):
+        runs.train(tmp_path / "part", resume=True, defence=noisy)
+    assert runs.train(tmp_path / "part", resume=True, eval_every=1, defence=noisy).epsilon == whole.epsilon
+
+
 def test_memoised_noise_guarantees_nothing_where_the_front_moves_without_gradients(runs: Runs, tmp_path: Path) -> None:
     for memo, guaranteed in (("true", False), ("false", True)):
         noise = f"gaussian:clip=1,sigma=50,memo={memo}"
