@@ -26,6 +26,7 @@ from isthmus.edge.config.schedule import steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
+from isthmus.edge.span_cache.cache_check import dropout_below
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
 from isthmus.privacy.defences.decoys import Decoys
@@ -159,7 +160,7 @@ def defended_run(
         return
     key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
     noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
-    promised = guarantee(options, exposure_of(model, trained, config, data, options))
+    promised = guarantee(options, exposure_of(model, trained, config, data))
     try:
         defences = build_defences(options, model.config.hidden_size)
     except ValueError as error:
@@ -209,9 +210,7 @@ def read_key(path: Path, *, make: bool) -> bytes:
     return key
 
 
-def exposure_of(
-    model: Any, trained: Any, config: TrainConfig, data: TrainingData, options: Sequence[DefenceOptions]
-) -> Exposure:
+def exposure_of(model: Any, trained: Any, config: TrainConfig, data: TrainingData) -> Exposure:
     """What the run does with the example that it shows most."""
     total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
     epochs = -(-total // per_epoch)
@@ -224,7 +223,8 @@ def exposure_of(
         backwards=epochs if gradients_go_up(model, trained, config) else 0,
         held_out=evaluations if data.validation else 0,
         steps=epochs,
-        moves=_front_moves(model, trained, config),
+        # A run without gradients is in eval mode, in which nothing drops out.
+        moves=_front_moves(model, trained, config) or (not mezo and dropout_below(model) is not None),
     )
 
 
