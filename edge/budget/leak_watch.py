@@ -1,7 +1,8 @@
 """A run that attacks itself: before it sends anything private, and whenever its front has changed.
 
 The budget is measured, not guaranteed. Its value is the largest upper 95 % bound over all attacks, times the share of
-private texts that the run sends. A run that breaks it ends before the next batch goes out.
+private texts that the run sends. A run that breaks it ends before the next batch goes out, be it of a step or of an
+evaluation.
 """
 
 from __future__ import annotations
@@ -116,17 +117,11 @@ class BudgetWatch:
         Raises:
             LeakBudgetError: The budget is broken.
         """
-        if not self._attacks_anything:
-            return
-        if self._attacked_at is None:
-            self._attacked_at = step - 1
-        change, every = self._change(), self._config.leak_every
-        due = every is not None and step - 1 - self._attacked_at >= every
-        if change <= self._config.leak_change and not due:
-            return
-        self._say(f"the front has changed by {change:.2f} since the last attack: attacking again before step {step}")
-        self._attacked_at = step - 1
-        self._attack(f"Step {step} has not been sent")
+        self._attack_again(step - 1, f"step {step}")
+
+    def before_evaluation(self, step: int) -> None:
+        """See `LeakWatch`."""
+        self._attack_again(step, f"the evaluation after step {step}")
 
     def after_step(self, step: int) -> None:
         """See `StepObserver`."""
@@ -175,6 +170,20 @@ class BudgetWatch:
         if self._texts.secrets:
             parts.append(f"{sum(map(len, self._texts.secrets))} secrets")
         return ", ".join(parts)
+
+    def _attack_again(self, applied: int, what: str) -> None:
+        """Attack where the front has changed, or where it is time, before something is sent after so many steps."""
+        if not self._attacks_anything:
+            return
+        if self._attacked_at is None:
+            self._attacked_at = applied
+        change, every = self._change(), self._config.leak_every
+        due = every is not None and applied - self._attacked_at >= every
+        if change <= self._config.leak_change and not due:
+            return
+        self._say(f"the front has changed by {change:.2f} since the last attack: attacking again before {what}")
+        self._attacked_at = applied
+        self._attack(f"{what[0].upper()}{what[1:]} has not been sent")
 
     def _attack(self, now: str) -> None:
         """Attack the run as it is, keep the worst, and compare it with the budget."""

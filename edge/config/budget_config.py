@@ -38,7 +38,7 @@ class BudgetConfig(Settings):
     leak_sample: int = Field(
         16,
         ge=2,
-        description="Private texts that are attacked. Of n texts with few hits or none, the upper bound is still 3 / n.",
+        description="Private texts that are attacked. Of n texts with few or no hits, the upper bound is still 3 / n.",
     )
     leak_change: float = Field(
         0.1,

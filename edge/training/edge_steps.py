@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,6 +85,7 @@ class EdgeSteps(Task):
         listener: Hears how the run goes on; None for nobody.
         save: Writes the adapter, for the listener.
         defended: The run's defences, which are among the observers; None for none.
+        before_evaluation: Called with the applied steps before held-out examples are sent.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class EdgeSteps(Task):
         listener: RunListener | None = None,
         save: SaveAdapter = lambda folder: None,
         defended: DefendedRun | None = None,
+        before_evaluation: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.total = total_steps(config, len(data.train))
         self.spent = Spent()
@@ -139,6 +141,7 @@ class EdgeSteps(Task):
         self._draft = draft
         self._listener = listener
         self._save = save
+        self._before_evaluation = before_evaluation
         self._per_epoch = steps_per_epoch(config, len(data.train))
         self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
         self._held_out = Batches(data.validation, config.batch, data.pad_id)
@@ -269,6 +272,7 @@ class EdgeSteps(Task):
     def _evaluate(self, step: int, when: str) -> float | None:
         if not self._data.validation:
             return None
+        self._before_evaluation(step)
         loss = evaluate(self._model, self._held_out, self._stop.check, precision=self._config.precision)
         self._progress.message(f"validation loss {when}: {loss:.4f}")
         self.add_points(step, {"loss/validation": loss})

@@ -16,6 +16,8 @@ from support.cloud.train_runs import Runs, cloud_for_runs, interrupted
 from isthmus.backbone.adapters.adapter_files import adapter_digest
 from isthmus.common.errors import CheckpointError, ConfigError, LeakBudgetError
 from isthmus.edge.budget import measured_leak
+from isthmus.edge.budget.leak_watch import BudgetWatch
+from isthmus.edge.budget.measured_leak import Leak
 from isthmus.edge.run_report import Report
 from isthmus.privacy.attacks.coarse_maps import InverterMap
 from isthmus.privacy.attacks.nearest_neighbour import NearestNeighbour
@@ -212,8 +214,26 @@ def test_a_run_that_goes_on_is_attacked_again_first(cloud: Recorded, tmp_path: P
 def test_only_training_counts_as_a_change_of_the_front(cloud: Recorded, tmp_path: Path) -> None:
     still = {"leak_budget": ["tokens<=1"], "leak_change": 1e-3, "leak_sample": 2, "steps": 2, "defence": ["mixing"]}
     assert cloud.train(tmp_path / "still", learning_rate=1e-9, **still).leak_attacks == 1
-    # The control: what training moves is attacked again.
-    assert cloud.train(tmp_path / "moved", learning_rate=0.1, **still).leak_attacks == 2
+    # The control: what training moves is attacked again, before the second step and the evaluation after it.
+    assert cloud.train(tmp_path / "moved", learning_rate=0.1, **still).leak_attacks == 3
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_no_evaluation_goes_out_of_a_front_that_breaks_the_budget(
+    cloud: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step moves the front, and the held-out texts would be sent before the second one."""
+
+    def breaks(watch: BudgetWatch, _leak: Leak, now: str) -> None:
+        if watch.figures()["leak_attacks"]:
+            raise LeakBudgetError(f"it is broken. {now}.")
+
+    monkeypatch.setattr(BudgetWatch, "_compare", breaks)
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match="The evaluation after step 1 has not been sent"):
+        cloud.train(tmp_path, leak_budget="tokens<=1", leak_change=1e-3, learning_rate=0.1, eval_every=1)
+    evaluations = 1  # that before training
+    assert len(cloud.seen()) - before == evaluations + 2 * 2
 
 
 @pytest.mark.parametrize(
