@@ -19,7 +19,7 @@ from isthmus.edge.budget.attacker import knowledge_of
 from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
 from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, attack_gradients, attack_texts, worst_leak
 from isthmus.edge.budget.rehearsal import Rehearsal
-from isthmus.edge.config.schedule import steps_per_epoch, total_steps
+from isthmus.edge.config.schedule import evaluations, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData
 from isthmus.edge.training.defended_run import DefendedRun, gradients_go_up
@@ -76,7 +76,8 @@ class BudgetWatch:
         self._attacked_at: int | None = None  # applied steps; None before this process makes one
         self._states: list[Tensor] = []
         total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
-        passes = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
+        trained = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
+        passes = max(trained, evaluations(config, total) if data.validation else 0)
         # What is sent again says more only where a defence draws anew.
         self._passes = passes if defended is not None and defended.defences else 1
         trained_on = min(len(data.train), total * config.batch * config.accumulate)

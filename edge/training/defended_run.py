@@ -22,7 +22,7 @@ from isthmus.backbone.families import family_of
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.edge.config.defence_config import KEY_FILE
-from isthmus.edge.config.schedule import steps_per_epoch, total_steps
+from isthmus.edge.config.schedule import evaluations, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
@@ -214,14 +214,13 @@ def exposure_of(model: Any, trained: Any, config: TrainConfig, data: TrainingDat
     """What the run does with the example that it shows most."""
     total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
     epochs = -(-total // per_epoch)
-    evaluations = 2 + (0 if config.eval_every is None else (total - 1) // config.eval_every)
     mezo = config.optimizer == "mezo"
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),
         backwards=epochs if gradients_go_up(model, trained, config) else 0,
-        held_out=evaluations if data.validation else 0,
+        held_out=evaluations(config, total) if data.validation else 0,
         steps=epochs,
         # A run without gradients is in eval mode, in which nothing drops out.
         moves=_front_moves(model, trained, config) or (not mezo and dropout_below(model) is not None),
