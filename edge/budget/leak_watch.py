@@ -31,6 +31,9 @@ _CHANGE_TEXTS = 4
 """Of the sample, whose hidden states tell before every step how far the front has changed."""
 
 
+_TINY = 1e-30
+
+
 class BudgetWatch:
     """An `isthmus.edge.training.trainer.LeakWatch`.
 
@@ -74,7 +77,7 @@ class BudgetWatch:
         self._worst: dict[str, Leak] = {}
         self._attacks = 0
         self._attacked_at: int | None = None  # applied steps; None before this process makes one
-        self._states: list[Tensor] = []
+        self._states: list[list[Tensor]] = []
         total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
         trained = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
         passes = max(trained, evaluations(config, total) if data.validation else 0)
@@ -256,20 +259,28 @@ class BudgetWatch:
         raise LeakBudgetError(f"{said}. {now}. What keeps the budget: {modes}.")
 
     def _change(self) -> float:
-        """How far the hidden states at the cut have moved since the last attack, relative to them."""
-        pairs = zip(self._expected(), self._states, strict=True)
-        moved = torch.cat([(now - before).norm(dim=-1) / before.norm(dim=-1) for now, before in pairs])
-        return float(moved.mean())
+        """How far what is sent of the sample has moved since the last attack; the part that moved most counts."""
+        return max(_moved(now, before) for now, before in zip(self._expected(), self._states, strict=True))
 
     @torch.no_grad()
-    def _expected(self) -> list[Tensor]:
+    def _expected(self) -> list[list[Tensor]]:
         """Hidden states at the cut as they are sent, without noise, `[n, h]`; the first position is a sink, and out.
 
-        Rows are mixed with the mean of the same public texts each time, so that only training moves them.
+        Where a defence is trained, also what it adds, each time with the same draws: noise that is learned changes by
+        itself. Rows are mixed with the same public texts each time, so that only training moves them.
         """
         knowledge = self._knows(self._texts.public[:FEWEST_PUBLIC], self._rehearsal.codecs.forward_up)
         tokens = [torch.tensor(text.input_ids) for text in self._texts.sample[:_CHANGE_TEXTS]]
-        return [knowledge.expect(knowledge.front.states(each))[1:] for each in tokens]
+        states = [knowledge.front.states(each) for each in tokens]
+        expected = [knowledge.expect(each) for each in states]
+        looks = [[each[1:] for each in expected]]
+        trained = () if self._defended is None else self._defended.parameters()
+        if trained and knowledge.defence is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                sent = [knowledge.defence.send(each[None])[0] for each in states]
+            looks.append([(one - other)[1:] for one, other in zip(sent, expected, strict=True)])
+        return looks
 
     def _knows(self, public: Sequence[Any], codec: str, span: Any = None) -> Knowledge:
         return knowledge_of(self._model, self._tokenizer, self._defended, public, codec, span, self._check_stop)
@@ -278,3 +289,9 @@ class BudgetWatch:
         self._check_stop()
         if done == 0:
             self._say(f"attacking: {attack}, {of} calls")
+
+
+def _moved(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """The mean over all positions of how far each has moved, relative to what it was."""
+    pairs = zip(now, before, strict=True)
+    return float(torch.cat([(new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(_TINY) for new, old in pairs]).mean())

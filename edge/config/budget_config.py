@@ -43,7 +43,8 @@ class BudgetConfig(Settings):
     leak_change: float = Field(
         0.1,
         gt=0,
-        description="Relative change of the sample's hidden states at the cut after which a run attacks again.",
+        description="Relative change of the sample's hidden states at the cut, or of trained noise on them, after "
+        "which a run attacks again.",
     )
     leak_every: int | None = Field(
         None, ge=1, description="Steps after which a run attacks again in any case; by default it goes by change alone."

@@ -221,6 +221,16 @@ def test_only_training_counts_as_a_change_of_the_front(cloud: Recorded, tmp_path
 
 
 @pytest.mark.usefixtures("one_attack")
+def test_noise_that_training_changes_is_a_change(clouds: dict[str, Recorded], tmp_path: Path) -> None:
+    """With no layer of the edge's below the cut, hidden states stay what they are."""
+    values: dict[str, Any] = {"leak_budget": "tokens<=1", "leak_change": 0.01, "steps": 2, "learning_rate": 0.1}
+    learned = clouds["0:2"].train(tmp_path / "learned", defence="learned-noise:sigma=0.1", **values)
+    assert learned.leak_attacks == 3  # the first, before the second step, and before the evaluation after it
+    fixed = clouds["0:2"].train(tmp_path / "fixed", defence="gaussian:clip=1,sigma=0.1", **values)
+    assert fixed.leak_attacks == 1
+
+
+@pytest.mark.usefixtures("one_attack")
 def test_the_attacker_has_as_many_passes_as_the_text_that_is_sent_most(
     cloud: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
