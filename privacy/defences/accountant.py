@@ -85,12 +85,16 @@ def guarantee(defences: Sequence[DefenceOptions], exposure: Exposure) -> Guarant
     if gap is not None:
         return Guarantee(None, None, gap)
     mu_squared = _messages(messages, exposure) + steps
-    of = (
-        "each example's own messages, given the adapters; what other examples' messages tell through these is covered "
-        "with dp-sgd alone"
-        if private is None
-        else "everything that the cloud sees, and the adapters, of each example"
-    )
+    if private is None:
+        of = (
+            "each example's own messages, given the adapters; what other examples' messages tell through these is "
+            "covered with dp-sgd alone"
+        )
+    elif any(isinstance(each, Gaussian) and each.memo for each in messages):
+        # Whether two messages are the same is no matter of chance then.
+        of = "each example's own messages, and the adapters; that two examples are the same shows under memoised noise"
+    else:
+        of = "everything that the cloud sees, and the adapters, of each example"
     return Guarantee(epsilon(math.sqrt(mu_squared), delta), delta, of)
 
 
