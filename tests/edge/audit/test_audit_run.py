@@ -102,6 +102,19 @@ def test_a_liar_that_lies_to_nobody_is_not_accused(runs: Runs, tmp_path: Path) -
     assert (liar.altered, audited(runs, tmp_path / "run").lies) == (set(), ())
 
 
+def test_calls_that_cannot_be_replayed_here_are_not_counted_as_looked_at(runs: Runs, tmp_path: Path) -> None:
+    """A cloud that alters calls with leased adapters alone is not met by a replay without adapters."""
+    out = tmp_path / "run"
+    runs.train(out, audit_sample=64, **SITES)
+    whole, here = audited(runs, out), audited(runs, out, model=runs.model, threads=1)
+    assert (whole.skipped, whole.replayed, set(whole.caught.values())) == (0, whole.calls, {1.0})
+    assert here.skipped + here.replayed == here.calls == whole.calls
+    assert here.skipped > 0
+    assert set(here.caught.values()) == ({1.0} if here.replayed else {0.0})  # of calls without adapters it has them all
+    assert "of the calls without adapters: " in lines(here)
+    assert "without adapters" not in lines(whole)
+
+
 def test_the_command_ends_with_its_code_and_says_where(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
