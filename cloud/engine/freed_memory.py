@@ -41,6 +41,7 @@ def is_wiped() -> bool:
         return False
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     library.free.restype, library.free.argtypes = None, (ctypes.c_void_p,)
+    library.write.restype, library.write.argtypes = ctypes.c_ssize_t, (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
     return all(_is_wiped(library, size) for size in _SIZES)
 
 
@@ -57,9 +58,14 @@ def check_wiping() -> None:
 
 
 def _is_wiped(library: ctypes.CDLL, size: int) -> bool:
-    seen = ctypes.create_string_buffer(size)  # nothing is allocated between free and look
-    block = library.malloc(size)
-    ctypes.memset(block, _MARK[0], size)
-    library.free(block)
-    ctypes.memmove(seen, block, size)
-    return _MARK not in seen.raw[_LINKS:]
+    file = os.memfd_create("freed")
+    try:
+        block = library.malloc(size)
+        ctypes.memset(block, _MARK[0], size)
+        library.free(block)
+        # Nothing is allocated between free and look. A block that has gone back to the system is no longer there: the
+        # kernel then writes nothing, where reading it would end the process.
+        library.write(file, block, size)
+        return _MARK not in os.pread(file, size, _LINKS)
+    finally:
+        os.close(file)

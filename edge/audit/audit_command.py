@@ -44,13 +44,14 @@ def run_audit(run: Path, config: AuditCommandConfig) -> AuditReport:
 def lines(report: AuditReport) -> str:
     """The report for a person, within 80 columns."""
     close = report.replayed - report.identical - len(report.lies)
+    which = " without adapters" if report.skipped else ""
     said = [
         f"replayed {report.replayed} of {report.calls} calls",
         f"  {report.identical:6} have the same bits",
         f"  {close:6} are within the threshold",
         f"  {len(report.lies):6} are others",
         "probability that such an audit finds a cloud that alters",
-        *(f"  {float(share):6.1%} of the calls: {caught:.1%}" for share, caught in report.caught.items()),
+        *(f"  {float(share):6.1%} of the calls{which}: {caught:.1%}" for share, caught in report.caught.items()),
     ]
     if not close:
         del said[2]

@@ -69,7 +69,8 @@ class AuditReport:
         largest_distance: Of the answers that were no lies.
         threshold: By which they were judged; None for bits.
         unsigned: Exchanges of the run that the cloud has not signed.
-        caught: For shares of altered calls, one call at least, how likely this audit was to meet one.
+        caught: For shares of altered calls, one call at least, how likely this audit was to meet one. Where calls were
+            skipped, they are shares of the calls without adapters: of the others none had a chance to be replayed.
     """
 
     calls: int
@@ -112,8 +113,8 @@ def audit(
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
     chosen = list(islice(read_sample(folder), calls))
-    skipped = identical = replayed = 0
-    largest, lies = 0.0, []
+    skipped = identical = 0
+    largest, lies, replayed = 0.0, [], list[Exchange]()
     for call in sorted(chosen, key=lambda each: (places.get(each.session, 0), each.exchange)):
         of = sessions.get(call.session)
         exchange = _exchange(of, call)
@@ -122,7 +123,7 @@ def audit(
         except UnsupportedCallError:
             skipped += 1
             continue
-        replayed += 1
+        replayed.append(exchange)
         if digest(answer) == exchange.answered:
             identical += 1
             continue
@@ -145,24 +146,29 @@ def audit(
                 signed,
             )
         )
-    count = sum(auditable(each.exchanges) for each in transcript.sessions)
+    sampled = [exchange for each in transcript.sessions for exchange in auditable(each.exchanges)]
+    n, drawn = (len(_without_adapters(part) if skipped else part) for part in (sampled, replayed))
     return AuditReport(
-        count,
-        replayed,
+        len(sampled),
+        len(replayed),
         skipped,
         identical,
         tuple(lies),
         largest,
         threshold,
         transcript.unsigned,
-        {f"{share:g}": probability_of_catching(count, math.ceil(share * count), replayed) for share in SHARES},
+        {f"{share:g}": probability_of_catching(n, math.ceil(share * n), drawn) for share in SHARES},
     )
 
 
-def auditable(exchanges: Sequence[Exchange]) -> int:
-    """How many of a session's exchanges are calls that somebody else can compute: those that asked about no sites."""
+def auditable(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """Those of a session's exchanges that are calls that somebody else can compute: that asked about no sites."""
     asked = {each.call.call for each in exchanges if each.question == "SiteAnswer"}
-    return sum(each.question in ("Forward", "Backward") and each.call.call not in asked for each in exchanges)
+    return [each for each in exchanges if each.question in ("Forward", "Backward") and each.call.call not in asked]
+
+
+def _without_adapters(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    return [each for each in exchanges if each.adapters == NOTHING]
 
 
 def distance(ours: m.Message, theirs: m.Message) -> float | None:

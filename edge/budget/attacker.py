@@ -1,7 +1,7 @@
 """What the attacker of a leak budget knows: everything but the texts, the labels, and the key that noise is drawn from.
 
 It knows the edge's adapters too, as whoever gets the adapter later can attack a recording of today. So a front that is
-tuned in secret protects nothing here.
+tuned in secret protects nothing here. Where labels stand it knows as well: the form of the data says so.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def knowledge_of(
         first = model.split_plan.cloud.start
         layers[first] = _CloudLayers(layers[first], span, known)
         setattr(base, family.layers, nn.ModuleList(layers))
-    return Knowledge(seen, tokenizer, model.split_plan, front, tokens, codec=codec, defence=known)
+    return Knowledge(seen, tokenizer, model.split_plan, front, tokens, codec=codec, defence=known, label_places=True)
 
 
 class _CloudLayers(LayerStandIn):

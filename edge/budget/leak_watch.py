@@ -1,7 +1,8 @@
 """A run that attacks itself: before it sends anything private, and whenever its front has changed.
 
 The budget is measured, not guaranteed. Its value is the largest upper 95 % bound over all attacks, times the share of
-private texts that the run sends. A run that breaks it ends before the next batch goes out.
+private texts that the run sends. A run that breaks it ends before the next batch goes out, be it of a step or of an
+evaluation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from isthmus.edge.budget.attacker import knowledge_of
 from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
 from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, attack_gradients, attack_texts, worst_leak
 from isthmus.edge.budget.rehearsal import Rehearsal
-from isthmus.edge.config.schedule import steps_per_epoch, total_steps
+from isthmus.edge.config.schedule import evaluations, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData
 from isthmus.edge.training.defended_run import DefendedRun, gradients_go_up
@@ -28,6 +29,9 @@ from isthmus.privacy.ledger.mode_leaks import keeping
 
 _CHANGE_TEXTS = 4
 """Of the sample, whose hidden states tell before every step how far the front has changed."""
+
+
+_TINY = 1e-30
 
 
 class BudgetWatch:
@@ -73,9 +77,10 @@ class BudgetWatch:
         self._worst: dict[str, Leak] = {}
         self._attacks = 0
         self._attacked_at: int | None = None  # applied steps; None before this process makes one
-        self._states: list[Tensor] = []
+        self._states: list[list[Tensor]] = []
         total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
-        passes = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
+        trained = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
+        passes = max(trained, evaluations(config, total) if data.validation else 0)
         # What is sent again says more only where a defence draws anew.
         self._passes = passes if defended is not None and defended.defences else 1
         trained_on = min(len(data.train), total * config.batch * config.accumulate)
@@ -116,17 +121,11 @@ class BudgetWatch:
         Raises:
             LeakBudgetError: The budget is broken.
         """
-        if not self._attacks_anything:
-            return
-        if self._attacked_at is None:
-            self._attacked_at = step - 1
-        change, every = self._change(), self._config.leak_every
-        due = every is not None and step - 1 - self._attacked_at >= every
-        if change <= self._config.leak_change and not due:
-            return
-        self._say(f"the front has changed by {change:.2f} since the last attack: attacking again before step {step}")
-        self._attacked_at = step - 1
-        self._attack(f"Step {step} has not been sent")
+        self._attack_again(step - 1, f"step {step}")
+
+    def before_evaluation(self, step: int) -> None:
+        """See `LeakWatch`."""
+        self._attack_again(step, f"the evaluation after step {step}")
 
     def after_step(self, step: int) -> None:
         """See `StepObserver`."""
@@ -175,6 +174,20 @@ class BudgetWatch:
         if self._texts.secrets:
             parts.append(f"{sum(map(len, self._texts.secrets))} secrets")
         return ", ".join(parts)
+
+    def _attack_again(self, applied: int, what: str) -> None:
+        """Attack where the front has changed, or where it is time, before something is sent after so many steps."""
+        if not self._attacks_anything:
+            return
+        if self._attacked_at is None:
+            self._attacked_at = applied
+        change, every = self._change(), self._config.leak_every
+        due = every is not None and applied - self._attacked_at >= every
+        if change <= self._config.leak_change and not due:
+            return
+        self._say(f"the front has changed by {change:.2f} since the last attack: attacking again before {what}")
+        self._attacked_at = applied
+        self._attack(f"{what[0].upper()}{what[1:]} has not been sent")
 
     def _attack(self, now: str) -> None:
         """Attack the run as it is, keep the worst, and compare it with the budget."""
@@ -246,20 +259,28 @@ class BudgetWatch:
         raise LeakBudgetError(f"{said}. {now}. What keeps the budget: {modes}.")
 
     def _change(self) -> float:
-        """How far the hidden states at the cut have moved since the last attack, relative to them."""
-        pairs = zip(self._expected(), self._states, strict=True)
-        moved = torch.cat([(now - before).norm(dim=-1) / before.norm(dim=-1) for now, before in pairs])
-        return float(moved.mean())
+        """How far what is sent of the sample has moved since the last attack; the part that moved most counts."""
+        return max(_moved(now, before) for now, before in zip(self._expected(), self._states, strict=True))
 
     @torch.no_grad()
-    def _expected(self) -> list[Tensor]:
+    def _expected(self) -> list[list[Tensor]]:
         """Hidden states at the cut as they are sent, without noise, `[n, h]`; the first position is a sink, and out.
 
-        Rows are mixed with the mean of the same public texts each time, so that only training moves them.
+        Where a defence is trained, also what it adds, each time with the same draws: noise that is learned changes by
+        itself. Rows are mixed with the same public texts each time, so that only training moves them.
         """
         knowledge = self._knows(self._texts.public[:FEWEST_PUBLIC], self._rehearsal.codecs.forward_up)
         tokens = [torch.tensor(text.input_ids) for text in self._texts.sample[:_CHANGE_TEXTS]]
-        return [knowledge.expect(knowledge.front.states(each))[1:] for each in tokens]
+        states = [knowledge.front.states(each) for each in tokens]
+        expected = [knowledge.expect(each) for each in states]
+        looks = [[each[1:] for each in expected]]
+        trained = () if self._defended is None else self._defended.parameters()
+        if trained and knowledge.defence is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                sent = [knowledge.defence.send(each[None])[0] for each in states]
+            looks.append([(one - other)[1:] for one, other in zip(sent, expected, strict=True)])
+        return looks
 
     def _knows(self, public: Sequence[Any], codec: str, span: Any = None) -> Knowledge:
         return knowledge_of(self._model, self._tokenizer, self._defended, public, codec, span, self._check_stop)
@@ -268,3 +289,9 @@ class BudgetWatch:
         self._check_stop()
         if done == 0:
             self._say(f"attacking: {attack}, {of} calls")
+
+
+def _moved(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """The mean over all positions of how far each has moved, relative to what it was."""
+    pairs = zip(now, before, strict=True)
+    return float(torch.cat([(new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(_TINY) for new, old in pairs]).mean())

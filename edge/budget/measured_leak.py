@@ -38,7 +38,8 @@ class Leak:
         channel: `tokens` or `labels`.
         attack: The one with the largest upper bound; where nothing is sent, why.
         measured: The share that it got of what is attacked.
-        bound: Its upper 95 % bound.
+        bound: Its upper 95 % bound, which is never below the 3 / n of n texts without a hit: a few hits in one of them
+            do not make it likelier that none of the others is read.
         share: Of private texts that the run sends.
         recovered: Secrets that any attack got, and all that were looked for.
     """
@@ -125,7 +126,9 @@ def worst_leak(channel: str, judged: Sequence[Judged], share: float, truth: Trut
     most = max(judged, key=lambda each: (got(each).high, got(each).value))
     planted = sum(map(len, truth.secrets)) if channel == "tokens" else 0
     found = max((round(each.secret_recall.value * planted) for each in judged if each.secret_recall), default=0)
-    return Leak(channel, most.attack, got(most).value, got(most).high, share, (found, planted))
+    attacked = sum(bool((row >= 0).any()) for row in truth.tokens or truth.labels)
+    bound = max(got(most).high, min(1.0, 3 / attacked))
+    return Leak(channel, most.attack, got(most).value, bound, share, (found, planted))
 
 
 def _guess(attack: Attack, name: str, knowledge: Knowledge, traffic: Traffic, between: Between) -> Guess:

@@ -39,13 +39,13 @@ class BudgetConfig(Settings):
         16,
         ge=2,
         description="Private texts that are attacked. What is limited is an upper bound: 3 / n where attacks recover "
-        "nothing of n texts, so a small budget needs more of them.",
+        "little or nothing of n texts, so a small budget needs more of them.",
     )
     leak_change: float = Field(
         0.1,
         gt=0,
-        description="Relative change of the sample's hidden states at the cut after which a run attacks again: 0.1 is "
-        "a tenth.",
+        description="Relative change of the sample's hidden states at the cut, or of trained noise on them, after "
+        "which a run attacks again: 0.1 is a tenth.",
     )
     leak_every: int | None = Field(
         None, ge=1, description="Steps after which a run attacks again in any case; by default it goes by change alone."

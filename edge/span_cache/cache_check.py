@@ -106,15 +106,27 @@ def _refuse(what: str, edge: Any) -> NoReturn:
     )
 
 
-def _refuse_dropout(edge: Any) -> None:
+def dropout_below(edge: Any) -> tuple[str, float] | None:
+    """The first module at or below the cut that drops values at random in training mode, and its rate; None for none.
+
+    Args:
+        edge: The edge's model, without PEFT's wrapper.
+    """
     for path, part in _parts_below(edge).items():
         for name, module in part.named_modules():
             rate = _dropout(module)
             if rate > 0:
-                raise UnsupportedCallError(
-                    f"{f'{path}.{name}'.rstrip('.')} drops values at random (p = {rate}) below the cut, so the span's "
-                    "input is another one in every epoch: set its dropout to 0, or train without the cache"
-                )
+                return f"{path}.{name}".rstrip("."), rate
+    return None
+
+
+def _refuse_dropout(edge: Any) -> None:
+    found = dropout_below(edge)
+    if found is not None:
+        raise UnsupportedCallError(
+            f"{found[0]} drops values at random (p = {found[1]}) below the cut, so the span's input is another one in "
+            "every epoch: set its dropout to 0, or train without the cache"
+        )
 
 
 def _dropout(module: nn.Module) -> float:

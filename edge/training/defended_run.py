@@ -22,10 +22,11 @@ from isthmus.backbone.families import family_of
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.edge.config.defence_config import KEY_FILE
-from isthmus.edge.config.schedule import steps_per_epoch, total_steps
+from isthmus.edge.config.schedule import evaluations, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
+from isthmus.edge.span_cache.cache_check import dropout_below
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
 from isthmus.privacy.defences.decoys import Decoys
@@ -56,6 +57,7 @@ class DefendedRun:
         noise: SecretNoise,
         promised: Guarantee | None,
         decoys: str | None,
+        eval_every: int | None,
     ) -> None:
         self.texts = [each.text() for each in options]
         self.guarantee = promised
@@ -64,7 +66,8 @@ class DefendedRun:
         self._noise = noise
         self._private = next((each for each in options if isinstance(each, DpSgd)), None)
         self._modules = modules
-        self._identity = {"key": noise.fingerprint, "decoys": decoys}
+        # How often held-out texts are sent is in the guarantee, and counts from the run's first step.
+        self._identity = {"key": noise.fingerprint, "decoys": decoys, "eval_every": eval_every}
         self._step = _BEFORE
         span.begin("after", _BEFORE)
 
@@ -117,11 +120,11 @@ class DefendedRun:
         """See `StepObserver`.
 
         Raises:
-            CheckpointError: The key or the decoys are others than before.
+            CheckpointError: The key, the decoys or the steps between evaluations are others than before.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
-                what = "key" if name == "key" else "file of decoys"
+                what = {"key": "key", "decoys": "file of decoys"}.get(name, f"eval_every ({state.get(name)})")
                 raise CheckpointError(
                     f"the run cannot be resumed: its defences had another {what}. Resume with the one that it was "
                     f"started with, or {START_ANEW}."
@@ -157,7 +160,7 @@ def defended_run(
         return
     key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
     noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
-    promised = guarantee(options, exposure_of(model, trained, config, data, options))
+    promised = guarantee(options, exposure_of(model, trained, config, data))
     try:
         defences = build_defences(options, model.config.hidden_size)
     except ValueError as error:
@@ -171,7 +174,7 @@ def defended_run(
         say(guarantee_line(promised))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
-        yield DefendedRun(options, span, defences, modules, noise, promised, made_of)
+        yield DefendedRun(options, span, defences, modules, noise, promised, made_of, config.eval_every)
 
 
 def guarantee_line(promised: Guarantee) -> str:
@@ -207,22 +210,20 @@ def read_key(path: Path, *, make: bool) -> bytes:
     return key
 
 
-def exposure_of(
-    model: Any, trained: Any, config: TrainConfig, data: TrainingData, options: Sequence[DefenceOptions]
-) -> Exposure:
+def exposure_of(model: Any, trained: Any, config: TrainConfig, data: TrainingData) -> Exposure:
     """What the run does with the example that it shows most."""
     total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
     epochs = -(-total // per_epoch)
-    evaluations = 2 + (0 if config.eval_every is None else (total - 1) // config.eval_every)
     mezo = config.optimizer == "mezo"
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),
         backwards=epochs if gradients_go_up(model, trained, config) else 0,
-        held_out=evaluations if data.validation else 0,
+        held_out=evaluations(config, total) if data.validation else 0,
         steps=epochs,
-        moves=_front_moves(model, trained, config),
+        # A run without gradients is in eval mode, in which nothing drops out.
+        moves=_front_moves(model, trained, config) or (not mezo and dropout_below(model) is not None),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,14 @@ from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.optimizers import step_rule
-from isthmus.edge.training.run_identity import NO_DRAFT, ModelIdentity, check_fits, fixed_settings, identity_entries
+from isthmus.edge.training.run_identity import (
+    NO_DRAFT,
+    ModelIdentity,
+    check_fits,
+    fixed_settings,
+    identity_entries,
+    noted_settings,
+)
 from isthmus.edge.training.run_listener import RunListener, SaveAdapter, accuracy_for
 from isthmus.edge.training.step_rule import EdgeRule
 from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
@@ -78,6 +85,7 @@ class EdgeSteps(Task):
         listener: Hears how the run goes on; None for nobody.
         save: Writes the adapter, for the listener.
         defended: The run's defences, which are among the observers; None for none.
+        before_evaluation: Called with the applied steps before held-out examples are sent.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class EdgeSteps(Task):
         listener: RunListener | None = None,
         save: SaveAdapter = lambda folder: None,
         defended: DefendedRun | None = None,
+        before_evaluation: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.total = total_steps(config, len(data.train))
         self.spent = Spent()
@@ -117,9 +126,10 @@ class EdgeSteps(Task):
         )
         self.device: torch.device = model.device
         start = None if config.start_from is None else adapter_digest(config.start_from)
-        self.settings: Mapping[str, Any] = fixed_settings(
-            config, self.total, start, NO_DRAFT if draft is None else draft.settings
-        )
+        self.settings: Mapping[str, Any] = {
+            **fixed_settings(config, self.total, start, NO_DRAFT if draft is None else draft.settings),
+            **noted_settings(config),
+        }
         self._model = model
         self._data = data
         self._config = config
@@ -131,6 +141,7 @@ class EdgeSteps(Task):
         self._draft = draft
         self._listener = listener
         self._save = save
+        self._before_evaluation = before_evaluation
         self._per_epoch = steps_per_epoch(config, len(data.train))
         self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
         self._held_out = Batches(data.validation, config.batch, data.pad_id)
@@ -261,6 +272,7 @@ class EdgeSteps(Task):
     def _evaluate(self, step: int, when: str) -> float | None:
         if not self._data.validation:
             return None
+        self._before_evaluation(step)
         loss = evaluate(self._model, self._held_out, self._stop.check, precision=self._config.precision)
         self._progress.message(f"validation loss {when}: {loss:.4f}")
         self.add_points(step, {"loss/validation": loss})

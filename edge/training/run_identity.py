@@ -103,6 +103,13 @@ def fixed_settings(
     return {**settings, **draft}
 
 
+def noted_settings(config: TuningConfig) -> dict[str, Any]:
+    """What a run notes of its calls, which a resume may not change either: a transcript is of all calls or of none, and
+    each call of a transcript has the same chance to be in the sample."""
+    sampled = getattr(config, "audit_sample", None) is not None
+    return {"transcript": getattr(config, "transcript", False), "whether audit_sample was given": sampled}
+
+
 def identity_entries(model: ModelIdentity, data: str) -> dict[str, Any]:
     """What a checkpoint says of the model, and of the data by their fingerprint."""
     return {"model": asdict(model), "data": data}

@@ -85,6 +85,13 @@ class LeakWatch(StepObserver, Protocol):
             LeakBudgetError: The budget is broken.
         """
 
+    def before_evaluation(self, step: int) -> None:
+        """Called after `step` applied steps, before held-out examples are sent.
+
+        Raises:
+            LeakBudgetError: The budget is broken.
+        """
+
     def figures(self) -> dict[str, Any]:
         """What the report says, under the names that `Report` has for it."""
 
@@ -159,6 +166,7 @@ class Trainer:
             listener,
             self._save_adapter,
             defended,
+            (lambda step: None) if leak is None else leak.before_evaluation,
         )
         self._n_trained = count(methods.trained(model).values())  # the rule has frozen what it does not move
         options = LoopOptions(

@@ -78,6 +78,7 @@ class Knowledge:
         known: Tokens `[n]` of texts of which the attacker knows that the edge has sent them, and the hidden states
             `[n, h]` that came.
         defence: What is known of the defence; None for none.
+        label_places: Whether it knows which positions have labels, by the form of the data.
         inverter_steps: Steps that the learned inverter is trained for.
         front_steps: Steps that a private front is fitted for.
         seed: Of whatever is drawn.
@@ -92,6 +93,7 @@ class Knowledge:
     private_front: bool = False
     known: tuple[tuple[Tensor, Tensor], ...] = ()
     defence: KnownDefence | None = None
+    label_places: bool = False
     inverter_steps: int = 240
     front_steps: int = 300
     seed: int = 0

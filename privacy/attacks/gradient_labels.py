@@ -80,17 +80,18 @@ class _LabelAttack:
 
     A position without a label has a gradient too: that of later labels, through attention. Its best cosine is that of
     noise. The threshold comes from public texts of which the second half are labels. Labels stand in a run, so those
-    between two that pass it are guessed as well.
+    between two that pass it are guessed as well. Who knows the places of labels needs none of this, and guesses all.
     """
 
     sees: ClassVar[str] = "gradients at the output of the cloud's layers, and that output"
     knows: ClassVar[str]
     coarse_recall: float | None = None
     threshold: float = 0.0
+    _label_places = False
 
     def prepare(self, knowledge: Knowledge) -> None:
         """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
-        self._top = ModelTop(knowledge.model, knowledge.plan)
+        self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan), knowledge.label_places
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
         self.calibrate([labelled_row(knowledge, tokens, len(tokens) // 2, n) for n, tokens in enumerate(texts)])
 
@@ -118,7 +119,7 @@ class _LabelAttack:
                 )
             for row in _rows(forward, forward.output, backward.gradient):
                 tokens, cosines = self.match(row)
-                shows = cosines > self.threshold
+                shows = (cosines > self.threshold) | self._label_places
                 within = shows.cumsum(0).bool() & shows.flip(0).cumsum(0).flip(0).bool()
                 labels.append(torch.where(within, tokens, UNKNOWN))
         return Guess((), self.coarse_recall, tuple(labels))

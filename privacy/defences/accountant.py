@@ -33,7 +33,8 @@ class Exposure:
         backwards: Those whose gradient goes up; 0 where nothing is trained below or in the cloud's layers.
         held_out: Passes of a held-out example, which has no backwards and no steps.
         steps: Steps that a training example takes part in.
-        moves: Whether something that is trained changes what is sent from pass to pass, by gradients or without.
+        moves: Whether what is sent of an example changes from pass to pass: by what is trained, with gradients or
+            without, or by dropout.
     """
 
     tokens: int
@@ -84,12 +85,16 @@ def guarantee(defences: Sequence[DefenceOptions], exposure: Exposure) -> Guarant
     if gap is not None:
         return Guarantee(None, None, gap)
     mu_squared = _messages(messages, exposure) + steps
-    of = (
-        "each example's own messages, given the adapters; what other examples' messages tell through these is covered "
-        "with dp-sgd alone"
-        if private is None
-        else "everything that the cloud sees, and the adapters, of each example"
-    )
+    if private is None:
+        of = (
+            "each example's own messages, given the adapters; what other examples' messages tell through these is "
+            "covered with dp-sgd alone"
+        )
+    elif any(isinstance(each, Gaussian) and each.memo for each in messages):
+        # Whether two messages are the same is no matter of chance then.
+        of = "each example's own messages, and the adapters; that two examples are the same shows under memoised noise"
+    else:
+        of = "everything that the cloud sees, and the adapters, of each example"
     return Guarantee(epsilon(math.sqrt(mu_squared), delta), delta, of)
 
 
@@ -112,7 +117,7 @@ def _gap(messages: Sequence[DefenceOptions], exposure: Exposure) -> str | None:
     if exposure.backwards and (gaussian is None or gaussian.gradient_sigma is None):
         return "none: gradients go up without noise (gaussian's gradient_clip and gradient_sigma)"
     if exposure.moves and gaussian is not None and gaussian.memo and len(messages) == 1:
-        return "none: what is trained below the cut moves between passes, and memoised noise shows by how much"
+        return "none: what is trained or drops out below the cut moves between passes, and memoised noise shows it"
     return None
 
 

@@ -12,8 +12,8 @@ their own, nothing is claimed.
 
 With `memo`, a hidden state has the same noise in each pass, a function of the example's tokens and the key. Then
 repeated passes do not average it out, and all of them count as one, as long as nothing below the cut is trained or
-drops out. Where something does, two passes show the exact change between them, and nothing is claimed. Gradients always
-get fresh noise.
+drops out. Where something does, two passes show the exact change between them, and nothing is claimed. Examples of the
+same tokens have the same noise, so the cloud sees that they are the same. Gradients always get fresh noise.
 
 Not claimed: that text is hidden. With ε large enough to train, matching recovers nearly all tokens.
 """

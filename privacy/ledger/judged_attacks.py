@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,6 @@ from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge
 from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels
 from isthmus.privacy.attacks.learned_inverter import LearnedInverter
 from isthmus.privacy.attacks.nearest_neighbour import NearestNeighbour
-from isthmus.privacy.attacks.private_front import fit_front
 from isthmus.privacy.attacks.ridge_inversion import RidgeInversion
 from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
 from isthmus.privacy.measures.bootstrap import Interval, mean_interval, share_interval
@@ -76,25 +75,6 @@ class Judged:
     coarse_recall: float | None = None
 
 
-def attack_tokens(
-    knowledge: Knowledge, traffic: Traffic, truth: Truth, names: Iterable[str] = tuple(TOKEN_ATTACKS)
-) -> list[Judged]:
-    """Run attacks on the texts, and judge each.
-
-    Args:
-        knowledge: What the attacker knows. With a private front and known texts, the front is fitted to these first.
-        traffic: Forwards whose rows are `truth.tokens`.
-        truth: What was sent.
-        names: Of `TOKEN_ATTACKS`.
-    """
-    front: Front = "tuned" if knowledge.private_front else "known"
-    if knowledge.private_front and len(knowledge.known) > 1:
-        knowledge = fit_front(knowledge)
-    return [
-        judge_tokens(name, front, guess_of(TOKEN_ATTACKS[name], knowledge, traffic), knowledge, truth) for name in names
-    ]
-
-
 def judge_tokens(attack: str, front: Front, guess: Guess, knowledge: Knowledge, truth: Truth) -> Judged:
     """How much of a guess of the texts is right."""
     rare = token_hits(
@@ -115,33 +95,10 @@ def judge_tokens(attack: str, front: Front, guess: Guess, knowledge: Knowledge, 
     )
 
 
-def attack_labels(
-    knowledge: Knowledge, traffic: Traffic, truth: Truth, names: Iterable[str] = tuple(LABEL_ATTACKS)
-) -> list[Judged]:
-    """Run attacks on the labels, and judge each; none where no gradient went up.
-
-    Args:
-        knowledge: What the attacker knows; of the front it needs nothing.
-        traffic: Backwards whose rows are `truth.labels`, and their forwards.
-        truth: What was sent.
-        names: Of `LABEL_ATTACKS`.
-    """
-    if not traffic.backwards:
-        return []
-    front: Front = "tuned" if knowledge.private_front else "known"
-    return [judge_labels(name, front, guess_of(LABEL_ATTACKS[name], knowledge, traffic), truth) for name in names]
-
-
 def judge_labels(attack: str, front: Front, guess: Guess, truth: Truth) -> Judged:
     """How much of a guess of the labels is right."""
     accuracy = share_interval(token_hits(guess.labels or (), truth.labels))
     return Judged(attack, front, label_accuracy=accuracy, coarse_recall=guess.coarse_recall)
-
-
-def worst(judged: Sequence[Judged], what: Literal["token_accuracy", "label_accuracy", "secret_recall"]) -> float:
-    """The largest upper 95 % bound over attacks; 0 where none applies."""
-    intervals: list[Interval | None] = [getattr(each, what) for each in judged]
-    return max((each.high for each in intervals if each is not None), default=0.0)
 
 
 def guess_of(make: Callable[[], Attack], knowledge: Knowledge, traffic: Traffic) -> Guess:

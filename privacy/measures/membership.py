@@ -58,7 +58,8 @@ def membership_interval(
 ) -> Interval:
     """A measure of this file with its 95 % interval, by the bootstrap over members and non-members.
 
-    Where it is 0 or 1 for certain, the interval reaches as far as the rule of three allows for so many members (3 / n).
+    Where it is 0 or 1, the interval reaches as far as the rule of three allows (3 / n) for as many as there are of
+    those, members or non-members, that are fewer.
 
     Args:
         measure: Of members' and others' scores.
@@ -72,7 +73,7 @@ def membership_interval(
     pairs = zip(drawn(len(members), seed), drawn(len(others), seed + 1), strict=True)
     found = torch.tensor([measure(members[ours], others[theirs]) for ours, theirs in pairs], dtype=torch.float64)
     low, high = (float(found.quantile(q)) for q in (0.025, 0.975))
-    room = min(1.0, 3 / len(members))
+    room = min(1.0, 3 / min(len(members), len(others)))
     return Interval(value, 1 - room if value == 1 else low, room if value == 0 else high)
 
 

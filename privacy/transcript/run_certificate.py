@@ -42,17 +42,9 @@ def write_certificate(
     Raises:
         DiskError: It cannot be written.
     """
-    sessions = [each.session for each in transcript.sessions]
     said = {
         "version": _VERSION,
-        "models": sorted({each.model for each in sessions}),
-        "plans": sorted({each.plan for each in sessions}),
-        "span_dtypes": sorted({each.span_dtype for each in sessions}),
-        "numerics": sorted({each.statement.numerics for each in transcript.sessions if each.statement is not None}),
-        "cloud": None if transcript.root is None else str(transcript.root),
-        "transcript": transcript.digest.hex(),
-        "exchanges": transcript.exchanges,
-        "unsigned": transcript.unsigned,
+        **_of_transcript(transcript),
         "adapter": folder_digest(adapter).hex(),
         "leak": leak,
         "edge": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
@@ -79,7 +71,8 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
         adapter: The adapter's folder; None where it is not at hand.
 
     Raises:
-        TranscriptError: It is none, was changed, or is of another transcript or adapter.
+        TranscriptError: It is none, was changed, is of another transcript or adapter, or says of its transcript what is
+            not there.
     """
     try:
         said = json.loads(path.read_bytes())
@@ -92,6 +85,8 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
         said["edge"] = base64.b64encode(edge).decode()
         Ed25519PublicKey.from_public_bytes(edge).verify(signature, _signed(said))
         wanted, made, exchanges, cloud = (said[name] for name in ("transcript", "adapter", "exchanges", "cloud"))
+        found = _of_transcript(transcript)
+        other = [name for name, value in found.items() if said[name] != value]
     except InvalidSignature as error:
         raise TranscriptError(f"{path} was changed: the edge's signature under it does not verify") from error
     except KeyError as error:
@@ -106,9 +101,26 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
     root = None if transcript.root is None else str(transcript.root)
     if cloud != root:
         raise TranscriptError(f"{path} is of a transcript that {cloud} has signed, and {root} has signed this one")
+    for name in other:
+        raise TranscriptError(f"{path} has {name} {said[name]!r:.200}, and its transcript has {found[name]!r:.200}")
     if adapter is not None and made != folder_digest(adapter).hex():
         raise TranscriptError(f"{path} is of another adapter than {adapter}")
     return Certified(Fingerprint.of(edge), leak)
+
+
+def _of_transcript(transcript: Transcript) -> dict[str, Any]:
+    """What a certificate repeats of its transcript."""
+    sessions = [each.session for each in transcript.sessions]
+    return {
+        "models": sorted({each.model for each in sessions}),
+        "plans": sorted({each.plan for each in sessions}),
+        "span_dtypes": sorted({each.span_dtype for each in sessions}),
+        "numerics": sorted({each.statement.numerics for each in transcript.sessions if each.statement is not None}),
+        "cloud": None if transcript.root is None else str(transcript.root),
+        "transcript": transcript.digest.hex(),
+        "exchanges": transcript.exchanges,
+        "unsigned": transcript.unsigned,
+    }
 
 
 def folder_digest(folder: Path) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from isthmus.common.terminal import printable
 from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, check_certificate
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
 from isthmus.protocol.secure.keys import Fingerprint
@@ -51,7 +52,7 @@ class Verified:
             "adapter": "the one of the certificate" if self.adapter else "not compared",
         }
         if self.leak is not None:
-            found["leak"] = self.leak
+            found["leak"] = printable(self.leak)  # whoever has signed the certificate may have written anything
         return "\n".join([f"{self.path} verifies", *(f"  {name:12} {said}" for name, said in found.items())])
 
 

@@ -31,6 +31,7 @@ def is_wiped_with(environment: dict[str, str]) -> bool:
     [
         (wiping({}), True),
         (wiping({TUNABLES: "glibc.malloc.arena_max=1"}), True),
+        (wiping({TUNABLES: "glibc.malloc.mmap_threshold=4096"}), True),  # blocks that go back to the system at once
         ({}, False),
         ({TUNABLES: PERTURBED}, False),  # what lies in a thread's cache is left as it is
         ({TUNABLES: UNCACHED}, False),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.cloud.clouds import ThreadServer
-from support.cloud.train_runs import Runs
+from support.cloud.train_runs import Runs, interrupted
 from support.commands import in_process, refused
 from support.models.tiny import tiny_checkpoint
 
@@ -102,6 +102,19 @@ def test_a_liar_that_lies_to_nobody_is_not_accused(runs: Runs, tmp_path: Path) -
     assert (liar.altered, audited(runs, tmp_path / "run").lies) == (set(), ())
 
 
+def test_calls_that_cannot_be_replayed_here_are_not_counted_as_looked_at(runs: Runs, tmp_path: Path) -> None:
+    """A cloud that alters calls with leased adapters alone is not met by a replay without adapters."""
+    out = tmp_path / "run"
+    runs.train(out, audit_sample=64, **SITES)
+    whole, here = audited(runs, out), audited(runs, out, model=runs.model, threads=1)
+    assert (whole.skipped, whole.replayed, set(whole.caught.values())) == (0, whole.calls, {1.0})
+    assert here.skipped + here.replayed == here.calls == whole.calls
+    assert here.skipped > 0
+    assert set(here.caught.values()) == ({1.0} if here.replayed else {0.0})  # of calls without adapters it has them all
+    assert "of the calls without adapters: " in lines(here)
+    assert "without adapters" not in lines(whole)
+
+
 def test_the_command_ends_with_its_code_and_says_where(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,3 +180,22 @@ def test_a_sample_of_another_run_is_no_evidence(runs: Runs, honest_run: Path, tm
     (tmp_path / "run" / "audit" / name).write_bytes(first.read_bytes())
     with pytest.raises(TranscriptError, match="not the one of the transcript"):
         audited(runs, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("begun", "said"),
+    [
+        ({"transcript": False}, "transcript was False and is now True"),
+        ({}, "whether audit_sample was given was False and is now True"),
+    ],
+)
+def test_a_run_is_noted_from_its_first_call_or_not_at_all(
+    runs: Runs, tmp_path: Path, begun: dict[str, bool], said: str
+) -> None:
+    """Else the certificate would leave calls out that made the adapter, and the sample those of before."""
+    interrupted(runs, tmp_path, 2, **begun)
+    sampled = {} if begun else {"audit_sample": 1}
+    with pytest.raises(CheckpointError, match=said):
+        runs.train(tmp_path, resume=True, **sampled)
+    runs.train(tmp_path, resume=True, **begun)
+    assert (tmp_path / "certificate.json").exists() == (not begun)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,16 @@ from support.cloud.train_runs import Runs, cloud_for_runs, interrupted
 
 from isthmus.backbone.adapters.adapter_files import adapter_digest
 from isthmus.common.errors import CheckpointError, ConfigError, LeakBudgetError
-from isthmus.edge.budget import measured_leak
+from isthmus.edge.budget import leak_watch, measured_leak
+from isthmus.edge.budget.leak_watch import BudgetWatch
+from isthmus.edge.budget.measured_leak import Leak
 from isthmus.edge.run_report import Report
 from isthmus.privacy.attacks.coarse_maps import InverterMap
 from isthmus.privacy.attacks.nearest_neighbour import NearestNeighbour
+from isthmus.privacy.ledger.judged_attacks import Judged
 from isthmus.privacy.recording.recorder import Recorder
 from isthmus.privacy.recording.recording_file import read_entries
+from isthmus.privacy.recording.traffic import Traffic
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import decode
 
@@ -212,8 +216,55 @@ def test_a_run_that_goes_on_is_attacked_again_first(cloud: Recorded, tmp_path: P
 def test_only_training_counts_as_a_change_of_the_front(cloud: Recorded, tmp_path: Path) -> None:
     still = {"leak_budget": ["tokens<=1"], "leak_change": 1e-3, "leak_sample": 2, "steps": 2, "defence": ["mixing"]}
     assert cloud.train(tmp_path / "still", learning_rate=1e-9, **still).leak_attacks == 1
-    # The control: what training moves is attacked again.
-    assert cloud.train(tmp_path / "moved", learning_rate=0.1, **still).leak_attacks == 2
+    # The control: what training moves is attacked again, before the second step and the evaluation after it.
+    assert cloud.train(tmp_path / "moved", learning_rate=0.1, **still).leak_attacks == 3
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_noise_that_training_changes_is_a_change(clouds: dict[str, Recorded], tmp_path: Path) -> None:
+    """With no layer of the edge's below the cut, hidden states stay what they are."""
+    values: dict[str, Any] = {"leak_budget": "tokens<=1", "leak_change": 0.01, "steps": 2, "learning_rate": 0.1}
+    learned = clouds["0:2"].train(tmp_path / "learned", defence="learned-noise:sigma=0.1", **values)
+    assert learned.leak_attacks == 3  # the first, before the second step, and before the evaluation after it
+    fixed = clouds["0:2"].train(tmp_path / "fixed", defence="gaussian:clip=1,sigma=0.1", **values)
+    assert fixed.leak_attacks == 1
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_the_attacker_has_as_many_passes_as_the_text_that_is_sent_most(
+    cloud: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise that is drawn anew averages out over evaluations as it does over epochs."""
+    found: list[int] = []
+
+    def count(_knowledge: Any, passes: Sequence[Traffic], *_rest: Any) -> list[Judged]:
+        found.append(len(passes))
+        raise LeakBudgetError("counted.")
+
+    monkeypatch.setattr(leak_watch, "attack_texts", count)
+    noisy: dict[str, Any] = {"leak_budget": "tokens<=1", "defence": "gaussian:clip=1,sigma=9", "steps": 3}
+    for values in ({"eval_every": 1}, {}, {"validation_split": 0}, {"defence": ()}):
+        with pytest.raises(LeakBudgetError, match="counted"):
+            cloud.train(tmp_path, **{**noisy, **values})
+    assert found == [4, 2, 1, 1]
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_no_evaluation_goes_out_of_a_front_that_breaks_the_budget(
+    cloud: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step moves the front, and the held-out texts would be sent before the second one."""
+
+    def breaks(watch: BudgetWatch, _leak: Leak, now: str) -> None:
+        if watch.figures()["leak_attacks"]:
+            raise LeakBudgetError(f"it is broken. {now}.")
+
+    monkeypatch.setattr(BudgetWatch, "_compare", breaks)
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match="The evaluation after step 1 has not been sent"):
+        cloud.train(tmp_path, leak_budget="tokens<=1", leak_change=1e-3, learning_rate=0.1, eval_every=1)
+    evaluations = 1  # that before training
+    assert len(cloud.seen()) - before == evaluations + 2 * 2
 
 
 @pytest.mark.parametrize(

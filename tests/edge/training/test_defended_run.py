@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import typer
 from support.cloud.train_runs import Runs, interrupted
+from support.models.small_training import config, data
+from support.models.tiny import tiny_checkpoint
 from support.run_folders import assert_same_run
 from typer.testing import CliRunner
 
 from isthmus.backbone.adapters.adapter_files import adapter_digest
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.edge.config.flags import GroupedCommand, with_flags
 from isthmus.edge.config.training_config import TrainConfig, load_config
-from isthmus.edge.training.defended_run import read_key
+from isthmus.edge.training.defended_run import exposure_of, read_key
 
 NEEDED: dict[str, Any] = {"cloud": "isthmus://h:1#SHA256:x", "data": "d.jsonl"}
 NOISY = "gaussian:clip=1,sigma=0.5,gradient_clip=1e-3,gradient_sigma=0.5"
@@ -101,11 +105,31 @@ def test_the_report_has_what_is_guaranteed(runs: Runs, tmp_path: Path) -> None:
     assert "gradients go up without noise" in (bare.guarantee or "")
 
 
+def test_a_resume_cannot_forget_evaluations(runs: Runs, tmp_path: Path) -> None:
+    """Each of them sends the held-out texts under fresh noise, and the guarantee counts them."""
+    noisy = ["gaussian:clip=1,sigma=50,gradient_clip=1e-3,gradient_sigma=50"]
+    whole = runs.train(tmp_path / "whole", eval_every=1, defence=noisy)
+    interrupted(runs, tmp_path / "part", 3, eval_every=1, defence=noisy)
+    with pytest.raises(CheckpointError, match=r"its defences had another eval_every \(1\)"):
+        runs.train(tmp_path / "part", resume=True, defence=noisy)
+    assert runs.train(tmp_path / "part", resume=True, eval_every=1, defence=noisy).epsilon == whole.epsilon
+
+
 def test_memoised_noise_guarantees_nothing_where_the_front_moves_without_gradients(runs: Runs, tmp_path: Path) -> None:
     for memo, guaranteed in (("true", False), ("false", True)):
         noise = f"gaussian:clip=1,sigma=50,memo={memo}"
         report = runs.train(tmp_path / memo, steps=1, optimizer="mezo", defence=[noise])
         assert (report.epsilon is not None) == guaranteed
+
+
+def test_dropout_below_the_cut_moves_what_is_sent(tmp_path: Path) -> None:
+    """Then two passes under one memoised noise show the difference between two masks."""
+    off = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    for name, overrides in (("random", {}), ("still", off)):
+        folder = tiny_checkpoint("gpt2", tmp_path / name, **overrides)
+        model = load_edge_parts(folder, SplitPlan.parse("2:2", 6), lambda hidden, *_: hidden).requires_grad_(False)
+        assert exposure_of(model, model, config(tmp_path), data()).moves == (name == "random")
+        assert not exposure_of(model, model, config(tmp_path, optimizer="mezo", dropout=0.0), data()).moves
 
 
 def test_dp_sgd_makes_a_call_for_each_example(runs: Runs, plain: Path, tmp_path: Path) -> None:

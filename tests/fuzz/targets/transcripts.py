@@ -42,7 +42,7 @@ def _folder() -> Path:
     log.exchange(_SESSION, 1, exchange)
     log.signature(_SESSION, signed)
     transcript = read_transcript(folder / TRANSCRIPT_FILE, PIN)
-    write_certificate(folder / CERTIFICATE_FILE, transcript, folder / "adapter", EDGE, {"labels": 0.5})
+    write_certificate(folder / CERTIFICATE_FILE, transcript, folder / "adapter", EDGE, "labels 0.5")
     return folder
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import DataError
-from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge
+from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, labelled_row
 from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
@@ -83,6 +83,21 @@ def test_positions_without_a_label_are_mostly_left_alone() -> None:
     guessed = torch.cat(guess)[torch.cat(labels) == UNKNOWN] != UNKNOWN
     assert guessed.double().mean() < 0.1
     assert attack.coarse_recall == 1
+
+
+class NoisyGradients(KnownDefence):
+    """Noise of twice what the gradient is on the whole."""
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        return gradient + 2 * gradient.std() * torch.randn(gradient.shape)
+
+
+@pytest.mark.parametrize("attack", [DirectLabels, ExactLabels])
+def test_who_knows_where_labels_stand_reads_them_out_of_more_noise(attack: type[DirectLabels | ExactLabels]) -> None:
+    knowledge = replace(knowing(tiny_model("llama")), defence=NoisyGradients())
+    traffic, labels = sent(knowledge, rows=8)
+    found = accuracy(attack(), replace(knowledge, label_places=True), traffic, labels)
+    assert found > accuracy(attack(), knowledge, traffic, labels)
 
 
 def tuned_in_secret(model: Any, by: float, layers: range) -> Any:

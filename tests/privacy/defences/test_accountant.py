@@ -76,6 +76,14 @@ def test_memoised_noise_counts_once_where_nothing_below_is_trained() -> None:
         assert "moves between passes" in trained.of
 
 
+def test_memoised_noise_shows_which_examples_are_the_same() -> None:
+    """Of two that are, the messages are equal for certain: another example in the place of one is noticed."""
+    for memo, all_of_it in (("true", False), ("false", True)):
+        found = of(ONCE, f"gaussian:clip=5,sigma=6,memo={memo}", "dp-sgd:clip=1,sigma=2")
+        assert ("everything that the cloud sees" in found.of) == all_of_it
+        assert found.epsilon is not None
+
+
 def test_gradients_without_noise_leave_no_guarantee() -> None:
     for text in ("gaussian:clip=5,sigma=6", "bottleneck:rank=4,clip=5,sigma=6"):
         found = of(replace(ONCE, backwards=1), text)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isthmus.common.errors import ConfigError
-from isthmus.privacy.measures.membership import membership_auc, true_positive_rate
+from isthmus.privacy.measures.membership import membership_auc, membership_interval, true_positive_rate
 
 
 def test_the_area_counts_pairs_and_halves_ties() -> None:
@@ -25,6 +25,13 @@ def test_the_rate_is_above_what_one_in_a_hundred_others_reach() -> None:
     assert true_positive_rate(torch.tensor([989.0, 990.0, 2000.0]), others) == pytest.approx(2 / 3, abs=0.34)
     assert true_positive_rate(torch.full((5,), 2000.0), others) == 1
     assert true_positive_rate(torch.full((5,), 7.0), torch.full((100,), 7.0)) == 0  # ties show nothing
+
+
+def test_few_of_either_kind_leave_a_wide_interval() -> None:
+    many, few = torch.full((300,), 2.0), torch.full((6,), 1.0)
+    for members, others, low in ((many, few, 0.5), (many, many - 1, 0.99), (few + 2, many, 0.5)):
+        found = membership_interval(membership_auc, members, others)
+        assert (found.value, found.low, found.high) == (1, pytest.approx(low), 1)
 
 
 def test_what_cannot_be_told_is_refused() -> None:

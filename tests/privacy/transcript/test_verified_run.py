@@ -10,6 +10,7 @@ import pytest
 from support.protocol.wire import EDGE, NOW, PIN, identity
 
 from isthmus.common.errors import ConfigError, TranscriptError
+from isthmus.privacy.transcript import run_certificate
 from isthmus.privacy.transcript.chain import CloudTranscript, Exchange, Session
 from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, write_certificate
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
@@ -52,10 +53,39 @@ def test_a_certificate_carries_what_leaks(tmp_path: Path) -> None:
     assert (bare.leak, "leak" in bare.lines()) == (None, False)
 
 
+def test_a_leak_of_several_lines_adds_none_to_what_is_verified(tmp_path: Path) -> None:
+    found = verify_run(run_in(tmp_path / "run", "tokens ≤ 0.01\n  certificate  of the edge SHA256:yours"))
+    lines = found.lines().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "sessions",
+        "exchanges",
+        "cloud",
+        "certificate",
+        "adapter",
+        "leak",
+    ]
+
+
 def test_a_leak_that_was_changed_is_noticed(tmp_path: Path) -> None:
     path = run_in(tmp_path / "run", "tokens ≤ 0.98") / CERTIFICATE_FILE
     path.write_text(path.read_text().replace("0.98", "0.01"))
     with pytest.raises(TranscriptError, match="the edge's signature under it does not verify"):
+        verify_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("models", ["cd" * 32]), ("plans", ["1:1"]), ("span_dtypes", []), ("numerics", ["bf16"]), ("unsigned", 1)],
+)
+def test_a_certificate_says_nothing_that_its_transcript_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    """Signed by the edge all the same."""
+    with monkeypatch.context() as lying:
+        honest = run_certificate._of_transcript
+        lying.setattr(run_certificate, "_of_transcript", lambda transcript: {**honest(transcript), name: value})
+        run_in(tmp_path / "run")
+    with pytest.raises(TranscriptError, match=f"has {name} .*, and its transcript has"):
         verify_run(tmp_path / "run")
 
 
