@@ -23,9 +23,12 @@ def numerics(span_dtype: str, attention: str, device: torch.device, threads: int
         threads: torch threads.
         note: What else they depend on.
     """
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {threads} threads"
+    if device.type == "cuda":
+        where, end = torch.cuda.get_device_name(device), note
+    else:
+        where, end = processor_name(), f", {threads} threads{note}"
     said = f"{span_dtype}, {attention}, torch {torch.__version__}, {where}".encode("ascii", "replace").decode()
-    return said[: _MOST - len(note)] + note
+    return said[: _MOST - len(end)] + end  # a long name is cut, and nothing behind it
 
 
 def processor_name() -> str:

@@ -95,6 +95,10 @@ class LocalReplayer:
         checkpoint = Checkpoint(folder, folder.name)
         config = checkpoint.config
         dtype, _, quantize = session.span_dtype.partition("+")
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"the run's cloud has computed in {dtype!r}, which this release does not know: replay at another cloud"
+            )
         plan = SplitPlan.parse(session.plan, config.num_hidden_layers)
         attention = family_of(config).attention(None)
         check_same_model(session, checkpoint.digest(), str(plan), session.span_dtype, attention, f"{folder}")

@@ -63,6 +63,7 @@ class AuditSample:
 
     Raises:
         DiskError: It cannot be written.
+        TranscriptError: A file of it is none of a sample.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class AuditSample:
                 if not resume:
                     path.unlink()
                 elif path.suffix == _SUFFIX:
-                    heapq.heappush(self._kept, (-int(path.name.partition("-")[0], 16), path.stat().st_size, path))
+                    number = _number(path, path.name.partition("-")[0])
+                    heapq.heappush(self._kept, (-number, path.stat().st_size, path))
                 elif path.name == _LIMIT_FILE:
-                    self._limit = int(path.read_text(), 16)
+                    self._limit = _number(path, path.read_text(encoding="ascii", errors="replace"))
 
     def offer(
         self,
@@ -118,6 +120,13 @@ class AuditSample:
             self._limit = -negated
             write_atomic(self._folder / _LIMIT_FILE, f"{self._limit:016x}".encode(), 0o600)
             path.unlink()
+
+
+def _number(path: Path, text: str) -> int:
+    try:
+        return int(text, 16)
+    except ValueError:
+        raise TranscriptError(f"{path} is none of a sample of calls: remove it, or begin with another --out") from None
 
 
 def read_sample(folder: Path) -> Iterator[SampledCall]:

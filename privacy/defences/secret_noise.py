@@ -45,8 +45,8 @@ class SecretNoise:
         plain = [label.hex() if isinstance(label, bytes) else label for label in labels]
         key = hmac.digest(self._key, json.dumps(plain).encode(), "sha256")
         stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(8 * count))
-        bits = np.frombuffer(stream, dtype="<u8") >> np.uint64(11)  # as many as fp64 has
-        return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-53)
+        bits = np.frombuffer(stream, dtype="<u8") >> np.uint64(12)  # with a half, as many as fp64 has
+        return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)
 
     def normal(self, shape: tuple[int, ...], *labels: Label) -> Tensor:
         """Standard normal numbers, fp32, by Box and Muller's transform in fp64."""

@@ -33,26 +33,6 @@ def probability_of_catching(calls: int, altered: int, replayed: int) -> float:
     return 0.0 - math.expm1(missed)
 
 
-def calls_to_replay(calls: int, altered: int, wanted: float) -> int:
-    """The fewest calls whose replay catches with probability `wanted` (0 to 1), found by halving.
-
-    Raises:
-        ConfigError: Nothing is altered, so that nothing can be caught, or the probability is none.
-    """
-    if not 0 < wanted <= 1 or altered < 1:
-        raise ConfigError(
-            f"{altered} altered calls cannot be caught with probability {wanted}: give 1 or more, and 0 to 1"
-        )
-    low, high = 0, calls
-    while low < high:
-        middle = (low + high) // 2
-        if probability_of_catching(calls, altered, middle) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def share_interval(found: int, asked: int) -> tuple[float, float]:
     """The 95 % interval of a share, by Wilson's score (1927).
 

@@ -95,6 +95,14 @@ def test_a_file_that_is_no_call_is_refused(tmp_path: Path) -> None:
         list(read_sample(tmp_path))
 
 
+@pytest.mark.parametrize(("name", "text"), [("mine.call", ""), ("limit", "all")])
+def test_a_file_that_is_none_of_a_sample_is_named_on_a_resume(tmp_path: Path, name: str, text: str) -> None:
+    AuditSample(tmp_path / "audit", 1 << 20)
+    (tmp_path / "audit" / name).write_text(text)
+    with pytest.raises(TranscriptError, match=rf"{name} is none of a sample of calls: remove it"):
+        AuditSample(tmp_path / "audit", 1 << 20, resume=True)
+
+
 def test_messages_that_are_no_call_and_its_answer_are_refused(tmp_path: Path) -> None:
     sent, answered = (packed(each) for each in call(1))
     name = f"{0:016x}-{SESSION.hex()}-1.call"
