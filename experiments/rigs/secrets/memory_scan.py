@@ -42,8 +42,10 @@ class Scanner:
     def __init__(self, canaries: Mapping[bytes, str]) -> None:
         self._canaries = dict(canaries)
         self.scanned = 0
-        self._starts = np.zeros(1 << 16, bool)
-        self._starts[[int.from_bytes(window[:2], "little") for window in self._canaries]] = True
+        self._first, self._second = np.zeros((2, 1 << 16), bool)  # which pairs of bytes canaries begin with
+        for window in self._canaries:
+            self._first[int.from_bytes(window[:2], "little")] = True
+            self._second[int.from_bytes(window[2:4], "little")] = True
         self._prefixes = np.array([int.from_bytes(window[:8], "little") for window in self._canaries], np.uint64)
 
     def count(self, parts: Iterable[bytes]) -> Counter[str]:
@@ -61,7 +63,8 @@ class Scanner:
         raw = np.frombuffer(block, np.uint8)
         for shift in (0, 1):
             pairs = np.frombuffer(block, np.dtype("<u2"), (len(block) - shift) // 2, shift)
-            places: NDArray[np.intp] = np.flatnonzero(self._starts[pairs]) * 2 + shift
+            begins = self._first[pairs[:-1]] & self._second[pairs[1:]]
+            places: NDArray[np.intp] = np.flatnonzero(begins) * 2 + shift
             places = places[places <= len(block) - WINDOW]
             prefixes = np.ascontiguousarray(raw[places[:, None] + _PREFIX]).view(np.dtype("<u8")).ravel()
             for place in places[np.isin(prefixes, self._prefixes)]:

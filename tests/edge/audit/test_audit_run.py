@@ -175,9 +175,10 @@ def test_answers_of_other_numerics_are_judged_by_a_threshold(runs: Runs, honest_
 
 def test_a_sample_of_another_run_is_no_evidence(runs: Runs, honest_run: Path, tmp_path: Path) -> None:
     runs.train(tmp_path / "run", audit_sample=64)
-    (first, *_) = sorted((honest_run / "audit").glob("*.call"))
-    name = next(iter((tmp_path / "run" / "audit").glob("*.call"))).name
-    (tmp_path / "run" / "audit" / name).write_bytes(first.read_bytes())
+    mine, *_ = (tmp_path / "run" / "audit").glob("*.call")
+    exchange = mine.stem.rpartition("-")[2]  # both runs send the same in their calls of one number
+    theirs = (path for path in (honest_run / "audit").glob("*.call") if path.stem.rpartition("-")[2] != exchange)
+    mine.write_bytes(next(theirs).read_bytes())
     with pytest.raises(TranscriptError, match="not the one of the transcript"):
         audited(runs, tmp_path / "run")
 

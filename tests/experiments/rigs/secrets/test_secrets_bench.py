@@ -121,9 +121,10 @@ def test_all_that_a_cloud_must_hold_has_to_be_found() -> None:
 
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
-def test_a_place_whose_control_is_not_found_is_told(place: Place) -> None:
+def test_a_place_whose_control_is_not_found_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's object is to be found, and there is no Ray."""
-    found = look(replace(place, controls={**place.controls, bytes(WINDOW): OBJECT}), tokens=16)
+    monkeypatch.setattr(remains, "LOOKS", 1)
+    found = look(replace(place, controls={**place.controls, os.urandom(WINDOW): OBJECT}), tokens=16)
     assert not found["controls_found"]
     assert found["places"]["logs"]["control_copies"]
 
