@@ -77,6 +77,7 @@ def test_a_ladder_over_the_cache_moves_nothing_from_the_second_epoch_on(
     assert cost.parity["max_abs_diff"] < 1e-5
 
 
+@pytest.mark.long
 def test_a_policy_s_shares_are_those_of_the_steps_made(settings: CostSettings, cloud: Cloud, tmp_path: Path) -> None:
     mode = Mode("random", "kill_revive", {"sites": "all", "site_policy": "random", "site_traffic": 0.5}, chooses=True)
     cost = measure_cost(mode, replace(settings, rounds=1), cloud, tmp_path / "random")

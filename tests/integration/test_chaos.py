@@ -23,6 +23,7 @@ STEPS = 30
 SEED = 27  # the first two fall in this order; the others where there is time
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_what_breaks_changes_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

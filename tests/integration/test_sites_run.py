@@ -228,6 +228,7 @@ def test_a_fixed_choice_trains_its_sites_alone(runs: Runs, tmp_path: Path, polic
     assert_same_run(tmp_path / "broken", tmp_path / "straight")
 
 
+@pytest.mark.long
 def test_micro_batches_in_flight_and_live_sites_go_together(runs: Runs, tmp_path: Path) -> None:
     values = {**REVIVED, "steps": 40, "accumulate": 2, "batch": 1}
     for overlap in (1, 2):

@@ -150,6 +150,7 @@ def test_an_ngram_draft(models: tuple[Pairwise, Pairwise]) -> None:
     assert draft.statistics.accepted > FEWER / 20
 
 
+@pytest.mark.long
 def test_temperature_and_top_k_are_the_draft_s_as_well(models: tuple[Pairwise, Pairwise]) -> None:
     model, other = models
 

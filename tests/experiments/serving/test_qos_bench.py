@@ -45,6 +45,7 @@ def test_a_share_that_leaves_nothing_to_compare_is_refused(share: float) -> None
         QosSettings(interactive_share=share)
 
 
+@pytest.mark.long
 def test_a_whole_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
     options = ["--edge-layers", "1:1", "--seconds", "1", "--loads", "3", "--threads", "1", "--rounds", "1"]
