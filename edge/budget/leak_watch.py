@@ -175,7 +175,7 @@ class BudgetWatch:
         return ", ".join(parts)
 
     def _attack_again(self, applied: int, what: str) -> None:
-        """Attack before `what` is sent, `applied` steps into the run, if the front has changed or `leak_every` says so."""
+        """Attack before `what` is sent, after `applied` steps, if the front has changed or `leak_every` says so."""
         if not self._attacks_anything:
             return
         if self._attacked_at is None:

@@ -257,9 +257,9 @@ class EdgeSteps(Task):
             raise damaged_entry(folder, error) from error
         if len(observed) != len(self._observers):
             raise CheckpointError(
-                f"{folder} cannot be resumed: it has states of {len(observed)} parts that act around each step, such as "
-                f"a leak budget, and this run has {len(self._observers)}. Resume with the options that it was started "
-                "with."
+                f"{folder} cannot be resumed: it has states of {len(observed)} parts that act around each step, such "
+                f"as a leak budget, and this run has {len(self._observers)}. Resume with the options that it was "
+                "started with."
             )
         methods.load_method_state(self._model, tensors, method)
         for observer, state in zip(self._observers, observed, strict=True):
