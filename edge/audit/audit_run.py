@@ -146,10 +146,10 @@ def audit(
                 signed,
             )
         )
-    sampled = [exchange for each in transcript.sessions for exchange in auditable(each.exchanges)]
-    n, drawn = (len(_without_adapters(part) if skipped else part) for part in (sampled, replayed))
+    eligible = [exchange for each in transcript.sessions for exchange in auditable(each.exchanges)]
+    n, drawn = (len(_without_adapters(part) if skipped else part) for part in (eligible, replayed))
     return AuditReport(
-        len(sampled),
+        len(eligible),
         len(replayed),
         skipped,
         identical,
@@ -162,7 +162,7 @@ def audit(
 
 
 def auditable(exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """Those of a session's exchanges that are calls that somebody else can compute: that asked about no sites."""
+    """The calls among a session's exchanges that somebody else can compute: those that asked about no sites."""
     asked = {each.call.call for each in exchanges if each.question == "SiteAnswer"}
     return [each for each in exchanges if each.question in ("Forward", "Backward") and each.call.call not in asked]
 

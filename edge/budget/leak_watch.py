@@ -19,19 +19,17 @@ from isthmus.edge.budget.attacker import knowledge_of
 from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
 from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, attack_gradients, attack_texts, worst_leak
 from isthmus.edge.budget.rehearsal import Rehearsal
-from isthmus.edge.config.schedule import evaluations, steps_per_epoch, total_steps
+from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData
-from isthmus.edge.training.defended_run import DefendedRun, gradients_go_up
+from isthmus.edge.training.defended_run import DefendedRun, exposure_of, gradients_go_up
 from isthmus.privacy.attacks.attack import Knowledge
 from isthmus.privacy.ledger.judged_attacks import Judged
 from isthmus.privacy.ledger.mode_leaks import keeping
 
 _CHANGE_TEXTS = 4
-"""Of the sample, whose hidden states tell before every step how far the front has changed."""
-
-
-_TINY = 1e-30
+"""Of the sample, whose hidden states tell before every step and evaluation how far the front has changed."""
+_TINY = 1e-30  # keeps what was nothing from being divided by
 
 
 class BudgetWatch:
@@ -78,11 +76,12 @@ class BudgetWatch:
         self._attacks = 0
         self._attacked_at: int | None = None  # applied steps; None before this process makes one
         self._states: list[list[Tensor]] = []
-        total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
-        trained = -(-total // per_epoch) * (2 if config.optimizer == "mezo" else 1)
-        passes = max(trained, evaluations(config, total) if data.validation else 0)
         # What is sent again says more only where a defence draws anew.
-        self._passes = passes if defended is not None and defended.defences else 1
+        self._passes = 1
+        if defended is not None and defended.defences:
+            shown = exposure_of(model, tuned, config, data)
+            self._passes = max(shown.forwards, shown.held_out)
+        total = total_steps(config, len(data.train))
         trained_on = min(len(data.train), total * config.batch * config.accumulate)
         every = len(data.train) + len(data.validation)
         self._shares = {"tokens": (trained_on + len(data.validation)) / every, "labels": trained_on / every}
@@ -176,7 +175,7 @@ class BudgetWatch:
         return ", ".join(parts)
 
     def _attack_again(self, applied: int, what: str) -> None:
-        """Attack where the front has changed, or where it is time, before something is sent after so many steps."""
+        """Attack before `what` is sent, after `applied` steps, if the front has changed or `leak_every` says so."""
         if not self._attacks_anything:
             return
         if self._attacked_at is None:

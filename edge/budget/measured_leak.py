@@ -38,8 +38,8 @@ class Leak:
         channel: `tokens` or `labels`.
         attack: The one with the largest upper bound; where nothing is sent, why.
         measured: The share that it got of what is attacked.
-        bound: Its upper 95 % bound, which is never below the 3 / n of n texts without a hit: a few hits in one of them
-            do not make it likelier that none of the others is read.
+        bound: Its upper 95 % bound, at least the 3 / n of n texts without a hit: a hit must not lower it, and the
+            bootstrap's interval alone would let a few hits do so.
         share: Of private texts that the run sends.
         recovered: Secrets that any attack got, and all that were looked for.
     """

@@ -233,7 +233,7 @@ def gradients_go_up(model: Any, trained: Any, config: TrainConfig) -> bool:
 
 
 def _front_moves(model: Any, trained: Any, config: TrainConfig) -> bool:
-    """Whether something is trained below the cloud's layers. A ladder stands beside them."""
+    """Whether something is trained below the cloud's layers, or inside them. A ladder stands beside them."""
     below = any(each.trained_below for each in config.defences()) or _trained_below(model, trained)
     return config.method != "ladder" and below
 

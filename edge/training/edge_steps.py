@@ -48,7 +48,8 @@ from isthmus.training.training_loop import Task
 
 COSTS_FILE = "costs.jsonl"
 """A JSON line for each step with its `seconds`, `tokens`, `bytes_up` and `bytes_down`. The log has none of it, as it is
-the same whenever a run is made. A step that a resumed run makes again has another line."""
+the same whenever a run is made. A step that a resumed run makes again has another line; with step 1 the file is begun
+anew."""
 
 
 class StepObserver(Protocol):
@@ -256,8 +257,9 @@ class EdgeSteps(Task):
             raise damaged_entry(folder, error) from error
         if len(observed) != len(self._observers):
             raise CheckpointError(
-                f"{folder} cannot be resumed: {len(observed)} observers have left their state there, and this "
-                f"run has {len(self._observers)}. Resume with those that it was started with, such as a leak budget."
+                f"{folder} cannot be resumed: it has states of {len(observed)} parts that act around each step, such "
+                f"as a leak budget, and this run has {len(self._observers)}. Resume with the options that it was "
+                "started with."
             )
         methods.load_method_state(self._model, tensors, method)
         for observer, state in zip(self._observers, observed, strict=True):
@@ -284,7 +286,7 @@ class EdgeSteps(Task):
         spent, path = self._step_spent, self._config.out / COSTS_FILE
         wire = {"bytes_up": spent.wire.bytes_up, "bytes_down": spent.wire.bytes_down}
         line = {"step": step, "seconds": spent.seconds, "tokens": spent.tokens, **wire}
-        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        with disk_errors(path), path.open("w" if step == 1 else "a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line)}\n")
 
     def _totals(self) -> WireTotals:

@@ -104,8 +104,11 @@ def fixed_settings(
 
 
 def noted_settings(config: TuningConfig) -> dict[str, Any]:
-    """What a run notes of its calls, which a resume may not change either: a transcript is of all calls or of none, and
-    each call of a transcript has the same chance to be in the sample."""
+    """What a run writes down of its calls, which a resume may not change either.
+
+    A transcript is of all calls or of none, and each call of a transcript has the same chance to be in the sample.
+    These are no `fixed_settings`, on which the noise of defences depends: what is written down changes no noise.
+    """
     sampled = getattr(config, "audit_sample", None) is not None
     return {"transcript": getattr(config, "transcript", False), "whether audit_sample was given": sampled}
 

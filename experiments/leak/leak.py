@@ -118,13 +118,14 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         made = json.loads(path.read_bytes())
-        settings, parts = made["settings"], [(made["runs"], list), (made["task"], dict), (made["step_seconds"], list)]
+        settings = made["settings"]
+        for name, kind in (("runs", list), ("task", dict), ("step_seconds", list)):
+            if not isinstance(made[name], kind):
+                raise TypeError(name)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no finished row of a ledger: remove it, and the row is made again") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): remove it, or give another --out") from error
-    if not all(isinstance(part, kind) for part, kind in parts):
-        raise CheckpointError(f"{path} is no finished row of a ledger: remove it, and the row is made again")
     if settings != about:
         other = _first_other(settings, about)
         raise CheckpointError(

@@ -78,7 +78,8 @@ class Knowledge:
         known: Tokens `[n]` of texts of which the attacker knows that the edge has sent them, and the hidden states
             `[n, h]` that came.
         defence: What is known of the defence; None for none.
-        label_places: Whether it knows which positions have labels, by the form of the data.
+        label_places: Whether it knows which positions have labels, by the form of the data. Then it guesses at
+            every position, and guesses where no label stands do not count.
         inverter_steps: Steps that the learned inverter is trained for.
         front_steps: Steps that a private front is fitted for.
         seed: Of whatever is drawn.

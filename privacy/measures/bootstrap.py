@@ -78,14 +78,15 @@ def ratio_interval(hits: Hits, base: Hits, *, seed: int = 0) -> Interval:
 
 
 def means_ratio_interval(values: Tensor, base: Tensor, *, seed: int = 0) -> Interval:
-    """The mean of values `[n]` over that of others, `[m]`; of as many, both are redrawn together, as they belong.
+    """The mean of `values` over the mean of `base`.
 
     Args:
-        values, base: Seconds of the steps of two runs, say.
+        values, base: `[n]` and `[m]`, the seconds of two runs' steps, say. With n = m they are pairs and are redrawn as
+            such; else each side is redrawn by itself.
         seed: Of the draws.
 
     Raises:
-        ConfigError: There are none on one side, or the others' mean is nothing.
+        ConfigError: One of them is empty, or the mean of `base` is 0.
     """
     if not len(values) or not len(base) or float(base.mean()) == 0:
         raise ConfigError(f"{len(values)} values over {len(base)} others have no ratio: give some that are above 0")

@@ -58,8 +58,8 @@ def membership_interval(
 ) -> Interval:
     """A measure of this file with its 95 % interval, by the bootstrap over members and non-members.
 
-    Where it is 0 or 1, the interval reaches as far as the rule of three allows (3 / n) for as many as there are of
-    those, members or non-members, that are fewer.
+    Where it is 0 or 1, the interval reaches as far as the rule of three allows: 3 / n, n being the number of members or
+    that of non-members, whichever is smaller.
 
     Args:
         measure: Of members' and others' scores.

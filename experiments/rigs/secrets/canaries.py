@@ -21,7 +21,8 @@ from isthmus.protocol.tensor_codecs import Payload, Role, codec_by_id, decode
 WINDOWS: Final = 6
 """Canaries of each tensor, and of each form of it."""
 SECRET, KEY, LEASED = "traffic secret", "AES key", "leased weights"
-TENSORS: Final = ("activations", "gradients")
+ACTIVATIONS, GRADIENTS = "activations", "gradients"
+TENSORS: Final = (ACTIVATIONS, GRADIENTS)
 
 
 class Captured:
@@ -88,7 +89,7 @@ class Captured:
 
     def _tensor(self, payload: Payload, name: str = "") -> None:
         codec = codec_by_id(payload.codec).name
-        what = TENSORS[payload.role != Role.ACTIVATION]
+        what = ACTIVATIONS if payload.role == Role.ACTIVATION else GRADIENTS
         longest = max(payload.buffers, key=len)
         for window in canaries_of(bytes(longest), WINDOWS):
             self.canaries[window] = name or f"{codec} {what}, as they cross"

@@ -16,10 +16,9 @@ from isthmus.common.errors import UnreachableError
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.rigs.secrets.memory_scan import WINDOW
 from isthmus.experiments.rigs.secrets.ray_object import ray_object
-from isthmus.experiments.rigs.secrets.remains import HOME, OBJECT, SESSIONS, TENANT, Place, new_name
+from isthmus.experiments.rigs.secrets.remains import CONTROL_STORE, HOME, OBJECT, SESSIONS, TENANT, Place, new_name
 from isthmus.protocol.enrolment import Quota
 
-CONTROL_STORE = "ray_control_store"
 _ADDRESS = "--gcs-address="
 
 

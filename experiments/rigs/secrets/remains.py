@@ -37,10 +37,11 @@ SESSIONS: Final = 4 * len(ACTIVATION_CODECS)
 LOOKS: Final = 8
 """At most, until all is found that a cloud must hold: a call may be answered before the worker stands still."""
 LOGS: Final = (".log", ".out", ".err")
+CONTROL_STORE: Final = "ray_control_store"
 TENANT, HOME, OBJECT = "a tenant's name", "the home's path", "an object in Ray's store"
 CONTROLS: Final = {
     **dict.fromkeys(("logs", "files", "metrics"), TENANT),
-    **dict.fromkeys(("serve", "ray_control_store"), HOME),
+    **dict.fromkeys(("serve", CONTROL_STORE), HOME),
     "ray": OBJECT,
 }
 """What must be found in each place."""
@@ -62,7 +63,7 @@ class Place:
         sessions: Says how many sessions the worker has.
         folders: With the files that it writes.
         said: What its endpoints say.
-        others: Its other processes: `serve`, `ray_control_store`, and those whose names begin with `ray`.
+        others: Its other processes by name: `serve`, `ray_control_store`, and all others of Ray, of any name.
         controls: What each further canary is of that must be found, by its bytes.
     """
 
@@ -110,7 +111,7 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
     places = {
         name: {
             "copies": sum(copies[kind] for kind in kinds),
-            "control": CONTROLS.get(name),
+            "control": CONTROLS[name],
             "control_copies": copies[CONTROLS[name]] if name in wanted else None,
         }
         for name, copies in found.items()
@@ -135,7 +136,7 @@ def _elsewhere(place: Place, scanner: Scanner) -> dict[str, Counter[str]]:
         "metrics": scanner.count(place.said()),
     }
     for name, pid in place.others().items():
-        kind = name if name in CONTROLS else "ray"
+        kind = name if name in CONTROLS else "ray"  # all further processes of Ray are one place
         try:
             copies = scanner.count(memory_of(pid)) + scanner.count(shared_files_of(pid))
         except (IsthmusError, OSError):

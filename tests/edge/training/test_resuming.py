@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from support.warm_processes import warm
 
 from isthmus.common.errors import CheckpointError, ConfigError, DiskError, UnreachableError
 from isthmus.common.files import claim
+from isthmus.edge.training.edge_steps import COSTS_FILE
 from isthmus.edge.training.methods import trained
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.training import run_checkpoint as checkpoints
@@ -68,7 +70,7 @@ def test_the_state_of_observers_comes_back_on_a_resume(
 
 def test_a_resumed_run_has_the_same_observers(model_folder: Path, tmp_path: Path) -> None:
     trainer(model_folder, config(tmp_path, steps=2), step_observers=[Turns()]).fit()
-    with pytest.raises(CheckpointError, match=r"1 observers have left .* this run has 0"):
+    with pytest.raises(CheckpointError, match=r"states of 1 parts .* this run has 0"):
         trainer(model_folder, config(tmp_path, steps=2, resume=True)).fit()
 
 
@@ -145,6 +147,18 @@ def test_a_folder_is_trained_into_by_one_process_at_a_time(model_folder: Path, t
         other.fit()
     assert not (tmp_path / "losses.jsonl").exists()
     assert other.fit().report.steps == 9
+
+
+def test_costs_are_of_one_run_and_of_every_time_that_a_step_was_made(model_folder: Path, tmp_path: Path) -> None:
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / COSTS_FILE).read_text().splitlines()]
+
+    (tmp_path / COSTS_FILE).write_text('{"step": 1}\n{"step": 2}\n')  # of a run that ended before a checkpoint
+    trainer(model_folder, config(tmp_path, steps=3, save_every=1)).fit()
+    assert steps() == [1, 2, 3]
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    trainer(model_folder, config(tmp_path, steps=3, save_every=1, resume=True)).fit()
+    assert steps() == [1, 2, 3, 3]
 
 
 def test_a_signal_ends_a_wait_for_the_cloud(model_folder: Path, tmp_path: Path) -> None:
