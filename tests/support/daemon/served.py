@@ -13,7 +13,9 @@ import uvicorn
 @contextmanager
 def serving(app: Any) -> Iterator[str]:
     """Serve `app` in a thread; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="critical", ws="none"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, lifespan="off", log_level="critical", ws="none", timeout_graceful_shutdown=5)
+    )  # bounded as the daemon's own is: a request whose client left it open must not hold the block's end
     started = threading.Event()
     startup = server.startup
 
