@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,10 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 @pytest.mark.usefixtures("_fast")
 def test_threads_are_set_for_the_probe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = speed_probe._medians
 
-    def watched(*arguments: object) -> dict[str, float]:
+    def watched(*_: object) -> dict[str, float]:
         seen.append(torch.get_num_threads())
-        return original(*arguments)  # type: ignore[arg-type]
+        return defaultdict(lambda: 1.0)  # to measure with more threads than cores are free takes half a minute
 
     monkeypatch.setattr(speed_probe, "_medians", watched)
     config, before = tiny_config("llama"), torch.get_num_threads()

@@ -96,6 +96,7 @@ def place(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         )
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_what_a_worker_holds_of_sessions_is_found_in_its_memory_alone(place: Place) -> None:
