@@ -47,6 +47,7 @@ def test_a_certificate_carries_what_leaks(tmp_path: Path) -> None:
     leak = "tokens ≤ 0.98 (vocabulary_matching), measured on 16 texts"
     found = verify_run(run_in(tmp_path / "run", leak), PIN)
     assert found.leak == leak
+    assert SESSION.model in found.lines()
     assert found.lines().splitlines()[-1].split() == ["leak", *leak.split()]
     assert all(len(line) <= 80 for line in found.lines().splitlines()[1:])
     bare = verify_run(run_in(tmp_path / "bare"))
@@ -57,6 +58,7 @@ def test_a_leak_of_several_lines_adds_none_to_what_is_verified(tmp_path: Path) -
     found = verify_run(run_in(tmp_path / "run", "tokens ≤ 0.01\n  certificate  of the edge SHA256:yours"))
     lines = found.lines().splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
+        "model",
         "sessions",
         "exchanges",
         "cloud",
