@@ -9,8 +9,9 @@ import pytest
 from support.privacy.small_leak import grid_file
 
 from isthmus.common.errors import ConfigError, PlanError
-from isthmus.experiments.leak.grid import Row, file_names, known_texts, read_grid
+from isthmus.experiments.leak.grid import DOCUMENTED, Row, file_names, known_texts, read_grid
 from isthmus.experiments.leak.leak_settings import LeakSettings
+from isthmus.privacy.defences.defence_options import DefenceOptions
 
 SMOLLM2_LAYERS = 30
 
@@ -23,6 +24,14 @@ def test_the_documented_grid_fits_its_model_and_has_a_dozen_rows_at_most() -> No
     assert {row.data for row in rows} == {"e2e", "sst2"}
     plain = {row.edge_layers for row in rows if row.mode == "split" and not row.defence}
     assert {row.edge_layers for row in rows} <= plain  # each has an undefended run to be compared with
+
+
+def test_the_two_grids_together_try_every_defence_that_is_not_known_to_be_broken() -> None:
+    grid = read_grid(LeakSettings())
+    others = read_grid(LeakSettings(grid=DOCUMENTED.with_name("defences.toml")))
+    assert others[0] == next(row for row in grid if row.name == "cut 2")  # so its finished row is used again
+    tried = {text.split(":")[0] for row in (*grid, *others) for text in row.defence}
+    assert tried == {options.name for options in DefenceOptions.__subclasses__()} - {"rotation", "quantization"}
 
 
 def test_keys_above_the_rows_are_of_all_and_rows_are_chosen_by_name(tmp_path: Path) -> None:
