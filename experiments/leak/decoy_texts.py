@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.edge.data.batches import encode
+from isthmus.common.errors import DataError
+from isthmus.edge.data.batches import IGNORED, Encoded, encode
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.leak_texts import Text
 from isthmus.experiments.leak.planted import planted
@@ -32,6 +33,9 @@ def write_decoys(
         model: The whole frozen model.
         real: The private texts.
         public: Texts that show the model what is wanted.
+
+    Raises:
+        DataError: The public texts' prompts are longer than a private text.
     """
     drawn = random.Random(f"decoys/{seed}")  # noqa: S311  # the edge's own key decides which decoy goes where
     wanted = Counter(len(text.encoded.input_ids) for text in real for _ in range(count))
@@ -47,14 +51,21 @@ def write_decoys(
                 secret = f" {planted(len(found), seed + 2).words}" if drawn.random() < share else ""
                 example = Example(prompt, completion + secret)
                 (encoded,), _ = encode([example], tokenizer, 1 << 20)
-                # It serves the longest text that it is long enough for; later rounds take what is longer by more.
-                fits = [length for length in wanted if length <= len(encoded.input_ids)]
+                # It serves the longest text that it is long enough for; later rounds take what is longer by more. The
+                # edge cuts it to that length, and does not take what then has nothing to learn.
+                begins = _learned_from(encoded)
+                fits = [length for length in wanted if begins < length <= len(encoded.input_ids)]
                 near = [length for length in fits if length >= len(encoded.input_ids) - 1 - number]
                 if near:
                     length = max(near)
                     wanted -= Counter([length])
                     found.append(example)
-    return [*found, *_rest(wanted, prompts)]
+    return [*found, *_rest(wanted, prompts, tokenizer)]
+
+
+def _learned_from(encoded: Encoded) -> int:
+    """The place of the first token that is learned."""
+    return next(place for place, label in enumerate(encoded.labels) if label != IGNORED)
 
 
 def _round(model: Any, tokenizer: Any, examples: Sequence[Example], drawn: random.Random) -> Iterator[tuple[str, str]]:
@@ -83,10 +94,17 @@ def _first_line(tokenizer: Any, row: Tensor) -> str:
     return text.split("\n", maxsplit=1)[0].rstrip()
 
 
-def _rest(wanted: Counter[int], prompts: Sequence[Example]) -> Iterator[Example]:
-    """For lengths that no written text has: two public texts in one."""
+def _rest(wanted: Counter[int], prompts: Sequence[Example], tokenizer: Any) -> Iterator[Example]:
+    """For lengths that no written text has: the prompt of one public text, and the completions of several."""
+    encoded, _ = encode(prompts, tokenizer, 1 << 20)
+    begins = [_learned_from(each) for each in encoded]
     for number, length in enumerate(wanted.elements()):
-        example = prompts[number % len(prompts)]
+        short = [prompt for prompt, place in zip(prompts, begins, strict=True) if place < length]
+        if not short:
+            raise DataError(
+                f"a text of {length} tokens has no decoy: no public prompt has fewer; take more public ones"
+            )
+        example = short[number % len(short)]
         text = example.completion
         while len(text) < 8 * length:
             text += prompts[(number + len(text)) % len(prompts)].completion
