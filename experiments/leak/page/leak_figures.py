@@ -85,7 +85,7 @@ def _without_labels(row: LedgerRow) -> str:
 
 
 def draw_frontier(rows: Sequence[LedgerRow]) -> str:
-    """Task loss over the undefended run's, against the tokens that the strongest attack gets."""
+    """Task loss over the undefended run's, against the tokens that the strongest attack or a blind guess gets."""
     points = marks(rows)
     best = frontier(points)
     title = "Attack against task quality"
@@ -100,7 +100,7 @@ def draw_frontier(rows: Sequence[LedgerRow]) -> str:
         axes.minorticks_off()
         axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
         axes.grid()
-        axes.set_xlabel("tokens that the strongest attack gets, with its 95 % interval")
+        axes.set_xlabel("tokens that the strongest attack gets, or a guess without traffic; 95 % interval")
         axes.set_ylabel("task loss over the undefended run's")
         if best:
             corners = [(100 * (row.exposed or 0), row.loss_ratio or 0) for row in best]
@@ -118,7 +118,7 @@ def _draw_point(axes: Any, row: LedgerRow, on_frontier: bool) -> None:
     value = row.worst("token_accuracy")
     place = 100 * (row.exposed or 0), row.loss_ratio
     colour = LIGHT["accent"] if on_frontier else LIGHT["muted"]
-    if value is not None and value.low is not None and value.high is not None:
+    if value is not None and value.low is not None and value.high is not None and value.value >= row.blind:
         axes.plot([100 * value.low, 100 * value.high], [place[1]] * 2, color=colour, linewidth=1.2, zorder=3)
     face = colour if value is not None else LIGHT["surface"]  # hollow where nothing is sent
     axes.plot(*place, marker="o", markersize=7, color=colour, markerfacecolor=face, zorder=4, linestyle="none")

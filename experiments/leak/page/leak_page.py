@@ -40,7 +40,8 @@ _FIGURES = {
         "Attack against task quality",
         "One mark a row: to the left the cloud reads less, at the bottom the task is learned better. The line is the "
         "frontier: no other row has both fewer tokens read and a lower loss. A hollow mark is a row that sends no "
-        "activations. The attacker knows the front; of undefended rows, the least exposed one is there.",
+        "activations. The attacker knows the front; of undefended rows, the least exposed one is there. Where the "
+        "strongest attack gets less than a guess without any traffic, the mark is at that guess.",
     ),
     "rarity": (
         "All tokens and rare tokens",

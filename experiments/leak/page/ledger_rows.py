@@ -75,11 +75,11 @@ class LedgerRow:
 
     @property
     def exposed(self) -> float | None:
-        """Tokens that the cloud gets: by the strongest attack, or where nothing is sent, those of the blind guess."""
+        """Tokens that the cloud gets, by the strongest attack or the blind guess; None where no attack was made."""
         worst = self.worst("token_accuracy")
-        if worst is not None:
-            return worst.value
-        return self.blind if self.common("mode") == "emulator" else None
+        if worst is None and self.common("mode") != "emulator":
+            return None
+        return self.blind if worst is None else max(worst.value, self.blind)
 
 
 def measured(run: Mapping[str, Any], name: str) -> Value | None:

@@ -59,6 +59,13 @@ def test_of_split_rows_the_one_with_a_private_front_stands_beside_it() -> None:
     assert [each.name for _, each in modes([other, known])] == ["cut 1"]
 
 
+def test_who_sees_the_traffic_gets_no_less_than_who_sees_none() -> None:
+    assert row("noise", 0.02, 9.0, prior_unigram_accuracy=0.06, prior_free_accuracy=0.01).exposed == 0.06
+    assert row("noise", 0.07, 9.0, prior_unigram_accuracy=0.06, prior_free_accuracy=0.01).exposed == 0.07
+    (unseen,) = ledger_rows({"runs": [run("labels", "exact_labels", label_accuracy=0.7, prior_unigram_accuracy=0.06)]})
+    assert unseen.exposed is None
+
+
 def test_on_the_frontier_no_row_is_better_in_both() -> None:
     rows = [row("a", 1.0, 1.0), row("b", 0.9, 1.2), row("c", 0.95, 1.3), row("d", 0.5, 2.0), row("e", 0.4, None)]
     assert [each.name for each in frontier(rows)] == ["a", "b", "d"]
