@@ -60,20 +60,24 @@ class Decoys:
         # In a secret order among those of equal length, so that their place in the file says nothing.
         shuffled = [texts[index] for index in noise.order(len(texts), "decoys/texts")]
         left = sorted(shuffled, key=lambda text: len(text[0]))
+        begins = [_learned_from(text) for text in left]
         self._of: dict[bytes, list[Text]] = {}
-        # The shortest rows first, each with the shortest texts that are long enough: if any choice works, this does.
+        # The shortest rows first, each with the shortest texts that are long enough and have something to learn where
+        # they are cut: if any choice works, this does.
         for ids in rows:
             key = torch.tensor(ids, dtype=torch.int64).numpy().tobytes()
             first = bisect_left(left, len(ids), key=lambda text: len(text[0]))
-            while len(chosen := self._of.setdefault(key, [])) < count:
-                if first == len(left):
+            chosen = self._of.setdefault(key, [])
+            while len(chosen) < count:
+                place = next((place for place in range(first, len(left)) if begins[place] < len(ids)), None)
+                if place is None:
                     raise ConfigError(
                         f"decoys: {len(texts)} generated examples are too few, or too short, for {len(rows)} real ones "
                         f"with {count} each: none is left that has {len(ids)} tokens. Generate more"
                     )
-                cut = tuple(part[: len(ids)] for part in left.pop(first))
-                if any(label != IGNORED for label in cut[1]):
-                    chosen.append((cut[0], cut[1]))
+                tokens, labels = left.pop(place)
+                begins.pop(place)
+                chosen.append((tokens[: len(ids)], labels[: len(ids)]))
 
     def rows(self, now: Pass) -> list[DecoyRows]:
         """The decoys of a micro-batch."""
@@ -111,6 +115,11 @@ class Arranged(torch.autograd.Function):
         if len(given) != len(gradients):
             raise RuntimeError("a decoy has no gradient: its loss is missing")
         return None, *_arrange(inverse(ctx.places), given)  # type: ignore[attr-defined]
+
+
+def _learned_from(text: Text) -> int:
+    """The place of the first token that is learned; its length where none is."""
+    return next((place for place, label in enumerate(text[1]) if label != IGNORED), len(text[1]))
 
 
 def inverse(places: Tensor) -> Tensor:
