@@ -51,6 +51,11 @@ class Encoded:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
 
+    @property
+    def learned_from(self) -> int:
+        """The place of the first token that is trained on; the length where none is."""
+        return next((place for place, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:

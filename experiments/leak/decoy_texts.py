@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isthmus.common.errors import DataError
-from isthmus.edge.data.batches import IGNORED, Encoded, encode
+from isthmus.edge.data.batches import encode
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.leak_texts import Text
 from isthmus.experiments.leak.planted import planted
@@ -53,19 +53,13 @@ def write_decoys(
                 (encoded,), _ = encode([example], tokenizer, 1 << 20)
                 # It serves the longest text that it is long enough for; later rounds take what is longer by more. The
                 # edge cuts it to that length, and does not take what then has nothing to learn.
-                begins = _learned_from(encoded)
-                fits = [length for length in wanted if begins < length <= len(encoded.input_ids)]
+                fits = [length for length in wanted if encoded.learned_from < length <= len(encoded.input_ids)]
                 near = [length for length in fits if length >= len(encoded.input_ids) - 1 - number]
                 if near:
                     length = max(near)
                     wanted -= Counter([length])
                     found.append(example)
     return [*found, *_rest(wanted, prompts, tokenizer)]
-
-
-def _learned_from(encoded: Encoded) -> int:
-    """The place of the first token that is learned."""
-    return next(place for place, label in enumerate(encoded.labels) if label != IGNORED)
 
 
 def _round(model: Any, tokenizer: Any, examples: Sequence[Example], drawn: random.Random) -> Iterator[tuple[str, str]]:
@@ -97,9 +91,8 @@ def _first_line(tokenizer: Any, row: Tensor) -> str:
 def _rest(wanted: Counter[int], prompts: Sequence[Example], tokenizer: Any) -> Iterator[Example]:
     """For lengths that no written text has: the prompt of one public text, and the completions of several."""
     encoded, _ = encode(prompts, tokenizer, 1 << 20)
-    begins = [_learned_from(each) for each in encoded]
     for number, length in enumerate(wanted.elements()):
-        short = [prompt for prompt, place in zip(prompts, begins, strict=True) if place < length]
+        short = [prompt for prompt, each in zip(prompts, encoded, strict=True) if each.learned_from < length]
         if not short:
             raise DataError(
                 f"a text of {length} tokens has no decoy: no public prompt has fewer; take more public ones"

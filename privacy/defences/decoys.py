@@ -22,6 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -59,24 +60,22 @@ class Decoys:
         rows = sorted(set(real), key=lambda ids: (len(ids), ids))
         # In a secret order among those of equal length, so that their place in the file says nothing.
         shuffled = [texts[index] for index in noise.order(len(texts), "decoys/texts")]
-        left = sorted(shuffled, key=lambda text: len(text[0]))
-        begins = [_learned_from(text) for text in left]
+        left = sorted(((len(text[0]), _learned_from(text), text) for text in shuffled), key=itemgetter(0))
         self._of: dict[bytes, list[Text]] = {}
         # The shortest rows first, each with the shortest texts that are long enough and have something to learn where
         # they are cut: if any choice works, this does.
         for ids in rows:
             key = torch.tensor(ids, dtype=torch.int64).numpy().tobytes()
-            first = bisect_left(left, len(ids), key=lambda text: len(text[0]))
+            first = bisect_left(left, len(ids), key=itemgetter(0))
             chosen = self._of.setdefault(key, [])
             while len(chosen) < count:
-                place = next((place for place in range(first, len(left)) if begins[place] < len(ids)), None)
+                place = next((place for place in range(first, len(left)) if left[place][1] < len(ids)), None)
                 if place is None:
                     raise ConfigError(
                         f"decoys: {len(texts)} generated examples are too few, or too short, for {len(rows)} real ones "
                         f"with {count} each: none is left that has {len(ids)} tokens. Generate more"
                     )
-                tokens, labels = left.pop(place)
-                begins.pop(place)
+                _, _, (tokens, labels) = left.pop(place)
                 chosen.append((tokens[: len(ids)], labels[: len(ids)]))
 
     def rows(self, now: Pass) -> list[DecoyRows]:

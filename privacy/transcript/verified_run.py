@@ -45,7 +45,7 @@ class Verified:
     def lines(self) -> str:
         """For a person, within 80 columns but for the path."""
         found = {
-            "model": ", ".join(printable(each) for each in self.models),
+            "model": f"\n{'':15}".join(printable(each) for each in self.models),
             "sessions": str(self.sessions),
             "exchanges": f"{self.exchanges}, of which the cloud has signed {self.exchanges - self.unsigned}",
             "cloud": self.root or "has signed nothing",

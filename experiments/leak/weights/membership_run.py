@@ -16,7 +16,7 @@ from torch import Tensor
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.training_config import TrainConfig, load_config
-from isthmus.edge.data.batches import IGNORED, Encoded
+from isthmus.edge.data.batches import Encoded
 from isthmus.experiments.leak.weights.local_split import LocalSplit, write_key
 from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
 from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership
@@ -178,7 +178,7 @@ def _config(settings: MembershipSettings, folder: Path, defence: str | None) -> 
 
 
 def _candidate(text: Encoded) -> Candidate:
-    return Candidate(tokens_of(text), next(place for place, label in enumerate(text.labels) if label != IGNORED))
+    return Candidate(tokens_of(text), text.learned_from)
 
 
 def _run(config: TrainConfig, promised: Guarantee | None, before: Tensor, after: Tensor, members: int) -> MembershipRun:
