@@ -86,7 +86,9 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
             say("finished")
     if limited:
         raise limited[0]
-    result = ledger([each for each in finished if each is not None], _circumstances(settings, checkpoint))
+    with torch_threads(settings.threads):
+        untuned = {data: lab.untuned(row) for data, row in {row.data: row for row in rows}.items()}
+    result = ledger([each for each in finished if each is not None], untuned, _circumstances(settings, checkpoint))
     if settings.page is not None:
         write_page(result, settings.page)
     return result

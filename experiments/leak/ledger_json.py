@@ -11,19 +11,22 @@ from isthmus.privacy.measures.bootstrap import Interval, means_ratio_interval, r
 from isthmus.privacy.measures.token_accuracy import Hits
 
 
-def ledger(rows: Sequence[Mapping[str, Any]], circumstances: Mapping[str, Any]) -> dict[str, Any]:
+def ledger(
+    rows: Sequence[Mapping[str, Any]], untuned: Mapping[str, Mapping[str, Any]], circumstances: Mapping[str, Any]
+) -> dict[str, Any]:
     """Put finished rows together.
 
     Args:
         rows: Each with `settings`, `seconds`, and what `RowLab.make` returns.
+        untuned: By task, what `RowLab.untuned` returns.
         circumstances: Further keys of the result.
 
     Returns:
         `circumstances`; `data`, the tasks; `seconds`, of all rows together; and `runs`, entries as `RowLab.make` has
-        them with `task_loss`, `task_accuracy`, `task_loss_ratio` and `step_ratio`: the last two over the undefended
-        split run over fp32 of the same plan and task, null where there is none in the ledger. The steps of the
-        run are not those of a further codec, so `step_ratio` is null there. Its interval is of steps, redrawn; it
-        says nothing of what else the machine did at the time of either run.
+        them with `task_loss`, `task_accuracy`, `task_loss_ratio`, `untuned_loss_ratio` (of the model without training)
+        and `step_ratio`: the ratios over the undefended split run over fp32 of the same plan and task, null where there
+        is none in the ledger. The steps of the run are not those of a further codec, so `step_ratio` is null there. Its
+        interval is of steps, redrawn; it says nothing of what else the machine did at the time of either run.
     """
     baselines = {_place(row): row for row in rows if _is_baseline(row)}
     runs = []
@@ -32,7 +35,7 @@ def ledger(rows: Sequence[Mapping[str, Any]], circumstances: Mapping[str, Any]) 
         for entry in row["runs"]:
             own = row["settings"]["row"]["codec"]
             codec = entry["codec"] if entry["codec"] in row["task"] else own
-            compared = _compared(row, codec, base)
+            compared = _compared(row, codec, base, untuned[row["settings"]["row"]["data"]])
             steps = None if base is None or codec != own else _step_ratio(row, base)
             runs.append({**entry, **compared, **_measured("step_ratio", steps)})
     return {
@@ -53,14 +56,17 @@ def _is_baseline(row: Mapping[str, Any]) -> bool:
     return about["mode"] == "split" and not about["defence"] and about["codec"] == "fp32"
 
 
-def _compared(row: Mapping[str, Any], codec: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
+def _compared(
+    row: Mapping[str, Any], codec: str, base: Mapping[str, Any] | None, untuned: Mapping[str, Any]
+) -> dict[str, Any]:
     task = row["task"][codec]
     losses, hits = _hits(task["losses"]), _hits(task["hits"])
-    ratio = None if base is None else ratio_interval(losses, _hits(base["task"]["fp32"]["losses"]))
+    of = None if base is None else _hits(base["task"]["fp32"]["losses"])
     return {
         **_measured("task_loss", share_interval(losses)),
         **_measured("task_accuracy", share_interval(hits)),
-        **_measured("task_loss_ratio", ratio),
+        **_measured("task_loss_ratio", None if of is None else ratio_interval(losses, of)),
+        **_measured("untuned_loss_ratio", None if of is None else ratio_interval(_hits(untuned["losses"]), of)),
     }
 
 

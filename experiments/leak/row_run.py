@@ -68,6 +68,10 @@ class RowLab:
             return self._emulator(row, texts, folder, say)
         return self._split(row, texts, folder, say)
 
+    def untuned(self, row: Row) -> dict[str, Any]:
+        """Losses and hits of the model without training on each held-out text of a row's task."""
+        return _plain(score_task(self._base, self._texts(row).scored, pad_id(self._tokenizer)))
+
     def _texts(self, row: Row) -> LeakTexts:
         settings = self._settings
         counts = Counts(

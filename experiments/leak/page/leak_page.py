@@ -41,7 +41,8 @@ _FIGURES = {
         "One mark a row: to the left the cloud reads less, at the bottom the task is learned better. The line is the "
         "frontier: no other row has both fewer tokens read and a lower loss. A hollow mark is a row that sends no "
         "activations. The attacker knows the front; of undefended rows, the least exposed one is there. Where the "
-        "strongest attack gets less than a guess without any traffic, the mark is at that guess.",
+        "strongest attack gets less than a guess without any traffic, the mark is at that guess. Losses are those of "
+        "the run, with its defence on; above the dashed line they are worse than without training.",
     ),
     "rarity": (
         "All tokens and rare tokens",

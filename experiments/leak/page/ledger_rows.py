@@ -160,7 +160,16 @@ def frontier_sentence(rows: Sequence[LedgerRow]) -> str:
         for row in rows
         if row.common("mode") == "emulator" and row.loss_ratio is not None
     ]
+    untuned = untuned_ratio(rows)
+    if untuned is not None:
+        parts.append(f"The model without training has {times(untuned)} the undefended run's loss.")
     return " ".join(parts)
+
+
+def untuned_ratio(rows: Sequence[LedgerRow]) -> float | None:
+    """The loss of the model without training over that of the undefended run, of the plan that most marks have."""
+    ratios = [float(ratio) for row in marks(rows) if (ratio := row.common("untuned_loss_ratio")) is not None]
+    return max(ratios, key=ratios.count, default=None)
 
 
 def modes(rows: Sequence[LedgerRow]) -> list[tuple[str, LedgerRow]]:

@@ -38,6 +38,12 @@ def row(name: str, loss: float, seconds: float, tokens: float | None, **about: A
     }
 
 
+UNTUNED: dict[str, Any] = {
+    data: {"losses": {"right": [4.0, 12.0], "of": [1.0, 3.0]}, "hits": {"right": [0.0, 0.0], "of": [1.0, 3.0]}}
+    for data in ("e2e", "sst2")
+}
+
+
 def test_rows_are_compared_with_the_undefended_one_of_their_plan_and_task() -> None:
     rows = [
         row("noise", 3.0, 2.0, 0.9, defence=["gaussian:clip=1,sigma=1"]),
@@ -46,7 +52,7 @@ def test_rows_are_compared_with_the_undefended_one_of_their_plan_and_task() -> N
         row("deeper", 2.0, 1.0, 1.0, edge_layers="4:2", defence=["mixing"]),
         row("other", 2.0, 1.0, 1.0, data="sst2", mode="emulator"),
     ]
-    result = ledger(rows, {"model": "tiny"})
+    result = ledger(rows, UNTUNED, {"model": "tiny"})
     found = {run["row"]: run for run in result["runs"]}
     assert (result["model"], result["seconds"], result["data"]) == ("tiny", 50.0, ["e2e", "sst2"])
     assert found["noise"]["task_loss"] == pytest.approx(3.0)
@@ -57,8 +63,9 @@ def test_rows_are_compared_with_the_undefended_one_of_their_plan_and_task() -> N
     assert found["noise"]["step_ratio_interval"] == pytest.approx([2.0, 2.0])  # twice the time in each step
     assert found["plain"]["task_loss_ratio"] == 1
     assert found["top"]["task_loss_ratio"] == pytest.approx(1.25)
+    assert found["top"]["untuned_loss_ratio"] == pytest.approx(2.0)
     for name in ("deeper", "other"):
-        assert found[name]["task_loss_ratio"] is None
+        assert found[name]["task_loss_ratio"] is found[name]["untuned_loss_ratio"] is None
         assert found[name]["step_ratio"] is found[name]["step_ratio_interval"] is None
 
 
@@ -69,9 +76,9 @@ def test_the_table_fits_a_terminal_and_ends_with_the_frontier() -> None:
         row("emulator", 2.2, 0.5, None, mode="emulator", codec="none"),
     ]
     rows[1]["runs"][0] |= {"epsilon": 8.0, "delta": 1e-5, "unit": "of everything " * 9, "real_or_decoy_auc": 0.61}
-    lines = table(ledger(rows, {}))
+    lines = table(ledger(rows, UNTUNED, {}))
     assert max(map(len, lines)) <= WIDTH
     assert "AUC of 0.61" in "\n".join(lines)
     assert "epsilon 8 at delta 1e-05" in " ".join(lines)
     assert "80\N{NO-BREAK SPACE}%" in lines[2]
-    assert "emulator" in lines[-1]
+    assert "without training has 2.00" in " ".join(lines[-4:])
