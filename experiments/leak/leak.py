@@ -87,7 +87,8 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
     if limited:
         raise limited[0]
     with torch_threads(settings.threads):
-        untuned = {data: lab.untuned(row) for data, row in {row.data: row for row in rows}.items()}
+        one_of_each = {str(row.data): row for row in rows}
+        untuned = {data: lab.untuned(row) for data, row in one_of_each.items()}
     result = ledger([each for each in finished if each is not None], untuned, _circumstances(settings, checkpoint))
     if settings.page is not None:
         write_page(result, settings.page)
