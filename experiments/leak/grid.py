@@ -44,6 +44,7 @@ class Row(BaseModel):
         defence: As `edge train --defence` has them; `decoys` without its file, which is generated.
         data: The task.
         steps: Optimizer steps.
+        distill_steps: Of an emulator that is built: steps of its distillation on the public texts, before these.
         views: From which sides it is attacked. `known`: the attacker has the edge's own layers as they are after
             training. `tuned`: the front is private, and it has the base weights alone; `tuned+8`: and eight texts that
             it knows were sent.
@@ -60,6 +61,7 @@ class Row(BaseModel):
     defence: tuple[str, ...] = ()
     data: Literal["e2e", "sst2"] = "e2e"
     steps: int = Field(100, ge=1)
+    distill_steps: int = Field(60, ge=1)
     views: tuple[str, ...] = ("known",)
     also_codecs: tuple[str, ...] = ()
     package: Path | None = None
@@ -154,8 +156,9 @@ def read_grid(settings: LeakSettings) -> list[Row]:
     if flags and (settings.grid is not None or settings.row):
         raise ConfigError(f"--{next(iter(flags)).replace('_', '-')} makes rows of its own: leave --grid and --row out")
     rows = _from_flags(flags) if flags else _from_file(settings.grid or DOCUMENTED)
-    if settings.steps is not None:
-        rows = [row.model_copy(update={"steps": settings.steps}) for row in rows]
+    instead = {name: getattr(settings, name) for name in ("steps", "distill_steps")}
+    instead = {name: value for name, value in instead.items() if value is not None}
+    rows = [row.model_copy(update=instead) for row in rows]
     chosen = settings.row or [row.name for row in rows]
     unknown = sorted(set(chosen) - {row.name for row in rows})
     if unknown:

@@ -28,7 +28,7 @@ from isthmus.experiments.leak.ledger_json import ledger
 from isthmus.experiments.leak.page.leak_page import write_page
 from isthmus.experiments.leak.row_run import RowLab
 
-_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps")
+_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps", "distill_steps")
 _PLACES = ("data_folder", "out", "page", "record_mib")
 _WHERE = (*_ROWS, *_PLACES)
 """Settings that say which rows are made or where, and not what comes of a row."""

@@ -182,9 +182,9 @@ class RowLab:
             "adapter_layers": row.edge_layers,
             "keep": _KEEP,
             "distill": folder / "public.jsonl",
-            "distill_steps": settings.distill_steps,
+            "distill_steps": row.distill_steps,
             "length": settings.max_length,
-            "save_every": settings.distill_steps,
+            "save_every": row.distill_steps,
             "seed": settings.seed,
             "device": "cpu",
         }

@@ -40,6 +40,7 @@ def test_keys_above_the_rows_are_of_all_and_rows_are_chosen_by_name(tmp_path: Pa
     assert [(row.name, row.steps) for row in read_grid(LeakSettings(grid=path))] == [("a", 5), ("b", 7)]
     assert [row.name for row in read_grid(LeakSettings(grid=path, row=["b"]))] == ["b"]
     assert [row.steps for row in read_grid(LeakSettings(grid=path, steps=2))] == [2, 2]
+    assert [row.distill_steps for row in read_grid(LeakSettings(grid=path, distill_steps=9))] == [9, 9]
 
 
 def test_flags_make_a_row_for_each_plan_and_codec() -> None:
