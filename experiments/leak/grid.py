@@ -155,7 +155,7 @@ def read_grid(settings: LeakSettings) -> list[Row]:
     }
     if flags and (settings.grid is not None or settings.row):
         raise ConfigError(f"--{next(iter(flags)).replace('_', '-')} makes rows of its own: leave --grid and --row out")
-    rows = _from_flags(flags) if flags else _from_file(settings.grid or DOCUMENTED)
+    rows = _from_flags(flags) if flags else _from_files(settings.grid or [DOCUMENTED])
     instead = {name: getattr(settings, name) for name in ("steps", "distill_steps")}
     instead = {name: value for name, value in instead.items() if value is not None}
     rows = [row.model_copy(update=instead) for row in rows]
@@ -166,17 +166,30 @@ def read_grid(settings: LeakSettings) -> list[Row]:
     return [row for row in rows if row.name in chosen]
 
 
+def _from_files(paths: Sequence[Path]) -> list[Row]:
+    """The rows of all files; one that is in several of them is there once."""
+    rows = list(dict.fromkeys(row for path in paths for row in _from_file(path)))
+    twice = _named_twice(rows)
+    if twice is not None:
+        raise ConfigError(f"two of {', '.join(map(str, paths))} have other rows named {twice!r}: name one otherwise")
+    return rows
+
+
 def _from_file(path: Path) -> list[Row]:
     values = read_toml(path)
     entries = values.pop("rows", None)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path} has no rows: write each as a table [[rows]] with a name")
     rows = [_row(entry, f"{path}, row {number}", values) for number, entry in enumerate(entries, 1)]
-    names = [row.name for row in rows]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = _named_twice(rows)
     if twice is not None:
         raise ConfigError(f"{path} has two rows named {twice!r}: name each otherwise")
     return rows
+
+
+def _named_twice(rows: Sequence[Row]) -> str | None:
+    names = [row.name for row in rows]
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _from_flags(flags: Mapping[str, Any]) -> list[Row]:

@@ -125,6 +125,8 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
         for name, kind in (("runs", list), ("task", dict), ("step_seconds", list)):
             if not isinstance(made[name], kind):
                 raise TypeError(name)
+        if not isinstance(made["task_without_defence"], dict | None):
+            raise TypeError("task_without_defence")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no finished row of a ledger: remove it, and the row is made again") from error
     except OSError as error:

@@ -29,8 +29,8 @@ class LeakSettings:
     """
 
     grid: Annotated[
-        Path | None,
-        Option(help="TOML file of rows; by default the grid of the documents, unless flags name rows."),
+        list[Path] | None,
+        Option(help="TOML file of rows, repeatable; by default the grid of the documents, unless flags name rows."),
     ] = None
     row: Annotated[list[str] | None, Option(help="Rows of the grid by name, repeatable; by default all.")] = None
     edge_layers: Annotated[

@@ -33,7 +33,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
         for measure in _COLUMNS.values():
             worst = row.worst(measure)
             cells.append(f"{percent(None if worst is None else worst.value):>8}")
-        ratios = [row.common(name) for name in ("task_loss_ratio", "step_ratio")]
+        ratios = [row.loss_ratio, row.common("step_ratio")]
         loss, step = ("-" if ratio is None else f"{ratio:.{2 if ratio < 10 else 0}f}" for ratio in ratios)
         name = shorten(row.name, _NAME - 1, placeholder="…")
         lines.append(f"{name:{_NAME}}{''.join(cells)}{percent(row.common('prior_accuracy')):>7}{loss:>6}{step:>5}")

@@ -23,10 +23,12 @@ def ledger(
 
     Returns:
         `circumstances`; `data`, the tasks; `seconds`, of all rows together; and `runs`, entries as `RowLab.make` has
-        them with `task_loss`, `task_accuracy`, `task_loss_ratio`, `untuned_loss_ratio` (of the model without training)
-        and `step_ratio`: the ratios over the undefended split run over fp32 of the same plan and task, null where there
-        is none in the ledger. The steps of the run are not those of a further codec, so `step_ratio` is null there. Its
-        interval is of steps, redrawn; it says nothing of what else the machine did at the time of either run.
+        them with `task_loss`, `task_accuracy`, `task_loss_ratio`, `undefended_loss_ratio` (of the trained adapter
+        without the defence that it was trained with; null where there was none), `untuned_loss_ratio` (of the model
+        without training) and `step_ratio`: the ratios over the undefended split run over fp32 of the same
+        plan and task, null where there is none in the ledger. The steps of the run are not those of a further codec, so
+        `step_ratio` is null there. Its interval is of steps, redrawn; it says nothing of what else the machine did at
+        the time of either run.
     """
     baselines = {_place(row): row for row in rows if _is_baseline(row)}
     runs = []
@@ -60,13 +62,18 @@ def _compared(
     row: Mapping[str, Any], codec: str, base: Mapping[str, Any] | None, untuned: Mapping[str, Any]
 ) -> dict[str, Any]:
     task = row["task"][codec]
-    losses, hits = _hits(task["losses"]), _hits(task["hits"])
     of = None if base is None else _hits(base["task"]["fp32"]["losses"])
+    without = row["task_without_defence"]
+
+    def over(score: Mapping[str, Any] | None) -> Interval | None:
+        return None if of is None or score is None else ratio_interval(_hits(score["losses"]), of)
+
     return {
-        **_measured("task_loss", share_interval(losses)),
-        **_measured("task_accuracy", share_interval(hits)),
-        **_measured("task_loss_ratio", None if of is None else ratio_interval(losses, of)),
-        **_measured("untuned_loss_ratio", None if of is None else ratio_interval(_hits(untuned["losses"]), of)),
+        **_measured("task_loss", share_interval(_hits(task["losses"]))),
+        **_measured("task_accuracy", share_interval(_hits(task["hits"]))),
+        **_measured("task_loss_ratio", over(task)),
+        **_measured("undefended_loss_ratio", over(without)),
+        **_measured("untuned_loss_ratio", over(untuned)),
     }
 
 

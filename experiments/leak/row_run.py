@@ -111,6 +111,7 @@ class RowLab:
             )
             for codec in run.sent
         }
+        without = score_task(tuned, texts.scored, pad_id(self._tokenizer)) if row.defence else None
         attacker = self._attacker(tuned, plan, texts, defence, say)
         found = attack_row(row, run, attacker)
         costs = read_costs(run.out)
@@ -123,6 +124,7 @@ class RowLab:
         return {
             "runs": [_entry(row, each, priors, shared) for each in found],
             "task": {codec: _plain(score) for codec, score in scores.items()},
+            "task_without_defence": None if without is None else _plain(without),
             "step_seconds": costs.seconds.tolist(),
         }
 
@@ -146,6 +148,7 @@ class RowLab:
         return {
             "runs": [_entry(row, None, priors, {**nothing, "epsilon": None, "delta": None, "unit": None})],
             "task": {row.codec: _plain(score)},
+            "task_without_defence": None,
             "step_seconds": read_costs(folder / "run").seconds.tolist(),
         }
 

@@ -41,8 +41,9 @@ _FIGURES = {
         "One mark a row: to the left the cloud reads less, at the bottom the task is learned better. The line is the "
         "frontier: no other row has both fewer tokens read and a lower loss. A hollow mark is a row that sends no "
         "activations. The attacker knows the front; of undefended rows, the least exposed one is there. Where the "
-        "strongest attack gets less than a guess without any traffic, the mark is at that guess. Losses are those of "
-        "the run, with its defence on; above the dashed line they are worse than without training.",
+        "strongest attack gets less than a guess without any traffic, the mark is at that guess. A defended row's loss "
+        "is that with the defence on, or that of its adapter without it, whichever is lower. Above the dashed line it "
+        "is worse than without training.",
     ),
     "rarity": (
         "All tokens and rare tokens",
@@ -144,8 +145,9 @@ def page_html(ledger: Mapping[str, Any], figures: Mapping[str, str]) -> str:
 
 _ROWS_NOTE = (
     "Each number of a row is that of the strongest attack on it, whatever it knows, with its 95 % interval (bootstrap "
-    "over sequences). Task loss and step time are over those of the undefended split run of the same plan. Press a "
-    "heading to sort."
+    "over sequences). Task loss and step time are over those of the undefended split run of the same plan. A defended "
+    "row's loss is the lower of two: with the defence on, which is in small print, and of its adapter without it. "
+    "Press a heading to sort."
 )
 _CLAIMS_NOTE = "A claim is what the mathematics says; the table above has what the attacks got."
 _ATTACKS_NOTE = "All attacks know the model's frozen weights, and public texts that are none of those they attack."
@@ -180,13 +182,20 @@ def _rows_table(rows: Sequence[LedgerRow]) -> str:
             _share(row.worst("secret_recall"), "secret"),
             _share(row.worst("label_accuracy"), "label"),
             _cell(prior, percent(prior) + _small(f"({percent(free)})" if free is not None else "")),
-            _cell(row.loss_ratio, times(row.loss_ratio) + _small(_number(row.common("task_loss"), ".3f"))),
+            _cell(row.loss_ratio, times(row.loss_ratio) + _small(_loss_of(row))),
             _cell(row.common("step_ratio"), times(row.common("step_ratio"))),
             _cell(bytes_per_token, _number(bytes_per_token, ",.0f")),
             _cell(row.common("epsilon"), _number(row.common("epsilon"), ".3g") + _small(_delta(row))),
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return _table(_COLUMNS, lines)
+
+
+def _loss_of(row: LedgerRow) -> str:
+    """The small print of a row's loss: with the defence on, where there is one."""
+    if row.common("undefended_loss_ratio") is None:
+        return _number(row.common("task_loss"), ".3f")
+    return f"defended: {times(row.common('task_loss_ratio'))}"
 
 
 def _runs_table(rows: Sequence[LedgerRow]) -> str:

@@ -63,9 +63,12 @@ class LedgerRow:
 
     @property
     def loss_ratio(self) -> float | None:
-        """Task loss over that of the undefended split run of the same plan."""
-        value = self.common("task_loss_ratio")
-        return None if value is None else float(value)
+        """Task loss over that of the undefended split run of the same plan.
+
+        With the defence on, or of the trained adapter without it, whichever is lower.
+        """
+        ratios = (self.common("task_loss_ratio"), self.common("undefended_loss_ratio"))
+        return min((float(ratio) for ratio in ratios if ratio is not None), default=None)
 
     @property
     def blind(self) -> float:

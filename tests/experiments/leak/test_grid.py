@@ -28,19 +28,20 @@ def test_the_documented_grid_fits_its_model_and_has_a_dozen_rows_at_most() -> No
 
 def test_the_two_grids_together_try_every_defence_that_is_not_known_to_be_broken() -> None:
     grid = read_grid(LeakSettings())
-    others = read_grid(LeakSettings(grid=DOCUMENTED.with_name("defences.toml")))
-    assert others[0] == next(row for row in grid if row.name == "cut 2")  # so its finished row is used again
-    tried = {text.split(":")[0] for row in (*grid, *others) for text in row.defence}
+    both = read_grid(LeakSettings(grid=[DOCUMENTED, DOCUMENTED.with_name("defences.toml")]))
+    others = read_grid(LeakSettings(grid=[DOCUMENTED.with_name("defences.toml")]))
+    assert len(both) == len(grid) + len(others) - 1  # its "cut 2" is the other's, and its finished row is used again
+    tried = {text.split(":")[0] for row in both for text in row.defence}
     assert tried == {options.name for options in DefenceOptions.__subclasses__()} - {"rotation", "quantization"}
 
 
 def test_keys_above_the_rows_are_of_all_and_rows_are_chosen_by_name(tmp_path: Path) -> None:
     path = grid_file(tmp_path / "grid.toml", {"name": "a"}, {"name": "b", "steps": 7})
     path.write_text(f"steps = 5\n{path.read_text()}")
-    assert [(row.name, row.steps) for row in read_grid(LeakSettings(grid=path))] == [("a", 5), ("b", 7)]
-    assert [row.name for row in read_grid(LeakSettings(grid=path, row=["b"]))] == ["b"]
-    assert [row.steps for row in read_grid(LeakSettings(grid=path, steps=2))] == [2, 2]
-    assert [row.distill_steps for row in read_grid(LeakSettings(grid=path, distill_steps=9))] == [9, 9]
+    assert [(row.name, row.steps) for row in read_grid(LeakSettings(grid=[path]))] == [("a", 5), ("b", 7)]
+    assert [row.name for row in read_grid(LeakSettings(grid=[path], row=["b"]))] == ["b"]
+    assert [row.steps for row in read_grid(LeakSettings(grid=[path], steps=2))] == [2, 2]
+    assert [row.distill_steps for row in read_grid(LeakSettings(grid=[path], distill_steps=9))] == [9, 9]
 
 
 def test_flags_make_a_row_for_each_plan_and_codec() -> None:
@@ -90,16 +91,25 @@ def test_views_say_how_many_texts_are_known() -> None:
 )
 def test_a_row_that_makes_no_sense_is_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"grid\.toml, row 1: ") as refusal:
-        read_grid(LeakSettings(grid=grid_file(tmp_path / "grid.toml", row)))
+        read_grid(LeakSettings(grid=[grid_file(tmp_path / "grid.toml", row)]))
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_grid_without_rows_or_with_one_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two rows named 'a'"):
-        read_grid(LeakSettings(grid=grid_file(tmp_path / "twice.toml", {"name": "a"}, {"name": "a"})))
+        read_grid(LeakSettings(grid=[grid_file(tmp_path / "twice.toml", {"name": "a"}, {"name": "a"})]))
     with pytest.raises(ConfigError, match="has no rows"):
-        read_grid(LeakSettings(grid=grid_file(tmp_path / "empty.toml")))
+        read_grid(LeakSettings(grid=[grid_file(tmp_path / "empty.toml")]))
+
+
+def test_grids_are_read_together_and_may_share_rows_that_are_the_same(tmp_path: Path) -> None:
+    first = grid_file(tmp_path / "first.toml", {"name": "a"}, {"name": "b"})
+    second = grid_file(tmp_path / "second.toml", {"name": "b"}, {"name": "c"})
+    other = grid_file(tmp_path / "other.toml", {"name": "b", "steps": 7})
+    assert [row.name for row in read_grid(LeakSettings(grid=[first, second]))] == ["a", "b", "c"]
+    with pytest.raises(ConfigError, match="other rows named 'b'"):
+        read_grid(LeakSettings(grid=[first, other]))
 
 
 @pytest.mark.parametrize("plan", ["6:2", "0:2", "2:0", "x"])

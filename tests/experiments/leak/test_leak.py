@@ -38,7 +38,9 @@ def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
 
 def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = all_here(monkeypatch)
-    settings = small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", UNDEFENDED, {"name": "noise", **NOISE}))
+    settings = small_settings(
+        tmp_path, grid=[grid_file(tmp_path / "grid.toml", UNDEFENDED, {"name": "noise", **NOISE})]
+    )
     result = run_leak(settings)
     assert [words[1] for words in commands] == ["train", "eval", "train"]
 
@@ -54,7 +56,9 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert noisy["token_accuracy"] < 0.5
     assert noisy["epsilon"] is None
     assert noisy["defence_claim"].startswith("(epsilon, delta)")
-    assert noisy["task_loss_ratio"] != 1
+    assert noisy["task_loss_ratio"] != noisy["undefended_loss_ratio"] > 0
+    assert noisy["undefended_loss_ratio"] != noisy["untuned_loss_ratio"]  # it has learned, if not well
+    assert exact["undefended_loss_ratio"] is None
     assert 0 <= noisy["real_or_decoy_auc"] <= 1
     assert exact["real_or_decoy_auc"] is None
     assert max(map(len, table(result))) <= 80
@@ -84,7 +88,7 @@ def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(
     all_here(monkeypatch)
     plain = {"edge_layers": "1:1", "steps": 4}
     rows = [{**plain, "name": "first"}, {**plain, "name": "second", "defence": "smoothing:share=0.5"}]
-    settings = small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", *rows))
+    settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", *rows)])
 
     def limited(*_: Any) -> None:
         raise AttackLimitedError("its lists limit it")
@@ -99,7 +103,7 @@ def test_top_only_sends_no_gradient_and_an_emulator_nothing(tmp_path: Path, monk
     commands = all_here(monkeypatch)
     shared = {"edge_layers": "1:1", "steps": 3, "data": "sst2"}
     rows = [{**shared, "name": mode, "mode": mode} for mode in ("top-only", "emulator")]
-    result = run_leak(small_settings(tmp_path, grid=grid_file(tmp_path / "grid.toml", *rows)))
+    result = run_leak(small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", *rows)]))
     assert [words[:2] for words in commands] == [("edge", "train"), ("emulator", "build"), ("emulator", "tune")]
     top = [run for run in result["runs"] if run["mode"] == "top-only"]
     assert of(result, "top-only", "vocabulary_matching")["token_accuracy"] == 1

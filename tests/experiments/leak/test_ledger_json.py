@@ -34,6 +34,7 @@ def row(name: str, loss: float, seconds: float, tokens: float | None, **about: A
         "seconds": 10.0,
         "runs": [entry],
         "task": {settings["codec"]: task},
+        "task_without_defence": UNTUNED["e2e"] if settings["defence"] else None,
         "step_seconds": [seconds, 3 * seconds],
     }
 
@@ -59,6 +60,8 @@ def test_rows_are_compared_with_the_undefended_one_of_their_plan_and_task() -> N
     assert found["noise"]["task_accuracy"] == pytest.approx(0.5)
     assert found["noise"]["task_loss_ratio"] == pytest.approx(1.5)
     assert found["noise"]["task_loss_ratio_interval"] == pytest.approx([1.5, 1.5])
+    assert found["noise"]["undefended_loss_ratio"] == pytest.approx(2.0)
+    assert found["plain"]["undefended_loss_ratio"] is None
     assert found["noise"]["step_ratio"] == pytest.approx(2.0)
     assert found["noise"]["step_ratio_interval"] == pytest.approx([2.0, 2.0])  # twice the time in each step
     assert found["plain"]["task_loss_ratio"] == 1

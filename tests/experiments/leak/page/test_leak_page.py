@@ -64,8 +64,9 @@ def _elements(figure: Path) -> list[str]:
 def test_a_page_of_three_rows_says_what_each_leaks_and_how_it_was_made(tmp_path: Path) -> None:
     page = _Page(_written(tmp_path / "new", small_ledger()))
     for said in (
-        *("99.8\u00a0%", "99 to 100", "95\u00a0%", "1.34\u00a0\u00d7", "cut 2", "noise", "emulator", "a processor"),
+        *("99.8\u00a0%", "99 to 100", "95\u00a0%", "1.21\u00a0\u00d7", "cut 2", "noise", "emulator", "a processor"),
         *("gives up 99.8\u00a0% of the tokens", "(epsilon, delta)", "activations"),
+        "defended: 1.34\u00a0\u00d7",
         "gradients at the output of the cloud's layers",
         "isthmus experiment leak --json",
     ):

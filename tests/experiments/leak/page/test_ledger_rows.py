@@ -43,6 +43,11 @@ def test_a_row_has_the_strongest_attack_of_each_sort_and_each_codec_is_a_row() -
     assert second.loss_ratio is None
 
 
+def test_a_defended_rows_loss_is_the_lower_of_with_and_without_its_defence() -> None:
+    assert row("mixing", 0.99, 1.5, undefended_loss_ratio=1.2).loss_ratio == 1.2
+    assert row("bottleneck", 0.8, 3.0, undefended_loss_ratio=4.0).loss_ratio == 3.0
+
+
 def test_who_does_not_know_the_front_is_told_from_who_does() -> None:
     known = run("cut 2", "vocabulary_matching", token_accuracy=1.0)
     tuned = run("cut 2", "vocabulary_matching", token_accuracy=0.97, front="tuned")
