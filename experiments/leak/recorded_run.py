@@ -99,6 +99,8 @@ def record_run(
         options = {**connection, "out": out, **train_options(row, settings, model, plan)}
         options |= {"codec": row.codec, "data": folder / "train.jsonl", "validation": folder / "sent.jsonl"}
         defences = [flag for each in row.defences(str(decoys)) for flag in ("--defence", each.text())]
+        if defences:
+            options["defence_key"] = write_key(folder / "defence-key", settings.seed)
         run_isthmus("edge", "train", *train_flags(options), *defences)
         shared = {**connection, "data": folder / "sent.jsonl", "batch": settings.batch, "max_length": _whole(settings)}
         for codec in row.also_codecs:
@@ -138,6 +140,12 @@ def write_examples(path: Path, texts: Sequence[Text]) -> None:
     """Write texts as a data file that `edge train` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(path, ({"prompt": text.example.prompt, "completion": text.example.completion} for text in texts))
+
+
+def write_key(path: Path, seed: int) -> Path:
+    """Write a key for defences that follows from a seed, for figures that can be had again; it protects nothing."""
+    path.write_text(f"{seed:064x}\n")
+    return path
 
 
 def _whole(settings: LeakSettings) -> int:

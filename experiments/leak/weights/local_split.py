@@ -6,7 +6,6 @@ At fp32 a run here has the bits of the split run over a cloud, which a test comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -64,9 +63,3 @@ class LocalSplit:
         with defended_run(edge, tuned, config, identity, data, self.tokenizer, progress.message) as defended:
             Trainer(tuned, data, config, identity, progress=progress, defended=defended).fit()
         return tuned.eval(), None if defended is None else defended.guarantee
-
-
-def write_key(path: Path, seed: int) -> Path:
-    """Write a key for defences that follows from a seed, for figures that can be had again; it protects nothing."""
-    path.write_text(f"{seed:064x}\n")
-    return path

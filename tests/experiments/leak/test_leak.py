@@ -43,6 +43,7 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     )
     result = run_leak(settings)
     assert [words[1] for words in commands] == ["train", "eval", "train"]
+    assert ["--defence-key" in words for words in commands] == [False, False, True]  # noise follows from --seed
 
     exact = of(result, "undefended", "vocabulary_matching")
     assert exact["token_accuracy"] == exact["secret_recall"] == 1
