@@ -104,7 +104,9 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
         for name in LABEL_ATTACKS:
             attacker.say(f"{name} on {len(learned)} sequences' gradients")
             guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
-            found.append(Found(judge_labels(name, "known", guess, truth), row.codec, 0))
+            # It takes the base weights of the last layers and nothing of the front, so it gets the same from each side.
+            sides = dict.fromkeys(_side_of(view) for view in row.views)
+            found += [Found(judge_labels(name, side, guess, truth), row.codec, 0) for side in sides]
     return found
 
 
@@ -136,6 +138,10 @@ def priors_of(attacker: Attacker, texts: Sequence[Text]) -> dict[str, Interval]:
         "prior_unigram_accuracy": unigram_prior(public, true),
     }
     return {name: share_interval(token_hits(guess, true)) for name, guess in guesses.items()}
+
+
+def _side_of(view: str) -> Side:
+    return "known" if view == "known" else "tuned"
 
 
 def _side(
@@ -177,7 +183,6 @@ def _token_attacks(
         secrets=tuple(() if text.secret is None else (text.secret,) for text in texts),
     )
     traffic = traffic_of(run.traffic, crossed)
-    side: Side = "tuned" if knowledge.private_front else "known"
     if known_texts(view) > 1:
         attacker.say(f"fitting a front to {known_texts(view)} known texts")
         knowledge = fit_front(knowledge)
@@ -185,7 +190,7 @@ def _token_attacks(
         attacker.say(f"{name} on {len(crossed)} sequences over {knowledge.codec}, front {view}")
         guess = guess_of(TOKEN_ATTACKS[name], knowledge, traffic)
         chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in real))
-        judged = judge_tokens(name, side, chosen, knowledge, truth)
+        judged = judge_tokens(name, _side_of(view), chosen, knowledge, truth)
         told = _told(guess, real, attacker) if len(real) < len(crossed) else None
         yield Found(judged, knowledge.codec, known_texts(view), told)
 

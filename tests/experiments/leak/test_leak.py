@@ -16,7 +16,13 @@ from isthmus.experiments.leak.leak import run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_table import table
 
-UNDEFENDED = {"name": "undefended", "edge_layers": "1:1", "steps": 4, "also_codecs": ["int8"]}
+UNDEFENDED = {
+    "name": "undefended",
+    "edge_layers": "1:1",
+    "steps": 4,
+    "also_codecs": ["int8"],
+    "views": ["known", "tuned"],
+}
 NOISE = {"edge_layers": "1:1", "steps": 4, "defence": ["gaussian:clip=1000,sigma=10", "decoys:count=1"]}
 
 
@@ -51,6 +57,8 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert exact["task_loss_ratio"] == exact["step_ratio"] == 1
     assert of(result, "undefended, int8", "vocabulary_matching")["token_accuracy"] > 0.9
     assert of(result, "undefended", "labels-exact")["label_accuracy"] > 0.9
+    private = of(result, "undefended, private front", "labels-exact")
+    assert private["label_accuracy"] == of(result, "undefended", "labels-exact")["label_accuracy"]
     assert exact["prior_accuracy"] < 0.5
 
     noisy = of(result, "noise", "vocabulary_matching")
