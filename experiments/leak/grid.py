@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError, PlanError
 from isthmus.edge.config.config_text import read_toml
+from isthmus.emulator.compress.recipe import Recipe
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.privacy.defences.defence_options import Decoys, DefenceOptions, check_together, read_defence
@@ -29,6 +30,8 @@ DOCUMENTED = Path(__file__).with_name("grid.toml")
 """The grid that the documents name."""
 
 Mode = Literal["split", "top-only", "emulator"]
+KEEP = 0.5
+"""The share of the middle's layers that an emulator keeps."""
 _VIEW = re.compile(r"known|tuned(\+[1-9]\d*)?")
 
 
@@ -44,7 +47,8 @@ class Row(BaseModel):
         defence: As `edge train --defence` has them; `decoys` without its file, which is generated.
         data: The task.
         steps: Optimizer steps.
-        distill_steps: Of an emulator that is built: steps of its distillation on the public texts, before these.
+        method: Of an emulator that is built: its recipe, as `emulator build` has it.
+        distill_steps: Steps of its distillation on the public texts, before the others.
         views: From which sides it is attacked. `known`: the attacker has the edge's own layers as they are after
             training. `tuned`: the front is private, and it has the base weights alone; `tuned+8`: and eight texts that
             it knows were sent.
@@ -61,7 +65,8 @@ class Row(BaseModel):
     defence: tuple[str, ...] = ()
     data: Literal["e2e", "sst2"] = "e2e"
     steps: int = Field(100, ge=1)
-    distill_steps: int = Field(60, ge=1)
+    method: str = "importance+bridged"
+    distill_steps: int = Field(160, ge=1)
     views: tuple[str, ...] = ("known",)
     also_codecs: tuple[str, ...] = ()
     package: Path | None = None
@@ -81,6 +86,10 @@ class Row(BaseModel):
                 raise ValueError(f"view {view!r} is not known: write known, tuned, or tuned+8 for eight known texts")
         if not self.views:
             raise ValueError("views is empty: name at least one, known say")
+        try:
+            Recipe.parse(self.method, KEEP)
+        except ConfigError as error:
+            raise ValueError(f"method: {error}") from None
         check_together(self.defences())
         if self.mode == "emulator" and (self.defence or self.also_codecs or self.codec != "fp32"):
             raise ValueError("an emulator sends nothing: leave defence, codec and also_codecs out")

@@ -16,7 +16,7 @@ from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.leak.attacked_row import Attacker, Found, attack_row, priors_of
 from isthmus.experiments.leak.decoy_texts import write_decoys
-from isthmus.experiments.leak.grid import Row
+from isthmus.experiments.leak.grid import KEEP, Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, load_texts
 from isthmus.experiments.leak.recorded_run import read_costs, record_run, train_options, write_examples
@@ -29,8 +29,6 @@ from isthmus.privacy.measures.token_accuracy import Hits
 from isthmus.protocol.secure.keys import generate_root, issue_worker
 
 Say = Callable[[str], None]
-
-_KEEP = 0.5  # of the middle's layers, in an emulator
 
 
 class RowLab:
@@ -183,7 +181,8 @@ class RowLab:
             "out": package,
             "home": home,
             "adapter_layers": row.edge_layers,
-            "keep": _KEEP,
+            "method": row.method,
+            "keep": KEEP,
             "distill": folder / "public.jsonl",
             "distill_steps": row.distill_steps,
             "length": settings.max_length,

@@ -80,6 +80,7 @@ def test_views_say_how_many_texts_are_known() -> None:
         ({"name": "a", "also_codecs": ["int3"]}, "codec 'int3'"),
         ({"name": "a", "views": ["seen"]}, "view 'seen'"),
         ({"name": "a", "views": []}, "views is empty"),
+        ({"name": "a", "mode": "emulator", "method": "smallest"}, "'smallest' is no way to choose layers"),
         ({"name": "a", "defence": "fog"}, "'fog' is no defence"),
         ({"name": "a", "defence": ["mixing", "dp-sgd:clip=1,sigma=1"]}, "exclude each other"),
         ({"name": "a", "mode": "emulator", "codec": "int4"}, "sends nothing"),
