@@ -11,14 +11,18 @@ from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import AttackLimitedError
+from isthmus.edge.data.batches import encode
+from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row, known_texts
 from isthmus.experiments.leak.leak_texts import LeakTexts, Text
-from isthmus.experiments.leak.real_or_decoy import real_or_decoy
+from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, told_by
 from isthmus.experiments.leak.recorded_rows import Crossed, labels_of, sequences, traffic_of
 from isthmus.experiments.leak.recorded_run import RecordedRun
-from isthmus.privacy.attacks.attack import Guess, Knowledge, KnownDefence
+from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.private_front import fit_front
+from isthmus.privacy.defences.decoys import Decoys
+from isthmus.privacy.defences.secret_noise import SecretNoise
 from isthmus.privacy.ledger.judged_attacks import (
     LABEL_ATTACKS,
     TOKEN_ATTACKS,
@@ -36,6 +40,7 @@ from isthmus.privacy.measures.token_accuracy import token_hits
 FURTHER = ("vocabulary_matching",)
 """The attacks from a row's further sides: the strongest where nothing but the front or the codec is in its way."""
 
+_ALL = 1 << 20
 MISSED = 0.01
 """An undefended run may miss this share of the tokens before it is asked whether its lists are to blame: what an attack
 misses for other reasons, such as two tokens that hardly differ, is a few in a thousand."""
@@ -69,7 +74,8 @@ class Found:
     """What an attack got of a row, from one side and over one codec.
 
     Attributes:
-        real_or_decoy: The area under the curve of an attack that tells real texts from decoys, where there are some.
+        real_or_decoy: The area under the curve of an attack that tells real texts from decoys, where there are some:
+            by what the attack read of them, or where it reads labels, by the gradients' norms.
     """
 
     judged: Judged
@@ -87,13 +93,14 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
     """
     front = Front(attacker.tuned, attacker.plan.bottom)
     found = []
+    teller = _teller(row, attacker) if row.n_decoys else None
     for codec, batches in run.sent.items():
         crossed = sequences(batches, front)
         for view in row.views if codec == row.codec else ("known",):
             attacked, knowledge = _side(row, view, codec, crossed, front, attacker)
             first = codec == row.codec and view == row.views[0]
             names = tuple(TOKEN_ATTACKS) if first else FURTHER
-            for each in _token_attacks(run, attacked, knowledge, view, names, attacker):
+            for each in _token_attacks(run, attacked, knowledge, view, names, attacker, teller):
                 if row.defence_text == "none" and view == "known":
                     check_unlimited(each.judged, f"row {row.name!r} over {codec}")
                 found.append(each)
@@ -101,12 +108,13 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
         learned = sequences(run.learned, front, run.backwards)
         _, knowledge = _side(row, "known", row.codec, [], front, attacker)
         truth = Truth((), labels=tuple(labels_of(each.text, each.forward.hidden.shape[1]) for each in learned))
+        sides = dict.fromkeys(_side_of(view) for view in row.views)
+        by_norm = _told_by_norm(learned) if row.n_decoys else None
         for name in LABEL_ATTACKS:
             attacker.say(f"{name} on {len(learned)} sequences' gradients")
             guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
             # It takes the base weights of the last layers and nothing of the front, so it gets the same from each side.
-            sides = dict.fromkeys(_side_of(view) for view in row.views)
-            found += [Found(judge_labels(name, side, guess, truth), row.codec, 0) for side in sides]
+            found += [Found(judge_labels(name, side, guess, truth), row.codec, 0, by_norm) for side in sides]
     return found
 
 
@@ -175,8 +183,9 @@ def _token_attacks(
     view: str,
     names: Sequence[str],
     attacker: Attacker,
+    teller: RealOrDecoy | None,
 ) -> Iterator[Found]:
-    real = [number for number, each in enumerate(crossed) if each.text is not None]
+    is_real = torch.tensor([each.text is not None for each in crossed])
     texts = [each.text for each in crossed if each.text is not None]
     truth = Truth(
         tuple(text.tokens for text in texts),
@@ -189,14 +198,28 @@ def _token_attacks(
     for name in names:
         attacker.say(f"{name} on {len(crossed)} sequences over {knowledge.codec}, front {view}")
         guess = guess_of(TOKEN_ATTACKS[name], knowledge, traffic)
-        chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in real))
+        chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in is_real.nonzero()[:, 0]))
         judged = judge_tokens(name, _side_of(view), chosen, knowledge, truth)
-        told = _told(guess, real, attacker) if len(real) < len(crossed) else None
+        told = None if teller is None else teller.told(guess.tokens, is_real)
         yield Found(judged, knowledge.codec, known_texts(view), told)
 
 
-def _told(guess: Guess, real: Sequence[int], attacker: Attacker) -> Interval:
-    is_real = torch.zeros(len(guess.tokens), dtype=torch.bool)
-    is_real[list(real)] = True
-    public = [text.tokens for text in attacker.texts.public]
-    return real_or_decoy(attacker.base, attacker.tokenizer.eos_token_id, guess.tokens, is_real, public)
+def _told_by_norm(learned: Sequence[Crossed]) -> Interval:
+    """Real texts are told by small gradients: the adapters learn from them alone, so their loss falls."""
+    norms = [0.0 if each.backward is None else float(each.backward.gradient.norm()) for each in learned]
+    return told_by(-torch.tensor(norms), torch.tensor([each.text is not None for each in learned]))
+
+
+def _teller(row: Row, attacker: Attacker) -> RealOrDecoy:
+    """Learns from half of the public texts, and from decoys that the attacker writes to them with the other half."""
+    attacker.say("writing the attacker's own decoys")
+    half = len(attacker.texts.public) // 2
+    real, others = attacker.texts.public[:half], attacker.texts.public[half:]
+    seed = attacker.seed + 1
+    written = write_decoys(attacker.base, attacker.tokenizer, row.data, real, others, 1, seed)
+    encoded, _ = encode(written, attacker.tokenizer, _ALL)
+    ids = [text.encoded.input_ids for text in real]
+    noise = SecretNoise(seed.to_bytes(32, "big"))
+    decoys = Decoys(1, ids, [(each.input_ids, each.labels) for each in encoded], noise)
+    cut = [torch.tensor(tokens) for each in dict.fromkeys(ids) for tokens, _ in decoys.of(each)]
+    return RealOrDecoy(attacker.base, [text.tokens for text in real], cut)

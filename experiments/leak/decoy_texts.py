@@ -1,4 +1,7 @@
-"""Decoys, written by the frozen model after a few public examples: the same form, other contents."""
+"""Decoys, written by the frozen model after a public example: the same form, other contents.
+
+An edge writes them for its private texts. An attacker who knows this writes some for public texts and learns to tell.
+"""
 
 from __future__ import annotations
 
@@ -22,53 +25,60 @@ _ROUNDS = 20
 
 
 def write_decoys(
-    model: Any, tokenizer: Any, real: Sequence[Text], public: Sequence[Text], count: int, seed: int
+    model: Any, tokenizer: Any, task: str, real: Sequence[Text], public: Sequence[Text], count: int, seed: int
 ) -> list[Example]:
-    """Decoys for private texts: `count` for each, as long as that one or a little longer.
+    """Decoys for texts: `count` for each, as long as that one or a little longer.
 
-    The prompts are those of public texts; the model writes what follows, at temperature 1. One in as many has a made-up
-    secret as of the private texts.
+    The model writes what follows a prompt, at temperature 1. E2E's prompts are those of the texts themselves, so that
+    no decoy is told by its prompt; SST-2's hold the texts, so there they are those of public ones. As many decoys of a
+    length have a made-up secret as texts do.
 
     Args:
         model: The whole frozen model.
-        real: The private texts.
+        task: The texts' task.
+        real: The texts.
         public: Texts that show the model what is wanted.
 
     Raises:
-        DataError: The public texts' prompts are longer than a private text.
+        DataError: The prompts are longer than a text.
     """
     drawn = random.Random(f"decoys/{seed}")  # noqa: S311  # the edge's own key decides which decoy goes where
-    wanted = Counter(len(text.encoded.input_ids) for text in real for _ in range(count))
-    share = sum(text.secret is not None for text in real) / len(real)
-    prompts = [text.example for text in public]
+    wanted = Counter((text.secret is not None, len(text.encoded.input_ids)) for text in real for _ in range(count))
+    prompts = [text.example for text in (real if task == "e2e" else public)]
+    shots = [text.example for text in public]
     found: list[Example] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number in range(_ROUNDS):
             if not wanted:
                 break
-            for prompt, completion in _round(model, tokenizer, prompts, drawn):
-                secret = f" {planted(len(found), seed + 2).words}" if drawn.random() < share else ""
+            for prompt, completion in _round(model, tokenizer, prompts, shots, drawn):
+                # With a secret as often as one is still wanted.
+                with_secret = drawn.choice([secret for (secret, _), n in wanted.items() for _ in range(n)] or [False])
+                secret = f" {planted(len(found), seed + 2).words}" if with_secret else ""
                 example = Example(prompt, completion + secret)
                 (encoded,), _ = encode([example], tokenizer, 1 << 20)
                 # It serves the longest text that it is long enough for; later rounds take what is longer by more. The
                 # edge cuts it to that length, and does not take what then has nothing to learn.
-                fits = [length for length in wanted if encoded.learned_from < length <= len(encoded.input_ids)]
+                lengths = [length for has_one, length in wanted if has_one == with_secret]
+                fits = [length for length in lengths if encoded.learned_from < length <= len(encoded.input_ids)]
                 near = [length for length in fits if length >= len(encoded.input_ids) - 1 - number]
                 if near:
-                    length = max(near)
-                    wanted -= Counter([length])
+                    wanted -= Counter([(with_secret, max(near))])
                     found.append(example)
-    return [*found, *_rest(wanted, prompts, tokenizer)]
+    lengths = [length for _, length in wanted.elements()]
+    return [*found, *_rest(lengths, prompts, shots, tokenizer)]
 
 
-def _round(model: Any, tokenizer: Any, examples: Sequence[Example], drawn: random.Random) -> Iterator[tuple[str, str]]:
+def _round(
+    model: Any, tokenizer: Any, prompts: Sequence[Example], shots: Sequence[Example], drawn: random.Random
+) -> Iterator[tuple[str, str]]:
     """Some prompts, and what the model writes after them."""
-    chosen = [drawn.choice(examples) for _ in range(_AT_ONCE)]
+    chosen = [drawn.choice(prompts) for _ in range(_AT_ONCE)]
     texts = []
     for example in chosen:
-        shots = drawn.sample(list(examples), _SHOTS)
-        texts.append("\n\n".join([*(f"{shot.prompt}{shot.completion}" for shot in shots), example.prompt]))
+        shown = drawn.sample(list(shots), _SHOTS)
+        texts.append("\n\n".join([*(f"{shot.prompt}{shot.completion}" for shot in shown), example.prompt]))
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     longest = max(map(len, tokens))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in tokens])
@@ -88,17 +98,18 @@ def _first_line(tokenizer: Any, row: Tensor) -> str:
     return text.split("\n", maxsplit=1)[0].rstrip()
 
 
-def _rest(wanted: Counter[int], prompts: Sequence[Example], tokenizer: Any) -> Iterator[Example]:
-    """For lengths that no written text has: the prompt of one public text, and the completions of several."""
+def _rest(
+    lengths: Sequence[int], prompts: Sequence[Example], shots: Sequence[Example], tokenizer: Any
+) -> Iterator[Example]:
+    """For lengths that no written text has: one of the prompts, and the completions of several public texts."""
     encoded, _ = encode(prompts, tokenizer, 1 << 20)
-    for number, length in enumerate(wanted.elements()):
+    for number, length in enumerate(lengths):
         short = [prompt for prompt, each in zip(prompts, encoded, strict=True) if each.learned_from < length]
         if not short:
             raise DataError(
                 f"a text of {length} tokens has no decoy: no public prompt has fewer; take more public ones"
             )
-        example = short[number % len(short)]
-        text = example.completion
+        text = ""
         while len(text) < 8 * length:
-            text += prompts[(number + len(text)) % len(prompts)].completion
-        yield Example(example.prompt, text)
+            text += shots[(number + len(text)) % len(shots)].completion
+        yield Example(short[number % len(short)].prompt, text)

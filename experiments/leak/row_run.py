@@ -85,7 +85,9 @@ class RowLab:
         if row.n_decoys:
             say("writing decoys")
             real = (*texts.train, *texts.sent)
-            written = write_decoys(self._base, self._tokenizer, real, texts.public, row.n_decoys, settings.seed)
+            written = write_decoys(
+                self._base, self._tokenizer, row.data, real, texts.public, row.n_decoys, settings.seed
+            )
             decoys = folder / "decoys.jsonl"
             write_jsonl(decoys, ({"prompt": each.prompt, "completion": each.completion} for each in written))
         say(f"{row.steps} steps over a cloud that records")

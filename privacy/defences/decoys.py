@@ -65,7 +65,7 @@ class Decoys:
         # The shortest rows first, each with the shortest texts that are long enough and have something to learn where
         # they are cut: if any choice works, this does.
         for ids in rows:
-            key = torch.tensor(ids, dtype=torch.int64).numpy().tobytes()
+            key = _content(ids)
             first = bisect_left(left, len(ids), key=itemgetter(0))
             chosen = self._of.setdefault(key, [])
             while len(chosen) < count:
@@ -77,6 +77,10 @@ class Decoys:
                     )
                 _, _, (tokens, labels) = left.pop(place)
                 chosen.append((tokens[: len(ids)], labels[: len(ids)]))
+
+    def of(self, ids: tuple[int, ...]) -> Sequence[Text]:
+        """The decoys of an example, cut to its length."""
+        return self._of[_content(ids)]
 
     def rows(self, now: Pass) -> list[DecoyRows]:
         """The decoys of a micro-batch."""
@@ -114,6 +118,11 @@ class Arranged(torch.autograd.Function):
         if len(given) != len(gradients):
             raise RuntimeError("a decoy has no gradient: its loss is missing")
         return None, *_arrange(inverse(ctx.places), given)  # type: ignore[attr-defined]
+
+
+def _content(ids: tuple[int, ...]) -> bytes:
+    """As `Pass.contents` has it."""
+    return torch.tensor(ids, dtype=torch.int64).numpy().tobytes()
 
 
 def _learned_from(text: Text) -> int:

@@ -24,7 +24,7 @@ def test_there_are_enough_decoys_and_none_is_a_private_text(tmp_path: Path) -> N
     tokenizer = tiny_tokenizer()
     texts = load_texts("e2e", letters(tmp_path), tokenizer, Counts(6, 4, 20, 4, 80), 0)
     real = (*texts.train, *texts.sent)
-    written = write_decoys(tiny_model("llama"), tokenizer, real, texts.public, 2, 0)
+    written = write_decoys(tiny_model("llama"), tokenizer, "e2e", real, texts.public, 2, 0)
     assert len(written) >= 2 * len(real)
     encoded, dropped = encode(written, tokenizer, 1000)
     assert not dropped
@@ -42,8 +42,8 @@ def test_no_decoy_is_cut_to_a_prompt_alone(tmp_path: Path, monkeypatch: pytest.M
     real = (*texts.train, *texts.sent)
     longest = max(len(text.encoded.input_ids) for text in real)
     long = [replace(text, example=Example("ab " * longest, text.example.completion)) for text in texts.public]
-    written = write_decoys(model, tokenizer, real, [*long, *texts.public[:2]], 1, 0)
+    written = write_decoys(model, tokenizer, "sst2", real, [*long, *texts.public[:2]], 1, 0)
     generated = [(each.input_ids, each.labels) for each in encode(written, tokenizer, 1000)[0]]
     Decoys(1, [text.encoded.input_ids for text in real], generated, SecretNoise(bytes(32)))
     with pytest.raises(DataError, match="no public prompt has fewer"):
-        write_decoys(model, tokenizer, real, long, 1, 0)
+        write_decoys(model, tokenizer, "sst2", real, long, 1, 0)
