@@ -144,11 +144,13 @@ def _show_extraction(found: Mapping[str, Any]) -> None:
 
 
 def _show_theft(found: Mapping[str, Any]) -> None:
-    print(f"the cloud's layers: loss {found['loss']:.3f} with it, {found['without']:.3f} with the edge's layers alone")
-    line = "{:>10} {:>10} {:>12} {:>12}".format
-    print(line("queries", "positions", "stolen loss", "recovered"))
+    print(f"the cloud's layers: loss {found['loss']:.3f} with them; of the edge's layers alone")
+    print(f"  {found['without']:.3f}, the divergence {found['without_divergence']:.3f} nats a token")
+    line = "{:>10} {:>10} {:>12} {:>12} {:>12} {:>12}".format
+    print(line("queries", "positions", "stolen loss", "divergence", "same top-1", "recovered"))
     for run in found["runs"]:
-        print(line(run["calls"], run["tokens"], f"{run['loss']:.3f}", f"{100 * run['recovered']:.0f} %"))
+        shares = (f"{100 * run[name]:.0f} %" for name in ("agreement", "recovered"))
+        print(line(run["calls"], run["tokens"], f"{run['loss']:.3f}", f"{run['divergence']:.3f}", *shares))
 
 
 def _show_package(found: Mapping[str, Any]) -> None:

@@ -56,13 +56,17 @@ class TheftRun:
     Attributes:
         calls, tokens: Queries, and the token positions in them.
         loss: Held-out loss of the stolen model, nats a token.
-        recovered: The share of what the span is worth, in loss, that the stolen one is worth; below 0 where it is
-            worse than nothing between.
+        divergence: KL divergence of its next-token distribution from the real model's, nats a token.
+        agreement: The share of positions where its likeliest token is the real model's.
+        recovered: The share of the divergence of the edge's layers alone that the stand-in takes away; below 0 where it
+            is worse than nothing between.
     """
 
     calls: int
     tokens: int
     loss: float
+    divergence: float
+    agreement: float
     recovered: float
 
 
@@ -72,12 +76,14 @@ class TheftResult:
 
     Attributes:
         loss: Held-out loss of the real model, nats a token.
-        without: The same of the edge's layers alone.
+        without, without_divergence, without_agreement: Of the edge's layers alone what `TheftRun` has.
         runs: One for each budget, in the order of the settings.
     """
 
     loss: float
     without: float
+    without_divergence: float
+    without_agreement: float
     runs: tuple[TheftRun, ...]
 
 
@@ -106,7 +112,9 @@ def measure_theft(settings: TheftSettings) -> TheftResult:
         SpanDistillation(_theft(settings, calls)).run(knowledge, split.span, tokens[n_public:])
         for calls in settings.calls
     ]
-    return TheftResult(stolen[0].with_span, stolen[0].without, tuple(_run(each) for each in stolen))
+    bare = stolen[0].without
+    runs = tuple(_run(each) for each in stolen)
+    return TheftResult(stolen[0].with_span, bare.loss, bare.divergence, bare.agreement, runs)
 
 
 def _theft(settings: TheftSettings, calls: int) -> Theft:
@@ -114,4 +122,5 @@ def _theft(settings: TheftSettings, calls: int) -> Theft:
 
 
 def _run(stolen: StolenSpan) -> TheftRun:
-    return TheftRun(stolen.calls, stolen.tokens, stolen.with_stand_in, stolen.recovered)
+    got = stolen.with_stand_in
+    return TheftRun(stolen.calls, stolen.tokens, got.loss, got.divergence, got.agreement, stolen.recovered)

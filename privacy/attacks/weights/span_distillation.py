@@ -2,8 +2,12 @@
 
 The edge holds the other layers and may query the span within its quota. It runs its first layers on public texts,
 sends the states and keeps the answers. Then it trains copies of its own layers next to the cut to give these answers:
-on the relative error of each position's states, and on the cross entropy of the texts above. Without queries the cross
-entropy alone trains the stand-in, so a budget of 0 tells what the thief would have had anyhow.
+on the relative error of each position's states, and on the KL divergence from the next-token distribution that its last
+layers make of the answer. Without queries the cross entropy of the texts trains the stand-in, so a budget of 0 tells
+what the thief would have had anyhow.
+
+What counts is how near the stolen model is to the true one. Its loss says less: a stand-in that has learned the texts'
+form can have a lower one than the true model, and be nothing like it.
 
 The aim is that of an emulator's distillation, but the thief has neither the middle's layers nor a package's means, so
 nothing of `isthmus.emulator` serves here; the two are on one floor and do not import each other.
@@ -18,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.split.span import arrange_layers, sharing_copy
@@ -29,7 +34,7 @@ from isthmus.training.rate_schedule import scheduled_rate
 Query = Callable[[Tensor], Tensor]
 """The span: hidden states `[1, S, h]` to hidden states `[1, S, h]`, without padding."""
 
-_ERROR_WEIGHT = 30.0  # of the states' relative error, beside the cross entropy, as the emulator's distillation has it
+_ERROR_WEIGHT = 30.0  # of the states' relative error, as the emulator's distillation has it
 _WARMUP = 10
 _MAX_NORM = 1.0
 
@@ -53,29 +58,44 @@ class Theft:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How near a model is to the true one, over the tokens of held-out texts.
+
+    Attributes:
+        loss: The mean cross entropy, in nats a token.
+        divergence: The KL divergence of the next-token distribution from the true model's, in nats a token.
+        agreement: The share of positions whose likeliest token is the true model's.
+    """
+
+    loss: float
+    divergence: float
+    agreement: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StolenSpan:
-    """What came of a theft; losses are mean cross entropies of held-out texts, in nats a token.
+    """What came of a theft.
 
     Attributes:
         model: The edge's layers around the stand-in, a transformers causal LM.
         calls, tokens: Queries, and the token positions in them.
-        with_span: The loss with the true span.
-        with_stand_in: The loss with the stand-in.
-        without: The loss of the edge's layers alone, its last one below the cut followed by the first one above.
+        with_span: The loss with the true span, in nats a token.
+        with_stand_in: With the stand-in.
+        without: Of the edge's layers alone, its last one below the cut followed by the first one above.
     """
 
     model: Any
     calls: int
     tokens: int
     with_span: float
-    with_stand_in: float
-    without: float
+    with_stand_in: Likeness
+    without: Likeness
 
     @property
     def recovered(self) -> float:
-        """The share of what the span is worth, in loss, that the stand-in is worth."""
-        return (self.without - self.with_stand_in) / (self.without - self.with_span)
+        """The share of the divergence without the span that the stand-in takes away."""
+        return 1 - self.with_stand_in.divergence / self.without.divergence
 
 
 class SpanDistillation:
@@ -121,9 +141,9 @@ class SpanDistillation:
             stolen.model,
             len(asked),
             sum(map(len, asked)),
-            _loss(knowledge.model, held_out),
-            _loss(stolen.model, held_out),
-            _loss(_arranged(knowledge, []).model, held_out),
+            _likeness(knowledge.model, knowledge.model, held_out).loss,
+            _likeness(stolen.model, knowledge.model, held_out),
+            _likeness(_arranged(knowledge, []).model, knowledge.model, held_out),
         )
 
 
@@ -155,26 +175,28 @@ def _train(stolen: _Arranged, texts: Sequence[Tensor], answers: Sequence[Tensor]
     parameters = list(stolen.middle.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=theft.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(theft.seed)
-    given: list[Tensor] = []
-    handle = stolen.middle[-1].register_forward_hook(lambda _module, _args, output: given.append(output))
     order: list[int] = []
-    try:
-        for step in range(theft.steps):
-            order = order or torch.randperm(len(texts), generator=generator).tolist()
-            text = order.pop()
-            given.clear()
-            loss = _cross_entropy(stolen.model, texts[text])
-            if answers:
-                loss = loss + _ERROR_WEIGHT * _relative_error(given[0], answers[text])
-            for group in optimizer.param_groups:
-                group["lr"] = scheduled_rate(theft.learning_rate, "cosine", step, theft.steps, _WARMUP)
-            gradients = torch.autograd.grad(loss, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
-            optimizer.step()
-    finally:
-        handle.remove()
+    for step in range(theft.steps):
+        order = order or torch.randperm(len(texts), generator=generator).tolist()
+        text = order.pop()
+        loss = _unlike(stolen, texts[text], answers[text]) if answers else _cross_entropy(stolen.model, texts[text])
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_rate(theft.learning_rate, "cosine", step, theft.steps, _WARMUP)
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
+        optimizer.step()
+
+
+def _unlike(stolen: _Arranged, tokens: Tensor, answer: Tensor) -> Tensor:
+    """How far the stand-in is from the span's answer `[1, S, h]`, in its states and in what is predicted from them."""
+    last, given = stolen.middle[-1], []
+    with last.register_forward_hook(lambda _module, _args, output: given.append(output)):
+        guessed = _log_probabilities(stolen.model, tokens)
+    with torch.no_grad(), last.register_forward_hook(lambda _module, _args, _output: answer):
+        wanted = _log_probabilities(stolen.model, tokens)
+    return _ERROR_WEIGHT * _relative_error(given[0], answer) + _divergence(guessed, wanted).mean()
 
 
 def _relative_error(given: Tensor, wanted: Tensor) -> Tensor:
@@ -187,9 +209,25 @@ def _cross_entropy(model: Any, tokens: Tensor) -> Tensor:
     return loss
 
 
+def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
+    """Of each next token of a text `[n]` at all places but the last, `[n - 1, V]`."""
+    logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+    return logits.log_softmax(-1)
+
+
+def _divergence(guessed: Tensor, true: Tensor) -> Tensor:
+    """KL divergence of `guessed` from `true` at each place, `[n]`, of log-probabilities `[n, V]`."""
+    return kl_div(guessed, true, reduction="none", log_target=True).sum(-1)
+
+
 @torch.no_grad()
-def _loss(model: Any, texts: Sequence[Tensor]) -> float:
-    """Mean cross entropy of texts, by their tokens."""
-    counts = [len(tokens) - 1 for tokens in texts]
-    losses = [_cross_entropy(model, tokens).item() for tokens in texts]
-    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+def _likeness(model: Any, true: Any, texts: Sequence[Tensor]) -> Likeness:
+    rows = []
+    for tokens in texts:
+        guessed, wanted = _log_probabilities(model, tokens), _log_probabilities(true, tokens)
+        loss = -guessed.gather(1, tokens[1:, None])[:, 0]
+        rows.append(
+            torch.stack([loss, _divergence(guessed, wanted), (guessed.argmax(-1) == wanted.argmax(-1)).float()])
+        )
+    loss, divergence, agreement = torch.cat(rows, 1).double().mean(1).tolist()
+    return Likeness(loss, divergence, agreement)

@@ -59,14 +59,16 @@ def test_what_is_finished_is_not_made_again(tmp_path: Path, monkeypatch: pytest.
 
     def theft(settings: Any) -> TheftResult:
         made.append(settings.steps)
-        return TheftResult(1.0, 2.0, (TheftRun(0, 0, 1.5, 0.5), TheftRun(5, 60, 1.2, 0.8)))
+        return TheftResult(
+            1.0, 2.0, 1.5, 0.1, (TheftRun(0, 0, 1.5, 0.9, 0.3, 0.4), TheftRun(5, 60, 1.2, 0.3, 0.5, 0.8))
+        )
 
     monkeypatch.setattr(leak_weights, "measure_theft", theft)
     settings = LeakWeightsSettings(parts="theft", model=parts["model"], out=tmp_path, theft_steps=7)
     first = run_leak_weights(settings)
     assert run_leak_weights(settings) == first
     assert made == [7]
-    assert first["theft"]["runs"][1] == {"calls": 5, "tokens": 60, "loss": 1.2, "recovered": 0.8}
+    assert (first["theft"]["without_divergence"], first["theft"]["runs"][1]["agreement"]) == (1.5, 0.5)
     run_leak_weights(LeakWeightsSettings(parts="theft", model=parts["model"], out=tmp_path, theft_steps=8))
     assert made == [7, 8]
 
@@ -88,7 +90,7 @@ def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     results = {
         "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
-        "theft": TheftResult(12.345, 12.345, (TheftRun(10000, 1000000, 12.345, -1.2345),)),
+        "theft": TheftResult(12.345, 12.345, 12.345, 0.1234, (TheftRun(10000, 1000000, 12.345, 12.345, 0.1, -1.2345),)),
         "package": PackageThiefResult(12.345, 12.345, 12.345, 12.345, 12.345, -1.23, None, 0.5),
     }
     assert tuple(results) == PARTS

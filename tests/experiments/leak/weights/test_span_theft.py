@@ -40,7 +40,9 @@ def test_queries_give_a_stand_in_and_a_span_that_lies_gives_less(
     assert (nothing.calls, nothing.tokens, asked.calls) == (0, 0, 24)
     assert asked.tokens > 24
     assert max(found.loss, asked.loss) < found.without
-    assert asked.recovered == pytest.approx((found.without - asked.loss) / (found.without - found.loss))
+    assert asked.recovered == pytest.approx(1 - asked.divergence / found.without_divergence)
+    assert asked.divergence < nothing.divergence < found.without_divergence
+    assert asked.agreement > found.without_agreement
 
     class Lying(LocalSplit):
         def __init__(self, *args: Any) -> None:
