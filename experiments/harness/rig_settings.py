@@ -146,9 +146,7 @@ class AuditSettings:
     trials: Annotated[int, Option(min=1, help="Audits of each lying cloud.")] = 400
     batch: Annotated[int, Option(min=1, help="Sequences of a call.")] = 1
     seq: Annotated[int, Option(min=5, help="Tokens of a sequence at most; short, for many calls.")] = 16
-    measured: Annotated[
-        int, Option(min=2, help="Calls of each tenant that a threshold is measured on, and that are judged by it.")
-    ] = 50
+    measured: Annotated[int, Option(min=2, help="Calls of each tenant that a threshold is measured on.")] = 50
     cost_batch: Annotated[int, Option(min=1, help="Sequences of a step whose time is measured.")] = 4
     cost_seq: Annotated[int, Option(min=5, help="Tokens of their sequences.")] = 64
     cost_steps: Annotated[int, Option(min=1, help="Such steps, with a transcript and without.")] = 12

@@ -194,12 +194,8 @@ class _Cloud:
         work = Work(name, len(TENANTS), each, settings.seq, batching=batching)
         called = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work)
         reports = [report for report, _ in replay(self._bench, self._model, called.runs)]
-        there = [
-            report
-            for report, _ in replay(
-                self._bench, self._model, called.runs, self._elsewhere, settings.measured, threshold=threshold
-            )
-        ]
+        found = replay(self._bench, self._model, called.runs, self._elsewhere, threshold=threshold)
+        there = [report for report, _ in found]
         return {
             "quantize": self._quantize,
             "batching": batching,

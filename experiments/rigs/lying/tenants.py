@@ -135,7 +135,6 @@ def replay(
     model: Served,
     runs: Sequence[Path],
     executor: Executor | None = None,
-    calls: int | None = None,
     threshold: float | None = None,
 ) -> list[tuple[AuditReport, Remembered]]:
     """Have calls of runs computed again by another worker, those of all runs at the same time.
@@ -145,7 +144,6 @@ def replay(
         model: What the worker serves.
         runs: Their folders.
         executor: What computes in the place of the model's own, with other numerics.
-        calls: Of each run at most; None for all.
         threshold: See `isthmus.edge.audit.audit_run.audit`.
     """
     with (
@@ -159,7 +157,7 @@ def replay(
                 link.keep_transcript(TranscriptLog(run / "audit-transcript.jsonl"))
                 elsewhere = "" if executor is None else ", elsewhere"
                 replayer = Remembered(CloudReplayer(link, transcript.sessions[0].session), elsewhere)
-                found = audit(transcript, run / AUDIT_FOLDER, replayer, calls, threshold)
+                found = audit(transcript, run / AUDIT_FOLDER, replayer, threshold=threshold)
                 replayer.numerics()  # while there is a connection
                 return found, replayer
 

@@ -52,7 +52,7 @@ def test_a_measurement_has_its_rows_and_an_interrupted_one_goes_on(
     (lie,) = found["lies"]
     low, high = lie["caught_interval"]
     assert low <= lie["caught"] / lie["asked"] <= high
-    assert found["honest_calls"] == 16
+    assert found["honest_calls"] == found["honest_calls_elsewhere"] == 16
     assert json.loads(json.dumps(found))["forgeries"][0] == {"forgery": "untouched", "refused": False, "said": ""}
     show(found)
     assert "noise" in capsys.readouterr().out
