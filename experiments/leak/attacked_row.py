@@ -15,7 +15,7 @@ from isthmus.edge.data.batches import encode
 from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row, known_texts
 from isthmus.experiments.leak.leak_texts import LeakTexts, Text
-from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, told_by
+from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, found_among_decoys
 from isthmus.experiments.leak.recorded_rows import Crossed, labels_of, sequences, traffic_of
 from isthmus.experiments.leak.recorded_run import RecordedRun
 from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
@@ -74,14 +74,14 @@ class Found:
     """What an attack got of a row, from one side and over one codec.
 
     Attributes:
-        real_or_decoy: The area under the curve of an attack that tells real texts from decoys, where there are some:
-            by what the attack read of them, or where it reads labels, by the gradients' norms.
+        real_row_found: How often the real row is picked of a text's rows, where there are decoys: by what the attack
+            read, or where it reads labels, by the gradients.
     """
 
     judged: Judged
     codec: str
     known_texts: int
-    real_or_decoy: Interval | None = None
+    real_row_found: Interval | None = None
 
 
 def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
@@ -93,7 +93,7 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
     """
     front = Front(attacker.tuned, attacker.plan.bottom)
     found = []
-    teller = _teller(row, attacker) if row.n_decoys else None
+    teller = _teller(attacker) if row.n_decoys else None
     for codec, batches in run.sent.items():
         crossed = sequences(batches, front)
         for view in row.views if codec == row.codec else ("known",):
@@ -109,12 +109,12 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
         _, knowledge = _side(row, "known", row.codec, [], front, attacker)
         truth = Truth((), labels=tuple(labels_of(each.text, each.forward.hidden.shape[1]) for each in learned))
         sides = dict.fromkeys(_side_of(view) for view in row.views)
-        by_norm = _told_by_norm(learned) if row.n_decoys else None
         for name in LABEL_ATTACKS:
             attacker.say(f"{name} on {len(learned)} sequences' gradients")
             guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
             # It takes the base weights of the last layers and nothing of the front, so it gets the same from each side.
-            found += [Found(judge_labels(name, side, guess, truth), row.codec, 0, by_norm) for side in sides]
+            picked = by_small_gradients(learned, guess.labels or ()) if row.n_decoys else None
+            found += [Found(judge_labels(name, side, guess, truth), row.codec, 0, picked) for side in sides]
     return found
 
 
@@ -200,23 +200,36 @@ def _token_attacks(
         guess = guess_of(TOKEN_ATTACKS[name], knowledge, traffic)
         chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in is_real.nonzero()[:, 0]))
         judged = judge_tokens(name, _side_of(view), chosen, knowledge, truth)
-        told = None if teller is None else teller.told(guess.tokens, is_real)
-        yield Found(judged, knowledge.codec, known_texts(view), told)
+        picked = None
+        if teller is not None:
+            picked = found_among_decoys(teller.scores(guess.tokens), is_real, [each.place for each in crossed])
+        yield Found(judged, knowledge.codec, known_texts(view), picked)
 
 
-def _told_by_norm(learned: Sequence[Crossed]) -> Interval:
-    """Real texts are told by small gradients: the adapters learn from them alone, so their loss falls."""
-    norms = [0.0 if each.backward is None else float(each.backward.gradient.norm()) for each in learned]
-    return told_by(-torch.tensor(norms), torch.tensor([each.text is not None for each in learned]))
+def by_small_gradients(learned: Sequence[Crossed], labels: Sequence[Tensor]) -> Interval:
+    """How often the real row is that with the smallest gradient of a label, on average over its labels.
+
+    The adapters learn from real rows alone, so the loss of these falls, and a gradient is small where the loss is.
+
+    Args:
+        labels: As they were guessed, `[sequence]` of each; -1 where there is none.
+    """
+    scores = []
+    for each, guessed in zip(learned, labels, strict=True):
+        norms = torch.zeros(len(guessed)) if each.backward is None else each.backward.gradient[0].norm(dim=-1)
+        found = guessed >= 0
+        scores.append(-float(norms[found].mean()) if found.any() else float("-inf"))
+    is_real = torch.tensor([each.text is not None for each in learned])
+    return found_among_decoys(torch.tensor(scores), is_real, [each.place for each in learned])
 
 
-def _teller(row: Row, attacker: Attacker) -> RealOrDecoy:
+def _teller(attacker: Attacker) -> RealOrDecoy:
     """Learns from half of the public texts, and from decoys that the attacker writes to them with the other half."""
     attacker.say("writing the attacker's own decoys")
     half = len(attacker.texts.public) // 2
     real, others = attacker.texts.public[:half], attacker.texts.public[half:]
     seed = attacker.seed + 1
-    written = write_decoys(attacker.base, attacker.tokenizer, row.data, real, others, 1, seed)
+    written = write_decoys(attacker.base, attacker.tokenizer, real, others, 1, seed)
     encoded, _ = encode(written, attacker.tokenizer, _ALL)
     ids = [text.encoded.input_ids for text in real]
     noise = SecretNoise(seed.to_bytes(32, "big"))

@@ -1,4 +1,4 @@
-"""Decoys, written by the frozen model after a public example: the same form, other contents.
+"""Decoys, written by the frozen model after a public example: the same prompts, other words.
 
 An edge writes them for its private texts. An attacker who knows this writes some for public texts and learns to tell.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.common.errors import DataError
 from isthmus.edge.data.batches import encode
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.leak_texts import Text
@@ -21,64 +20,71 @@ from isthmus.experiments.leak.planted import planted
 
 _SHOTS = 1
 _AT_ONCE = 32
-_ROUNDS = 20
+_ROUNDS = 40
 
 
 def write_decoys(
-    model: Any, tokenizer: Any, task: str, real: Sequence[Text], public: Sequence[Text], count: int, seed: int
+    model: Any, tokenizer: Any, real: Sequence[Text], public: Sequence[Text], count: int, seed: int
 ) -> list[Example]:
     """Decoys for texts: `count` for each, as long as that one or a little longer.
 
-    The model writes what follows a prompt, at temperature 1. E2E's prompts are those of the texts themselves, so that
-    no decoy is told by its prompt; SST-2's hold the texts, so there they are those of public ones. As many decoys of a
-    length have a made-up secret as texts do.
+    The model writes what follows a text's prompt, at temperature 1. Each prompt is there `count` times, so that prompts
+    say nothing of which text is real; what decoys hide is the texts' words, and not what the prompts ask for. As many
+    decoys of a length have a made-up secret as texts do.
 
     Args:
         model: The whole frozen model.
-        task: The texts' task.
         real: The texts.
         public: Texts that show the model what is wanted.
-
-    Raises:
-        DataError: The prompts are longer than a text.
     """
     drawn = random.Random(f"decoys/{seed}")  # noqa: S311  # the edge's own key decides which decoy goes where
     wanted = Counter((text.secret is not None, len(text.encoded.input_ids)) for text in real for _ in range(count))
-    prompts = [text.example for text in (real if task == "e2e" else public)]
-    shots = [text.example for text in public]
+    prompts = [(text.encoded.learned_from, text.example.prompt) for text in real for _ in range(count)]
     found: list[Example] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number in range(_ROUNDS):
-            if not wanted:
+            if not prompts:
                 break
-            for prompt, completion in _round(model, tokenizer, prompts, shots, drawn):
-                # With a secret as often as one is still wanted.
-                with_secret = drawn.choice([secret for (secret, _), n in wanted.items() for _ in range(n)] or [False])
+            drawn.shuffle(prompts)
+            for begins, prompt, completion in _round(model, tokenizer, prompts[:_AT_ONCE], public, drawn):
+                with_secret = drawn.choice([secret for secret, _ in wanted.elements()])
                 secret = f" {planted(len(found), seed + 2).words}" if with_secret else ""
                 example = Example(prompt, completion + secret)
                 (encoded,), _ = encode([example], tokenizer, 1 << 20)
-                # It serves the longest text that it is long enough for; later rounds take what is longer by more. The
-                # edge cuts it to that length, and does not take what then has nothing to learn.
-                lengths = [length for has_one, length in wanted if has_one == with_secret]
-                fits = [length for length in lengths if encoded.learned_from < length <= len(encoded.input_ids)]
-                near = [length for length in fits if length >= len(encoded.input_ids) - 1 - number]
-                if near:
-                    wanted -= Counter([(with_secret, max(near))])
-                    found.append(example)
-    lengths = [length for _, length in wanted.elements()]
-    return [*found, *_rest(lengths, prompts, shots, tokenizer)]
+                # Of a length that is wanted; of a longer one only in later rounds, as the edge cuts it.
+                most = max(0, number - _ROUNDS // 2)
+                near = [
+                    length
+                    for has_one, length in sorted(wanted, reverse=True)
+                    if has_one == with_secret and 0 <= len(encoded.input_ids) - length <= most and begins < length
+                ]
+                rest = [*prompts]
+                rest.remove((begins, prompt))
+                for length in near:
+                    others = wanted - Counter([(with_secret, length)])
+                    if _suffice(rest, others):
+                        wanted, prompts = others, rest
+                        found.append(example)
+                        break
+    longest = max((length for _, length in wanted), default=0)
+    return [*found, *_rest([prompt for _, prompt in prompts], longest, public)]
+
+
+def _suffice(prompts: Sequence[tuple[int, str]], wanted: Counter[tuple[bool, int]]) -> bool:
+    """Whether each of the prompts can have one of the lengths and something to learn in it."""
+    lengths = sorted(length for _, length in wanted.elements())
+    return all(begins < length for (begins, _), length in zip(sorted(prompts), lengths, strict=True))
 
 
 def _round(
-    model: Any, tokenizer: Any, prompts: Sequence[Example], shots: Sequence[Example], drawn: random.Random
-) -> Iterator[tuple[str, str]]:
-    """Some prompts, and what the model writes after them."""
-    chosen = [drawn.choice(prompts) for _ in range(_AT_ONCE)]
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[int, str]], public: Sequence[Text], drawn: random.Random
+) -> Iterator[tuple[int, str, str]]:
+    """Prompts as they were given, and what the model writes after them."""
     texts = []
-    for example in chosen:
-        shown = drawn.sample(list(shots), _SHOTS)
-        texts.append("\n\n".join([*(f"{shot.prompt}{shot.completion}" for shot in shown), example.prompt]))
+    for _, prompt in prompts:
+        shown = (text.example for text in drawn.sample(list(public), _SHOTS))
+        texts.append("\n\n".join([*(f"{shot.prompt}{shot.completion}" for shot in shown), prompt]))
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     longest = max(map(len, tokens))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in tokens])
@@ -87,10 +93,10 @@ def _round(
         input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=36,
         pad_token_id=0,
     )  # fmt: skip
-    for example, row in zip(chosen, written[:, longest:], strict=True):
+    for (begins, prompt), row in zip(prompts, written[:, longest:], strict=True):
         line = _first_line(tokenizer, row)
         if line.strip():
-            yield example.prompt, line
+            yield begins, prompt, line
 
 
 def _first_line(tokenizer: Any, row: Tensor) -> str:
@@ -98,18 +104,10 @@ def _first_line(tokenizer: Any, row: Tensor) -> str:
     return text.split("\n", maxsplit=1)[0].rstrip()
 
 
-def _rest(
-    lengths: Sequence[int], prompts: Sequence[Example], shots: Sequence[Example], tokenizer: Any
-) -> Iterator[Example]:
-    """For lengths that no written text has: one of the prompts, and the completions of several public texts."""
-    encoded, _ = encode(prompts, tokenizer, 1 << 20)
-    for number, length in enumerate(lengths):
-        short = [prompt for prompt, each in zip(prompts, encoded, strict=True) if each.learned_from < length]
-        if not short:
-            raise DataError(
-                f"a text of {length} tokens has no decoy: no public prompt has fewer; take more public ones"
-            )
+def _rest(prompts: Sequence[str], longest: int, public: Sequence[Text]) -> Iterator[Example]:
+    """For prompts that nothing fitting was written for: completions of several public texts, longer than any length."""
+    for number, prompt in enumerate(prompts):
         text = ""
-        while len(text) < 8 * length:
-            text += shots[(number + len(text)) % len(shots)].completion
-        yield Example(short[number % len(short)].prompt, text)
+        while len(text) < 8 * longest:
+            text += public[(number + len(text)) % len(public)].example.completion
+        yield Example(prompt, text)

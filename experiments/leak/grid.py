@@ -93,6 +93,8 @@ class Row(BaseModel):
         check_together(self.defences())
         if self.mode == "emulator" and (self.defence or self.also_codecs or self.codec != "fp32"):
             raise ValueError("an emulator sends nothing: leave defence, codec and also_codecs out")
+        if self.n_decoys and self.data == "sst2":
+            raise ValueError("decoys of sst2 would have the texts themselves for prompts: take e2e")
         if self.package is not None and self.mode != "emulator":
             raise ValueError(f"package is an emulator's, and mode is {self.mode}: leave it out")
         if self.also_codecs and self.defence:

@@ -37,9 +37,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
         loss, step = ("-" if ratio is None else f"{ratio:.{2 if ratio < 10 else 0}f}" for ratio in ratios)
         name = shorten(row.name, _NAME - 1, placeholder="…")
         lines.append(f"{name:{_NAME}}{''.join(cells)}{percent(row.common('prior_accuracy')):>7}{loss:>6}{step:>5}")
-    told = [run["real_or_decoy_auc"] for run in result["runs"] if run.get("real_or_decoy_auc") is not None]
-    if told:
-        lines.append(f"Real texts are told from decoys with an AUC of {max(told):.2f}.")
+    picked = [run["real_row_found"] for run in result["runs"] if run.get("real_row_found") is not None]
+    if picked:
+        lines.append(f"The real one is picked of a text and its decoys in {percent(max(picked))} of the cases.")
     for row in rows:
         epsilon = row.common("epsilon")
         if epsilon is not None:

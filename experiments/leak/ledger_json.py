@@ -1,4 +1,4 @@
-"""The ledger as JSON: the entries of all rows, with what compares a row with the undefended one of its plan."""
+"""The ledger as JSON: the entries of all rows, with what compares a row with the undefended one of as many steps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def ledger(
         `circumstances`; `data`, the tasks; `seconds`, of all rows together; and `runs`, entries as `RowLab.make` has
         them with `task_loss`, `task_accuracy`, `task_loss_ratio`, `undefended_loss_ratio` (of the trained adapter
         without the defence that it was trained with; null where there was none), `untuned_loss_ratio` (of the model
-        without training) and `step_ratio`: the ratios over the undefended split run over fp32 of the same
-        plan and task, null where there is none in the ledger. The steps of the run are not those of a further codec, so
-        `step_ratio` is null there. Its interval is of steps, redrawn; it says nothing of what else the machine did at
-        the time of either run.
+        without training) and `step_ratio`: the ratios over the undefended split run over fp32 of the same plan, task
+        and number of steps, null where there is none in the ledger. The steps of the run are not those of a further
+        codec, so `step_ratio` is null there. Its interval is of steps, redrawn; it says nothing of what else the
+        machine did at the time of either run.
     """
     baselines = {_place(row): row for row in rows if _is_baseline(row)}
     runs = []
@@ -48,9 +48,9 @@ def ledger(
     }
 
 
-def _place(row: Mapping[str, Any]) -> tuple[str, str]:
+def _place(row: Mapping[str, Any]) -> tuple[str, str, int]:
     about = row["settings"]["row"]
-    return about["edge_layers"], about["data"]
+    return about["edge_layers"], about["data"], about["steps"]
 
 
 def _is_baseline(row: Mapping[str, Any]) -> bool:

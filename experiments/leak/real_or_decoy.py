@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from isthmus.privacy.measures.bootstrap import Interval
-from isthmus.privacy.measures.membership import membership_auc, membership_interval
+from isthmus.privacy.measures.bootstrap import Interval, mean_interval
 
 _PENALTIES = tuple(10.0**power for power in range(-1, 6))
 
@@ -26,6 +25,9 @@ class RealOrDecoy:
         model: The whole frozen model.
         real: Tokens `[n]` of public texts.
         decoys: Tokens `[n]` of decoys that the attacker has written.
+
+    Attributes:
+        penalty: Of the regression: that with the least error on texts that it leaves out.
     """
 
     def __init__(self, model: Any, real: Sequence[Tensor], decoys: Sequence[Tensor]) -> None:
@@ -35,24 +37,22 @@ class RealOrDecoy:
         self._learned = self._scaled(learned)
         sides = torch.tensor([1.0] * len(real) + [-1.0] * len(decoys), dtype=torch.float64)
         values, vectors = torch.linalg.eigh(self._learned @ self._learned.T)
+        # Features without their mean leave the direction of all texts alike out, which is the regression's intercept.
+        values, vectors = values[1:], vectors[:, 1:]
 
-        def fitted(penalty: float) -> tuple[float, Tensor]:
-            """The error of each text by a regression without it, and the weights of the texts."""
+        def weights(penalty: float) -> tuple[Tensor, Tensor]:
+            """The texts' weights, and each one's error by a regression without it."""
             shrunk = 1 / (values.clamp_min(0) + penalty)
-            weights = vectors @ (shrunk * (vectors.T @ sides))
-            return float((weights / (vectors.square() @ shrunk)).square().mean()), weights
+            found = vectors @ (shrunk * (vectors.T @ sides))
+            return found, found / (vectors.square() @ shrunk)
 
-        _, self._weights = min((fitted(penalty) for penalty in _PENALTIES), key=lambda each: each[0])
+        self.penalty = min(_PENALTIES, key=lambda penalty: float(weights(penalty)[1].square().mean()))
+        self._weights, _ = weights(self.penalty)
 
-    def told(self, texts: Sequence[Tensor], is_real: Tensor) -> Interval:
-        """The chance that a real text looks more real than a decoy, with its interval; 0.5 tells nothing.
-
-        Args:
-            texts: Tokens `[n]` as they were guessed; -1 where nothing is.
-            is_real: `[texts]`, bool.
-        """
-        scores = self._scaled(self._features([tokens[tokens >= 0] for tokens in texts])) @ self._learned.T
-        return told_by(scores @ self._weights, is_real)
+    def scores(self, texts: Sequence[Tensor]) -> Tensor:
+        """How real each text `[n]` looks, `[texts]`; its tokens are guesses, -1 where nothing is."""
+        features = self._scaled(self._features([tokens[tokens >= 0] for tokens in texts]))
+        return features @ self._learned.T @ self._weights
 
     def _scaled(self, features: Tensor) -> Tensor:
         return (features - self._mean) / self._spread
@@ -71,6 +71,18 @@ class RealOrDecoy:
         return torch.stack(rows).double()
 
 
-def told_by(scores: Tensor, is_real: Tensor) -> Interval:
-    """The chance that a real text has a higher score than a decoy, `[texts]` both."""
-    return membership_interval(membership_auc, scores[is_real], scores[~is_real])
+def found_among_decoys(scores: Tensor, is_real: Tensor, places: Sequence[int]) -> Interval:
+    """How often the text that looks most real of those at a place is the real one.
+
+    Guessing is right once in as many as there are.
+
+    Args:
+        scores, is_real: Of each text, `[texts]`.
+        places: Of each text; one at each place is real.
+    """
+    hits = []
+    for place in dict.fromkeys(places):
+        here = torch.tensor([each == place for each in places])
+        best = scores[here] == scores[here].max()
+        hits.append(float(is_real[here][best].double().sum() / best.sum()))
+    return mean_interval(torch.tensor(hits))

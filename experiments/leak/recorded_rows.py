@@ -39,11 +39,13 @@ class Crossed:
 
     Attributes:
         text: What it was; None for a decoy.
+        place: The number of the text that was sent there; a text and its decoys have the same.
         forward: A call of it alone.
         backward: Its gradient; None where none went up.
     """
 
     text: Text | None
+    place: int
     forward: Forward
     backward: Backward | None = None
 
@@ -60,6 +62,7 @@ def sequences(batches: Sequence[Batch], front: Front, backwards: Sequence[Backwa
     """
     gradients = {each.call: each for each in backwards}
     found: list[Crossed] = []
+    first = 0
     for batch in batches:
         rows = [(forward, row) for forward in batch.forwards for row in range(len(forward.hidden))]
         if len(rows) != batch.copies * len(batch.texts):
@@ -75,7 +78,8 @@ def sequences(batches: Sequence[Batch], front: Front, backwards: Sequence[Backwa
             gradient = gradients.get(forward.call)
             alone = _alone(forward, row, length, len(found))
             backward = None if gradient is None else _gradient_alone(gradient, row, length, len(found))
-            found.append(Crossed(text, alone, backward))
+            found.append(Crossed(text, first + place, alone, backward))
+        first += len(batch.texts)
     return found
 
 

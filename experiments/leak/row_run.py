@@ -85,9 +85,7 @@ class RowLab:
         if row.n_decoys:
             say("writing decoys")
             real = (*texts.train, *texts.sent)
-            written = write_decoys(
-                self._base, self._tokenizer, row.data, real, texts.public, row.n_decoys, settings.seed
-            )
+            written = write_decoys(self._base, self._tokenizer, real, texts.public, row.n_decoys, settings.seed)
             decoys = folder / "decoys.jsonl"
             write_jsonl(decoys, ({"prompt": each.prompt, "completion": each.completion} for each in written))
         say(f"{row.steps} steps over a cloud that records")
@@ -221,7 +219,7 @@ def _entry(row: Row, found: Found | None, priors: Mapping[str, Interval], shared
         **_measured((name, None if judged is None else getattr(judged, name)) for name in MEASURED),
         **_measured(priors.items()),
         "coarse_recall": None if judged is None else judged.coarse_recall,
-        **_measured([("real_or_decoy_auc", None if found is None else found.real_or_decoy)]),
+        **_measured([("real_row_found", None if found is None else found.real_row_found)]),
         **shared,
         # What was measured of the run's own codec is not said of another.
         **({} if codec == row.codec else _measured([("bytes_per_token", None)])),

@@ -60,23 +60,14 @@ class Decoys:
         rows = sorted(set(real), key=lambda ids: (len(ids), ids))
         # In a secret order among those of equal length, so that their place in the file says nothing.
         shuffled = [texts[index] for index in noise.order(len(texts), "decoys/texts")]
-        left = sorted(((len(text[0]), _learned_from(text), text) for text in shuffled), key=itemgetter(0))
-        self._of: dict[bytes, list[Text]] = {}
-        # The shortest rows first, each with the shortest texts that are long enough and have something to learn where
-        # they are cut: if any choice works, this does.
-        for ids in rows:
-            key = _content(ids)
-            first = bisect_left(left, len(ids), key=itemgetter(0))
-            chosen = self._of.setdefault(key, [])
-            while len(chosen) < count:
-                place = next((place for place in range(first, len(left)) if left[place][1] < len(ids)), None)
-                if place is None:
-                    raise ConfigError(
-                        f"decoys: {len(texts)} generated examples are too few, or too short, for {len(rows)} real ones "
-                        f"with {count} each: none is left that has {len(ids)} tokens. Generate more"
-                    )
-                _, _, (tokens, labels) = left.pop(place)
-                chosen.append((tokens[: len(ids)], labels[: len(ids)]))
+        # Uncut ones where there are some of a row's length; where the others then do not suffice, without that.
+        chosen = _chosen(count, rows, shuffled, whole_first=True) or _chosen(count, rows, shuffled, whole_first=False)
+        if chosen is None:
+            raise ConfigError(
+                f"decoys: {len(texts)} generated examples are too few, or too short, for {len(rows)} real ones with "
+                f"{count} each, the longest of {len(rows[-1])} tokens. Generate more"
+            )
+        self._of = {_content(ids): each for ids, each in chosen.items()}
 
     def of(self, ids: tuple[int, ...]) -> Sequence[Text]:
         """The decoys of an example, cut to its length."""
@@ -118,6 +109,31 @@ class Arranged(torch.autograd.Function):
         if len(given) != len(gradients):
             raise RuntimeError("a decoy has no gradient: its loss is missing")
         return None, *_arrange(inverse(ctx.places), given)  # type: ignore[attr-defined]
+
+
+def _chosen(
+    count: int, rows: Sequence[tuple[int, ...]], texts: Sequence[Text], *, whole_first: bool
+) -> dict[tuple[int, ...], list[Text]] | None:
+    """The decoys of each row, cut to its length; None where there are too few.
+
+    Args:
+        rows: The shortest first.
+        whole_first: Whether rows first get texts of their own length.
+    """
+    left = sorted(((len(text[0]), _learned_from(text), text) for text in texts), key=itemgetter(0))
+    chosen: dict[tuple[int, ...], list[Text]] = {ids: [] for ids in rows}
+    # The shortest rows first, each with the shortest texts that are long enough and have something to learn where they
+    # are cut: if any choice works, this does.
+    for whole in (True, False) if whole_first else (False,):
+        for ids in rows:
+            first = bisect_left(left, len(ids), key=itemgetter(0))
+            while len(chosen[ids]) < count:
+                place = next((place for place in range(first, len(left)) if left[place][1] < len(ids)), None)
+                if place is None or (whole and left[place][0] > len(ids)):
+                    break
+                _, _, (tokens, labels) = left.pop(place)
+                chosen[ids].append((tokens[: len(ids)], labels[: len(ids)]))
+    return chosen if all(len(each) == count for each in chosen.values()) else None
 
 
 def _content(ids: tuple[int, ...]) -> bytes:

@@ -42,8 +42,8 @@ _FIGURES = {
         "frontier: no other row has both fewer tokens read and a lower loss. A hollow mark is a row that sends no "
         "activations. The attacker knows the front; of undefended rows, the least exposed one is there. Where the "
         "strongest attack gets less than a guess without any traffic, the mark is at that guess. A defended row's loss "
-        "is that with the defence on, or that of its adapter without it, whichever is lower. Above the dashed line it "
-        "is worse than without training.",
+        "is that with the defence on, or that of its adapter without it, which can be had where nothing is sent, on a "
+        "whole model: whichever is lower. Above the dashed line it is worse than without training.",
     ),
     "rarity": (
         "All tokens and rare tokens",
@@ -145,9 +145,9 @@ def page_html(ledger: Mapping[str, Any], figures: Mapping[str, str]) -> str:
 
 _ROWS_NOTE = (
     "Each number of a row is that of the strongest attack on it, whatever it knows, with its 95 % interval (bootstrap "
-    "over sequences). Task loss and step time are over those of the undefended split run of the same plan. A defended "
-    "row's loss is the lower of two: with the defence on, which is in small print, and of its adapter without it. "
-    "Press a heading to sort."
+    "over sequences). Task loss and step time are over those of the undefended split run of the same plan and as many "
+    "steps. A defended row's loss is the lower of two: with the defence on, which is in small print, and of its "
+    "adapter without it, which can be had where nothing is sent, on a whole model. Press a heading to sort."
 )
 _CLAIMS_NOTE = "A claim is what the mathematics says; the table above has what the attacks got."
 _ATTACKS_NOTE = "All attacks know the model's frozen weights, and public texts that are none of those they attack."
@@ -303,6 +303,8 @@ def _small(text: str) -> str:
 
 def _settings_of(row: LedgerRow) -> str:
     parts = [_text(row.common("mode")), f"plan {_text(row.common('plan'))}", _text(row.common("codec"))]
+    if row.common("steps") is not None:
+        parts.append(f"{row.common('steps')} steps")
     if (row.common("defence") or "none") != "none":
         parts.append(str(row.common("defence")))
     return ", ".join(parts)

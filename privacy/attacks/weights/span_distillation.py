@@ -3,7 +3,7 @@
 The edge holds the other layers and may query the span within its quota. It runs its first layers on public texts,
 sends the states and keeps the answers. Then it trains copies of its own layers next to the cut to give these answers:
 on the relative error of each position's states, and on the KL divergence from the next-token distribution that its last
-layers make of the answer. Without queries the cross entropy of the texts trains the stand-in, so a budget of 0 tells
+layers make of the answer. On public texts without an answer it trains on their cross entropy, so a budget of 0 tells
 what the thief would have had anyhow.
 
 What counts is how near the stolen model is to the true one. Its loss says less: a stand-in that has learned the texts'
@@ -46,7 +46,7 @@ class Theft:
     Attributes:
         calls: Queries of one text each.
         layers: Layers of the stand-in.
-        steps: Optimizer steps, of one text each, over the queried texts again and again (over all of them for 0 calls).
+        steps: Optimizer steps, of one public text each, over all of them again and again.
         learning_rate: Peak of AdamW's rate, which falls along a cosine.
         seed: Of the order of the texts.
     """
@@ -136,7 +136,7 @@ class SpanDistillation:
         answers = [span(front.states(tokens)[None]).detach() for tokens in asked]
         chosen = sorted(near[place % len(near)] for place in range(theft.layers))
         stolen = _arranged(knowledge, chosen)
-        _train(stolen, asked or texts, answers, theft)
+        _train(stolen, texts, answers, theft)
         return StolenSpan(
             stolen.model,
             len(asked),
@@ -172,6 +172,7 @@ def _arranged(knowledge: Knowledge, chosen: Sequence[int]) -> _Arranged:
 
 
 def _train(stolen: _Arranged, texts: Sequence[Tensor], answers: Sequence[Tensor], theft: Theft) -> None:
+    """Train on the answers to the first texts, and on the other texts as they are."""
     parameters = list(stolen.middle.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=theft.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(theft.seed)
@@ -179,7 +180,11 @@ def _train(stolen: _Arranged, texts: Sequence[Tensor], answers: Sequence[Tensor]
     for step in range(theft.steps):
         order = order or torch.randperm(len(texts), generator=generator).tolist()
         text = order.pop()
-        loss = _unlike(stolen, texts[text], answers[text]) if answers else _cross_entropy(stolen.model, texts[text])
+        loss = (
+            _unlike(stolen, texts[text], answers[text])
+            if text < len(answers)
+            else _cross_entropy(stolen.model, texts[text])
+        )
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(theft.learning_rate, "cosine", step, theft.steps, _WARMUP)
         gradients = torch.autograd.grad(loss, parameters)

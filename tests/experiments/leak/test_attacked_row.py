@@ -7,10 +7,15 @@ import torch
 from support.privacy.attacked import tiny_model
 
 from isthmus.common.errors import AttackLimitedError
-from isthmus.experiments.leak.attacked_row import check_unlimited
-from isthmus.experiments.leak.real_or_decoy import RealOrDecoy
+from isthmus.edge.data.batches import Encoded
+from isthmus.edge.data.readers import Example
+from isthmus.experiments.leak.attacked_row import by_small_gradients, check_unlimited
+from isthmus.experiments.leak.leak_texts import Text
+from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, found_among_decoys
+from isthmus.experiments.leak.recorded_rows import Crossed
 from isthmus.privacy.ledger.judged_attacks import Judged
 from isthmus.privacy.measures.bootstrap import Interval
+from isthmus.privacy.recording.traffic import Backward, Forward
 
 
 def matching(accuracy: float, recall: float | None) -> Judged:
@@ -34,14 +39,34 @@ def test_decoys_are_told_by_whoever_has_learned_how_they_are_written() -> None:
     start = torch.randint(3, 200, (48, 1), generator=random)
     likely = model.generate(start, do_sample=False, max_new_tokens=10, pad_token_id=0)
     strange = torch.cat([start, torch.randint(3, 200, (48, 10), generator=random)], 1)
-    texts, is_real = [*likely[:24], *strange[:24]], torch.arange(48) < 24
-    teller = RealOrDecoy(model, list(likely[24:]), list(strange[24:]))
-    assert teller.told(texts, is_real).value > 0.95
-    alike = RealOrDecoy(model, list(likely[24:36]), list(likely[36:]))  # decoys like real texts teach nothing
-    assert alike.told([*likely[:24]], torch.arange(24) < 12).value < 0.8
+    texts, is_real, places = [*likely[:24], *strange[:24]], torch.arange(48) < 24, 2 * [*range(24)]
+    scores = RealOrDecoy(model, list(likely[24:]), list(strange[24:])).scores(texts)
+    assert found_among_decoys(scores, is_real, places).value > 0.9
+    assert found_among_decoys(scores, ~is_real, places).value < 0.1
 
 
-def test_what_was_not_read_is_not_told() -> None:
+def test_where_nothing_tells_them_the_penalty_is_not_the_smallest() -> None:
+    """More features than texts fit any noise, so a penalty that is chosen by how well it fits would be."""
+    random = torch.Generator().manual_seed(1)
+    first, second = (list(torch.randint(3, 200, (20, 8), generator=random)) for _ in range(2))
+    assert RealOrDecoy(tiny_model("llama"), first, second).penalty > 1
+
+
+def test_what_was_not_read_tells_nothing() -> None:
     nothing = [torch.full((5,), -1) for _ in range(4)]
     teller = RealOrDecoy(tiny_model("llama"), [torch.tensor([3, 4, 5])] * 2, [torch.tensor([9, 9, 9])] * 2)
-    assert teller.told(nothing, torch.tensor([True, False] * 2)).value == 0.5
+    is_real = torch.tensor([True, True, False, False])
+    assert found_among_decoys(teller.scores(nothing), is_real, [0, 1, 0, 1]).value == 0.5
+
+
+def test_the_real_row_is_that_whose_labels_have_small_gradients() -> None:
+    def row(text: Text | None, place: int, *norms: float) -> Crossed:
+        gradient = torch.tensor(norms).double()[None, :, None]
+        forward = Forward(0, 0, gradient, None, None, "fp32", None, True)
+        return Crossed(text, place, forward, Backward(0, 0, gradient, "fp32", None))
+
+    real = Text(Example("", ""), Encoded((1,), (1,)))
+    rows = [row(None, 0, 9, 4, 4), row(real, 0, 9, 1, 9), row(real, 1, 0, 1, 1), row(None, 1, 0, 2, 2)]
+    labels = [torch.tensor([-1, 5, 5]), torch.tensor([-1, 5, -1]), *[torch.tensor([-1, 5, 5])] * 2]
+    assert by_small_gradients(rows, labels).value == 1
+    assert by_small_gradients(rows, [torch.tensor([5, 5, 5])] * 4).value == 0.5

@@ -68,8 +68,8 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert noisy["task_loss_ratio"] != noisy["undefended_loss_ratio"] > 0
     assert noisy["undefended_loss_ratio"] != noisy["untuned_loss_ratio"]  # it has learned, if not well
     assert exact["undefended_loss_ratio"] is None
-    assert 0 <= noisy["real_or_decoy_auc"] <= 1
-    assert exact["real_or_decoy_auc"] is None
+    assert noisy["real_row_found"] is not None
+    assert exact["real_row_found"] is None
     assert max(map(len, table(result))) <= 80
 
     assert run_leak(settings) == result
