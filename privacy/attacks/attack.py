@@ -28,9 +28,11 @@ class KnownDefence:
 
     Attributes:
         on_embeddings: Whether `embedded` changes anything.
+        smoothed: The share of each label that is of all tokens alike.
     """
 
     on_embeddings: bool = False
+    smoothed: float = 0.0
 
     def embedded(self, embedded: Tensor) -> Tensor:
         """What the edge would give to its first layer."""

@@ -1,7 +1,8 @@
 """The edge's defences as an attacker knows them: their kinds and parameters, and the weights of a trained bottleneck.
 
 It does not know the edge's key, so it draws noise of its own, nor what an example is mixed with, so it takes public
-texts. Decoys, smoothed labels and private gradients change no hidden state that is sent of a real row.
+texts. Decoys, smoothed labels and private gradients change no hidden state that is sent of a real row. How much labels
+are smoothed it knows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from isthmus.privacy.attacks.attack import KnownDefence
 from isthmus.privacy.defences.broken_examples import SecretRotation
 from isthmus.privacy.defences.defence import Defence, Pass
 from isthmus.privacy.defences.embedding_noise import MetricNoise
+from isthmus.privacy.defences.label_smoothing import LabelSmoothing
 from isthmus.privacy.defences.mixing import RowMixing
 from isthmus.privacy.defences.secret_noise import KEY_BYTES, Label, SecretNoise
 
@@ -42,6 +44,7 @@ class KnownDefences(KnownDefence):
             raise ConfigError("mixing needs something to mix with: give the hidden states of public texts")
         self._mean = torch.cat([states[1:] for states in self._others]).mean(0, keepdim=True) if mixes else None
         self.on_embeddings = any(isinstance(each, MetricNoise) for each in defences)
+        self.smoothed = sum(each.share for each in defences if isinstance(each, LabelSmoothing))
 
     @torch.no_grad()
     def embedded(self, embedded: Tensor) -> Tensor:

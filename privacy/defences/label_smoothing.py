@@ -16,15 +16,19 @@ from isthmus.privacy.defences.defence_options import Smoothing
 
 
 class LabelSmoothing(Defence):
-    """See the top of the file."""
+    """See the top of the file.
+
+    Attributes:
+        share: Of the label that is of all tokens alike.
+    """
 
     def __init__(self, options: Smoothing, width: int) -> None:
         super().__init__(options, width)
-        self._share = options.share
+        self.share = options.share
 
     def extra_loss(self, logits: Tensor, labels: Tensor, now: Pass) -> Tensor:
         """See `Defence`."""
         wanted = labels[:, 1:] != IGNORED
         scores = logits[:, :-1][wanted].float().log_softmax(-1)
         own = scores.gather(-1, labels[:, 1:][wanted].unsqueeze(-1)).squeeze(-1)
-        return self._share * (own - scores.mean(-1)).mean()
+        return self.share * (own - scores.mean(-1)).mean()

@@ -31,10 +31,11 @@ def knowing(model: Any, plan: str = "2:2", codec: str = "fp32") -> Knowledge:
     return Knowledge(model, tiny_tokenizer(), split, Front(model, split.bottom), public, codec)
 
 
-def sent(knowledge: Knowledge, rows: int = 3) -> tuple[Traffic, list[Tensor]]:
+def sent(knowledge: Knowledge, rows: int = 3, texts: Tensor | None = None) -> tuple[Traffic, list[Tensor]]:
     """Calls of an edge with the model that `knowledge` has, two rows in the first one, and their labels."""
-    random = torch.Generator().manual_seed(2)
-    made = [labelled_row(knowledge, torch.randint(3, VOCAB, (LENGTH,), generator=random), START) for _ in range(rows)]
+    if texts is None:
+        texts = torch.randint(3, VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(2))
+    made = [labelled_row(knowledge, tokens, START) for tokens in texts]
     forwards, backwards = [], []
     for call, together in enumerate((made[:2], made[2:])):
         output = torch.cat([each.row.output for each in together])
@@ -98,6 +99,25 @@ def test_who_knows_where_labels_stand_reads_them_out_of_more_noise(attack: type[
     traffic, labels = sent(knowledge, rows=8)
     found = accuracy(attack(), replace(knowledge, label_places=True), traffic, labels)
     assert found > accuracy(attack(), knowledge, traffic, labels)
+
+
+class SmoothedLabels(KnownDefence):
+    """As `smoothing:share=0.3` has them."""
+
+    smoothed = 0.3
+
+
+def test_who_knows_how_much_labels_are_smoothed_reads_those_that_the_model_is_sure_of() -> None:
+    """Of a label that is likelier than its smoothed share, the gradient points the other way."""
+    model = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        model.lm_head.weight *= 30
+    start = torch.randint(3, VOCAB, (3, 1), generator=torch.Generator().manual_seed(2))
+    texts = model.generate(start, do_sample=False, min_new_tokens=LENGTH - 1, max_new_tokens=LENGTH - 1, pad_token_id=0)
+    knowledge = replace(knowing(model), defence=SmoothedLabels())
+    traffic, labels = sent(knowledge, texts=texts)
+    assert accuracy(ExactLabels(), knowledge, traffic, labels) > 0.9
+    assert accuracy(ExactLabels(), replace(knowledge, defence=None), traffic, labels) < 0.5
 
 
 def tuned_in_secret(model: Any, by: float, layers: range) -> Any:
