@@ -110,7 +110,7 @@ def draw_frontier(rows: Sequence[LedgerRow]) -> str:
         untuned = untuned_ratio(rows)
         if untuned is not None:
             axes.axhline(untuned, color=LIGHT["muted"], linewidth=1, linestyle="--", zorder=1)
-            axes.text(50, untuned / 1.02, "without training", color=LIGHT["muted"], ha="center", va="top")
+            axes.text(50, untuned * 1.01, "without training", color=LIGHT["muted"], ha="center", va="bottom")
         for row in points:
             _draw_point(axes, row, row in best)
         _label_points(axes, points, best)
