@@ -31,9 +31,9 @@ from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.precision import computing_in
 from isthmus.edge.training.run_identity import DRAFT_PACKAGE
 from isthmus.emulator.compress.emulator_model import Emulator
-from isthmus.emulator.distill.logit_divergence import agreement, logit_divergence
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.training.gradient_step import GradientStep, require_finite
+from isthmus.training.logit_divergence import agreement, logit_divergence
 from isthmus.training.run_checkpoint import RunCheckpoint, restore_parameters
 
 _REMEDY = "lower --draft-learning-rate, or leave --draft out."

@@ -34,8 +34,8 @@ from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint
-from isthmus.emulator.distill.logit_divergence import agreement, logit_divergence
 from isthmus.training.gradient_step import GradientStep, require_finite
+from isthmus.training.logit_divergence import agreement, logit_divergence
 from isthmus.training.rate_schedule import scheduled_rate
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
 from isthmus.training.training_loop import LoopOptions, Task, TrainingLoop

@@ -228,3 +228,9 @@ def stderr_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
+
+
+def write_key(path: Path, seed: int) -> Path:
+    """Write a key for defences that follows from a seed, for figures that can be had again; it protects nothing."""
+    path.write_text(f"{seed:064x}\n")
+    return path

@@ -14,8 +14,8 @@ from isthmus.common.errors import AttackLimitedError
 from isthmus.edge.data.batches import encode
 from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row, known_texts
-from isthmus.experiments.leak.leak_texts import LeakTexts, Text
-from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, found_among_decoys
+from isthmus.experiments.leak.leak_texts import UNCUT, LeakTexts, Text
+from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, share_picked
 from isthmus.experiments.leak.recorded_rows import Crossed, labels_of, sequences, traffic_of
 from isthmus.experiments.leak.recorded_run import RecordedRun
 from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
@@ -40,7 +40,6 @@ from isthmus.privacy.measures.token_accuracy import token_hits
 FURTHER = ("vocabulary_matching",)
 """The attacks from a row's further sides: the strongest where nothing but the front or the codec is in its way."""
 
-_ALL = 1 << 20
 MISSED = 0.01
 """An undefended run may miss this share of the tokens before it is asked whether its lists are to blame: what an attack
 misses for other reasons, such as two tokens that hardly differ, is a few in a thousand."""
@@ -93,14 +92,14 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
     """
     front = Front(attacker.tuned, attacker.plan.bottom)
     found = []
-    teller = _teller(attacker) if row.n_decoys else None
+    classifier = _decoy_classifier(attacker) if row.n_decoys else None
     for codec, batches in run.sent.items():
         crossed = sequences(batches, front)
         for view in row.views if codec == row.codec else ("known",):
             attacked, knowledge = _side(row, view, codec, crossed, front, attacker)
             first = codec == row.codec and view == row.views[0]
             names = tuple(TOKEN_ATTACKS) if first else FURTHER
-            for each in _token_attacks(run, attacked, knowledge, view, names, attacker, teller):
+            for each in _token_attacks(run, attacked, knowledge, view, names, attacker, classifier):
                 if row.defence_text == "none" and view == "known":
                     check_unlimited(each.judged, f"row {row.name!r} over {codec}")
                 found.append(each)
@@ -183,7 +182,7 @@ def _token_attacks(
     view: str,
     names: Sequence[str],
     attacker: Attacker,
-    teller: RealOrDecoy | None,
+    classifier: RealOrDecoy | None,
 ) -> Iterator[Found]:
     is_real = torch.tensor([each.text is not None for each in crossed])
     texts = [each.text for each in crossed if each.text is not None]
@@ -201,8 +200,8 @@ def _token_attacks(
         chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in is_real.nonzero()[:, 0]))
         judged = judge_tokens(name, _side_of(view), chosen, knowledge, truth)
         picked = None
-        if teller is not None:
-            picked = found_among_decoys(teller.scores(guess.tokens), is_real, [each.place for each in crossed])
+        if classifier is not None:
+            picked = share_picked(classifier.scores(guess.tokens), is_real, [each.text_number for each in crossed])
         yield Found(judged, knowledge.codec, known_texts(view), picked)
 
 
@@ -220,17 +219,17 @@ def by_small_gradients(learned: Sequence[Crossed], labels: Sequence[Tensor]) -> 
         found = guessed >= 0
         scores.append(-float(norms[found].mean()) if found.any() else float("-inf"))
     is_real = torch.tensor([each.text is not None for each in learned])
-    return found_among_decoys(torch.tensor(scores), is_real, [each.place for each in learned])
+    return share_picked(torch.tensor(scores), is_real, [each.text_number for each in learned])
 
 
-def _teller(attacker: Attacker) -> RealOrDecoy:
+def _decoy_classifier(attacker: Attacker) -> RealOrDecoy:
     """Learns from half of the public texts, and from decoys that the attacker writes to them with the other half."""
     attacker.say("writing the attacker's own decoys")
     half = len(attacker.texts.public) // 2
     real, others = attacker.texts.public[:half], attacker.texts.public[half:]
     seed = attacker.seed + 1
     written = write_decoys(attacker.base, attacker.tokenizer, real, others, 1, seed)
-    encoded, _ = encode(written, attacker.tokenizer, _ALL)
+    encoded, _ = encode(written, attacker.tokenizer, UNCUT)
     ids = [text.encoded.input_ids for text in real]
     noise = SecretNoise(seed.to_bytes(32, "big"))
     decoys = Decoys(1, ids, [(each.input_ids, each.labels) for each in encoded], noise)

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError, PlanError
 from isthmus.edge.config.config_text import read_toml
-from isthmus.emulator.compress.recipe import Recipe
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.privacy.defences.defence_options import Decoys, DefenceOptions, check_together, read_defence
@@ -30,8 +29,6 @@ DOCUMENTED = Path(__file__).with_name("grid.toml")
 """The grid that the documents name."""
 
 Mode = Literal["split", "top-only", "emulator"]
-KEEP = 0.5
-"""The share of the middle's layers that an emulator keeps."""
 _VIEW = re.compile(r"known|tuned(\+[1-9]\d*)?")
 
 
@@ -47,8 +44,6 @@ class Row(BaseModel):
         defence: As `edge train --defence` has them; `decoys` without its file, which is generated.
         data: The task.
         steps: Optimizer steps.
-        method: Of an emulator that is built: its recipe, as `emulator build` has it.
-        distill_steps: Steps of its distillation on the public texts, before the others.
         views: From which sides it is attacked. `known`: the attacker has the edge's own layers as they are after
             training. `tuned`: the front is private, and it has the base weights alone; `tuned+8`: and eight texts that
             it knows were sent.
@@ -65,8 +60,6 @@ class Row(BaseModel):
     defence: tuple[str, ...] = ()
     data: Literal["e2e", "sst2"] = "e2e"
     steps: int = Field(100, ge=1)
-    method: str = "importance+bridged"
-    distill_steps: int = Field(160, ge=1)
     views: tuple[str, ...] = ("known",)
     also_codecs: tuple[str, ...] = ()
     package: Path | None = None
@@ -86,15 +79,11 @@ class Row(BaseModel):
                 raise ValueError(f"view {view!r} is not known: write known, tuned, or tuned+8 for eight known texts")
         if not self.views:
             raise ValueError("views is empty: name at least one, known say")
-        try:
-            Recipe.parse(self.method, KEEP)
-        except ConfigError as error:
-            raise ValueError(f"method: {error}") from None
         check_together(self.defences())
         if self.mode == "emulator" and (self.defence or self.also_codecs or self.codec != "fp32"):
             raise ValueError("an emulator sends nothing: leave defence, codec and also_codecs out")
         if self.n_decoys and self.data == "sst2":
-            raise ValueError("decoys of sst2 would have the texts themselves for prompts: take e2e")
+            raise ValueError("decoys have the texts' prompts, and one of sst2 holds the whole text: take data e2e")
         if self.package is not None and self.mode != "emulator":
             raise ValueError(f"package is an emulator's, and mode is {self.mode}: leave it out")
         if self.also_codecs and self.defence:
@@ -167,9 +156,8 @@ def read_grid(settings: LeakSettings) -> list[Row]:
     if flags and (settings.grid is not None or settings.row):
         raise ConfigError(f"--{next(iter(flags)).replace('_', '-')} makes rows of its own: leave --grid and --row out")
     rows = _from_flags(flags) if flags else _from_files(settings.grid or [DOCUMENTED])
-    instead = {name: getattr(settings, name) for name in ("steps", "distill_steps")}
-    instead = {name: value for name, value in instead.items() if value is not None}
-    rows = [row.model_copy(update=instead) for row in rows]
+    if settings.steps is not None:
+        rows = [row.model_copy(update={"steps": settings.steps}) for row in rows]
     chosen = settings.row or [row.name for row in rows]
     unknown = sorted(set(chosen) - {row.name for row in rows})
     if unknown:
@@ -178,11 +166,11 @@ def read_grid(settings: LeakSettings) -> list[Row]:
 
 
 def _from_files(paths: Sequence[Path]) -> list[Row]:
-    """The rows of all files; one that is in several of them is there once."""
-    rows = list(dict.fromkeys(row for path in paths for row in _from_file(path)))
-    twice = _named_twice(rows)
+    rows = [row for path in paths for row in _from_file(path)]
+    names = [row.name for row in rows]
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"two of {', '.join(map(str, paths))} have other rows named {twice!r}: name one otherwise")
+        raise ConfigError(f"{', '.join(map(str, paths))}: two rows are named {twice!r}: rename one")
     return rows
 
 
@@ -191,16 +179,7 @@ def _from_file(path: Path) -> list[Row]:
     entries = values.pop("rows", None)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path} has no rows: write each as a table [[rows]] with a name")
-    rows = [_row(entry, f"{path}, row {number}", values) for number, entry in enumerate(entries, 1)]
-    twice = _named_twice(rows)
-    if twice is not None:
-        raise ConfigError(f"{path} has two rows named {twice!r}: name each otherwise")
-    return rows
-
-
-def _named_twice(rows: Sequence[Row]) -> str | None:
-    names = [row.name for row in rows]
-    return next((name for name in names if names.count(name) > 1), None)
+    return [_row(entry, f"{path}, row {number}", values) for number, entry in enumerate(entries, 1)]
 
 
 def _from_flags(flags: Mapping[str, Any]) -> list[Row]:

@@ -28,10 +28,14 @@ from isthmus.experiments.leak.ledger_json import ledger
 from isthmus.experiments.leak.page.leak_page import write_page
 from isthmus.experiments.leak.row_run import RowLab
 
-_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps", "distill_steps")
+_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps")
 _PLACES = ("data_folder", "out", "page", "record_mib")
 _WHERE = (*_ROWS, *_PLACES)
 """Settings that say which rows are made or where, and not what comes of a row."""
+_RESULT = {
+    "runs": list, "task": dict, "task_without_defence": dict | None, "task_zero_shot": dict, "step_seconds": list,
+}  # fmt: skip
+"""What a row's file holds beside its settings, as `RowLab.make` says."""
 
 
 def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str, Any]:
@@ -86,10 +90,7 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
             say("finished")
     if limited:
         raise limited[0]
-    with torch_threads(settings.threads):
-        one_of_each = {str(row.data): row for row in rows}
-        untuned = {data: lab.untuned(row) for data, row in one_of_each.items()}
-    result = ledger([each for each in finished if each is not None], untuned, _circumstances(settings, checkpoint))
+    result = ledger([each for each in finished if each is not None], _circumstances(settings, checkpoint))
     if settings.page is not None:
         write_page(result, settings.page)
     return result
@@ -98,6 +99,8 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
 def _about(row: Row, settings: LeakSettings, checkpoint: Checkpoint) -> dict[str, Any]:
     """All that a row's result depends on, as JSON has it."""
     shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _WHERE}
+    if row.mode != "emulator":
+        del shared["distill_steps"]
     about = {**shared, "model": checkpoint.digest(), "row": row.model_dump(mode="json")}
     plain: dict[str, Any] = json.loads(json.dumps(about))
     return plain
@@ -122,11 +125,9 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         made = json.loads(path.read_bytes())
         settings = made["settings"]
-        for name, kind in (("runs", list), ("task", dict), ("step_seconds", list)):
+        for name, kind in _RESULT.items():
             if not isinstance(made[name], kind):
                 raise TypeError(name)
-        if not isinstance(made["task_without_defence"], dict | None):
-            raise TypeError("task_without_defence")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no finished row of a ledger: remove it, and the row is made again") from error
     except OSError as error:

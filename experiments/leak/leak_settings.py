@@ -43,9 +43,6 @@ class LeakSettings:
     mode: Annotated[str | None, Option(help="Mode of these rows: split, top-only or emulator.")] = None
     data: Annotated[str | None, Option(help="What these rows are trained on: e2e or sst2.")] = None
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps of each row, instead of the grid's.")] = None
-    distill_steps: Annotated[
-        int | None, Option(min=1, help="Steps of each emulator's distillation, instead of the grid's.")
-    ] = None
     model: flags.Model = "smollm2-135m"
     texts: Annotated[int, Option(min=8, help="Private texts that each run trains on.")] = 400
     attacked: Annotated[int, Option(min=4, help="Private texts with a planted secret that are attacked.")] = 40
@@ -55,6 +52,7 @@ class LeakSettings:
     batch: flags.StepExamples = 4
     learning_rate: flags.OneRate = 1e-3
     inverter_steps: Annotated[int, Option(min=20, help="Steps that the learned inverter is trained for.")] = 240
+    distill_steps: Annotated[int, Option(min=1, help="Steps of an emulator's distillation.")] = 160
     record_mib: Annotated[int, Option(min=1, help="MiB of a recording at most; it is removed with its row.")] = 8192
     seed: Annotated[int, Option(min=0, help="Of the texts, the runs and the attacks.")] = 0
     threads: flags.Threads = 2

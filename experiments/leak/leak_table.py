@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from textwrap import shorten, wrap
 from typing import Any
 
-from isthmus.experiments.leak.page.ledger_rows import Measure, frontier_sentence, ledger_rows, percent
+from isthmus.experiments.leak.page.ledger_rows import TWO_LOSSES, Measure, frontier_sentence, ledger_rows, percent
 
 WIDTH = 80
 _NAME = 30
@@ -37,13 +37,18 @@ def table(result: Mapping[str, Any]) -> list[str]:
         loss, step = ("-" if ratio is None else f"{ratio:.{2 if ratio < 10 else 0}f}" for ratio in ratios)
         name = shorten(row.name, _NAME - 1, placeholder="…")
         lines.append(f"{name:{_NAME}}{''.join(cells)}{percent(row.common('prior_accuracy')):>7}{loss:>6}{step:>5}")
-    picked = [run["real_row_found"] for run in result["runs"] if run.get("real_row_found") is not None]
-    if picked:
-        lines.append(f"The real one is picked of a text and its decoys in {percent(max(picked))} of the cases.")
     for row in rows:
+        found = [(run["real_row_found"], run["attack"]) for run in row.runs if run.get("real_row_found") is not None]
+        if found:
+            share, attack = max(found)
+            lines += wrap(
+                f"{row.name}: {attack} picks the real one of a text and its decoys in {percent(share)}.", WIDTH
+            )
         epsilon = row.common("epsilon")
         if epsilon is not None:
             lines += wrap(
                 f"{row.name}: epsilon {epsilon:.3g} at delta {row.common('delta'):g}, of {row.common('unit')}.", WIDTH
             )
+    if any(row.common("loss_ratio_without_defence") is not None for row in rows):
+        lines += wrap(TWO_LOSSES, WIDTH)
     return [*lines, *wrap(frontier_sentence(rows), WIDTH)]

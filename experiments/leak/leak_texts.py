@@ -21,7 +21,8 @@ from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.planted import planted
 from isthmus.experiments.scoring.tasks import Sizes, read_task
 
-_ALL = 1_000_000_000
+UNCUT = 1_000_000_000
+"""A number of tokens, or of texts, that leaves out none."""
 _ROOM = 20  # tokens at most that a secret adds
 _WITH_SECRETS = 4  # one public text in so many has secrets, as the attacker knows what some look like
 
@@ -78,7 +79,7 @@ def load_texts(task: str, folder: Path, tokenizer: Any, counts: Counts, seed: in
     Raises:
         DataError: There are too few that are short enough, or a file is missing or malformed.
     """
-    split = read_task(task, folder, Sizes(test=_ALL, validation=0))
+    split = read_task(task, folder, Sizes(test=UNCUT, validation=0))
     longest = {"train": counts.max_length - _ROOM, "test": counts.max_length}
     short = {}
     for name, questions in (("train", split.train), ("test", split.test)):
@@ -149,5 +150,5 @@ def _plant(texts: Sequence[Text], tokenizer: Any, task: str, seed: int, every: i
         else:
             completion = f"{completion} {words}"
         example = Example(prompt, completion)
-        (encoded,), _ = encode([example], tokenizer, _ALL)
+        (encoded,), _ = encode([example], tokenizer, UNCUT)
         yield Text(example, encoded, secret)

@@ -19,7 +19,7 @@ _PENALTIES = tuple(10.0**power for power in range(-1, 6))
 
 
 class RealOrDecoy:
-    """What tells the two apart.
+    """A ridge classifier of real texts against decoys.
 
     Args:
         model: The whole frozen model.
@@ -27,27 +27,27 @@ class RealOrDecoy:
         decoys: Tokens `[n]` of decoys that the attacker has written.
 
     Attributes:
-        penalty: Of the regression: that with the least error on texts that it leaves out.
+        penalty: The one with the least leave-one-out error.
     """
 
     def __init__(self, model: Any, real: Sequence[Tensor], decoys: Sequence[Tensor]) -> None:
         self._model = model
         learned = self._features([*real, *decoys])
-        self._mean, self._spread = learned.mean(0), learned.std(0).clamp_min(1e-9)
+        self._mean, self._std = learned.mean(0), learned.std(0).clamp_min(1e-9)
         self._learned = self._scaled(learned)
         sides = torch.tensor([1.0] * len(real) + [-1.0] * len(decoys), dtype=torch.float64)
+        sides -= sides.mean()
         values, vectors = torch.linalg.eigh(self._learned @ self._learned.T)
-        # Features without their mean leave the direction of all texts alike out, which is the regression's intercept.
-        values, vectors = values[1:], vectors[:, 1:]
 
-        def weights(penalty: float) -> tuple[Tensor, Tensor]:
-            """The texts' weights, and each one's error by a regression without it."""
+        def dual_weights(penalty: float) -> tuple[Tensor, Tensor]:
+            """The texts' weights, and each one's leave-one-out error."""
             shrunk = 1 / (values.clamp_min(0) + penalty)
             found = vectors @ (shrunk * (vectors.T @ sides))
-            return found, found / (vectors.square() @ shrunk)
+            intercept = 1 / (len(sides) * penalty)  # its part of the diagonal: features and sides are centred
+            return found, found / (vectors.square() @ shrunk - intercept)
 
-        self.penalty = min(_PENALTIES, key=lambda penalty: float(weights(penalty)[1].square().mean()))
-        self._weights, _ = weights(self.penalty)
+        self.penalty = min(_PENALTIES, key=lambda penalty: float(dual_weights(penalty)[1].square().mean()))
+        self._weights, _ = dual_weights(self.penalty)
 
     def scores(self, texts: Sequence[Tensor]) -> Tensor:
         """How real each text `[n]` looks, `[texts]`; its tokens are guesses, -1 where nothing is."""
@@ -55,7 +55,7 @@ class RealOrDecoy:
         return features @ self._learned.T @ self._weights
 
     def _scaled(self, features: Tensor) -> Tensor:
-        return (features - self._mean) / self._spread
+        return (features - self._mean) / self._std
 
     @torch.no_grad()
     def _features(self, texts: Sequence[Tensor]) -> Tensor:
@@ -71,18 +71,16 @@ class RealOrDecoy:
         return torch.stack(rows).double()
 
 
-def found_among_decoys(scores: Tensor, is_real: Tensor, places: Sequence[int]) -> Interval:
-    """How often the text that looks most real of those at a place is the real one.
-
-    Guessing is right once in as many as there are.
+def share_picked(scores: Tensor, is_real: Tensor, text_numbers: Sequence[int]) -> Interval:
+    """How often the real one has the highest score of a text and its decoys; by chance, once in as many as they are.
 
     Args:
-        scores, is_real: Of each text, `[texts]`.
-        places: Of each text; one at each place is real.
+        scores, is_real: Of each row, `[rows]`.
+        text_numbers: Of each row; of each number one row is real.
     """
     hits = []
-    for place in dict.fromkeys(places):
-        here = torch.tensor([each == place for each in places])
+    for number in dict.fromkeys(text_numbers):
+        here = torch.tensor([each == number for each in text_numbers])
         best = scores[here] == scores[here].max()
         hits.append(float(is_real[here][best].double().sum() / best.sum()))
     return mean_interval(torch.tensor(hits))

@@ -39,13 +39,13 @@ class Crossed:
 
     Attributes:
         text: What it was; None for a decoy.
-        place: The number of the text that was sent there; a text and its decoys have the same.
+        text_number: Of the text that was sent there; a text and its decoys have the same.
         forward: A call of it alone.
         backward: Its gradient; None where none went up.
     """
 
     text: Text | None
-    place: int
+    text_number: int
     forward: Forward
     backward: Backward | None = None
 

@@ -22,7 +22,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import DataError
 from isthmus.edge.data.batches import Batches
 from isthmus.edge.training.edge_steps import COSTS_FILE
-from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.launch import LocalCloud, write_key
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.leak.grid import Row
@@ -140,12 +140,6 @@ def write_examples(path: Path, texts: Sequence[Text]) -> None:
     """Write texts as a data file that `edge train` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(path, ({"prompt": text.example.prompt, "completion": text.example.completion} for text in texts))
-
-
-def write_key(path: Path, seed: int) -> Path:
-    """Write a key for defences that follows from a seed, for figures that can be had again; it protects nothing."""
-    path.write_text(f"{seed:064x}\n")
-    return path
 
 
 def _whole(settings: LeakSettings) -> int:

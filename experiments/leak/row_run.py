@@ -16,7 +16,7 @@ from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.leak.attacked_row import Attacker, Found, attack_row, priors_of
 from isthmus.experiments.leak.decoy_texts import write_decoys
-from isthmus.experiments.leak.grid import KEEP, Row
+from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, load_texts
 from isthmus.experiments.leak.recorded_run import read_costs, record_run, train_options, write_examples
@@ -29,6 +29,9 @@ from isthmus.privacy.measures.token_accuracy import Hits
 from isthmus.protocol.secure.keys import generate_root, issue_worker
 
 Say = Callable[[str], None]
+_METHOD, _KEEP = "importance+bridged", 0.5
+"""An emulator's recipe and its share of the middle's layers: the best of those that `make bench-emulators` measures at
+this share; with as many steps of distillation as there. A row can name another package."""
 
 
 class RowLab:
@@ -54,7 +57,8 @@ class RowLab:
 
         Returns:
             `runs`, entries of the ledger without what compares rows; `task`, losses and hits of each held-out text, by
-            codec; `step_seconds`, of each step.
+            codec; `task_without_defence`, the same of the adapter in the whole model with the defence off, None where
+            there is none; `task_zero_shot`, of the model without training; `step_seconds`, of each step.
 
         Raises:
             AttackLimitedError: The row is undefended, and an attack's lists limited it.
@@ -62,13 +66,8 @@ class RowLab:
             IsthmusError: What cloud and edge raise.
         """
         texts = self._texts(row)
-        if row.mode == "emulator":
-            return self._emulator(row, texts, folder, say)
-        return self._split(row, texts, folder, say)
-
-    def untuned(self, row: Row) -> dict[str, Any]:
-        """Losses and hits of the model without training on each held-out text of a row's task."""
-        return _plain(score_task(self._base, self._texts(row).scored, pad_id(self._tokenizer)))
+        made = (self._emulator if row.mode == "emulator" else self._split)(row, texts, folder, say)
+        return {**made, "task_zero_shot": _plain(score_task(self._base, texts.scored, pad_id(self._tokenizer)))}
 
     def _texts(self, row: Row) -> LeakTexts:
         settings = self._settings
@@ -168,7 +167,7 @@ class RowLab:
         )
 
     def _build(self, row: Row, texts: LeakTexts, folder: Path, package: Path) -> None:
-        """Build a package, distilled on the public texts for a few steps."""
+        """Build a package, distilled on the public texts."""
         settings, home = self._settings, folder / "home"
         home.mkdir(mode=0o700)
         generate_root(home)
@@ -181,12 +180,12 @@ class RowLab:
             "out": package,
             "home": home,
             "adapter_layers": row.edge_layers,
-            "method": row.method,
-            "keep": KEEP,
+            "method": _METHOD,
+            "keep": _KEEP,
             "distill": folder / "public.jsonl",
-            "distill_steps": row.distill_steps,
+            "distill_steps": settings.distill_steps,
             "length": settings.max_length,
-            "save_every": row.distill_steps,
+            "save_every": settings.distill_steps,
             "seed": settings.seed,
             "device": "cpu",
         }

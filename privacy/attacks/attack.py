@@ -28,11 +28,11 @@ class KnownDefence:
 
     Attributes:
         on_embeddings: Whether `embedded` changes anything.
-        smoothed: The share of each label that is of all tokens alike.
+        label_smoothing: Share of the uniform distribution in each label.
     """
 
     on_embeddings: bool = False
-    smoothed: float = 0.0
+    label_smoothing: float = 0.0
 
     def embedded(self, embedded: Tensor) -> Tensor:
         """What the edge would give to its first layer."""
@@ -121,6 +121,11 @@ class Knowledge:
                 exact = self.front.states(tokens)
                 texts.append(PublicText(tokens, exact, self.sent(tokens, exact, number)))
         return tuple(texts)
+
+    @property
+    def label_smoothing(self) -> float:
+        """Share of the uniform distribution in each label."""
+        return 0.0 if self.defence is None else self.defence.label_smoothing
 
     def expect(self, hidden: Tensor) -> Tensor:
         """What comes of hidden states `[n, h]` on average, `[n, h]`."""

@@ -2,8 +2,8 @@
 
 The loss of a position with the label y is the cross entropy of the head's logits. Its gradient, where the head reads,
 is `u = c * W^T (p - onehot(y))`: p is the model's own prediction, `c` one over the number of labels. What the edge
-sends is `J^T u`, J the Jacobian of the top layers and the final norm. Where labels are smoothed, a share of `onehot(y)`
-is of all tokens alike, which the attacker knows.
+sends is `J^T u`, J the Jacobian of the top layers and the final norm. With label smoothing, `onehot(y)` is mixed with
+the uniform distribution, in a share that the attacker knows.
 
 `DirectLabels` takes J for the identity and p for nothing: the label's row of the head points against the gradient.
 
@@ -93,7 +93,7 @@ class _LabelAttack:
     def prepare(self, knowledge: Knowledge) -> None:
         """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
         self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan), knowledge.label_places
-        self._smoothed = 0.0 if knowledge.defence is None else knowledge.defence.smoothed
+        self._smoothing = knowledge.label_smoothing
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
         self.calibrate([labelled_row(knowledge, tokens, len(tokens) // 2, n) for n, tokens in enumerate(texts)])
 
@@ -169,7 +169,7 @@ class ExactLabels(_LabelAttack):
 
     def _match(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates of each position `[S, candidates]`, the best one's place among them, and its cosine, `[S]`."""
-        top, head = _RowTop(self._top, row, self._smoothed), self._top.head
+        top, head = _RowTop(self._top, row, self._smoothing), self._top.head
         gradient, places = row.gradient[0], torch.arange(row.gradient.shape[1])
         twice, left = 2 * self._noise.power(gradient)[:, None], gradient
         for _ in range(_LISTINGS):
@@ -197,7 +197,7 @@ class ExactLabels(_LabelAttack):
 class _RowTop:
     """The top at a row: what the gradients of labels become on their way through it."""
 
-    def __init__(self, top: ModelTop, row: Row, smoothed: float) -> None:
+    def __init__(self, top: ModelTop, row: Row, smoothing: float) -> None:
         self._head = head = top.head
         self._output = row.output.detach().requires_grad_()
         states = top.through(self._output, row.mask, row.positions)
@@ -205,8 +205,8 @@ class _RowTop:
         self._own, states_alone = top.alone(self._output, row.mask, row.positions)
         self._read_alone = top.tail(states_alone)[0]
         logits, self._slopes = top.logit_slopes(self._read.detach().double() @ head.T)
-        self._means = (self._slopes * (logits.softmax(-1) - smoothed / len(head))) @ head
-        self._slopes = (1 - smoothed) * self._slopes  # from here on they stand before the label's own row alone
+        self._means = (self._slopes * (logits.softmax(-1) - smoothing / len(head))) @ head
+        self._slopes = (1 - smoothing) * self._slopes  # now the factors of the label's own row alone
         self.prior = logits.log_softmax(-1)  # of each token, in the model's view
         # Backward is linear in what is given: the backward of that is the product with the Jacobian itself.
         self._given = torch.zeros_like(self._read_alone, requires_grad=True)
@@ -299,8 +299,7 @@ def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int, number: int =
         handle.remove()
     labels = torch.full_like(tokens, UNKNOWN)
     labels[start - 1 : -1] = tokens[start:]
-    smoothed = 0.0 if knowledge.defence is None else knowledge.defence.smoothed
-    loss = cross_entropy(logits, labels, ignore_index=UNKNOWN, label_smoothing=smoothed)
+    loss = cross_entropy(logits, labels, ignore_index=UNKNOWN, label_smoothing=knowledge.label_smoothing)
     (gradient,) = torch.autograd.grad(loss, kept)
     sent = knowledge.sent_gradient(gradient, number)
     return LabelledRow(Row(kept[0].detach(), sent), labels, sent - gradient)

@@ -44,7 +44,7 @@ class KnownDefences(KnownDefence):
             raise ConfigError("mixing needs something to mix with: give the hidden states of public texts")
         self._mean = torch.cat([states[1:] for states in self._others]).mean(0, keepdim=True) if mixes else None
         self.on_embeddings = any(isinstance(each, MetricNoise) for each in defences)
-        self.smoothed = sum(each.share for each in defences if isinstance(each, LabelSmoothing))
+        self.label_smoothing = sum(each.share for each in defences if isinstance(each, LabelSmoothing))
 
     @torch.no_grad()
     def embedded(self, embedded: Tensor) -> Tensor:

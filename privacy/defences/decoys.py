@@ -8,11 +8,12 @@ too, and their gradients go up as well; nothing of that reaches what is trained,
 
 An example has the same decoys in every pass, which no other example has: the cloud sees 1 + count texts equally often.
 
-Claims: given rows that cannot be told apart by their contents, the cloud guesses with probability 1 / (1 + count). It
-does not claim that they cannot be: it is as good as the generator. Every text, real or not, can be inverted; what is
-unknown is which are real. A decoy that was cut to its row's length ends in the middle of a sentence, so the file should
-have texts of many lengths. As the adapters learn from real rows alone, their loss falls, and the decoys' does not: a
-cloud that recovers labels and knows the head can see that in the gradients, more clearly with each epoch.
+Claims: given rows that cannot be told apart by their contents, nor by their gradients, the cloud guesses with
+probability 1 / (1 + count). It does not claim that they cannot be: it is as good as the generator. Every text, real or
+not, can be inverted; what is unknown is which are real. A prompt that occurs once is a real text's, so decoys need the
+prompts of the data, each as often. A decoy that was cut to its row's length ends in the middle of a sentence, so the
+file should have texts of many lengths. As the adapters learn from real rows alone, their loss falls, and the decoys'
+does not: a cloud that recovers labels and knows the head can see that in the gradients, more clearly with each epoch.
 
 It costs 1 + count times the traffic and the cloud's work, and more than as much of the edge's.
 """
@@ -60,13 +61,11 @@ class Decoys:
         rows = sorted(set(real), key=lambda ids: (len(ids), ids))
         # In a secret order among those of equal length, so that their place in the file says nothing.
         shuffled = [texts[index] for index in noise.order(len(texts), "decoys/texts")]
-        # Uncut ones where there are some of a row's length; where the others then do not suffice, without that.
-        chosen = _chosen(count, rows, shuffled, whole_first=True) or _chosen(count, rows, shuffled, whole_first=False)
-        if chosen is None:
-            raise ConfigError(
-                f"decoys: {len(texts)} generated examples are too few, or too short, for {len(rows)} real ones with "
-                f"{count} each, the longest of {len(rows[-1])} tokens. Generate more"
-            )
+        left = sorted(((len(text[0]), _learned_from(text), text) for text in shuffled), key=itemgetter(0))
+        try:  # a cut shows, so rows first get texts of their own length
+            chosen = _chosen(count, rows, left, whole_first=True)
+        except ConfigError:  # which can leave too few for the others
+            chosen = _chosen(count, rows, left, whole_first=False)
         self._of = {_content(ids): each for ids, each in chosen.items()}
 
     def of(self, ids: tuple[int, ...]) -> Sequence[Text]:
@@ -111,29 +110,49 @@ class Arranged(torch.autograd.Function):
         return None, *_arrange(inverse(ctx.places), given)  # type: ignore[attr-defined]
 
 
+_Left = tuple[int, int, Text]
+"""A text that no row has yet, behind its length and the place of the first token that is learned."""
+
+
 def _chosen(
-    count: int, rows: Sequence[tuple[int, ...]], texts: Sequence[Text], *, whole_first: bool
-) -> dict[tuple[int, ...], list[Text]] | None:
-    """The decoys of each row, cut to its length; None where there are too few.
+    count: int, rows: Sequence[tuple[int, ...]], texts: Sequence[_Left], *, whole_first: bool
+) -> dict[tuple[int, ...], list[Text]]:
+    """The decoys of each row, cut to its length.
+
+    The shortest rows first, each with the shortest texts that are long enough and have something to learn where they
+    are cut: if any choice works, this does.
 
     Args:
-        rows: The shortest first.
-        whole_first: Whether rows first get texts of their own length.
+        rows, texts: The shortest first.
+        whole_first: Whether each row gets texts of its own length, before any gets others.
+
+    Raises:
+        ConfigError: There are too few.
     """
-    left = sorted(((len(text[0]), _learned_from(text), text) for text in texts), key=itemgetter(0))
+    left = [*texts]
     chosen: dict[tuple[int, ...], list[Text]] = {ids: [] for ids in rows}
-    # The shortest rows first, each with the shortest texts that are long enough and have something to learn where they
-    # are cut: if any choice works, this does.
-    for whole in (True, False) if whole_first else (False,):
+    if whole_first:
         for ids in rows:
-            first = bisect_left(left, len(ids), key=itemgetter(0))
-            while len(chosen[ids]) < count:
-                place = next((place for place in range(first, len(left)) if left[place][1] < len(ids)), None)
-                if place is None or (whole and left[place][0] > len(ids)):
-                    break
-                _, _, (tokens, labels) = left.pop(place)
-                chosen[ids].append((tokens[: len(ids)], labels[: len(ids)]))
-    return chosen if all(len(each) == count for each in chosen.values()) else None
+            _take(ids, count, left, chosen[ids], most=len(ids))
+    for ids in rows:
+        _take(ids, count, left, chosen[ids])
+        if len(chosen[ids]) < count:
+            raise ConfigError(
+                f"decoys: {len(texts)} generated examples are too few, or too short, for {len(rows)} real ones "
+                f"with {count} each: none is left that has {len(ids)} tokens. Generate more"
+            )
+    return chosen
+
+
+def _take(ids: tuple[int, ...], count: int, left: list[_Left], chosen: list[Text], most: int | None = None) -> None:
+    """Move texts for a row out of `left`, until it has `count`; of `most` tokens at most."""
+    place = bisect_left(left, len(ids), key=itemgetter(0))
+    while len(chosen) < count and place < len(left) and (most is None or left[place][0] <= most):
+        if left[place][1] < len(ids):
+            _, _, (tokens, labels) = left.pop(place)
+            chosen.append((tokens[: len(ids)], labels[: len(ids)]))
+        else:
+            place += 1
 
 
 def _content(ids: tuple[int, ...]) -> bytes:

@@ -19,7 +19,7 @@ class LabelSmoothing(Defence):
     """See the top of the file.
 
     Attributes:
-        share: Of the label that is of all tokens alike.
+        share: Of the uniform distribution in each label.
     """
 
     def __init__(self, options: Smoothing, width: int) -> None:

@@ -18,7 +18,7 @@ from isthmus.experiments.leak.page.ledger_rows import (
     percent,
     spread,
     times,
-    untuned_ratio,
+    zero_shot_ratio,
 )
 from isthmus.experiments.leak.page.themed_svg import LIGHT, drawing, inline_svg
 
@@ -107,10 +107,10 @@ def draw_frontier(rows: Sequence[LedgerRow]) -> str:
             corners = [(100 * (row.exposed or 0), row.loss_ratio or 0) for row in best]
             steps = [(102, corners[0][1]), *corners, (corners[-1][0], highest)]
             axes.step(*zip(*steps, strict=True), where="pre", color=LIGHT["accent"], linewidth=1.6, zorder=2)
-        untuned = untuned_ratio(rows)
-        if untuned is not None:
-            axes.axhline(untuned, color=LIGHT["muted"], linewidth=1, linestyle="--", zorder=1)
-            axes.text(50, untuned * 1.01, "without training", color=LIGHT["muted"], ha="center", va="bottom")
+        zero_shot = zero_shot_ratio(rows)
+        if zero_shot is not None:
+            axes.axhline(zero_shot, color=LIGHT["muted"], linewidth=1, linestyle="--", zorder=1)
+            axes.text(50, zero_shot * 1.01, "without training", color=LIGHT["muted"], ha="center", va="bottom")
         for row in points:
             _draw_point(axes, row, row in best)
         _label_points(axes, points, best)

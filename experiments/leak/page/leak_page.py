@@ -15,6 +15,7 @@ from isthmus.experiments.leak.page.leak_figures import draw_all
 from isthmus.experiments.leak.page.ledger_rows import (
     MISSING,
     SPACED,
+    TWO_LOSSES,
     LedgerRow,
     Value,
     frontier,
@@ -41,9 +42,8 @@ _FIGURES = {
         "One mark a row: to the left the cloud reads less, at the bottom the task is learned better. The line is the "
         "frontier: no other row has both fewer tokens read and a lower loss. A hollow mark is a row that sends no "
         "activations. The attacker knows the front; of undefended rows, the least exposed one is there. Where the "
-        "strongest attack gets less than a guess without any traffic, the mark is at that guess. A defended row's loss "
-        "is that with the defence on, or that of its adapter without it, which can be had where nothing is sent, on a "
-        "whole model: whichever is lower. Above the dashed line it is worse than without training.",
+        "strongest attack gets less than a guess without any traffic, the mark is at that guess. "
+        f"{TWO_LOSSES} Above the dashed line it is worse than without training.",
     ),
     "rarity": (
         "All tokens and rare tokens",
@@ -146,8 +146,7 @@ def page_html(ledger: Mapping[str, Any], figures: Mapping[str, str]) -> str:
 _ROWS_NOTE = (
     "Each number of a row is that of the strongest attack on it, whatever it knows, with its 95 % interval (bootstrap "
     "over sequences). Task loss and step time are over those of the undefended split run of the same plan and as many "
-    "steps. A defended row's loss is the lower of two: with the defence on, which is in small print, and of its "
-    "adapter without it, which can be had where nothing is sent, on a whole model. Press a heading to sort."
+    f"steps. {TWO_LOSSES} Press a heading to sort."
 )
 _CLAIMS_NOTE = "A claim is what the mathematics says; the table above has what the attacks got."
 _ATTACKS_NOTE = "All attacks know the model's frozen weights, and public texts that are none of those they attack."
@@ -192,10 +191,10 @@ def _rows_table(rows: Sequence[LedgerRow]) -> str:
 
 
 def _loss_of(row: LedgerRow) -> str:
-    """The small print of a row's loss: with the defence on, where there is one."""
-    if row.common("undefended_loss_ratio") is None:
+    """The small print of a row's loss: that with the defence on, where there is one."""
+    if row.common("loss_ratio_without_defence") is None:
         return _number(row.common("task_loss"), ".3f")
-    return f"defended: {times(row.common('task_loss_ratio'))}"
+    return f"defence on: {times(row.common('task_loss_ratio'))}"
 
 
 def _runs_table(rows: Sequence[LedgerRow]) -> str:

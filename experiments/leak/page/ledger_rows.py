@@ -12,6 +12,11 @@ SMALL_LOSS = 1.03
 """The loss over the undefended run's up to which a defence counts as one of little cost: page and sentence say it."""
 HALF = 0.5
 """The share of the tokens that the frontier's sentence asks about: a text of which half is read is hardly hidden."""
+TWO_LOSSES = (
+    "A defended row has two losses: with the defence on, and of its adapter in the whole model with the defence off, "
+    "which can be used where nothing is sent. The lower one is shown."
+)
+"""What a reader must know of each loss that is shown."""
 SPACED = str.maketrans("_-", "  ")
 """Makes words of an attack's name."""
 MISSING = "\u2013"
@@ -63,11 +68,8 @@ class LedgerRow:
 
     @property
     def loss_ratio(self) -> float | None:
-        """Task loss over that of the undefended split run of the same plan.
-
-        With the defence on, or of the trained adapter without it, whichever is lower.
-        """
-        ratios = (self.common("task_loss_ratio"), self.common("undefended_loss_ratio"))
+        """Task loss over that of the undefended split run of the same plan and number of steps; see `TWO_LOSSES`."""
+        ratios = (self.common("task_loss_ratio"), self.common("loss_ratio_without_defence"))
         return min((float(ratio) for ratio in ratios if ratio is not None), default=None)
 
     @property
@@ -163,15 +165,15 @@ def frontier_sentence(rows: Sequence[LedgerRow]) -> str:
         for row in rows
         if row.common("mode") == "emulator" and row.loss_ratio is not None
     ]
-    untuned = untuned_ratio(rows)
-    if untuned is not None:
-        parts.append(f"The model without training has {times(untuned)} the undefended run's loss.")
+    zero_shot = zero_shot_ratio(rows)
+    if zero_shot is not None:
+        parts.append(f"The model without training has {times(zero_shot)} the undefended run's loss.")
     return " ".join(parts)
 
 
-def untuned_ratio(rows: Sequence[LedgerRow]) -> float | None:
+def zero_shot_ratio(rows: Sequence[LedgerRow]) -> float | None:
     """The loss of the model without training over that of the undefended run, of the plan that most marks have."""
-    ratios = [float(ratio) for row in marks(rows) if (ratio := row.common("untuned_loss_ratio")) is not None]
+    ratios = [float(ratio) for row in marks(rows) if (ratio := row.common("zero_shot_loss_ratio")) is not None]
     return max(ratios, key=ratios.count, default=None)
 
 

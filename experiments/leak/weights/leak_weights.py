@@ -144,13 +144,15 @@ def _show_extraction(found: Mapping[str, Any]) -> None:
 
 
 def _show_theft(found: Mapping[str, Any]) -> None:
-    print(f"the cloud's layers: loss {found['loss']:.3f} with them; of the edge's layers alone")
-    print(f"  {found['without']:.3f}, the divergence {found['without_divergence']:.3f} nats a token")
-    line = "{:>10} {:>10} {:>12} {:>12} {:>12} {:>12}".format
-    print(line("queries", "positions", "stolen loss", "divergence", "same top-1", "recovered"))
-    for run in found["runs"]:
-        shares = (f"{100 * run[name]:.0f} %" for name in ("agreement", "recovered"))
-        print(line(run["calls"], run["tokens"], f"{run['loss']:.3f}", f"{run['divergence']:.3f}", *shares))
+    line = "{:>10} {:>10} {:>8} {:>12} {:>16} {:>10}".format
+    print(f"the cloud's layers: loss {found['loss']:.3f} with them")
+    print(line("queries", "positions", "loss", "divergence", "top-1 agreement", "recovered"))
+    rows = [("none", "", found["without"], "-")]
+    rows += [(run["calls"], run["tokens"], run["stolen"], f"{100 * run['recovered']:.0f} %") for run in found["runs"]]
+    for calls, tokens, model, recovered in rows:
+        shown = (f"{model['loss']:.3f}", f"{model['divergence']:.3f}", f"{100 * model['top1_agreement']:.0f} %")
+        print(line(calls, tokens, *shown, recovered))
+    print("  the first row is the edge's layers alone, without anything trained between")
 
 
 def _show_package(found: Mapping[str, Any]) -> None:

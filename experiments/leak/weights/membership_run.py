@@ -17,7 +17,7 @@ from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.data.batches import Encoded
-from isthmus.experiments.leak.recorded_run import write_key
+from isthmus.experiments.harness.launch import write_key
 from isthmus.experiments.leak.weights.local_split import LocalSplit
 from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
 from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership

@@ -17,7 +17,7 @@ from isthmus.experiments.leak.weights.local_split import LocalSplit
 from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
 from isthmus.privacy.attacks.attack import Knowledge
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.attacks.weights.span_distillation import SpanDistillation, StolenSpan, Theft
+from isthmus.privacy.attacks.weights.span_distillation import Fidelity, SpanDistillation, Theft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +55,14 @@ class TheftRun:
 
     Attributes:
         calls, tokens: Queries, and the token positions in them.
-        loss: Held-out loss of the stolen model, nats a token.
-        divergence: KL divergence of its next-token distribution from the real model's, nats a token.
-        agreement: The share of positions where its likeliest token is the real model's.
+        stolen: Of the stolen model.
         recovered: The share of the divergence of the edge's layers alone that the stand-in takes away; below 0 where it
             is worse than nothing between.
     """
 
     calls: int
     tokens: int
-    loss: float
-    divergence: float
-    agreement: float
+    stolen: Fidelity
     recovered: float
 
 
@@ -76,14 +72,12 @@ class TheftResult:
 
     Attributes:
         loss: Held-out loss of the real model, nats a token.
-        without, without_divergence, without_agreement: Of the edge's layers alone what `TheftRun` has.
+        without: Of the edge's layers alone.
         runs: One for each budget, in the order of the settings.
     """
 
     loss: float
-    without: float
-    without_divergence: float
-    without_agreement: float
+    without: Fidelity
     runs: tuple[TheftRun, ...]
 
 
@@ -112,15 +106,9 @@ def measure_theft(settings: TheftSettings) -> TheftResult:
         SpanDistillation(_theft(settings, calls)).run(knowledge, split.span, tokens[n_public:])
         for calls in settings.calls
     ]
-    bare = stolen[0].without
-    runs = tuple(_run(each) for each in stolen)
-    return TheftResult(stolen[0].with_span, bare.loss, bare.divergence, bare.agreement, runs)
+    runs = tuple(TheftRun(each.calls, each.tokens, each.with_stand_in, each.recovered) for each in stolen)
+    return TheftResult(stolen[0].with_span.loss, stolen[0].without, runs)
 
 
 def _theft(settings: TheftSettings, calls: int) -> Theft:
     return Theft(calls, settings.layers, settings.steps, settings.learning_rate, settings.seed)
-
-
-def _run(stolen: StolenSpan) -> TheftRun:
-    got = stolen.with_stand_in
-    return TheftRun(stolen.calls, stolen.tokens, got.loss, got.divergence, got.agreement, stolen.recovered)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -121,7 +122,9 @@ def call(bench: Bench, model: Served, executor: LyingExecutor, work: Work) -> Ca
             executor.victims = frozenset((bytes.fromhex(links[0].info.session_id),))
         ask = _train_leased if work.leased else _ask
         started = time.perf_counter()
-        jobs = [pool.submit(ask, bench.settings, work, link, seed) for seed, link in enumerate(links)]
+        # Of the measurement's name, so that no two have an input in common: a threshold must not be judged on its own.
+        seeds = [crc32(f"{work.name}/{edge.name}".encode()) for edge in edges]
+        jobs = [pool.submit(ask, bench.settings, work, link, seed) for seed, link in zip(seeds, links, strict=True)]
         for job in jobs:
             job.result()
         seconds = time.perf_counter() - started

@@ -6,11 +6,9 @@ on the relative error of each position's states, and on the KL divergence from t
 layers make of the answer. On public texts without an answer it trains on their cross entropy, so a budget of 0 tells
 what the thief would have had anyhow.
 
-What counts is how near the stolen model is to the true one. Its loss says less: a stand-in that has learned the texts'
-form can have a lower one than the true model, and be nothing like it.
+Fidelity is what counts: how near the stolen model is to the true one. A low loss can come from the texts' form alone.
 
-The aim is that of an emulator's distillation, but the thief has neither the middle's layers nor a package's means, so
-nothing of `isthmus.emulator` serves here; the two are on one floor and do not import each other.
+The aim is that of an emulator's distillation, but the thief has neither the middle's layers nor a package's means.
 """
 
 from __future__ import annotations
@@ -22,13 +20,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.split.span import arrange_layers, sharing_copy
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.attacks.attack import Knowledge
 from isthmus.privacy.attacks.front import Front
+from isthmus.training.logit_divergence import agreement, logit_divergence
 from isthmus.training.rate_schedule import scheduled_rate
 
 Query = Callable[[Tensor], Tensor]
@@ -59,18 +58,18 @@ class Theft:
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
+class Fidelity:
     """How near a model is to the true one, over the tokens of held-out texts.
 
     Attributes:
         loss: The mean cross entropy, in nats a token.
         divergence: The KL divergence of the next-token distribution from the true model's, in nats a token.
-        agreement: The share of positions whose likeliest token is the true model's.
+        top1_agreement: The share of positions whose likeliest token is the true model's.
     """
 
     loss: float
     divergence: float
-    agreement: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,17 +79,17 @@ class StolenSpan:
     Attributes:
         model: The edge's layers around the stand-in, a transformers causal LM.
         calls, tokens: Queries, and the token positions in them.
-        with_span: The loss with the true span, in nats a token.
-        with_stand_in: With the stand-in.
+        with_span: Of the true model.
+        with_stand_in: Of the stolen one.
         without: Of the edge's layers alone, its last one below the cut followed by the first one above.
     """
 
     model: Any
     calls: int
     tokens: int
-    with_span: float
-    with_stand_in: Likeness
-    without: Likeness
+    with_span: Fidelity
+    with_stand_in: Fidelity
+    without: Fidelity
 
     @property
     def recovered(self) -> float:
@@ -135,15 +134,13 @@ class SpanDistillation:
         asked = texts[: theft.calls]
         answers = [span(front.states(tokens)[None]).detach() for tokens in asked]
         chosen = sorted(near[place % len(near)] for place in range(theft.layers))
-        stolen = _arranged(knowledge, chosen)
+        stolen, bare = _arranged(knowledge, chosen), _arranged(knowledge, []).model
         _train(stolen, texts, answers, theft)
         return StolenSpan(
             stolen.model,
             len(asked),
             sum(map(len, asked)),
-            _likeness(knowledge.model, knowledge.model, held_out).loss,
-            _likeness(stolen.model, knowledge.model, held_out),
-            _likeness(_arranged(knowledge, []).model, knowledge.model, held_out),
+            *(_fidelity(model, knowledge.model, held_out) for model in (knowledge.model, stolen.model, bare)),
         )
 
 
@@ -181,9 +178,9 @@ def _train(stolen: _Arranged, texts: Sequence[Tensor], answers: Sequence[Tensor]
         order = order or torch.randperm(len(texts), generator=generator).tolist()
         text = order.pop()
         loss = (
-            _unlike(stolen, texts[text], answers[text])
+            _distillation_loss(stolen, texts[text], answers[text])
             if text < len(answers)
-            else _cross_entropy(stolen.model, texts[text])
+            else cross_entropy(_logits(stolen.model, texts[text]), texts[text][1:])
         )
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(theft.learning_rate, "cosine", step, theft.steps, _WARMUP)
@@ -194,14 +191,14 @@ def _train(stolen: _Arranged, texts: Sequence[Tensor], answers: Sequence[Tensor]
         optimizer.step()
 
 
-def _unlike(stolen: _Arranged, tokens: Tensor, answer: Tensor) -> Tensor:
+def _distillation_loss(stolen: _Arranged, tokens: Tensor, answer: Tensor) -> Tensor:
     """How far the stand-in is from the span's answer `[1, S, h]`, in its states and in what is predicted from them."""
     last, given = stolen.middle[-1], []
     with last.register_forward_hook(lambda _module, _args, output: given.append(output)):
-        guessed = _log_probabilities(stolen.model, tokens)
+        student = _logits(stolen.model, tokens)
     with torch.no_grad(), last.register_forward_hook(lambda _module, _args, _output: answer):
-        wanted = _log_probabilities(stolen.model, tokens)
-    return _ERROR_WEIGHT * _relative_error(given[0], answer) + _divergence(guessed, wanted).mean()
+        teacher = _logits(stolen.model, tokens)
+    return _ERROR_WEIGHT * _relative_error(given[0], answer) + logit_divergence(student, teacher)
 
 
 def _relative_error(given: Tensor, wanted: Tensor) -> Tensor:
@@ -209,30 +206,18 @@ def _relative_error(given: Tensor, wanted: Tensor) -> Tensor:
     return ((given - wanted).square().mean(-1) / wanted.square().mean(-1)).mean()
 
 
-def _cross_entropy(model: Any, tokens: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=tokens[None], labels=tokens[None], use_cache=False).loss
-    return loss
-
-
-def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
-    """Of each next token of a text `[n]` at all places but the last, `[n - 1, V]`."""
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    """At all places of a text `[n]` but the last, `[n - 1, V]`."""
     logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
-    return logits.log_softmax(-1)
-
-
-def _divergence(guessed: Tensor, true: Tensor) -> Tensor:
-    """KL divergence of `guessed` from `true` at each place, `[n]`, of log-probabilities `[n, V]`."""
-    return kl_div(guessed, true, reduction="none", log_target=True).sum(-1)
+    return logits
 
 
 @torch.no_grad()
-def _likeness(model: Any, true: Any, texts: Sequence[Tensor]) -> Likeness:
-    rows = []
+def _fidelity(model: Any, true: Any, texts: Sequence[Tensor]) -> Fidelity:
+    measured, counts = [], torch.tensor([len(tokens) - 1 for tokens in texts])
     for tokens in texts:
-        guessed, wanted = _log_probabilities(model, tokens), _log_probabilities(true, tokens)
-        loss = -guessed.gather(1, tokens[1:, None])[:, 0]
-        rows.append(
-            torch.stack([loss, _divergence(guessed, wanted), (guessed.argmax(-1) == wanted.argmax(-1)).float()])
-        )
-    loss, divergence, agreement = torch.cat(rows, 1).double().mean(1).tolist()
-    return Likeness(loss, divergence, agreement)
+        student, teacher = _logits(model, tokens), _logits(true, tokens)
+        loss, divergence = cross_entropy(student, tokens[1:]), logit_divergence(student, teacher)
+        measured.append([loss.item(), divergence.item(), agreement(student, teacher)])
+    means = (torch.tensor(measured, dtype=torch.float64) * counts[:, None]).sum(0) / counts.sum()
+    return Fidelity(*means.tolist())

@@ -11,7 +11,7 @@ from isthmus.edge.data.batches import Encoded
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.attacked_row import by_small_gradients, check_unlimited
 from isthmus.experiments.leak.leak_texts import Text
-from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, found_among_decoys
+from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, share_picked
 from isthmus.experiments.leak.recorded_rows import Crossed
 from isthmus.privacy.ledger.judged_attacks import Judged
 from isthmus.privacy.measures.bootstrap import Interval
@@ -41,8 +41,7 @@ def test_decoys_are_told_by_whoever_has_learned_how_they_are_written() -> None:
     strange = torch.cat([start, torch.randint(3, 200, (48, 10), generator=random)], 1)
     texts, is_real, places = [*likely[:24], *strange[:24]], torch.arange(48) < 24, 2 * [*range(24)]
     scores = RealOrDecoy(model, list(likely[24:]), list(strange[24:])).scores(texts)
-    assert found_among_decoys(scores, is_real, places).value > 0.9
-    assert found_among_decoys(scores, ~is_real, places).value < 0.1
+    assert share_picked(scores, is_real, places).value > 0.9
 
 
 def test_where_nothing_tells_them_the_penalty_is_not_the_smallest() -> None:
@@ -54,9 +53,9 @@ def test_where_nothing_tells_them_the_penalty_is_not_the_smallest() -> None:
 
 def test_what_was_not_read_tells_nothing() -> None:
     nothing = [torch.full((5,), -1) for _ in range(4)]
-    teller = RealOrDecoy(tiny_model("llama"), [torch.tensor([3, 4, 5])] * 2, [torch.tensor([9, 9, 9])] * 2)
+    classifier = RealOrDecoy(tiny_model("llama"), [torch.tensor([3, 4, 5])] * 2, [torch.tensor([9, 9, 9])] * 2)
     is_real = torch.tensor([True, True, False, False])
-    assert found_among_decoys(teller.scores(nothing), is_real, [0, 1, 0, 1]).value == 0.5
+    assert share_picked(classifier.scores(nothing), is_real, [0, 1, 0, 1]).value == 0.5
 
 
 def test_the_real_row_is_that_whose_labels_have_small_gradients() -> None:

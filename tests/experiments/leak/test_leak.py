@@ -65,9 +65,8 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert noisy["token_accuracy"] < 0.5
     assert noisy["epsilon"] is None
     assert noisy["defence_claim"].startswith("(epsilon, delta)")
-    assert noisy["task_loss_ratio"] != noisy["undefended_loss_ratio"] > 0
-    assert noisy["undefended_loss_ratio"] != noisy["untuned_loss_ratio"]  # it has learned, if not well
-    assert exact["undefended_loss_ratio"] is None
+    assert noisy["task_loss_ratio"] != noisy["loss_ratio_without_defence"]  # the noise is in one of them
+    assert exact["loss_ratio_without_defence"] is None
     assert noisy["real_row_found"] is not None
     assert exact["real_row_found"] is None
     assert max(map(len, table(result))) <= 80

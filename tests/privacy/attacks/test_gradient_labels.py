@@ -104,7 +104,7 @@ def test_who_knows_where_labels_stand_reads_them_out_of_more_noise(attack: type[
 class SmoothedLabels(KnownDefence):
     """As `smoothing:share=0.3` has them."""
 
-    smoothed = 0.3
+    label_smoothing = 0.3
 
 
 def test_who_knows_how_much_labels_are_smoothed_reads_those_that_the_model_is_sure_of() -> None:

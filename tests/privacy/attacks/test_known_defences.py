@@ -90,3 +90,8 @@ def test_a_secret_matrix_and_a_mixture_with_nothing_are_refused() -> None:
         KnownDefences(defences("rotation"))
     with pytest.raises(ConfigError, match="mixing"):
         KnownDefences(defences("mixing"))
+
+
+def test_how_much_labels_are_smoothed_is_known() -> None:
+    assert KnownDefences(defences("smoothing:share=0.1")).label_smoothing == 0.1
+    assert KnownDefences(defences("gaussian:clip=1,sigma=1")).label_smoothing == 0

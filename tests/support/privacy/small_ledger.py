@@ -27,7 +27,12 @@ def small_ledger(name: str = "cut 2", **more: Any) -> dict[str, Any]:
     matching = {"token_accuracy": 0.998, "token_accuracy_interval": [0.99, 1.0], "rare_accuracy": 0.9}
     priors = {"prior_accuracy": 0.41, "prior_free_accuracy": 0.07, "prior_unigram_accuracy": 0.04}
     noise: dict[str, Any] = {"defence": "gaussian:clip=30,sigma=1", "defence_claim": "(epsilon, delta)"}
-    noise |= {"token_accuracy": 0.95, "rare_accuracy": None, "task_loss_ratio": 1.34, "undefended_loss_ratio": 1.21}
+    noise |= {
+        "token_accuracy": 0.95,
+        "rare_accuracy": None,
+        "task_loss_ratio": 1.34,
+        "loss_ratio_without_defence": 1.21,
+    }
     noise |= {"epsilon": 40.0, "delta": 1e-5}
     return {
         "model": "tiny",

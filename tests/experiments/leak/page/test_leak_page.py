@@ -66,7 +66,7 @@ def test_a_page_of_three_rows_says_what_each_leaks_and_how_it_was_made(tmp_path:
     for said in (
         *("99.8\u00a0%", "99 to 100", "95\u00a0%", "1.21\u00a0\u00d7", "cut 2", "noise", "emulator", "a processor"),
         *("gives up 99.8\u00a0% of the tokens", "(epsilon, delta)", "activations"),
-        "defended: 1.34\u00a0\u00d7",
+        "defence on: 1.34\u00a0\u00d7",
         "gradients at the output of the cloud's layers",
         "isthmus experiment leak --json",
     ):

@@ -44,8 +44,8 @@ def test_a_row_has_the_strongest_attack_of_each_sort_and_each_codec_is_a_row() -
 
 
 def test_a_defended_rows_loss_is_the_lower_of_with_and_without_its_defence() -> None:
-    assert row("mixing", 0.99, 1.5, undefended_loss_ratio=1.2).loss_ratio == 1.2
-    assert row("bottleneck", 0.8, 3.0, undefended_loss_ratio=4.0).loss_ratio == 3.0
+    assert row("mixing", 0.99, 1.5, loss_ratio_without_defence=1.2).loss_ratio == 1.2
+    assert row("bottleneck", 0.8, 3.0, loss_ratio_without_defence=4.0).loss_ratio == 3.0
 
 
 def test_who_does_not_know_the_front_is_told_from_who_does() -> None:

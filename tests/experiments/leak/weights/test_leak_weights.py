@@ -23,9 +23,11 @@ from isthmus.experiments.leak.weights.package_thief import (
 )
 from isthmus.experiments.leak.weights.span_theft import TheftResult, TheftRun
 from isthmus.experiments.offsite.table import run_table
+from isthmus.privacy.attacks.weights.span_distillation import Fidelity
 from isthmus.privacy.measures.bootstrap import Interval
 
 PROMISED = "the adapters, of each example; the messages have none"
+LARGE = Fidelity(12.345, 12.345, 0.1)
 SOME = Interval(1.234567, 0.123456, 12.345678)
 ATTACKED = tuple(AttackedMembership(name, SOME, SOME) for name in ("membership-loss", "membership-calibrated"))
 
@@ -59,16 +61,18 @@ def test_what_is_finished_is_not_made_again(tmp_path: Path, monkeypatch: pytest.
 
     def theft(settings: Any) -> TheftResult:
         made.append(settings.steps)
-        return TheftResult(
-            1.0, 2.0, 1.5, 0.1, (TheftRun(0, 0, 1.5, 0.9, 0.3, 0.4), TheftRun(5, 60, 1.2, 0.3, 0.5, 0.8))
-        )
+        runs = (TheftRun(0, 0, Fidelity(1.5, 0.9, 0.3), 0.4), TheftRun(5, 60, Fidelity(1.2, 0.3, 0.5), 0.8))
+        return TheftResult(1.0, Fidelity(2.0, 1.5, 0.1), runs)
 
     monkeypatch.setattr(leak_weights, "measure_theft", theft)
     settings = LeakWeightsSettings(parts="theft", model=parts["model"], out=tmp_path, theft_steps=7)
     first = run_leak_weights(settings)
     assert run_leak_weights(settings) == first
     assert made == [7]
-    assert (first["theft"]["without_divergence"], first["theft"]["runs"][1]["agreement"]) == (1.5, 0.5)
+    assert (first["theft"]["without"]["divergence"], first["theft"]["runs"][1]["stolen"]["top1_agreement"]) == (
+        1.5,
+        0.5,
+    )
     run_leak_weights(LeakWeightsSettings(parts="theft", model=parts["model"], out=tmp_path, theft_steps=8))
     assert made == [7, 8]
 
@@ -90,7 +94,7 @@ def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     results = {
         "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
-        "theft": TheftResult(12.345, 12.345, 12.345, 0.1234, (TheftRun(10000, 1000000, 12.345, 12.345, 0.1, -1.2345),)),
+        "theft": TheftResult(12.345, LARGE, (TheftRun(10000, 1000000, LARGE, -1.2345),)),
         "package": PackageThiefResult(12.345, 12.345, 12.345, 12.345, 12.345, -1.23, None, 0.5),
     }
     assert tuple(results) == PARTS

@@ -39,10 +39,10 @@ def test_queries_give_a_stand_in_and_a_span_that_lies_gives_less(
     nothing, asked = found.runs
     assert (nothing.calls, nothing.tokens, asked.calls) == (0, 0, 24)
     assert asked.tokens > 24
-    assert max(found.loss, asked.loss) < found.without
-    assert asked.recovered == pytest.approx(1 - asked.divergence / found.without_divergence)
-    assert asked.divergence < nothing.divergence < found.without_divergence
-    assert asked.agreement > found.without_agreement
+    assert max(found.loss, asked.stolen.loss) < found.without.loss
+    assert asked.recovered == pytest.approx(1 - asked.stolen.divergence / found.without.divergence)
+    assert asked.stolen.divergence < nothing.stolen.divergence < found.without.divergence
+    assert asked.stolen.top1_agreement > found.without.top1_agreement
 
     class Lying(LocalSplit):
         def __init__(self, *args: Any) -> None:

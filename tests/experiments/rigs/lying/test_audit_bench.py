@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from support.models.tiny import tiny_checkpoint
 
+from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, read_sample
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.rigs.lying import audit_bench, forgeries
 from isthmus.experiments.rigs.lying.audit_bench import _Cloud, run_audit_bench, show
+from isthmus.protocol.messages import Forward
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +21,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> AuditSettings:
     return AuditSettings(
         model=str(model),
         edge_layers="1:1",
-        honest=16,
+        honest=64,
         calls=12,
         share=0.5,
         sample=2,
         trials=60,
         seq=8,
-        measured=2,
+        measured=6,
         cost_steps=1,
         cost_batch=1,
         cost_seq=8,
@@ -52,7 +54,7 @@ def test_a_measurement_has_its_rows_and_an_interrupted_one_goes_on(
     (lie,) = found["lies"]
     low, high = lie["caught_interval"]
     assert low <= lie["caught"] / lie["asked"] <= high
-    assert found["honest_calls"] == found["honest_calls_elsewhere"] == 16
+    assert found["honest_calls"] == found["honest_calls_elsewhere"] == 64
     assert json.loads(json.dumps(found))["forgeries"][0] == {"forgery": "untouched", "refused": False, "said": ""}
     show(found)
     assert "noise" in capsys.readouterr().out
@@ -67,6 +69,24 @@ def test_a_threshold_of_nothing_accuses_the_honest(settings: AuditSettings, tmp_
     large = cloud.lie("noise", 1.0)
     assert large["detected"] == large["altered"] > 0
     assert large["elsewhere_found"] == 0  # smaller than the threshold
+
+
+def test_a_threshold_is_judged_on_inputs_that_it_was_not_measured_on(settings: AuditSettings, tmp_path: Path) -> None:
+    cloud = _Cloud(settings, tmp_path, "none")
+    cloud.threshold(settings.seq)
+    cloud.honest(1.0, batching=True)
+    measured, judged = (
+        {
+            b"".join(map(bytes, call.question.hidden.buffers))
+            for run in (tmp_path / name).iterdir()
+            for call in read_sample(run / AUDIT_FOLDER)
+            if isinstance(call.question, Forward)
+        }
+        for name in (f"threshold-none-{settings.seq}", "honest-none-batching")
+    )
+    assert measured
+    assert judged
+    assert not measured & judged
 
 
 def test_where_a_forgery_is_found(settings: AuditSettings, tmp_path: Path) -> None:

@@ -70,9 +70,10 @@ def test_queries_give_a_stand_in_that_helps(model: Any) -> None:
     span = span_of(model)
     stolen = steal(model, span, CALLS)
     assert (stolen.calls, stolen.tokens, span.calls) == (CALLS, 12 * CALLS, CALLS)
-    assert max(stolen.with_span, stolen.with_stand_in.loss) < stolen.without.loss
-    assert stolen.with_stand_in.agreement > stolen.without.agreement
+    assert max(stolen.with_span.loss, stolen.with_stand_in.loss) < stolen.without.loss
+    assert stolen.with_stand_in.top1_agreement > stolen.without.top1_agreement
     assert stolen.recovered > 0.3
+    assert (stolen.with_span.divergence, stolen.with_span.top1_agreement) == (pytest.approx(0, abs=1e-6), 1)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
     def lying(hidden: Tensor) -> Tensor:

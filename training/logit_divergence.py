@@ -1,4 +1,4 @@
-"""How near a draft's next-token distribution is to that of the model that verifies its tokens."""
+"""How near a model's next-token distribution is to that of another, which it is distilled from or drafts for."""
 
 from __future__ import annotations
 

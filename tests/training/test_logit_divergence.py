@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from isthmus.emulator.distill.logit_divergence import agreement, logit_divergence
+from isthmus.training.logit_divergence import agreement, logit_divergence
 
 
 def logits(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
