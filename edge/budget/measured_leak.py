@@ -100,7 +100,7 @@ def attack_texts(
         for each in passes[1:]:
             together = replace(together, forwards=together.forwards + each.forwards)
         guess = averaged.run(together)
-        judge(averaged.name, Guess(guess.tokens[: len(truth.tokens)], guess.coarse_recall))
+        judge(averaged.name, Guess(guess.tokens[: len(truth.tokens)], guess.listed))
     return judged
 
 
@@ -140,11 +140,11 @@ def _guess(attack: Attack, name: str, knowledge: Knowledge, traffic: Traffic, be
     for number, call in enumerate(calls, 1):
         guesses.append(attack.run(call))
         between(name, number, len(calls))
-    recalls = [guess.coarse_recall for guess in guesses if guess.coarse_recall is not None]
+    listed = [row for guess in guesses for row in guess.listed or ()]
     labels = [row for guess in guesses for row in guess.labels or ()]
     return Guess(
         tuple(row for guess in guesses for row in guess.tokens),
-        sum(recalls) / len(recalls) if recalls else None,
+        tuple(listed) or None,
         tuple(labels) or None,
     )
 

@@ -19,6 +19,7 @@ from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, share_picked
 from isthmus.experiments.leak.recorded_rows import Crossed, labels_of, sequences, traffic_of
 from isthmus.experiments.leak.recorded_run import RecordedRun
 from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
+from isthmus.privacy.attacks.averaging import AveragedMatching
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.private_front import fit_front
 from isthmus.privacy.defences.decoys import Decoys
@@ -40,6 +41,8 @@ from isthmus.privacy.measures.token_accuracy import token_hits
 FURTHER = ("vocabulary_matching",)
 """The attacks from a row's further sides: the strongest where nothing but the front or the codec is in its way."""
 
+_OTHER_PASSES = 1 << 20  # numbers of draws that no public text has
+
 MISSED = 0.01
 """An undefended run may miss this share of the tokens before it is asked whether its lists are to blame: what an attack
 misses for other reasons, such as two tokens that hardly differ, is a few in a thousand."""
@@ -50,6 +53,7 @@ class Attacker:
     """What there is for attacks on a row.
 
     Attributes:
+        passes: How often the run sends each private text.
         base: The whole model with the frozen weights.
         tuned: The same with the edge's adapter.
         defence: The defences as they are after the run.
@@ -62,6 +66,7 @@ class Attacker:
     plan: SplitPlan
     texts: LeakTexts
     n_attacked: int
+    passes: int
     defence: KnownDefence | None
     inverter_steps: int
     seed: int
@@ -103,46 +108,88 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
                 if row.defence_text == "none" and view == "known":
                     check_unlimited(each.judged, f"row {row.name!r} over {codec}")
                 found.append(each)
-    if run.learned:
-        learned = sequences(run.learned, front, run.backwards)
-        _, knowledge = _side(row, "known", row.codec, [], front, attacker)
-        truth = Truth((), labels=tuple(labels_of(each.text, each.forward.hidden.shape[1]) for each in learned))
-        sides = dict.fromkeys(_side_of(view) for view in row.views)
-        for name in LABEL_ATTACKS:
-            attacker.say(f"{name} on {len(learned)} sequences' gradients")
-            guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
-            # It takes the base weights of the last layers and nothing of the front, so it gets the same from each side.
-            picked = by_small_gradients(learned, guess.labels or ()) if row.n_decoys else None
-            found += [Found(judge_labels(name, side, guess, truth), row.codec, 0, picked) for side in sides]
+            if first and attacker.passes > 1 and any(each.fresh for each in row.defences()):
+                found.append(_averaged(run, attacked, knowledge, view, attacker))
+    for side in dict.fromkeys(_side_of(view) for view in row.views) if run.learned else ():
+        for each in _label_attacks(row, run, side, front, attacker):
+            if row.defence_text == "none" and side == "known":
+                check_unlimited(each.judged, f"row {row.name!r}")
+            found.append(each)
     return found
 
 
+def _label_attacks(row: Row, run: RecordedRun, side: Side, front: Front, attacker: Attacker) -> Iterator[Found]:
+    """Labels, by the gradients of the last steps. Who knows the edge's own layers has its last ones too."""
+    learned = sequences(run.learned, front, run.backwards)
+    _, knowledge = _side(row, side, row.codec, [], front, attacker)
+    knowledge = replace(knowledge, model=attacker.tuned if side == "known" else attacker.base)
+    truth = Truth((), labels=tuple(labels_of(each.text, each.forward.hidden.shape[1]) for each in learned))
+    for name in LABEL_ATTACKS:
+        attacker.say(f"{name} on {len(learned)} sequences' gradients, last layers {side}")
+        guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
+        picked = by_small_gradients(learned, guess.labels or ()) if row.n_decoys else None
+        yield Found(judge_labels(name, side, guess, truth), row.codec, 0, picked)
+
+
+def _averaged(
+    run: RecordedRun, crossed: Sequence[Crossed], knowledge: Knowledge, view: str, attacker: Attacker
+) -> Found:
+    """Matching of the mean over as many passes as the run sends of a text: the recorded one, and others like it.
+
+    The others are computed by the edge's own layers and defences, with noise of their own.
+    """
+    texts = [each.text for each in crossed if each.text is not None]
+    calls = [each.forward for each in crossed if each.text is not None]  # decoys would only be read as well
+    attacker.say(f"{AveragedMatching.name} on {len(texts)} sequences in {attacker.passes} passes")
+    for turn in range(1, attacker.passes):
+        for number, text in enumerate(texts):
+            exact = knowledge.front.states(text.tokens)
+            sent = knowledge.sent(text.tokens, exact, _OTHER_PASSES + turn * len(texts) + number)
+            calls.append(replace(calls[number], call=len(calls), hidden=sent[None]))
+    guess = guess_of(AveragedMatching, knowledge, replace(run.traffic, forwards=tuple(calls), backwards=(), decodes=()))
+    own = replace(guess, tokens=guess.tokens[: len(texts)])
+    return Found(judge_tokens(AveragedMatching.name, _side_of(view), own, knowledge, _truth(texts)), knowledge.codec, 0)
+
+
+def _truth(texts: Sequence[Text]) -> Truth:
+    secrets = tuple(() if text.secret is None else (text.secret,) for text in texts)
+    return Truth(tuple(text.tokens for text in texts), secrets=secrets)
+
+
 def check_unlimited(judged: Judged, where: str) -> None:
-    """Refuse an attack that missed more than `MISSED` of the tokens when half of those were not in its lists.
+    """Refuse an attack that missed more than `MISSED` of its tokens or labels when half of those were not in its lists.
 
     Its accuracy would say how good the lists are, not what the wire gives away.
 
     Raises:
         AttackLimitedError: It is one.
     """
-    if judged.coarse_recall is None or judged.token_accuracy is None:
+    got = judged.token_accuracy or judged.label_accuracy
+    if judged.coarse_recall is None or got is None:
         return
-    missed, unlisted = 1 - judged.token_accuracy.value, 1 - judged.coarse_recall
+    missed, unlisted = 1 - got.value, 1 - judged.coarse_recall.value
     if missed > MISSED and unlisted >= missed / 2:
         raise AttackLimitedError(
-            f"{where}: {judged.attack} got {judged.token_accuracy.value:.1%} of the tokens with a coarse recall of "
-            f"{judged.coarse_recall:.1%}, so its lists limit it: give it more public texts (--public) or a longer "
-            "training (--inverter-steps)"
+            f"{where}: {judged.attack} got {got.value:.1%} with a coarse recall of {judged.coarse_recall.value:.1%}, "
+            "so its lists limit it: give it more public texts (--public) or a longer training (--inverter-steps)"
         )
 
 
-def priors_of(attacker: Attacker, texts: Sequence[Text]) -> dict[str, Interval]:
-    """What is guessed of texts without their traffic, under the names that the ledger has for it."""
-    public, true = [text.tokens for text in attacker.texts.public], [text.tokens for text in texts]
+def priors_of(attacker: Attacker, texts: Sequence[Text], *, labels: bool = False) -> dict[str, Interval]:
+    """What is guessed of texts without their traffic, under the names that the ledger has for it.
+
+    Args:
+        labels: Whether only tokens that are labels count, and the most frequent one is that of public texts' labels.
+    """
+    public, tokens = [text.tokens for text in attacker.texts.public], [text.tokens for text in texts]
+    counted, true = public, tokens
+    if labels:
+        true = [torch.tensor(text.encoded.labels) for text in texts]  # padding and prompts are negative
+        counted = [own[own >= 0] for own in (torch.tensor(text.encoded.labels) for text in attacker.texts.public)]
     guesses: dict[str, list[Tensor]] = {
-        "prior_accuracy": teacher_forced_prior(attacker.base, public, true),
-        "prior_free_accuracy": free_running_prior(attacker.base, public, true),
-        "prior_unigram_accuracy": unigram_prior(public, true),
+        "prior_accuracy": teacher_forced_prior(attacker.base, public, tokens),
+        "prior_free_accuracy": free_running_prior(attacker.base, public, tokens),
+        "prior_unigram_accuracy": unigram_prior(counted, tokens),
     }
     return {name: share_interval(token_hits(guess, true)) for name, guess in guesses.items()}
 
@@ -186,10 +233,7 @@ def _token_attacks(
 ) -> Iterator[Found]:
     is_real = torch.tensor([each.text is not None for each in crossed])
     texts = [each.text for each in crossed if each.text is not None]
-    truth = Truth(
-        tuple(text.tokens for text in texts),
-        secrets=tuple(() if text.secret is None else (text.secret,) for text in texts),
-    )
+    truth = _truth(texts)
     traffic = traffic_of(run.traffic, crossed)
     if known_texts(view) > 1:
         attacker.say(f"fitting a front to {known_texts(view)} known texts")

@@ -22,7 +22,7 @@ from isthmus.common.errors import ConfigError, PlanError
 from isthmus.edge.config.config_text import read_toml
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.leak.leak_settings import LeakSettings
-from isthmus.privacy.defences.defence_options import Decoys, DefenceOptions, check_together, read_defence
+from isthmus.privacy.defences.defence_options import Decoys, DefenceOptions, Rotation, check_together, read_defence
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 DOCUMENTED = Path(__file__).with_name("grid.toml")
@@ -82,6 +82,11 @@ class Row(BaseModel):
         check_together(self.defences())
         if self.mode == "emulator" and (self.defence or self.also_codecs or self.codec != "fp32"):
             raise ValueError("an emulator sends nothing: leave defence, codec and also_codecs out")
+        if any(isinstance(each, Rotation) for each in self.defences()):
+            raise ValueError(
+                "no attack of the ledger knows a secret rotation, which a linear map from known texts undoes: leave it "
+                "out"
+            )
         if self.n_decoys and self.data == "sst2":
             raise ValueError("decoys have the texts' prompts, and one of sst2 holds the whole text: take data e2e")
         if self.package is not None and self.mode != "emulator":

@@ -109,7 +109,7 @@ class RowLab:
             for codec in run.sent
         }
         without = score_task(tuned, texts.scored, pad_id(self._tokenizer)) if row.defence else None
-        attacker = self._attacker(tuned, plan, texts, defence, say)
+        attacker = self._attacker(row, tuned, plan, texts, defence, say)
         found = attack_row(row, run, attacker)
         costs = read_costs(run.out)
         shared: dict[str, Any] = {
@@ -118,8 +118,12 @@ class RowLab:
             "unit": run.report["guarantee"],
         }
         priors = priors_of(attacker, texts.sent[: settings.attacked])
+        learned = [text for batch in run.learned for text in batch.texts]
+        of_labels = priors_of(attacker, learned, labels=True) if learned else {}
         return {
-            "runs": [_entry(row, each, priors, shared) for each in found],
+            "runs": [
+                _entry(row, each, priors if each.judged.label_accuracy is None else of_labels, shared) for each in found
+            ],
             "task": {codec: _plain(score) for codec, score in scores.items()},
             "task_without_defence": None if without is None else _plain(without),
             "step_seconds": costs.seconds.tolist(),
@@ -140,7 +144,7 @@ class RowLab:
         tuned = with_adapter(self._checkpoint, folder / "run" / "adapter")
         say("scoring the task")
         score = score_task(tuned, texts.scored, pad_id(self._tokenizer))
-        priors = priors_of(self._attacker(tuned, plan, texts, None, say), texts.sent[: settings.attacked])
+        priors = priors_of(self._attacker(row, tuned, plan, texts, None, say), texts.sent[: settings.attacked])
         nothing = _measured([("bytes_per_token", Interval(0, 0, 0))])
         return {
             "runs": [_entry(row, None, priors, {**nothing, "epsilon": None, "delta": None, "unit": None})],
@@ -150,7 +154,7 @@ class RowLab:
         }
 
     def _attacker(
-        self, tuned: Any, plan: SplitPlan, texts: LeakTexts, defence: KnownDefence | None, say: Say
+        self, row: Row, tuned: Any, plan: SplitPlan, texts: LeakTexts, defence: KnownDefence | None, say: Say
     ) -> Attacker:
         settings = self._settings
         return Attacker(
@@ -160,6 +164,7 @@ class RowLab:
             plan=plan,
             texts=texts,
             n_attacked=settings.attacked,
+            passes=-(-row.steps * settings.batch // settings.texts),
             defence=defence,
             inverter_steps=settings.inverter_steps,
             seed=settings.seed,
@@ -192,7 +197,7 @@ class RowLab:
         run_isthmus("emulator", "build", *train_flags(options))
 
 
-MEASURED = ("token_accuracy", "rare_accuracy", "secret_recall", "rouge_l", "label_accuracy")
+MEASURED = ("token_accuracy", "rare_accuracy", "secret_recall", "rouge_l", "label_accuracy", "coarse_recall")
 """What is measured of an attack."""
 
 
@@ -217,7 +222,6 @@ def _entry(row: Row, found: Found | None, priors: Mapping[str, Interval], shared
         "steps": row.steps,
         **_measured((name, None if judged is None else getattr(judged, name)) for name in MEASURED),
         **_measured(priors.items()),
-        "coarse_recall": None if judged is None else judged.coarse_recall,
         **_measured([("real_row_found", None if found is None else found.real_row_found)]),
         **shared,
         # What was measured of the run's own codec is not said of another.

@@ -179,13 +179,13 @@ class Guess:
     Attributes:
         tokens: One tensor `[sequence]` for each row of each forward, in their order, with `UNKNOWN` where nothing is
             guessed; padding is never guessed.
-        coarse_recall: For an attack that picks from lists of candidates: the share of positions, by the attacker's own
-            estimate, whose list held the right token. None for others.
+        listed: For an attack that picks from lists of candidates: by sequence, the chance at each position that the
+            list held the right token, by the attacker's own estimate. None for others.
         labels: As `tokens`, for attacks on labels; None for others.
     """
 
     tokens: tuple[Tensor, ...]
-    coarse_recall: float | None = None
+    listed: tuple[Tensor, ...] | None = None
     labels: tuple[Tensor, ...] | None = None
 
 

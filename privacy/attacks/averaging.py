@@ -68,7 +68,7 @@ class AveragedMatching:
         for example, guessed in zip(examples, guess.tokens, strict=True):
             for number in example.numbers:
                 tokens[number] = found[number].spread(guessed)
-        return Guess(tuple(tokens), guess.coarse_recall)
+        return Guess(tuple(tokens), guess.listed)
 
     def _examples(self, found: Sequence[Row]) -> list[_Example]:
         examples: list[_Example] = []

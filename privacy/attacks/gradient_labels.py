@@ -86,7 +86,7 @@ class _LabelAttack:
 
     sees: ClassVar[str] = "gradients at the output of the cloud's layers, and that output"
     knows: ClassVar[str]
-    coarse_recall: float | None = None
+    listed: tuple[Tensor, ...] | None = None
     threshold: float = 0.0
     _label_places = False
 
@@ -124,7 +124,7 @@ class _LabelAttack:
                 shows = (cosines > self.threshold) | self._label_places
                 within = shows.cumsum(0).bool() & shows.flip(0).cumsum(0).flip(0).bool()
                 labels.append(torch.where(within, tokens, UNKNOWN))
-        return Guess((), self.coarse_recall, tuple(labels))
+        return Guess((), self.listed, tuple(labels))
 
     @abstractmethod
     def match(self, row: Row) -> tuple[Tensor, Tensor]:
@@ -156,9 +156,11 @@ class ExactLabels(_LabelAttack):
         labels = torch.cat([each.labels for each in public])
         for self._listed in LISTS:
             matched = [self._match(each.row) for each in public]
-            held = (torch.cat([lists for lists, _, _ in matched]) == labels[:, None]).any(1)
-            self.coarse_recall = held[labels != UNKNOWN].double().mean().item()
-            if self.coarse_recall == 1:
+            self.listed = tuple(
+                (lists == each.labels[:, None]).any(1)[each.labels != UNKNOWN].float()
+                for each, (lists, _, _) in zip(public, matched, strict=True)
+            )
+            if torch.cat(self.listed).all():
                 break
         self._set_threshold(torch.cat([cosines for _, _, cosines in matched]), labels)
 

@@ -90,12 +90,12 @@ class VocabularyMatching:
         return fitted
 
     def _guess(self, found: Sequence[Row]) -> Guess:
-        guesses, credits = [], []
+        guesses, listed = [], []
         for row in found:
             tokens, credit = self._read(row)
             guesses.append(row.spread(tokens))
-            credits.extend(credit)
-        return Guess(tuple(guesses), sum(credits) / max(len(credits), 1))
+            listed.append(torch.tensor(credit))
+        return Guess(tuple(guesses), tuple(listed))
 
     def _calibrate(self, texts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Learn from texts `[n]` and what came of them `[n, h]` how near the right token lies, and how near others."""

@@ -36,6 +36,11 @@ class DefenceOptions(BaseModel):
         """Whether that is below the cloud's layers, so that gradients go up."""
         return False
 
+    @property
+    def fresh(self) -> bool:
+        """Whether one text is sent as something else in each pass, so that whoever sees several can average."""
+        return False
+
     def text(self) -> str:
         """As an option writes it, with every parameter that is set."""
         given = self.model_dump(exclude_none=True)
@@ -56,6 +61,11 @@ class Gaussian(DefenceOptions):
     gradient_sigma: float | None = Field(None, gt=0, description="The same for a token's gradient.")
     memo: bool = Field(False, description="Whether a token's hidden state gets the same noise in every pass.")
     delta: float = Field(1e-5, gt=0, lt=1)
+
+    @property
+    def fresh(self) -> bool:
+        """See `DefenceOptions`."""
+        return not self.memo
 
 
 class EmbeddingNoise(DefenceOptions):
@@ -82,6 +92,11 @@ class LearnedNoise(DefenceOptions):
     reward: float = Field(0.1, gt=0, description="What the loss falls by when every deviation grows by a factor of e.")
 
     @property
+    def fresh(self) -> bool:
+        """See `DefenceOptions`."""
+        return True
+
+    @property
     def trained_below(self) -> bool:
         """See `DefenceOptions`."""
         return True
@@ -99,6 +114,11 @@ class TrainedBottleneck(DefenceOptions):
     delta: float = Field(1e-5, gt=0, lt=1)
 
     @property
+    def fresh(self) -> bool:
+        """See `DefenceOptions`."""
+        return self.sigma is not None
+
+    @property
     def trained_below(self) -> bool:
         """See `DefenceOptions`."""
         return True
@@ -110,6 +130,11 @@ class Mixing(DefenceOptions):
     name = "mixing"
 
     share: float = Field(0.7, gt=0.5, lt=1, description="Share of a row's own example; the rest is another's.")
+
+    @property
+    def fresh(self) -> bool:
+        """See `DefenceOptions`."""
+        return True
 
 
 class Decoys(DefenceOptions):

@@ -18,7 +18,7 @@ from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
 from isthmus.privacy.measures.bootstrap import Interval, mean_interval, share_interval
 from isthmus.privacy.measures.planted_secrets import decoded, secret_hits
 from isthmus.privacy.measures.rouge import rouge_l
-from isthmus.privacy.measures.token_accuracy import rare_tokens, token_hits
+from isthmus.privacy.measures.token_accuracy import Hits, rare_tokens, token_hits
 from isthmus.privacy.recording.traffic import Traffic
 
 TOKEN_ATTACKS: dict[str, Callable[[], Attack]] = {
@@ -62,7 +62,8 @@ class Judged:
         secret_recall: Share of planted secrets that the guess holds letter by letter; None where none are planted.
         rouge_l: Mean over the texts.
         label_accuracy: Share of labels that are right, for attacks on labels; None for others.
-        coarse_recall: `Guess.coarse_recall`.
+        coarse_recall: Share of positions whose list of candidates held the right token, by the attacker's own
+            estimate; for attacks on labels of public texts. None for attacks without lists.
     """
 
     attack: str
@@ -72,7 +73,7 @@ class Judged:
     secret_recall: Interval | None = None
     rouge_l: Interval | None = None
     label_accuracy: Interval | None = None
-    coarse_recall: float | None = None
+    coarse_recall: Interval | None = None
 
 
 def judge_tokens(attack: str, front: Front, guess: Guess, knowledge: Knowledge, truth: Truth) -> Judged:
@@ -91,14 +92,21 @@ def judge_tokens(attack: str, front: Front, guess: Guess, knowledge: Knowledge, 
         rare_accuracy=share_interval(rare) if rare.of.sum() else None,
         secret_recall=share_interval(secret_hits(texts, truth.secrets)) if any(truth.secrets) else None,
         rouge_l=mean_interval(torch.tensor([rouge_l(ours, theirs) for ours, theirs in zip(texts, sent, strict=True)])),
-        coarse_recall=guess.coarse_recall,
+        coarse_recall=_coarse_recall(guess),
     )
 
 
 def judge_labels(attack: str, front: Front, guess: Guess, truth: Truth) -> Judged:
     """How much of a guess of the labels is right."""
     accuracy = share_interval(token_hits(guess.labels or (), truth.labels))
-    return Judged(attack, front, label_accuracy=accuracy, coarse_recall=guess.coarse_recall)
+    return Judged(attack, front, label_accuracy=accuracy, coarse_recall=_coarse_recall(guess))
+
+
+def _coarse_recall(guess: Guess) -> Interval | None:
+    if guess.listed is None or not sum(len(each) for each in guess.listed):
+        return None
+    sums, counts = ([float(count(each)) for each in guess.listed] for count in (torch.sum, len))
+    return share_interval(Hits(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)))
 
 
 def guess_of(make: Callable[[], Attack], knowledge: Knowledge, traffic: Traffic) -> Guess:

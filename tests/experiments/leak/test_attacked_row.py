@@ -19,7 +19,8 @@ from isthmus.privacy.recording.traffic import Backward, Forward
 
 
 def matching(accuracy: float, recall: float | None) -> Judged:
-    return Judged("matching", "known", token_accuracy=Interval(accuracy, 0, 1), coarse_recall=recall)
+    listed = None if recall is None else Interval(recall, 0, 1)
+    return Judged("matching", "known", token_accuracy=Interval(accuracy, 0, 1), coarse_recall=listed)
 
 
 @pytest.mark.parametrize(("accuracy", "recall"), [(0.95, 0.95), (0.95, 0.975), (0.5, 0.1)])
@@ -31,6 +32,13 @@ def test_an_attack_fails_whose_lists_lacked_half_of_what_it_missed(accuracy: flo
 @pytest.mark.parametrize(("accuracy", "recall"), [(0.95, 0.98), (0.995, 0.99), (1, 1), (0.3, None)])
 def test_an_attack_that_found_all_in_its_lists_does_not(accuracy: float, recall: float | None) -> None:
     check_unlimited(matching(accuracy, recall), "cut 9")
+
+
+def test_an_attack_on_labels_fails_likewise() -> None:
+    with pytest.raises(AttackLimitedError, match=r"exact got 90.0% with a coarse recall of 94.0%"):
+        check_unlimited(
+            Judged("exact", "known", label_accuracy=Interval(0.9, 0, 1), coarse_recall=Interval(0.94, 0, 1)), "cut 9"
+        )
 
 
 def test_decoys_are_told_by_whoever_has_learned_how_they_are_written() -> None:

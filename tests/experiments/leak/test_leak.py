@@ -19,11 +19,18 @@ from isthmus.experiments.leak.leak_table import table
 UNDEFENDED = {
     "name": "undefended",
     "edge_layers": "1:1",
-    "steps": 4,
+    "steps": 8,
     "also_codecs": ["int8"],
     "views": ["known", "tuned"],
 }
-NOISE = {"edge_layers": "1:1", "steps": 4, "defence": ["gaussian:clip=1000,sigma=10", "decoys:count=1"]}
+NOISE = {"edge_layers": "1:1", "steps": 8, "defence": ["gaussian:clip=1000,sigma=10", "decoys:count=1"]}
+
+
+NAMES = (
+    "token_accuracy", "rare_accuracy", "secret_recall", "rouge_l", "label_accuracy", "prior_accuracy", "coarse_recall",
+    "task_loss", "task_accuracy", "task_loss_ratio", "step_ratio", "bytes_per_token",
+)  # fmt: skip
+KEYS = {"attack", "cut", "mode", "codec", "defence", "front", *NAMES, *(f"{name}_interval" for name in NAMES)}
 
 
 def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,9 +64,12 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert exact["task_loss_ratio"] == exact["step_ratio"] == 1
     assert of(result, "undefended, int8", "vocabulary_matching")["token_accuracy"] > 0.9
     assert of(result, "undefended", "labels-exact")["label_accuracy"] > 0.9
-    private = of(result, "undefended, private front", "labels-exact")
-    assert private["label_accuracy"] == of(result, "undefended", "labels-exact")["label_accuracy"]
+    private, known = (of(result, f"undefended{side}", "labels-exact") for side in (", private front", ""))
+    assert 0.9 < private["label_accuracy"] <= known["label_accuracy"]  # the tuned last layers are known there too
     assert exact["prior_accuracy"] < 0.5
+    assert known["prior_unigram_accuracy"] != exact["prior_unigram_accuracy"]  # that of labels
+    assert exact["coarse_recall_interval"][1] == 1
+    assert KEYS <= set(exact) == set(known)
 
     noisy = of(result, "noise", "vocabulary_matching")
     assert noisy["token_accuracy"] < 0.5
@@ -68,6 +78,9 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert noisy["task_loss_ratio"] != noisy["loss_ratio_without_defence"]  # the noise is in one of them
     assert exact["loss_ratio_without_defence"] is None
     assert noisy["real_row_found"] is not None
+    again = of(result, "noise", "averaged_matching")
+    assert noisy["token_accuracy"] <= again["token_accuracy"]
+    assert "averaged_matching" not in {run["attack"] for run in result["runs"] if run["row"] == "undefended"}
     assert exact["real_row_found"] is None
     assert max(map(len, table(result))) <= 80
 
