@@ -15,7 +15,7 @@ repeated passes do not average it out, and all of them count as one, as long as 
 drops out. Where something does, two passes show the exact change between them, and nothing is claimed. Examples of the
 same tokens have the same noise, so the cloud sees that they are the same. Gradients always get fresh noise.
 
-Not claimed: that text is hidden. With ε large enough to train, matching recovers nearly all tokens.
+Not claimed: that text is hidden.
 """
 
 from __future__ import annotations

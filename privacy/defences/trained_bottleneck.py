@@ -6,7 +6,7 @@ and gets normal noise of standard deviation σC in each number; what lies on pad
 
 Claims: with noise, what goes up forward is computed from the noisy code, so that `gaussian`'s claim holds for it, with
 the same unit and the same gaps; gradients need noise of their own (`gaussian`, with its gradient_clip). Without noise
-nothing: a bottleneck of 64 has given up every token.
+nothing.
 
 The pair is in the checkpoints, and the adapter was trained behind it: in generation and evaluation without it, the
 adapter meets hidden states that it does not know.

@@ -115,6 +115,17 @@ def test_a_person_gets_a_table_and_a_sentence(model: Path, files: dict[str, Path
     assert max(map(len, generation.splitlines())) <= 80
 
 
+def test_a_leak_budget_says_which_modes_keep_it_and_why(model: Path, files: dict[str, Path]) -> None:
+    speeds = ("--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]))
+    nothing = run(model, *speeds, "--goal", "privacy")
+    assert "tokens<=0 and labels<=0: emulator only." in nothing
+    assert "tail_cache (top only) breaks it: tokens 1.00 (hidden states at the cut)" in nothing
+    assert "emulator keeps it: nothing of the texts crosses" in nothing
+    labels = run(model, *speeds, "--goal", "privacy", "--leak-budget", "labels<=0.1")
+    assert "tail_cache (top only) keeps it" in labels
+    assert "u_shape (split) breaks it" in labels
+
+
 def test_the_probe_s_output_is_what_cloud_speed_takes(
     model: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,7 +15,9 @@ import math
 import random
 import shutil
 import time
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.served_model import Served
-from isthmus.edge.audit.audit_run import audit
+from isthmus.edge.audit.audit_run import AuditReport, audit
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.rig_settings import AuditSettings
@@ -38,7 +40,7 @@ from isthmus.experiments.rigs.lying.audit_cost import cost_of
 from isthmus.experiments.rigs.lying.forgeries import UNTOUCHED, forgeries_of
 from isthmus.experiments.rigs.lying.lies import KINDS, LyingExecutor
 from isthmus.experiments.rigs.lying.lying_cloud import TENANTS, Keys, served
-from isthmus.experiments.rigs.lying.tenants import Bench, Work, call, draw_again, replay
+from isthmus.experiments.rigs.lying.tenants import Bench, Remembered, Work, call, draw_again, replay
 from isthmus.privacy.transcript.detection import probability_of_catching, share_interval
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
 
@@ -50,8 +52,13 @@ ELSEWHERE = "eager"
 MARGIN = 4.0
 """A threshold is so many times the largest distance of honest answers that it was measured on."""
 CELLS = "cells.jsonl"
+TRAINED = ("stale_adapter",)
+"""Lies that need a run that trains, at one length."""
+Calls = set[tuple[str, int, str]]
 AT_A_LIE = 2
 """Tenants of a lying cloud; an honest one has all of them."""
+LONGER_SHARE = 0.5
+"""Of the calls that a cloud alters whose sequences are longer: there are few of them, as many tokens as elsewhere."""
 
 
 def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
@@ -59,15 +66,16 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
 
     Returns:
         `lies`: a row for each kind and quantization; `honest_clouds`: one for each quantization, with batching and
-        without; `thresholds`: one for each quantization and length; `forgeries`: transcripts that were tampered with;
-        `cost`: of transcript, sample and replay. The keys of `Measurement.passed` sum them up.
+        without; `thresholds`: one for each quantization and length; `longer`: honest and lying clouds at the longer
+        lengths, by their thresholds; `forgeries`: transcripts that were tampered with; `cost`: of transcript, sample
+        and replay. The keys of `Measurement.passed` sum them up.
     """
     torch.set_num_threads(settings.threads)
     cells = Cells(folder / CELLS, Console(stderr=True))
     longest = resolve(settings.model).config.max_position_embeddings
     lengths = sorted({min(times * settings.seq, longest) for times in (1, 4, 16)})
-    cells.expect(len(QUANTIZED) * (len(KINDS) + 2 + len(lengths)) + 2)
-    lies, honest, thresholds = [], [], []
+    cells.expect(len(QUANTIZED) * (len(KINDS) + 2 + 2 * len(lengths) - 1) + 2)
+    lies, honest, thresholds, longer = [], [], [], []
     for quantize in QUANTIZED:
         cloud = _Cloud(settings, folder, quantize)
         fixed = {**asdict(settings), "quantize": quantize}
@@ -78,6 +86,9 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
         mine = [cell("threshold", partial(cloud.threshold, length), length=length) for length in lengths]
         thresholds += mine
         limit = mine[0]["threshold"]
+        longer += [
+            cell("longer", partial(cloud.longer, row["seq"], row["threshold"]), length=row["seq"]) for row in mine[1:]
+        ]
         lies += [cell(f"lie {kind}", partial(cloud.lie, kind, limit)) for kind in KINDS]
         honest += [
             cell("honest", partial(cloud.honest, limit, batching=batching), batching=batching)
@@ -88,8 +99,8 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
             cost = cell("cost", cloud.cost)
     calls, elsewhere = (sum(row[name] for row in honest) for name in ("calls", "elsewhere_calls"))
     return {
-        "all_caught": all(row["detected"] == row["altered"] > 0 for row in lies),
-        "no_false_alarms": all(row["false_alarms"] == row.get("elsewhere_alarms", 0) == 0 for row in (*lies, *honest)),
+        "all_caught": all(row["detected"] == row["altered"] > 0 for row in (*lies, *longer)),
+        "no_false_alarms": not any(row["false_alarms"] or row["elsewhere_alarms"] for row in (*lies, *honest, *longer)),
         "as_predicted": all(row["as_predicted"] for row in lies),
         "forgeries_found": all(row["refused"] == (row["forgery"] != UNTOUCHED) for row in forgeries),
         "lies": lies,
@@ -98,6 +109,7 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
         "honest_calls_elsewhere": elsewhere,
         "false_alarms_at_most": [share_interval(0, each)[1] for each in (calls, elsewhere)],
         "thresholds": thresholds,
+        "longer": longer,
         "forgeries": forgeries,
         "cost": cost,
         **asdict(settings),
@@ -117,6 +129,10 @@ def show(result: dict[str, Any]) -> None:
         print(f"honest {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls, {there}")
     for row in result["thresholds"]:
         print(f"threshold elsewhere, {row['quantize']}, {row['seq']} tokens: {row['threshold']:.2g}")
+    for row in result["longer"]:
+        alarms = f"{row['false_alarms'] + row['elsewhere_alarms']} false alarms in {row['calls']} calls"
+        found = f"{row['detected']} of {row['altered']} altered calls, elsewhere {row['elsewhere_found']}"
+        print(f"{row['quantize']}, {row['seq']} tokens: {alarms}; {found}")
     for row in result["forgeries"]:
         print(f"{row['forgery']}: {row['said'] or 'verifies'}")
     print("cost: " + ", ".join(f"{name} {value:.3g}" for name, value in result["cost"].items()))
@@ -211,11 +227,8 @@ class _Cloud:
         settings, leased = self._settings, kind == "stale_adapter"
         executor = LyingExecutor(self._model.executor, kind, settings.share, cheaper=self._cheaper)
         work = Work(f"{kind}-{self._quantize}", AT_A_LIE, settings.calls, settings.seq, leased=leased)
-        runs = call(self._bench, self._model, executor, work).runs
-        found = replay(self._bench, self._model, runs)
-        told = {(session.hex(), call, question) for session, call, question in executor.altered}
-        crossed = [_crossed(run) & told for run in runs]
-        accused = {(lie.session, lie.call, lie.question) for report, _ in found for lie in report.lies}
+        judged = self._judge(executor, work, threshold)
+        runs, found, crossed = judged.runs, judged.found, judged.altered
         apart = [lie.distance for report, _ in found for lie in report.lies if lie.distance is not None]
         # The first tenant is one that every kind lies to. It audits its own run.
         victim, (report, replayer) = runs[0], found[0]
@@ -225,15 +238,10 @@ class _Cloud:
         for _ in range(settings.trials):
             draw_again(victim / AUDIT_FOLDER, draw)
             caught += bool(audit(transcript, victim / AUDIT_FOLDER, replayer, sample).lies)
-        there = [found for found, _ in replay(self._bench, self._model, runs, self._elsewhere, threshold=threshold)]
-        elsewhere = {(lie.session, lie.call, lie.question) for found in there for lie in found.lies}
         return {
             "kind": kind,
             "quantize": self._quantize,
-            "calls": sum(report.replayed for report, _ in found),
-            "altered": sum(map(len, crossed)),
-            "detected": len(accused & told),
-            "false_alarms": len(accused - told),
+            **judged.counts(),
             "least_distance": min(apart, default=None),
             "sample": sample,
             "asked": settings.trials,
@@ -242,9 +250,33 @@ class _Cloud:
             "predicted": predicted,
             "as_predicted": abs(caught - settings.trials * predicted)
             <= 3 * math.sqrt(settings.trials * predicted * (1 - predicted)) + 1,
-            "elsewhere_found": len(elsewhere & told),
-            "elsewhere_alarms": len(elsewhere - told),
         }
+
+    def longer(self, length: int, threshold: float) -> dict[str, Any]:
+        """Honest and lying clouds whose sequences have this many tokens, by the length's own threshold."""
+        settings, model = self._settings, self._model.executor
+        honest = LyingExecutor(model, None, 0.0)
+        kinds = [kind for kind in KINDS if kind not in TRAINED]
+        liars = [LyingExecutor(model, kind, LONGER_SHARE, cheaper=self._cheaper) for kind in kinds]
+        counts: Counter[str] = Counter()
+        for executor in (honest, *liars):
+            tenants, calls = (AT_A_LIE, settings.calls) if executor.kind else (len(TENANTS), settings.measured)
+            name = f"longer-{executor.kind or 'honest'}-{self._quantize}-{length}"
+            work = Work(name, tenants, max(4, calls * settings.seq // length), length, fixed=True)
+            counts.update(self._judge(executor, work, threshold).counts())
+        return {"quantize": self._quantize, "seq": length, "threshold": threshold, **counts}
+
+    def _judge(self, executor: LyingExecutor, work: Work, threshold: float) -> _Judged:
+        """Have tenants call a cloud, and all their calls computed again by its like, and elsewhere."""
+        runs = call(self._bench, self._model, executor, work).runs
+        found = replay(self._bench, self._model, runs)
+        there = replay(self._bench, self._model, runs, self._elsewhere, threshold=threshold)
+        told = {(session.hex(), call, question) for session, call, question in executor.altered}
+        accused, elsewhere = (
+            {(lie.session, lie.call, lie.question) for report, _ in each for lie in report.lies}
+            for each in (found, there)
+        )
+        return _Judged(runs, found, [_crossed(run) & told for run in runs], told, accused, elsewhere)
 
     def forgeries(self) -> dict[str, Any]:
         """What is found in forged transcripts of an honest run."""
@@ -262,7 +294,39 @@ class _Cloud:
         return {**cost_of(self._bench, self._model), "call_seconds": called.seconds, "replay_seconds": replayed}
 
 
-def _crossed(run: Path) -> set[tuple[str, int, str]]:
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A cloud's calls, by their session, number and kind.
+
+    Attributes:
+        runs: Of each tenant.
+        found: What replays by the cloud's like found of each, and what has replayed.
+        altered: Of each run, what the cloud altered and the tenant got.
+        told: All that the cloud altered.
+        accused: What those replays accuse.
+        elsewhere: What replays with other numerics accuse.
+    """
+
+    runs: Sequence[Path]
+    found: Sequence[tuple[AuditReport, Remembered]]
+    altered: Sequence[Calls]
+    told: Calls
+    accused: Calls
+    elsewhere: Calls
+
+    def counts(self) -> dict[str, int]:
+        """Calls of each kind."""
+        return {
+            "calls": sum(report.replayed for report, _ in self.found),
+            "altered": sum(map(len, self.altered)),
+            "detected": len(self.accused & self.told),
+            "false_alarms": len(self.accused - self.told),
+            "elsewhere_found": len(self.elsewhere & self.told),
+            "elsewhere_alarms": len(self.elsewhere - self.told),
+        }
+
+
+def _crossed(run: Path) -> Calls:
     """The calls of a run: session, number, kind."""
     return {
         (each.session.id.hex(), exchange.call.call, exchange.question)

@@ -81,8 +81,10 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
     """Have sessions with a cloud, and look for what they have sent, while they last and afterwards.
 
     Returns:
-        `memory`: a row for each kind of canary with `kind`, `canaries`, `during` and `after`, which are copies in the
-        worker's memory, of several looks the most; `after` and `during`, their sums; `held_found`: whether each codec's
+        `memory`: a row for each kind of canary with `kind`, `canaries`, `during`, `at_once` and `after`, which are
+        copies in the worker's memory: while the sessions last, of several looks the most; as soon as they have ended,
+        before the worker is idle for long enough to give free memory back; and later. `during`, `at_once` and `after`,
+        their sums; `held_found`: whether each codec's
         activations and gradients, the leased weights and the keys were found in it while the sessions lasted;
         `elsewhere`: copies in all other places, both times; `places`: of each other place its `copies`, its `control`
         and how often that was found; `controls_found`: whether each control of the place was; `scanned_mib`.
@@ -100,13 +102,17 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
                     break
             found = _elsewhere(place, scanner)
         _until_ended(place)
+        with stopped(place.worker):
+            at_once = Scanner(captured.canaries).count(memory_of(place.worker))
+        time.sleep(SETTLE_SECONDS)
     after = scanner.count(memory_of(place.worker))
     for name, copies in _elsewhere(place, scanner).items():
         found[name] = found.get(name, Counter()) + copies
     wanted = {name for name, control in CONTROLS.items() if control in place.controls.values()}
     kinds = Counter(captured.canaries.values())
     rows = [
-        {"kind": kind, "canaries": kinds[kind], "during": during[kind], "after": after[kind]} for kind in captured.kinds
+        {"kind": kind, "canaries": kinds[kind], "during": during[kind], "at_once": at_once[kind], "after": after[kind]}
+        for kind in captured.kinds
     ]
     places = {
         name: {
@@ -117,8 +123,7 @@ def look(place: Place, tokens: int) -> dict[str, Any]:
         for name, copies in found.items()
     }
     return {
-        "during": sum(row["during"] for row in rows),
-        "after": sum(row["after"] for row in rows),
+        **{when: sum(row[when] for row in rows) for when in ("during", "at_once", "after")},
         "held_found": _held_found(during),
         "elsewhere": sum(each["copies"] for each in places.values()),
         "controls_found": all(found.get(name, Counter())[CONTROLS[name]] for name in wanted),
@@ -148,13 +153,12 @@ def _elsewhere(place: Place, scanner: Scanner) -> dict[str, Counter[str]]:
 
 
 def _until_ended(place: Place) -> None:
-    """Wait until the worker has no sessions, and has had time to clean up. Raises UnreachableError."""
+    """Wait until the worker has no sessions. Raises UnreachableError."""
     deadline = time.monotonic() + END_SECONDS
     while place.sessions():
         if time.monotonic() > deadline:
             raise UnreachableError(f"the sessions with {place.address} do not end")
-        time.sleep(0.2)
-    time.sleep(SETTLE_SECONDS)
+        time.sleep(0.02)
 
 
 def _held_found(found: Mapping[str, int]) -> bool:

@@ -166,7 +166,8 @@ def show(result: dict[str, Any]) -> None:
     for row in (control for part in nonces.values() for control in part["controls"]):
         print(f"{'control':20} {row['reuses']} reuses in {row['records']} records: {row['build']}")
     for name, cloud in result["clouds"].items():
-        print(f"{name:20} memory: {cloud['during']} copies in sessions, {cloud['after']} after them")
+        copies = f"{cloud['during']} copies in sessions, {cloud['at_once']} at their end, {cloud['after']} later"
+        print(f"{name:20} memory: {copies}")
         for place, found in cloud["places"].items():
             print(f"{'':20} {place}: {found['copies']} copies, {found['control_copies']} of {found['control']}")
     print(f"{'step':20} {result['step']['ratio']:.3f} with --wipe-freed, over that without")

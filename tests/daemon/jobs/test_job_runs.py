@@ -24,6 +24,7 @@ from support.daemon.jobs.job_homes import TRAINING, Jobs, ended, jobs_of, said, 
 from support.warm_processes import WarmPopen
 
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
+from isthmus.common.errors import LeakBudgetError
 from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
 from isthmus.daemon.jobs.job_runner import Patience
 from isthmus.daemon.jobs.job_service import NewJob
@@ -229,6 +230,21 @@ def test_an_error_of_a_run_is_told_with_its_code(runs: Runs, tmp_path: Path) -> 
     assert job.error is not None
     assert job.error["code"] == 11
     assert "Traceback" not in (jobs.home.job(job.id) / "worker.log").read_text()
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize(("budget", "status"), [("tokens<=1", "succeeded"), ("tokens<=0.01", "failed")])
+def test_a_jobs_leak_budget_is_measured_and_told(runs: Runs, tmp_path: Path, budget: str, status: str) -> None:
+    jobs = jobs_of(tmp_path / "home", runs)
+    with jobs.service() as service:
+        job = ended(service, service.create("one", training(leak_budget=budget, leak_sample=4, steps=1)).id)
+        told = [event.message for event in service.events("one", job.id, limit=100)[0]]
+    assert job.status == status, told
+    if job.error is None:
+        assert any(line.startswith("Leak: tokens ≤ ") and "measured on" in line for line in told)
+    else:
+        assert job.error["code"] == LeakBudgetError.exit_code
+        assert "the leak budget tokens<=0.01 is broken: nearest_neighbour recovers" in job.error["message"]
 
 
 @pytest.mark.usefixtures("workers")

@@ -47,13 +47,15 @@ def test_a_measurement_has_its_rows_and_an_interrupted_one_goes_on(
         run_audit_bench(settings, tmp_path)
     with monkeypatch.context() as other:
         other.setattr(audit_bench._Cloud, "cost", lambda _: {"hash_ms": 1.0})
-        for name in ("threshold", "lie", "honest", "forgeries"):
+        for name in ("threshold", "lie", "honest", "longer", "forgeries"):
             other.setattr(audit_bench._Cloud, name, lambda *_, **__: 1 / 0)
         found = run_audit_bench(settings, tmp_path)
     assert [found[name] for name in ("all_caught", "no_false_alarms", "as_predicted", "forgeries_found")] == [True] * 4
     (lie,) = found["lies"]
     low, high = lie["caught_interval"]
     assert low <= lie["caught"] / lie["asked"] <= high
+    assert [row["seq"] for row in found["longer"]] == [row["seq"] for row in found["thresholds"]][1:] == [32, 128]
+    assert all(row["detected"] == row["altered"] > 0 for row in found["longer"])
     assert found["honest_calls"] == found["honest_calls_elsewhere"] == 64
     assert json.loads(json.dumps(found))["forgeries"][0] == {"forgery": "untouched", "refused": False, "said": ""}
     show(found)
@@ -69,6 +71,14 @@ def test_a_threshold_of_nothing_accuses_the_honest(settings: AuditSettings, tmp_
     large = cloud.lie("noise", 1.0)
     assert large["detected"] == large["altered"] > 0
     assert large["elsewhere_found"] == 0  # smaller than the threshold
+
+
+def test_at_a_longer_length_its_own_threshold_decides(settings: AuditSettings, tmp_path: Path) -> None:
+    cloud = _Cloud(settings, tmp_path, "none")
+    row = cloud.longer(32, 0.0)
+    assert row["false_alarms"] == 0
+    assert row["elsewhere_alarms"] > 0
+    assert cloud.longer(32, 1e9)["elsewhere_found"] == 0 < row["elsewhere_found"]
 
 
 def test_a_threshold_is_judged_on_inputs_that_it_was_not_measured_on(settings: AuditSettings, tmp_path: Path) -> None:

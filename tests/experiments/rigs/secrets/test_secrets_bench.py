@@ -51,7 +51,7 @@ def test_no_nonce_is_used_twice_and_an_interrupted_measurement_goes_on(
 ) -> None:
     settings = SecretsSettings(model=str(checkpoint.folder), edge_layers=PLAN, restarts=4, sessions=200)
     place = {"copies": 0, "control": TENANT, "control_copies": 2}
-    seen = {"during": 3, "after": 0, "elsewhere": 0, "held_found": True, "controls_found": True}
+    seen = {"during": 3, "at_once": 1, "after": 0, "elsewhere": 0, "held_found": True, "controls_found": True}
     monkeypatch.setattr(Parts, "cloud", lambda *_: {**seen, "places": {"logs": place}})
     monkeypatch.setattr(Parts, "step", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
