@@ -22,6 +22,9 @@ class Cells:
     Args:
         path: The file; made with its folder when it is needed. Several processes may add to it.
 
+    Attributes:
+        seconds: What all results took that were in the file when it was opened.
+
     Raises:
         CheckpointError: A line of the file is damaged.
         DiskError: The file cannot be read or written.
@@ -33,11 +36,15 @@ class Cells:
         self._total = self._done = 0
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._known = _read(path) if path.exists() else {}
+            self._known, self.seconds = _read(path) if path.exists() else ({}, 0.0)
 
     def expect(self, total: int) -> None:
         """How many there will be, for the progress."""
         self._total = total
+
+    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether the result for these settings is there."""
+        return _key(name, settings) in self._known
 
     def get(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result for these settings: from the file, or made now and written.
@@ -68,17 +75,18 @@ def _key(name: str, settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{name} {json.dumps(dict(settings), sort_keys=True)}".encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    known = {}
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], float]:
+    known, seconds = {}, 0.0
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             cell = json.loads(line)
             known[_key(cell["name"], cell["settings"])] = cell["result"]
+            seconds += cell["seconds"]
         except json.JSONDecodeError:
             continue  # cut off while it was written: the result is made again
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}, line {number}: no finished result of a table; remove the line") from error
-    return known
+    return known, seconds
 
 
 def _ends_whole(path: Path) -> bool:

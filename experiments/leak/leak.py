@@ -1,6 +1,7 @@
 """The ledger of leaks: each row of a grid trained over a real cloud that records, attacked, and scored on its task.
 
-A finished row is a file in the folder of `--out`, with all that it was made of, and is not made again.
+A finished row is a file in the folder of `--out`, with all that it was made of, and is not made again. One under way is
+a folder there, with its run and the attacks that are done.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from isthmus.common.errors import AttackLimitedError, CheckpointError
 from isthmus.common.figures import plotting
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.common.torch_threads import torch_threads
-from isthmus.experiments.harness.launch import working_folder
 from isthmus.experiments.leak.grid import Row, file_names, read_grid
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.ledger_json import ledger
 from isthmus.experiments.leak.page.leak_page import write_page
-from isthmus.experiments.leak.row_run import RowLab
+from isthmus.experiments.leak.rows.kept_parts import kept_parts
+from isthmus.experiments.leak.rows.row_run import RowLab
 
 _ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps")
 _PLACES = ("data_folder", "out", "page", "record_mib")
@@ -78,14 +79,18 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
                 console.print(f"[{number + 1}/{len(rows)}] {row.name}, {after}: {what}", markup=False, highlight=False)
 
             try:
-                with working_folder() as folder:
-                    result = lab.make(row, folder, say)
+                with kept_parts(path.with_suffix(".parts"), about[number]) as parts:
+                    result = lab.make(row, parts, say)
+                    made = {
+                        "settings": about[number],
+                        "seconds": round(parts.seconds + time.monotonic() - started, 1),
+                        **result,
+                    }
+                    write_atomic(path, f"{json.dumps(made)}\n".encode())
             except AttackLimitedError as error:
                 say(str(error))
                 limited.append(error)
                 continue
-            made = {"settings": about[number], "seconds": round(time.monotonic() - started, 1), **result}
-            write_atomic(path, f"{json.dumps(made)}\n".encode())
             finished[number] = made
             say("finished")
     if limited:

@@ -20,8 +20,8 @@ class LeakSettings:
     """Train over a cloud that records, attack what it has, and set what each attack gets beside the task's loss.
 
     Each row of a grid is a run with its split, codec and defences. A row that is finished is a file in the folder of
-    --out, and is not made again. Ctrl-C loses the row under way. Ends with exit code 73 where an attack on a row
-    without a defence was limited by its lists of candidates.
+    --out, and is not made again; one that Ctrl-C stops goes on behind its last finished attack. Ends with exit code 73
+    where an attack on a row without a defence was limited by its lists of candidates.
 
     Example: isthmus experiment leak --json
 

@@ -4,8 +4,8 @@ transformers' own base model does the work, so embeddings, learned and rotary po
 Its list of layers ends in a module that keeps what comes to it: the hidden states at the cut.
 
 Candidates for the next position are one row of queries. All have the same position id, and a mask lets each see the
-tokens before and itself; their keys and values are then removed from the cache. So a thousand candidates cost one
-forward of a thousand positions.
+tokens before and itself; their keys and values are then removed from the cache. So some hundred candidates cost one
+forward of as many positions; more go in several rows, as attention computes each pair of a row, masked or not.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from isthmus.backbone.families import family_of, longest_sequence
 from isthmus.backbone.split.span import LayerStandIn, check_length, sharing_copy
 from isthmus.backbone.split.split_cache import window_of
 from isthmus.common.errors import PlanError
+
+_ROW = 256
+"""Candidates in a row."""
 
 
 class _Cut(LayerStandIn):
@@ -149,13 +152,14 @@ class Front:
 
         The prefix stays as it is.
         """
-        m = len(tokens)
-        before = torch.ones(m, prefix.length, dtype=torch.bool)
-        sees = torch.cat([before, torch.eye(m, dtype=torch.bool)], 1)
-        hidden = self._run(tokens, position.expand(m), sees, prefix, at=prefix.length)
-        length, prefix.length = prefix.length, prefix.length + m
-        prefix.crop(length)
-        return hidden
+        hidden = []
+        for row in tokens.split(_ROW):
+            m, length = len(row), prefix.length
+            sees = torch.cat([torch.ones(m, length, dtype=torch.bool), torch.eye(m, dtype=torch.bool)], 1)
+            hidden.append(self._run(row, position.expand(m), sees, prefix, at=length))
+            prefix.length += m
+            prefix.crop(length)
+        return torch.cat(hidden)
 
     def _run(
         self, tokens: Tensor, positions: Tensor, sees: Tensor, prefix: Prefix | None, at: int | None = None

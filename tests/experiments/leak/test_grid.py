@@ -81,7 +81,7 @@ def test_views_say_how_many_texts_are_known() -> None:
         ({"name": "a", "defence": ["mixing", "dp-sgd:clip=1,sigma=1"]}, "exclude each other"),
         ({"name": "a", "mode": "emulator", "codec": "int4"}, "sends nothing"),
         ({"name": "a", "package": "somewhere"}, "package is an emulator's"),
-        ({"name": "a", "defence": "rotation"}, "no attack here knows a secret rotation"),
+        ({"name": "a", "defence": "rotation"}, "no attack of the ledger knows a secret rotation"),
         ({"name": "a", "defence": "mixing", "also_codecs": ["int4"]}, "also_codecs sends without defences"),
         ({"name": "a", "mode": "top-only", "views": ["tuned"]}, "its front is known"),
         ({"name": "a", "data": "mnist"}, "data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from support.commands import in_process, refused
 from support.privacy.small_leak import all_here, grid_file, small_settings
 
-from isthmus.common.errors import AttackLimitedError, CheckpointError
-from isthmus.experiments.leak import attacked_row, row_run
+from isthmus.common.errors import AttackLimitedError, CheckpointError, ConfigError
+from isthmus.common.files import claim
 from isthmus.experiments.leak.leak import run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_table import table
+from isthmus.experiments.leak.rows import attacked_row, row_run
 
 UNDEFENDED = {
     "name": "undefended",
@@ -33,15 +35,32 @@ NAMES = (
 KEYS = {"attack", "cut", "mode", "codec", "defence", "front", *NAMES, *(f"{name}_interval" for name in NAMES)}
 
 
-def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while a row is made."""
+def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, after: int) -> None:
+    """Ctrl-C at a call of a function, when so many others of it have ended."""
+    whole, left = getattr(where, name), iter(range(after))
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def stop(*values: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return whole(*values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(row_run, "record_run", stop)
-        run_leak(settings)
+        patch.setattr(where, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_leak(settings)
+
+
+def attacks_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the attacks that are made from now on, which grow as they come."""
+    names: list[str] = []
+    whole = attacked_row.guess_of
+
+    def noted(make: Any, *values: Any) -> Any:
+        names.append(make.name)
+        return whole(make, *values)
+
+    monkeypatch.setattr(attacked_row, "guess_of", noted)
+    return names
 
 
 def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
@@ -88,10 +107,9 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert len(commands) == 3
     (path,) = settings.out.glob("noise*.json")
     path.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(settings, monkeypatch)
+    interrupted(settings, monkeypatch, row_run, "record_run", 0)
     assert not path.exists()
-    assert len(commands) == 3  # the row under way is all that is lost
+    assert len(commands) == 3  # the other row is finished
     path.write_text("{")
     with pytest.raises(CheckpointError, match="no finished row"):
         run_leak(settings)
@@ -101,6 +119,44 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     path.write_text(json.dumps(made))
     with pytest.raises(CheckpointError, match="made with another public"):
         run_leak(settings)
+
+
+def test_a_stopped_row_goes_on_behind_its_last_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands, attacks = all_here(monkeypatch), attacks_made(monkeypatch)
+    grid = [grid_file(tmp_path / "grid.toml", {"name": "row", **NOISE, "steps": 4})]
+    settings = small_settings(tmp_path, grid=grid)
+    interrupted(settings, monkeypatch, attacked_row, "guess_of", 2)
+    (folder,) = settings.out.iterdir()
+    with pytest.raises(CheckpointError, match="other settings"):
+        run_leak(replace(settings, public=33))
+    with claim(folder), pytest.raises(ConfigError, match="another process"):
+        run_leak(settings)
+    before = [*attacks]
+    assert len(before) == 2
+    result = run_leak(settings)
+    assert len(commands) == 1
+    assert set(attacks[2:]).isdisjoint(before)
+    assert len(attacks) == len(result["runs"])
+    assert [path.suffix for path in settings.out.iterdir()] == [".json"]
+
+    finished = next(settings.out.iterdir())
+    finished.rename(tmp_path / finished.name)
+    again = run_leak(settings)  # in the same place: the file of the decoys is in what the noise is drawn by
+    assert [without_times(run) for run in again["runs"]] == [without_times(run) for run in result["runs"]]
+
+    interrupted(replace(settings, out=tmp_path / "third"), monkeypatch, attacked_row, "guess_of", 2)
+    (folder,) = (tmp_path / "third").iterdir()
+    parts = folder / "parts.jsonl"
+    parts.write_text(parts.read_text().replace("judged", "guessed"))
+    with pytest.raises(CheckpointError, match="another form of 'nearest_neighbour"):
+        run_leak(replace(settings, out=tmp_path / "third"))
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run_leak(replace(settings, out=tmp_path / "third"))
+
+
+def without_times(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if "step_ratio" not in name}
 
 
 def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import ConfigError, PlanError
+from isthmus.privacy.attacks import front as front_module
 from isthmus.privacy.attacks.front import Front
 
 TOKENS = torch.randint(3, VOCAB, (18,), generator=torch.Generator().manual_seed(0))  # longer than two windows
@@ -30,7 +31,8 @@ def at_the_cut(model: Any, bottom: int) -> Tensor:
 
 @pytest.mark.parametrize("bottom", [0, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_front_computes_what_the_whole_model_does(name: str, bottom: int) -> None:
+def test_a_front_computes_what_the_whole_model_does(name: str, bottom: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "_ROW", 2)  # the three candidates go in two rows
     model = tiny_model(name)
     expected, front = at_the_cut(model, bottom), Front(model, bottom)
     torch.testing.assert_close(front.states(TOKENS), expected)

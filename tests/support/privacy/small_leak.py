@@ -15,8 +15,8 @@ from support.cloud.clouds import Home, ThreadServer, served
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.cli.main import main
-from isthmus.experiments.leak import recorded_run, row_run
 from isthmus.experiments.leak.leak_settings import LeakSettings
+from isthmus.experiments.leak.rows import recorded_run, row_run
 from isthmus.privacy.recording.recorder import Recorder
 
 _MIB = 1 << 20

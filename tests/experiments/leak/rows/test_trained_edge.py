@@ -15,7 +15,7 @@ from isthmus.common.errors import CheckpointError
 from isthmus.edge.data.batches import Encoded, collate
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.leak_texts import Text
-from isthmus.experiments.leak.trained_edge import score_task, trained_defence
+from isthmus.experiments.leak.rows.trained_edge import score_task, trained_defence
 from isthmus.privacy.defences.defence_options import read_defence
 from isthmus.privacy.defences.defended_span import build_defences
 from isthmus.training.run_checkpoint import RandomState, RunCheckpoint, save

@@ -14,13 +14,21 @@ from isthmus.edge.data.batches import pad_id
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.single_process import whole
-from isthmus.experiments.leak.attacked_row import Attacker, Found, attack_row, priors_of
 from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, load_texts
-from isthmus.experiments.leak.recorded_run import read_costs, record_run, train_options, write_examples
-from isthmus.experiments.leak.trained_edge import TaskScore, score_task, trained_defence, with_adapter
+from isthmus.experiments.leak.rows.attacked_row import Attacker, Found, attack_row, priors_of
+from isthmus.experiments.leak.rows.kept_parts import KeptParts
+from isthmus.experiments.leak.rows.recorded_run import (
+    OUT,
+    read_costs,
+    read_run,
+    record_run,
+    train_options,
+    write_examples,
+)
+from isthmus.experiments.leak.rows.trained_edge import TaskScore, score_task, trained_defence, with_adapter
 from isthmus.experiments.scoring.tasks import default_data_folder
 from isthmus.privacy.attacks.attack import KnownDefence
 from isthmus.privacy.attacks.front import Front
@@ -48,11 +56,11 @@ class RowLab:
     def _base(self) -> Any:
         return whole(self._checkpoint).requires_grad_(False)
 
-    def make(self, row: Row, folder: Path, say: Say) -> dict[str, Any]:
+    def make(self, row: Row, parts: KeptParts, say: Say) -> dict[str, Any]:
         """Train, attack and score.
 
         Args:
-            folder: For the run's files; empty.
+            parts: Those that are done, which are not made again.
             say: Told what is under way.
 
         Returns:
@@ -66,7 +74,7 @@ class RowLab:
             IsthmusError: What cloud and edge raise.
         """
         texts = self._texts(row)
-        made = (self._emulator if row.mode == "emulator" else self._split)(row, texts, folder, say)
+        made = (self._emulator if row.mode == "emulator" else self._split)(row, texts, parts, say)
         return {**made, "task_zero_shot": _plain(score_task(self._base, texts.scored, pad_id(self._tokenizer)))}
 
     def _texts(self, row: Row) -> LeakTexts:
@@ -78,17 +86,21 @@ class RowLab:
             row.data, settings.data_folder or default_data_folder(), self._tokenizer, counts, settings.seed
         )
 
-    def _split(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> dict[str, Any]:
-        settings = self._settings
+    def _record(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> None:
         decoys = None
         if row.n_decoys:
             say("writing decoys")
             real = (*texts.train, *texts.sent)
-            written = write_decoys(self._base, self._tokenizer, real, texts.public, row.n_decoys, settings.seed)
+            written = write_decoys(self._base, self._tokenizer, real, texts.public, row.n_decoys, self._settings.seed)
             decoys = folder / "decoys.jsonl"
             write_jsonl(decoys, ({"prompt": each.prompt, "completion": each.completion} for each in written))
         say(f"{row.steps} steps over a cloud that records")
-        run = record_run(row, settings, texts, self._base, folder, decoys)
+        record_run(row, self._settings, texts, self._base, folder, decoys)
+
+    def _split(self, row: Row, texts: LeakTexts, parts: KeptParts, say: Say) -> dict[str, Any]:
+        settings = self._settings
+        parts.run(lambda: self._record(row, texts, parts.files, say))
+        run = read_run(row, settings, texts, parts.files)
         plan = row.plan(self._checkpoint.config.num_hidden_layers)
         tuned = with_adapter(self._checkpoint, run.out / "adapter")
         defence = trained_defence(
@@ -96,21 +108,33 @@ class RowLab:
             lambda: [Front(tuned, plan.bottom).states(text.tokens) for text in texts.public],
         )  # fmt: skip
         say("scoring the task")
-        scores = {
-            codec: score_task(
-                tuned,
-                texts.scored,
-                pad_id(self._tokenizer),
-                plan=plan,
-                codec=codec,
-                defence=defence,
-                seed=settings.seed,
+        task = parts.part(
+            "task",
+            dict[str, Any],
+            lambda: {
+                codec: _plain(
+                    score_task(
+                        tuned,
+                        texts.scored,
+                        pad_id(self._tokenizer),
+                        plan=plan,
+                        codec=codec,
+                        defence=defence,
+                        seed=settings.seed,
+                    )
+                )
+                for codec in run.sent
+            },
+        )
+        without = None
+        if row.defence:
+            without = parts.part(
+                "task without defence",
+                dict[str, Any],
+                lambda: _plain(score_task(tuned, texts.scored, pad_id(self._tokenizer))),
             )
-            for codec in run.sent
-        }
-        without = score_task(tuned, texts.scored, pad_id(self._tokenizer)) if row.defence else None
         attacker = self._attacker(row, tuned, plan, texts, defence, say)
-        found = attack_row(row, run, attacker)
+        found = attack_row(row, run, attacker, parts)
         costs = read_costs(run.out)
         shared: dict[str, Any] = {
             **_measured([("bytes_per_token", share_interval(Hits(costs.bytes, costs.tokens)))]),
@@ -124,13 +148,12 @@ class RowLab:
             "runs": [
                 _entry(row, each, priors if each.judged.label_accuracy is None else of_labels, shared) for each in found
             ],
-            "task": {codec: _plain(score) for codec, score in scores.items()},
-            "task_without_defence": None if without is None else _plain(without),
+            "task": task,
+            "task_without_defence": without,
             "step_seconds": costs.seconds.tolist(),
         }
 
-    def _emulator(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> dict[str, Any]:
-        settings = self._settings
+    def _tune(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> None:
         package = row.package or folder / "package"
         if row.package is None:
             say("building an emulator")
@@ -138,10 +161,15 @@ class RowLab:
         say(f"{row.steps} steps on the emulator")
         write_examples(folder / "train.jsonl", texts.train)
         plan = row.plan(self._checkpoint.config.num_hidden_layers)
-        options = {**train_options(row, settings, self._base, plan), "threads": settings.threads}
-        options |= {"package": package, "data": folder / "train.jsonl", "validation_split": 0.0, "out": folder / "run"}
+        options = {**train_options(row, self._settings, self._base, plan), "threads": self._settings.threads}
+        options |= {"package": package, "data": folder / "train.jsonl", "validation_split": 0.0, "out": folder / OUT}
         run_isthmus("emulator", "tune", *train_flags(options))
-        tuned = with_adapter(self._checkpoint, folder / "run" / "adapter")
+
+    def _emulator(self, row: Row, texts: LeakTexts, parts: KeptParts, say: Say) -> dict[str, Any]:
+        settings = self._settings
+        parts.run(lambda: self._tune(row, texts, parts.files, say))
+        plan = row.plan(self._checkpoint.config.num_hidden_layers)
+        tuned = with_adapter(self._checkpoint, parts.files / OUT / "adapter")
         say("scoring the task")
         score = score_task(tuned, texts.scored, pad_id(self._tokenizer))
         priors = priors_of(self._attacker(row, tuned, plan, texts, None, say), texts.sent[: settings.attacked])
@@ -150,7 +178,7 @@ class RowLab:
             "runs": [_entry(row, None, priors, {**nothing, "epsilon": None, "delta": None, "unit": None})],
             "task": {row.codec: _plain(score)},
             "task_without_defence": None,
-            "step_seconds": read_costs(folder / "run").seconds.tolist(),
+            "step_seconds": read_costs(parts.files / OUT).seconds.tolist(),
         }
 
     def _attacker(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row, known_texts
 from isthmus.experiments.leak.leak_texts import UNCUT, LeakTexts, Text
 from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, share_picked
-from isthmus.experiments.leak.recorded_rows import Crossed, labels_of, sequences, traffic_of
-from isthmus.experiments.leak.recorded_run import RecordedRun
+from isthmus.experiments.leak.rows.kept_parts import KeptParts
+from isthmus.experiments.leak.rows.recorded_rows import Crossed, labels_of, sequences, traffic_of
+from isthmus.experiments.leak.rows.recorded_run import RecordedRun
 from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
 from isthmus.privacy.attacks.averaging import AveragedMatching
 from isthmus.privacy.attacks.front import Front
@@ -88,8 +90,8 @@ class Found:
     real_row_found: Interval | None = None
 
 
-def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
-    """Make all attacks on a row.
+def attack_row(row: Row, run: RecordedRun, attacker: Attacker, parts: KeptParts) -> list[Found]:
+    """Make all attacks on a row that are not done yet.
 
     Raises:
         AttackLimitedError: An attack on an undefended row got less than it could because of its lists.
@@ -97,38 +99,45 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker) -> list[Found]:
     """
     front = Front(attacker.tuned, attacker.plan.bottom)
     found = []
-    classifier = _decoy_classifier(attacker) if row.n_decoys else None
+    classifier = cache(lambda: _decoy_classifier(attacker)) if row.n_decoys else None
     for codec, batches in run.sent.items():
         crossed = sequences(batches, front)
         for view in row.views if codec == row.codec else ("known",):
             attacked, knowledge = _side(row, view, codec, crossed, front, attacker)
             first = codec == row.codec and view == row.views[0]
             names = tuple(TOKEN_ATTACKS) if first else FURTHER
-            for each in _token_attacks(run, attacked, knowledge, view, names, attacker, classifier):
+            for each in _token_attacks(run, attacked, knowledge, view, names, attacker, classifier, parts):
                 if row.defence_text == "none" and view == "known":
                     check_unlimited(each.judged, f"row {row.name!r} over {codec}")
                 found.append(each)
             if first and attacker.passes > 1 and any(each.fresh for each in row.defences()):
-                found.append(_averaged(run, attacked, knowledge, view, attacker))
+                made = partial(_averaged, run, attacked, knowledge, view, attacker)
+                found.append(parts.part(f"{AveragedMatching.name}, {view}", Found, made))
     for side in dict.fromkeys(_side_of(view) for view in row.views) if run.learned else ():
-        for each in _label_attacks(row, run, side, front, attacker):
+        for each in _label_attacks(row, run, side, front, attacker, parts):
             if row.defence_text == "none" and side == "known":
                 check_unlimited(each.judged, f"row {row.name!r}")
             found.append(each)
     return found
 
 
-def _label_attacks(row: Row, run: RecordedRun, side: Side, front: Front, attacker: Attacker) -> Iterator[Found]:
+def _label_attacks(
+    row: Row, run: RecordedRun, side: Side, front: Front, attacker: Attacker, parts: KeptParts
+) -> Iterator[Found]:
     """Labels, by the gradients of the last steps. Who knows the edge's own layers has its last ones too."""
     learned = sequences(run.learned, front, run.backwards)
     _, knowledge = _side(row, side, row.codec, [], front, attacker)
     knowledge = replace(knowledge, model=attacker.tuned if side == "known" else attacker.base)
     truth = Truth((), labels=tuple(labels_of(each.text, each.forward.hidden.shape[1]) for each in learned))
-    for name in LABEL_ATTACKS:
+
+    def found(name: str) -> Found:
         attacker.say(f"{name} on {len(learned)} sequences' gradients, last layers {side}")
         guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
         picked = by_small_gradients(learned, guess.labels or ()) if row.n_decoys else None
-        yield Found(judge_labels(name, side, guess, truth), row.codec, 0, picked)
+        return Found(judge_labels(name, side, guess, truth), row.codec, 0, picked)
+
+    for name in LABEL_ATTACKS:
+        yield parts.part(f"{name}, {side}", Found, partial(found, name))
 
 
 def _averaged(
@@ -229,24 +238,34 @@ def _token_attacks(
     view: str,
     names: Sequence[str],
     attacker: Attacker,
-    classifier: RealOrDecoy | None,
+    classifier: Callable[[], RealOrDecoy] | None,
+    parts: KeptParts,
 ) -> Iterator[Found]:
     is_real = torch.tensor([each.text is not None for each in crossed])
     texts = [each.text for each in crossed if each.text is not None]
     truth = _truth(texts)
     traffic = traffic_of(run.traffic, crossed)
-    if known_texts(view) > 1:
+
+    @cache
+    def fitted() -> Knowledge:
+        if known_texts(view) < 2:
+            return knowledge
         attacker.say(f"fitting a front to {known_texts(view)} known texts")
-        knowledge = fit_front(knowledge)
-    for name in names:
-        attacker.say(f"{name} on {len(crossed)} sequences over {knowledge.codec}, front {view}")
-        guess = guess_of(TOKEN_ATTACKS[name], knowledge, traffic)
+        return fit_front(knowledge)
+
+    def found(name: str) -> Found:
+        knows = fitted()
+        attacker.say(f"{name} on {len(crossed)} sequences over {knows.codec}, front {view}")
+        guess = guess_of(TOKEN_ATTACKS[name], knows, traffic)
         chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in is_real.nonzero()[:, 0]))
-        judged = judge_tokens(name, _side_of(view), chosen, knowledge, truth)
+        judged = judge_tokens(name, _side_of(view), chosen, knows, truth)
         picked = None
         if classifier is not None:
-            picked = share_picked(classifier.scores(guess.tokens), is_real, [each.text_number for each in crossed])
-        yield Found(judged, knowledge.codec, known_texts(view), picked)
+            picked = share_picked(classifier().scores(guess.tokens), is_real, [each.text_number for each in crossed])
+        return Found(judged, knows.codec, known_texts(view), picked)
+
+    for name in names:
+        yield parts.part(f"{name} over {knowledge.codec}, {view}", Found, partial(found, name))
 
 
 def by_small_gradients(learned: Sequence[Crossed], labels: Sequence[Tensor]) -> Interval:

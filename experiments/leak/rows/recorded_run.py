@@ -7,7 +7,6 @@ the front, the bottleneck and the noise as they are then. Labels are attacked in
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,13 @@ from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import LeakTexts, Text
-from isthmus.experiments.leak.recorded_rows import Batch, in_order
+from isthmus.experiments.leak.rows.recorded_rows import Batch, in_order
 from isthmus.privacy.recording.traffic import Backward, Traffic, read_traffic
 
+OUT = "run"
+"""The run's folder, in that of its files."""
+
+_RECORDING = "recording"
 _ALPHA = 16.0
 
 
@@ -76,7 +79,7 @@ class RecordedRun:
 
 def record_run(
     row: Row, settings: LeakSettings, texts: LeakTexts, model: Any, folder: Path, decoys: Path | None = None
-) -> RecordedRun:
+) -> None:
     """Train over a cloud that records.
 
     Args:
@@ -86,9 +89,8 @@ def record_run(
 
     Raises:
         IsthmusError: What cloud and edge raise.
-        DataError: The recording does not have what the run sent.
     """
-    out, recording = folder / "run", folder / "recording"
+    out, recording = folder / OUT, folder / _RECORDING
     plan = row.plan(model.config.num_hidden_layers)
     write_examples(folder / "train.jsonl", texts.train)
     write_examples(folder / "sent.jsonl", texts.sent)
@@ -105,10 +107,17 @@ def record_run(
         shared = {**connection, "data": folder / "sent.jsonl", "batch": settings.batch, "max_length": _whole(settings)}
         for codec in row.also_codecs:
             run_isthmus("edge", "eval", *train_flags({**shared, "codec": codec, "adapter": out / "adapter"}))
+
+
+def read_run(row: Row, settings: LeakSettings, texts: LeakTexts, folder: Path) -> RecordedRun:
+    """What `record_run` left in a folder, with the recording of its last steps and of what followed.
+
+    Raises:
+        DataError: The recording does not have what the run sent.
+    """
     last = row.steps - -(-settings.attacked // settings.batch)
-    traffic = read_traffic(recording, wanted=lambda step: step == 0 or step > last)
-    shutil.rmtree(recording)
-    return _found(row, settings, texts, out, traffic, last)
+    traffic = read_traffic(folder / _RECORDING, wanted=lambda step: step == 0 or step > last)
+    return _found(row, settings, texts, folder / OUT, traffic, last)
 
 
 def train_options(row: Row, settings: LeakSettings, model: Any, plan: SplitPlan) -> dict[str, Any]:

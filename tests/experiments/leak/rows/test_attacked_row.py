@@ -9,10 +9,10 @@ from support.privacy.attacked import tiny_model
 from isthmus.common.errors import AttackLimitedError
 from isthmus.edge.data.batches import Encoded
 from isthmus.edge.data.readers import Example
-from isthmus.experiments.leak.attacked_row import by_small_gradients, check_unlimited
 from isthmus.experiments.leak.leak_texts import Text
 from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, share_picked
-from isthmus.experiments.leak.recorded_rows import Crossed
+from isthmus.experiments.leak.rows.attacked_row import by_small_gradients, check_unlimited
+from isthmus.experiments.leak.rows.recorded_rows import Crossed
 from isthmus.privacy.ledger.judged_attacks import Judged
 from isthmus.privacy.measures.bootstrap import Interval
 from isthmus.privacy.recording.traffic import Backward, Forward

@@ -12,7 +12,7 @@ from isthmus.common.errors import DataError
 from isthmus.edge.data.batches import Encoded
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.leak.leak_texts import Text
-from isthmus.experiments.leak.recorded_rows import in_order, labels_of, sequences, traffic_of
+from isthmus.experiments.leak.rows.recorded_rows import in_order, labels_of, sequences, traffic_of
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
 
