@@ -153,7 +153,7 @@ class Front:
         The prefix stays as it is.
         """
         hidden = []
-        for row in tokens.split(_ROW):
+        for row in torch.split(tokens, _ROW):
             m, length = len(row), prefix.length
             sees = torch.cat([torch.ones(m, length, dtype=torch.bool), torch.eye(m, dtype=torch.bool)], 1)
             hidden.append(self._run(row, position.expand(m), sees, prefix, at=length))
