@@ -41,6 +41,7 @@ _NEIGHBOURS = 16  # public positions, of like norms, whose noise is averaged
 _ROUNDING = 1e-12  # the noise's power at least, of the gradient's
 _LISTINGS = 3  # lists are made anew of what is left; the gradient of later labels hides some at first
 _AT_ONCE = 32  # positions whose norm's Jacobian is held
+_CANDIDATES = 8  # of each position, that go back together
 _SETTLED = 1e-4  # of the gradient's norm, that a round changes at most where no further one is needed
 _TINY = 1e-30
 
@@ -178,7 +179,7 @@ class ExactLabels(_LabelAttack):
             along = top.along(left)
             lists = (along.abs() * along / twice + top.prior).topk(min(self._listed, len(head))).indices
             prior = top.prior.gather(1, lists)
-            directions = torch.stack([top.drawn(tokens) for tokens in lists.T], 1)  # [S, candidates, h]
+            directions = top.drawn(lists)
             listed_of = left
             for _ in range(len(lists)):
                 cosines = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY)
@@ -224,11 +225,14 @@ class _RowTop:
         """Of the loss's gradient where the head reads, `[S, width]`, with the labels `[S]`."""
         return self._means - self._slopes.gather(1, tokens[:, None]) * self._head[tokens]
 
-    def drawn(self, tokens: Tensor) -> Tensor:
-        """What each position's label `[S]` gives to its own position alone, `[S, h]`."""
-        given = self.direction(tokens).to(self._read_alone)
-        (own,) = torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True)
-        return own[0]
+    def drawn(self, lists: Tensor) -> Tensor:
+        """What each candidate for a position's label `[S, candidates]` gives to that alone, `[S, candidates, h]`."""
+        parts = []
+        for together in torch.split(lists.T, _CANDIDATES):
+            given = torch.stack([self.direction(tokens) for tokens in together]).to(self._read_alone)
+            (own,) = torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True, is_grads_batched=True)
+            parts.append(own[:, 0])
+        return torch.cat(parts).transpose(0, 1)
 
     def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
         """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""

@@ -86,26 +86,40 @@ class ModelTop:
         """
         length = hidden.shape[1]
         own = hidden.detach().clone().requires_grad_()
-        self._given.states = torch.cat([hidden.detach(), own], 1)
         places = torch.arange(length)
         counted = places[None] if positions is None else positions
         before = torch.ones(length, length, dtype=torch.bool).tril(-1)
         if mask is not None:
             before &= mask.bool()
         itself = torch.eye(length, dtype=torch.bool)
-        sees = torch.cat([torch.cat([before | itself, torch.zeros_like(itself)], 1), torch.cat([before, itself], 1)])
+        cache = DynamicCache()  # without windows: the masks say what is seen
+        with torch.no_grad():
+            self._run_after(cache, hidden, before | itself, counted)
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative, with which the Jacobian multiplies
-            output = self._base(
-                input_ids=torch.zeros(1, 2 * length, dtype=torch.long),
-                attention_mask=self._masks(sees, places.repeat(2)),
-                position_ids=torch.cat([counted, counted], 1),
-                use_cache=False,
-            )
-        return own, output.last_hidden_state[:, length:]
+            return own, self._run_after(cache, own, torch.cat([before, itself], 1), counted)
 
-    def _masks(self, sees: Tensor, places: Tensor) -> Any:
-        """What a base model takes for which position sees which, `[n, n]`: for each kind of layer within its window."""
-        distance = places[:, None] - places[None]
+    def _run_after(self, cache: DynamicCache, states: Tensor, sees: Tensor, positions: Tensor) -> Tensor:
+        """Run the layers on states that see what a cache has, and themselves, by `[S, c + S]`; it keeps them too."""
+        length, places = states.shape[1], torch.arange(states.shape[1])
+        self._given.states = states
+        output = self._base(
+            input_ids=torch.zeros(1, length, dtype=torch.long),
+            attention_mask=self._masks(sees, places, places.repeat(sees.shape[1] // length)),
+            position_ids=positions,
+            cache=cache,
+            use_cache=True,
+        )
+        last: Tensor = output.last_hidden_state
+        return last
+
+    def _masks(self, sees: Tensor, places: Tensor, of: Tensor) -> Any:
+        """What a base model takes for which position sees which, `[n, m]`: for each kind of layer within its window.
+
+        Args:
+            places: Those of the positions that see, `[n]`.
+            of: Those of what is seen, `[m]`.
+        """
+        distance = places[:, None] - of[None]
         lowest = torch.finfo(torch.float32).min
         masks = {
             window: torch.zeros(1, 1, *sees.shape).masked_fill(
