@@ -22,6 +22,7 @@ from isthmus.common.errors import AttackLimitedError, CheckpointError
 from isthmus.common.figures import plotting
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.common.torch_threads import torch_threads
+from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.leak.grid import Row, file_names, read_grid
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.ledger_json import ledger
@@ -33,6 +34,8 @@ _ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "step
 _PLACES = ("data_folder", "out", "page", "record_mib")
 _WHERE = (*_ROWS, *_PLACES)
 """Settings that say which rows are made or where, and not what comes of a row."""
+_SHARED = "shared"
+"""Folder in that of `--out` for what rows have in common."""
 _RESULT = {
     "runs": list, "task": dict, "task_without_defence": dict | None, "task_zero_shot": dict, "step_seconds": list,
 }  # fmt: skip
@@ -65,7 +68,8 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
     paths = [settings.out / name for name in file_names(rows)]
     about = [_about(row, settings, checkpoint) for row in rows]
     finished = [_read(path, each) for path, each in zip(paths, about, strict=True)]
-    lab = RowLab(checkpoint, load_tokenizer(checkpoint.folder), settings)
+    shared = Cells(settings.out / _SHARED / "cells.jsonl", Console(quiet=True))
+    lab = RowLab(checkpoint, load_tokenizer(checkpoint.folder), settings, shared)
     limited: list[AttackLimitedError] = []
     with torch_threads(settings.threads):
         for number, (row, path) in enumerate(zip(rows, paths, strict=True)):

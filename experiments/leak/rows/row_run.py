@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ from typing import Any
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.data.batches import pad_id
+from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
-from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, load_texts
+from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, Text, load_texts
 from isthmus.experiments.leak.rows.attacked_row import Attacker, Found, attack_row, priors_of
 from isthmus.experiments.leak.rows.kept_parts import KeptParts
 from isthmus.experiments.leak.rows.recorded_run import (
@@ -47,10 +50,11 @@ class RowLab:
 
     Args:
         settings: Those of the command.
+        shared: What rows with the same texts have in common, so that it is measured once.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, settings: LeakSettings) -> None:
-        self._checkpoint, self._tokenizer, self._settings = checkpoint, tokenizer, settings
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, settings: LeakSettings, shared: Cells) -> None:
+        self._checkpoint, self._tokenizer, self._settings, self._shared = checkpoint, tokenizer, settings, shared
 
     @cached_property
     def _base(self) -> Any:
@@ -75,7 +79,27 @@ class RowLab:
         """
         texts = self._texts(row)
         made = (self._emulator if row.mode == "emulator" else self._split)(row, texts, parts, say)
-        return {**made, "task_zero_shot": _plain(score_task(self._base, texts.scored, pad_id(self._tokenizer)))}
+        zero_shot = self._shared.get(
+            "zero-shot",
+            self._about(texts.scored),
+            lambda: _plain(score_task(self._base, texts.scored, pad_id(self._tokenizer))),
+        )
+        return {**made, "task_zero_shot": zero_shot}
+
+    def _about(self, *texts: Sequence[Text]) -> dict[str, Any]:
+        """What a measurement of the base model on these texts depends on."""
+        tokens = json.dumps([[(text.encoded.input_ids, text.encoded.labels) for text in each] for each in texts])
+        model = {"model": self._checkpoint.digest(), "threads": self._settings.threads}
+        return {**model, "texts": hashlib.sha256(tokens.encode()).hexdigest()}
+
+    def _priors(self, attacker: Attacker, texts: Sequence[Text], *, labels: bool = False) -> dict[str, Interval]:
+        """See `priors_of`."""
+        made = self._shared.get(
+            "priors",
+            {**self._about(attacker.texts.public, texts), "labels": labels},
+            lambda: {name: [*interval] for name, interval in priors_of(attacker, texts, labels=labels).items()},
+        )
+        return {name: Interval(*values) for name, values in made.items()}
 
     def _texts(self, row: Row) -> LeakTexts:
         settings = self._settings
@@ -141,9 +165,9 @@ class RowLab:
             **{name: run.report[name] for name in ("epsilon", "delta")},
             "unit": run.report["guarantee"],
         }
-        priors = priors_of(attacker, texts.sent[: settings.attacked])
+        priors = self._priors(attacker, texts.sent[: settings.attacked])
         learned = [text for batch in run.learned for text in batch.texts]
-        of_labels = priors_of(attacker, learned, labels=True) if learned else {}
+        of_labels = self._priors(attacker, learned, labels=True) if learned else {}
         return {
             "runs": [
                 _entry(row, each, priors if each.judged.label_accuracy is None else of_labels, shared) for each in found
@@ -172,7 +196,7 @@ class RowLab:
         tuned = with_adapter(self._checkpoint, parts.files / OUT / "adapter")
         say("scoring the task")
         score = score_task(tuned, texts.scored, pad_id(self._tokenizer))
-        priors = priors_of(self._attacker(row, tuned, plan, texts, None, say), texts.sent[: settings.attacked])
+        priors = self._priors(self._attacker(row, tuned, plan, texts, None, say), texts.sent[: settings.attacked])
         nothing = _measured([("bytes_per_token", Interval(0, 0, 0))])
         return {
             "runs": [_entry(row, None, priors, {**nothing, "epsilon": None, "delta": None, "unit": None})],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch, where: 
         patch.setattr(where, name, stop)
         with pytest.raises(KeyboardInterrupt):
             run_leak(settings)
+
+
+def rows_of(out: Path) -> list[Path]:
+    """Rows that are finished or under way."""
+    return [path for path in out.iterdir() if path.name != "shared"]
 
 
 def attacks_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -126,7 +132,7 @@ def test_a_stopped_row_goes_on_behind_its_last_attack(tmp_path: Path, monkeypatc
     grid = [grid_file(tmp_path / "grid.toml", {"name": "row", **NOISE, "steps": 4})]
     settings = small_settings(tmp_path, grid=grid)
     interrupted(settings, monkeypatch, attacked_row, "guess_of", 2)
-    (folder,) = settings.out.iterdir()
+    (folder,) = rows_of(settings.out)
     with pytest.raises(CheckpointError, match="other settings"):
         run_leak(replace(settings, public=33))
     with claim(folder), pytest.raises(ConfigError, match="another process"):
@@ -137,15 +143,16 @@ def test_a_stopped_row_goes_on_behind_its_last_attack(tmp_path: Path, monkeypatc
     assert len(commands) == 1
     assert set(attacks[2:]).isdisjoint(before)
     assert len(attacks) == len(result["runs"])
-    assert [path.suffix for path in settings.out.iterdir()] == [".json"]
+    assert [path.suffix for path in rows_of(settings.out)] == [".json"]
 
-    finished = next(settings.out.iterdir())
+    (finished,) = rows_of(settings.out)
     finished.rename(tmp_path / finished.name)
+    shutil.rmtree(settings.out / "shared")
     again = run_leak(settings)  # in the same place: the file of the decoys is in what the noise is drawn by
     assert [without_times(run) for run in again["runs"]] == [without_times(run) for run in result["runs"]]
 
     interrupted(replace(settings, out=tmp_path / "third"), monkeypatch, attacked_row, "guess_of", 2)
-    (folder,) = (tmp_path / "third").iterdir()
+    (folder,) = rows_of(tmp_path / "third")
     parts = folder / "parts.jsonl"
     parts.write_text(parts.read_text().replace("judged", "guessed"))
     with pytest.raises(CheckpointError, match="another form of 'nearest_neighbour"):
@@ -173,7 +180,7 @@ def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(
     monkeypatch.setattr(attacked_row, "check_unlimited", limited)
     with pytest.raises(AttackLimitedError):
         run_leak(settings)
-    assert [path.name.partition("-")[0] for path in settings.out.iterdir()] == ["second"]
+    assert [path.name.partition("-")[0] for path in rows_of(settings.out)] == ["second"]
 
 
 def test_top_only_sends_no_gradient_and_an_emulator_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
