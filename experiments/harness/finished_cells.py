@@ -23,7 +23,7 @@ class Cells:
         path: The file; made with its folder when it is needed. Several processes may add to it.
 
     Attributes:
-        seconds: What all results took that were in the file when it was opened.
+        path: As given.
 
     Raises:
         CheckpointError: A line of the file is damaged.
@@ -31,20 +31,22 @@ class Cells:
     """
 
     def __init__(self, path: Path, console: Console) -> None:
-        self._path = path
+        self.path = path
         self._console = console
         self._total = self._done = 0
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._known, self.seconds = _read(path) if path.exists() else ({}, 0.0)
+            self._known = _read(path) if path.exists() else {}
+        self._asked: dict[str, float] = {}
 
     def expect(self, total: int) -> None:
         """How many there will be, for the progress."""
         self._total = total
 
-    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
-        """Whether the result for these settings is there."""
-        return _key(name, settings) in self._known
+    @property
+    def seconds(self) -> float:
+        """What the results took that `get` has returned, each counted once, whether it was made now or before."""
+        return sum(self._asked.values())
 
     def get(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result for these settings: from the file, or made now and written.
@@ -57,14 +59,17 @@ class Cells:
             started = time.monotonic()
             result = make()
             seconds = round(time.monotonic() - started, 1)
-            self._append({"name": name, "settings": dict(settings), "seconds": seconds, "result": result})
-            self._known[key] = result
+            made = {"name": name, "settings": dict(settings), "seconds": seconds, "result": result}
+            self._append(made)
+            self._known[key] = made
             self._console.print(f"[{self._done}/{self._total}] {name}  {seconds:.0f} s", markup=False, highlight=False)
-        return self._known[key]
+        self._asked[key] = self._known[key]["seconds"]
+        found: dict[str, Any] = self._known[key]["result"]
+        return found
 
     def _append(self, cell: dict[str, Any]) -> None:
-        with locked(self._path), disk_errors(self._path), self._path.open("ab") as file:
-            if file.tell() and not _ends_whole(self._path):
+        with locked(self.path), disk_errors(self.path), self.path.open("ab") as file:
+            if file.tell() and not _ends_whole(self.path):
                 file.write(b"\n")  # what a full disk or a crash cut off stays a line of its own
             file.write((json.dumps(cell) + "\n").encode())
             file.flush()
@@ -75,18 +80,17 @@ def _key(name: str, settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{name} {json.dumps(dict(settings), sort_keys=True)}".encode()).hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Any]], float]:
-    known, seconds = {}, 0.0
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    known = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             cell = json.loads(line)
-            known[_key(cell["name"], cell["settings"])] = cell["result"]
-            seconds += cell["seconds"]
+            known[_key(cell["name"], cell["settings"])] = {name: cell[name] for name in ("result", "seconds")}
         except json.JSONDecodeError:
             continue  # cut off while it was written: the result is made again
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}, line {number}: no finished result of a table; remove the line") from error
-    return known, seconds
+    return known
 
 
 def _ends_whole(path: Path) -> bool:

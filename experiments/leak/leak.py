@@ -1,12 +1,13 @@
 """The ledger of leaks: each row of a grid trained over a real cloud that records, attacked, and scored on its task.
 
-A finished row is a file in the folder of `--out`, with all that it was made of, and is not made again. One under way is
-a folder there, with its run and the attacks that are done.
+A finished row is a file in the folder of `--out`, with all that it was made of, and is not made again. An unfinished
+row is a folder there, with its run and the results so far.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -18,26 +19,23 @@ from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
 from isthmus.backbone.runtime.numerics import processor_name
-from isthmus.common.errors import AttackLimitedError, CheckpointError
+from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError
 from isthmus.common.figures import plotting
-from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.files import disk_errors, locked, remove_folder, write_atomic
 from isthmus.common.torch_threads import torch_threads
-from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.leak.grid import Row, file_names, read_grid
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.ledger_json import ledger
 from isthmus.experiments.leak.page.leak_page import write_page
-from isthmus.experiments.leak.rows.kept_parts import kept_parts
 from isthmus.experiments.leak.rows.row_run import RowLab
 
 _ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps")
 _PLACES = ("data_folder", "out", "page", "record_mib")
 _WHERE = (*_ROWS, *_PLACES)
 """Settings that say which rows are made or where, and not what comes of a row."""
-_SHARED = "shared"
-"""Folder in that of `--out` for what rows have in common."""
 _RESULT = {
-    "runs": list, "task": dict, "task_without_defence": dict | None, "task_zero_shot": dict, "step_seconds": list,
+    "seconds": float | int, "runs": list, "task": dict, "task_without_defence": dict | None, "task_zero_shot": dict,
+    "step_seconds": list,
 }  # fmt: skip
 """What a row's file holds beside its settings, as `RowLab.make` says."""
 
@@ -51,8 +49,11 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
     Raises:
         ConfigError: The grid or a setting makes no sense.
         PlanError: A row's plan does not fit the model.
-        CheckpointError: A finished row's file is damaged, or was made with other settings.
+        CheckpointError: A finished row's file is damaged, or was made with other settings; or what is stored of an
+            unfinished one, or of the base model, is damaged.
+        DataError: There are too few texts, or a row's recording is not whole; the rows before it are finished.
         DiskError: The folder cannot be written.
+        OwnershipError: An unfinished row's folder is another user's.
         AttackLimitedError: An undefended row was limited by its attack's lists; the other rows are finished.
         IsthmusError: What cloud and edge raise.
     """
@@ -68,12 +69,12 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
     paths = [settings.out / name for name in file_names(rows)]
     about = [_about(row, settings, checkpoint) for row in rows]
     finished = [_read(path, each) for path, each in zip(paths, about, strict=True)]
-    shared = Cells(settings.out / _SHARED / "cells.jsonl", Console(quiet=True))
-    lab = RowLab(checkpoint, load_tokenizer(checkpoint.folder), settings, shared)
+    lab = RowLab(checkpoint, load_tokenizer(checkpoint.folder), settings)
     limited: list[AttackLimitedError] = []
     with torch_threads(settings.threads):
         for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
-            if finished[number] is not None:
+            unfinished = _checkpoint_folder(path, about[number])
+            if finished[number] is not None and not unfinished.exists():
                 continue
 
             started = time.monotonic()
@@ -82,27 +83,38 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
                 after = f"{time.monotonic() - started:.0f} s"
                 console.print(f"[{number + 1}/{len(rows)}] {row.name}, {after}: {what}", markup=False, highlight=False)
 
-            try:
-                with kept_parts(path.with_suffix(".parts"), about[number]) as parts:
-                    result = lab.make(row, parts, say)
-                    made = {
-                        "settings": about[number],
-                        "seconds": round(parts.seconds + time.monotonic() - started, 1),
-                        **result,
-                    }
-                    write_atomic(path, f"{json.dumps(made)}\n".encode())
-            except AttackLimitedError as error:
-                say(str(error))
-                limited.append(error)
-                continue
-            finished[number] = made
-            say("finished")
+            with locked(path):  # another process may make the same row
+                finished[number] = _read(path, about[number])
+                try:
+                    if finished[number] is None:
+                        made = {"settings": about[number], **lab.make(row, unfinished, say)}
+                        write_atomic(path, f"{json.dumps(made)}\n".encode())
+                        finished[number] = made
+                        say("finished")
+                except DataError:
+                    _remove(unfinished)  # its recording is of no use: the remedy is another run
+                    raise
+                except AttackLimitedError as error:
+                    say(str(error))
+                    limited.append(error)  # the remedy is other settings, so the run is of no use either
+                _remove(unfinished)
     if limited:
         raise limited[0]
     result = ledger([each for each in finished if each is not None], _circumstances(settings, checkpoint))
     if settings.page is not None:
         write_page(result, settings.page)
     return result
+
+
+def _checkpoint_folder(path: Path, about: Mapping[str, Any]) -> Path:
+    """Where an unfinished row is kept: other settings have another folder."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return path.with_name(f"{path.stem}-{digest[:8]}.unfinished")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        remove_folder(folder)
 
 
 def _about(row: Row, settings: LeakSettings, checkpoint: Checkpoint) -> dict[str, Any]:

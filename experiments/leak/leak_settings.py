@@ -20,8 +20,8 @@ class LeakSettings:
     """Train over a cloud that records, attack what it has, and set what each attack gets beside the task's loss.
 
     Each row of a grid is a run with its split, codec and defences. A row that is finished is a file in the folder of
-    --out, and is not made again; one that Ctrl-C stops goes on behind its last finished attack. Ends with exit code 73
-    where an attack on a row without a defence was limited by its lists of candidates.
+    --out, and is not made again; an interrupted one resumes after its run, and after each attack. Ends with exit code
+    73 where an attack on a row without a defence was limited by its lists of candidates.
 
     Example: isthmus experiment leak --json
 
@@ -53,7 +53,9 @@ class LeakSettings:
     learning_rate: flags.OneRate = 1e-3
     inverter_steps: Annotated[int, Option(min=20, help="Steps that the learned inverter is trained for.")] = 240
     distill_steps: Annotated[int, Option(min=1, help="Steps of an emulator's distillation.")] = 160
-    record_mib: Annotated[int, Option(min=1, help="MiB of a recording at most; it is removed with its row.")] = 8192
+    record_mib: Annotated[
+        int, Option(min=1, help="MiB of a recording at most; it lies in --out until its row is finished.")
+    ] = 8192
     seed: Annotated[int, Option(min=0, help="Of the texts, the runs and the attacks.")] = 0
     threads: flags.Threads = 2
     data_folder: flags.DataFolder = None

@@ -19,13 +19,13 @@ def ledger(rows: Sequence[Mapping[str, Any]], circumstances: Mapping[str, Any]) 
         circumstances: Further keys of the result.
 
     Returns:
-        `circumstances`; `data`, the tasks; `seconds`, of all rows together; and `runs`, entries as `RowLab.make` has
-        them with `task_loss`, `task_accuracy`, `zero_shot_accuracy` (of the model without training), and four ratios
-        over the undefended split run over fp32 of the same plan, task and number of steps, null where there is none in
-        the ledger: `task_loss_ratio`; `loss_ratio_without_defence`, of the adapter in the whole model with the defence
-        off, null where there is none; `zero_shot_loss_ratio`; and `step_ratio`, null for a further codec, which the
-        run's steps are not of. The interval of `step_ratio` is of steps, redrawn; it says nothing of what else the
-        machine did at the time of either run.
+        `circumstances`; `data`, the tasks; `seconds`, of all rows' runs, scores and attacks together; and `runs`,
+        entries as `RowLab.make` has them with `task_loss`, `task_accuracy`, `zero_shot_accuracy` (of the model without
+        training), and four ratios over the undefended split run over fp32 of the same plan, task and number of steps,
+        null where there is none in the ledger: `task_loss_ratio`; `loss_ratio_without_defence`, of the adapter in the
+        whole model with the defence off, null where there is none; `zero_shot_loss_ratio`; and `step_ratio`, null for a
+        further codec, which the run's steps are not of. The interval of `step_ratio` is of steps, redrawn; it says
+        nothing of what else the machine did at the time of either run.
     """
     baselines = {_comparable(row): row for row in rows if _is_baseline(row)}
     runs = []

@@ -3,9 +3,9 @@
 transformers' own base model does the work, so embeddings, learned and rotary positions, and windows are the model's.
 Its list of layers ends in a module that keeps what comes to it: the hidden states at the cut.
 
-Candidates for the next position are one row of queries. All have the same position id, and a mask lets each see the
-tokens before and itself; their keys and values are then removed from the cache. So some hundred candidates cost one
-forward of as many positions; more go in several rows, as attention computes each pair of a row, masked or not.
+Candidates for the next position share a forward. All have the same position id, and a mask lets each see the tokens
+before and itself; their keys and values are then removed from the cache. So a hundred candidates cost one forward of a
+hundred positions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from isthmus.backbone.split.span import LayerStandIn, check_length, sharing_copy
 from isthmus.backbone.split.split_cache import window_of
 from isthmus.common.errors import PlanError
 
-_ROW = 256
-"""Candidates in a row."""
+_CHUNK = 256
+"""Candidates of one forward at most: attention computes every pair of its positions, also those that a mask hides."""
 
 
 class _Cut(LayerStandIn):
@@ -152,11 +152,11 @@ class Front:
 
         The prefix stays as it is.
         """
-        hidden = []
-        for row in torch.split(tokens, _ROW):
-            m, length = len(row), prefix.length
+        hidden, length = [], prefix.length
+        for chunk in torch.split(tokens, _CHUNK):
+            m = len(chunk)
             sees = torch.cat([torch.ones(m, length, dtype=torch.bool), torch.eye(m, dtype=torch.bool)], 1)
-            hidden.append(self._run(row, position.expand(m), sees, prefix, at=length))
+            hidden.append(self._run(chunk, position.expand(m), sees, prefix, at=length))
             prefix.length += m
             prefix.crop(length)
         return torch.cat(hidden)

@@ -41,7 +41,7 @@ _NEIGHBOURS = 16  # public positions, of like norms, whose noise is averaged
 _ROUNDING = 1e-12  # the noise's power at least, of the gradient's
 _LISTINGS = 3  # lists are made anew of what is left; the gradient of later labels hides some at first
 _AT_ONCE = 32  # positions whose norm's Jacobian is held
-_CANDIDATES = 8  # of each position, that go back together
+_CANDIDATES = 8  # of each position in one backward; with 16 or 32 each takes as long
 _SETTLED = 1e-4  # of the gradient's norm, that a round changes at most where no further one is needed
 _TINY = 1e-30
 
@@ -226,10 +226,14 @@ class _RowTop:
         return self._means - self._slopes.gather(1, tokens[:, None]) * self._head[tokens]
 
     def drawn(self, lists: Tensor) -> Tensor:
-        """What each candidate for a position's label `[S, candidates]` gives to that alone, `[S, candidates, h]`."""
+        """The gradient of each position's own loss at that position, `[S, candidates, h]`, were its label a candidate.
+
+        Args:
+            lists: The candidates of each position, `[S, candidates]`.
+        """
         parts = []
-        for together in torch.split(lists.T, _CANDIDATES):
-            given = torch.stack([self.direction(tokens) for tokens in together]).to(self._read_alone)
+        for chunk in torch.split(lists.T, _CANDIDATES):
+            given = torch.stack([self.direction(tokens) for tokens in chunk]).to(self._read_alone)
             (own,) = torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True, is_grads_batched=True)
             parts.append(own[:, 0])
         return torch.cat(parts).transpose(0, 1)

@@ -75,8 +75,9 @@ class ModelTop:
     def alone(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the layers so that each position's result depends on its own state alone; the others are constants.
 
-        Behind the sequence stands each position once more, and sees the sequence before it and itself. So one backward
-        gives a product with the diagonal block of the Jacobian at every position, and can be differentiated again.
+        The keys and values of the sequence are computed first, without a graph. Each position then runs once more, and
+        sees the positions before it as they were, and itself. So one backward gives a product with the diagonal block
+        of the Jacobian at every position, and can be differentiated again.
 
         Args:
             hidden, mask, positions: As for `through`.
@@ -94,17 +95,28 @@ class ModelTop:
         itself = torch.eye(length, dtype=torch.bool)
         cache = DynamicCache()  # without windows: the masks say what is seen
         with torch.no_grad():
-            self._run_after(cache, hidden, before | itself, counted)
+            self._run_cached(cache, hidden, counted, before | itself, places)
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative, with which the Jacobian multiplies
-            return own, self._run_after(cache, own, torch.cat([before, itself], 1), counted)
+            return own, self._run_cached(cache, own, counted, torch.cat([before, itself], 1), places.repeat(2))
 
-    def _run_after(self, cache: DynamicCache, states: Tensor, sees: Tensor, positions: Tensor) -> Tensor:
-        """Run the layers on states that see what a cache has, and themselves, by `[S, c + S]`; it keeps them too."""
-        length, places = states.shape[1], torch.arange(states.shape[1])
+    def _run_cached(
+        self, cache: DynamicCache, states: Tensor, positions: Tensor, sees: Tensor, key_places: Tensor
+    ) -> Tensor:
+        """Run the layers after what a cache holds, `c` positions, and append the keys and values to it.
+
+        Args:
+            states: `[1, S, h]`.
+            positions: Their ids, `[1, S]`.
+            sees: Which of the cached positions and of themselves they see where there is no window, `[S, c + S]`.
+            key_places: The places of these in the sequence, `[c + S]`.
+
+        Returns:
+            What comes out of the last layer, `[1, S, h]`.
+        """
         self._given.states = states
         output = self._base(
-            input_ids=torch.zeros(1, length, dtype=torch.long),
-            attention_mask=self._masks(sees, places, places.repeat(sees.shape[1] // length)),
+            input_ids=torch.zeros(states.shape[:2], dtype=torch.long),
+            attention_mask=self._masks(sees, key_places),
             position_ids=positions,
             cache=cache,
             use_cache=True,
@@ -112,14 +124,9 @@ class ModelTop:
         last: Tensor = output.last_hidden_state
         return last
 
-    def _masks(self, sees: Tensor, places: Tensor, of: Tensor) -> Any:
-        """What a base model takes for which position sees which, `[n, m]`: for each kind of layer within its window.
-
-        Args:
-            places: Those of the positions that see, `[n]`.
-            of: Those of what is seen, `[m]`.
-        """
-        distance = places[:, None] - of[None]
+    def _masks(self, sees: Tensor, key_places: Tensor) -> Any:
+        """What a base model takes for which position sees which: for each kind of layer within its window."""
+        distance = torch.arange(len(sees))[:, None] - key_places[None]
         lowest = torch.finfo(torch.float32).min
         masks = {
             window: torch.zeros(1, 1, *sees.shape).masked_fill(

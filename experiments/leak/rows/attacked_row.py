@@ -17,9 +17,9 @@ from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row, known_texts
 from isthmus.experiments.leak.leak_texts import UNCUT, LeakTexts, Text
 from isthmus.experiments.leak.real_or_decoy import RealOrDecoy, share_picked
-from isthmus.experiments.leak.rows.kept_parts import KeptParts
 from isthmus.experiments.leak.rows.recorded_rows import Crossed, labels_of, sequences, traffic_of
 from isthmus.experiments.leak.rows.recorded_run import RecordedRun
+from isthmus.experiments.leak.rows.row_checkpoint import RowCheckpoint
 from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
 from isthmus.privacy.attacks.averaging import AveragedMatching
 from isthmus.privacy.attacks.front import Front
@@ -90,8 +90,8 @@ class Found:
     real_row_found: Interval | None = None
 
 
-def attack_row(row: Row, run: RecordedRun, attacker: Attacker, parts: KeptParts) -> list[Found]:
-    """Make all attacks on a row that are not done yet.
+def attack_row(row: Row, run: RecordedRun, attacker: Attacker, checkpoint: RowCheckpoint) -> list[Found]:
+    """All attacks on a row: those that the checkpoint has, and the others made now and stored.
 
     Raises:
         AttackLimitedError: An attack on an undefended row got less than it could because of its lists.
@@ -99,22 +99,24 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker, parts: KeptParts)
     """
     front = Front(attacker.tuned, attacker.plan.bottom)
     found = []
-    classifier = cache(lambda: _decoy_classifier(attacker)) if row.n_decoys else None
+    # Made once, and only for an attack that is not stored; so is a fitted front.
+    decoy_classifier = cache(lambda: _decoy_classifier(attacker)) if row.n_decoys else None
     for codec, batches in run.sent.items():
         crossed = sequences(batches, front)
         for view in row.views if codec == row.codec else ("known",):
             attacked, knowledge = _side(row, view, codec, crossed, front, attacker)
             first = codec == row.codec and view == row.views[0]
             names = tuple(TOKEN_ATTACKS) if first else FURTHER
-            for each in _token_attacks(run, attacked, knowledge, view, names, attacker, classifier, parts):
+            for each in _token_attacks(run, attacked, knowledge, view, names, attacker, decoy_classifier, checkpoint):
                 if row.defence_text == "none" and view == "known":
                     check_unlimited(each.judged, f"row {row.name!r} over {codec}")
                 found.append(each)
             if first and attacker.passes > 1 and any(each.fresh for each in row.defences()):
-                made = partial(_averaged, run, attacked, knowledge, view, attacker)
-                found.append(parts.part(f"{AveragedMatching.name}, {view}", Found, made))
+                averaged = partial(_averaged, run, attacked, knowledge, view, attacker)
+                about = {"codec": codec, "view": view}
+                found.append(checkpoint.result(AveragedMatching.name, about, Found, averaged))
     for side in dict.fromkeys(_side_of(view) for view in row.views) if run.learned else ():
-        for each in _label_attacks(row, run, side, front, attacker, parts):
+        for each in _label_attacks(row, run, side, front, attacker, checkpoint):
             if row.defence_text == "none" and side == "known":
                 check_unlimited(each.judged, f"row {row.name!r}")
             found.append(each)
@@ -122,7 +124,7 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker, parts: KeptParts)
 
 
 def _label_attacks(
-    row: Row, run: RecordedRun, side: Side, front: Front, attacker: Attacker, parts: KeptParts
+    row: Row, run: RecordedRun, side: Side, front: Front, attacker: Attacker, checkpoint: RowCheckpoint
 ) -> Iterator[Found]:
     """Labels, by the gradients of the last steps. Who knows the edge's own layers has its last ones too."""
     learned = sequences(run.learned, front, run.backwards)
@@ -130,14 +132,14 @@ def _label_attacks(
     knowledge = replace(knowledge, model=attacker.tuned if side == "known" else attacker.base)
     truth = Truth((), labels=tuple(labels_of(each.text, each.forward.hidden.shape[1]) for each in learned))
 
-    def found(name: str) -> Found:
+    def attack(name: str) -> Found:
         attacker.say(f"{name} on {len(learned)} sequences' gradients, last layers {side}")
         guess = guess_of(LABEL_ATTACKS[name], knowledge, traffic_of(run.traffic, learned))
         picked = by_small_gradients(learned, guess.labels or ()) if row.n_decoys else None
         return Found(judge_labels(name, side, guess, truth), row.codec, 0, picked)
 
     for name in LABEL_ATTACKS:
-        yield parts.part(f"{name}, {side}", Found, partial(found, name))
+        yield checkpoint.result(name, {"codec": row.codec, "view": side}, Found, partial(attack, name))
 
 
 def _averaged(
@@ -180,24 +182,27 @@ def check_unlimited(judged: Judged, where: str) -> None:
     if missed > MISSED and unlisted >= missed / 2:
         raise AttackLimitedError(
             f"{where}: {judged.attack} got {got.value:.1%} with a coarse recall of {judged.coarse_recall.value:.1%}, "
-            "so its lists limit it: give it more public texts (--public) or a longer training (--inverter-steps)"
+            "so its lists limit it: give it more public texts (--public) or a longer training (--inverter-steps), and "
+            "another --out"
         )
 
 
-def priors_of(attacker: Attacker, texts: Sequence[Text], *, labels: bool = False) -> dict[str, Interval]:
+def priors_of(base: Any, public: Sequence[Text], texts: Sequence[Text], *, labels: bool) -> dict[str, Interval]:
     """What is guessed of texts without their traffic, under the names that the ledger has for it.
 
     Args:
+        base: The whole model with the frozen weights.
+        public: What the attacker has of the same kind.
         labels: Whether only tokens that are labels count, and the most frequent one is that of public texts' labels.
     """
-    public, tokens = [text.tokens for text in attacker.texts.public], [text.tokens for text in texts]
-    counted, true = public, tokens
+    own, tokens = [text.tokens for text in public], [text.tokens for text in texts]
+    counted, true = own, tokens
     if labels:
         true = [torch.tensor(text.encoded.labels) for text in texts]  # padding and prompts are negative
-        counted = [own[own >= 0] for own in (torch.tensor(text.encoded.labels) for text in attacker.texts.public)]
+        counted = [each[each >= 0] for each in (torch.tensor(text.encoded.labels) for text in public)]
     guesses: dict[str, list[Tensor]] = {
-        "prior_accuracy": teacher_forced_prior(attacker.base, public, tokens),
-        "prior_free_accuracy": free_running_prior(attacker.base, public, tokens),
+        "prior_accuracy": teacher_forced_prior(base, own, tokens),
+        "prior_free_accuracy": free_running_prior(base, own, tokens),
         "prior_unigram_accuracy": unigram_prior(counted, tokens),
     }
     return {name: share_interval(token_hits(guess, true)) for name, guess in guesses.items()}
@@ -238,8 +243,8 @@ def _token_attacks(
     view: str,
     names: Sequence[str],
     attacker: Attacker,
-    classifier: Callable[[], RealOrDecoy] | None,
-    parts: KeptParts,
+    decoy_classifier: Callable[[], RealOrDecoy] | None,
+    checkpoint: RowCheckpoint,
 ) -> Iterator[Found]:
     is_real = torch.tensor([each.text is not None for each in crossed])
     texts = [each.text for each in crossed if each.text is not None]
@@ -247,25 +252,26 @@ def _token_attacks(
     traffic = traffic_of(run.traffic, crossed)
 
     @cache
-    def fitted() -> Knowledge:
+    def fitted_knowledge() -> Knowledge:
         if known_texts(view) < 2:
             return knowledge
         attacker.say(f"fitting a front to {known_texts(view)} known texts")
         return fit_front(knowledge)
 
-    def found(name: str) -> Found:
-        knows = fitted()
-        attacker.say(f"{name} on {len(crossed)} sequences over {knows.codec}, front {view}")
-        guess = guess_of(TOKEN_ATTACKS[name], knows, traffic)
+    def attack(name: str) -> Found:
+        fitted = fitted_knowledge()
+        attacker.say(f"{name} on {len(crossed)} sequences over {fitted.codec}, front {view}")
+        guess = guess_of(TOKEN_ATTACKS[name], fitted, traffic)
         chosen = replace(guess, tokens=tuple(guess.tokens[number] for number in is_real.nonzero()[:, 0]))
-        judged = judge_tokens(name, _side_of(view), chosen, knows, truth)
+        judged = judge_tokens(name, _side_of(view), chosen, fitted, truth)
         picked = None
-        if classifier is not None:
-            picked = share_picked(classifier().scores(guess.tokens), is_real, [each.text_number for each in crossed])
-        return Found(judged, knows.codec, known_texts(view), picked)
+        if decoy_classifier is not None:
+            scores = decoy_classifier().scores(guess.tokens)
+            picked = share_picked(scores, is_real, [each.text_number for each in crossed])
+        return Found(judged, fitted.codec, known_texts(view), picked)
 
     for name in names:
-        yield parts.part(f"{name} over {knowledge.codec}, {view}", Found, partial(found, name))
+        yield checkpoint.result(name, {"codec": knowledge.codec, "view": view}, Found, partial(attack, name))
 
 
 def by_small_gradients(learned: Sequence[Crossed], labels: Sequence[Tensor]) -> Interval:

@@ -30,8 +30,8 @@ from isthmus.experiments.leak.leak_texts import LeakTexts, Text
 from isthmus.experiments.leak.rows.recorded_rows import Batch, in_order
 from isthmus.privacy.recording.traffic import Backward, Traffic, read_traffic
 
-OUT = "run"
-"""The run's folder, in that of its files."""
+TRAINED = "trained"
+"""Name of the training run's folder."""
 
 _RECORDING = "recording"
 _ALPHA = 16.0
@@ -79,7 +79,7 @@ class RecordedRun:
 
 def record_run(
     row: Row, settings: LeakSettings, texts: LeakTexts, model: Any, folder: Path, decoys: Path | None = None
-) -> None:
+) -> tuple[Path, Path]:
     """Train over a cloud that records.
 
     Args:
@@ -87,10 +87,13 @@ def record_run(
         folder: For the run's files; must hold none.
         decoys: The file of decoys, where the row has some.
 
+    Returns:
+        What `read_run` needs of them: the training run's folder, and the recording.
+
     Raises:
         IsthmusError: What cloud and edge raise.
     """
-    out, recording = folder / OUT, folder / _RECORDING
+    out, recording = folder / TRAINED, folder / _RECORDING
     plan = row.plan(model.config.num_hidden_layers)
     write_examples(folder / "train.jsonl", texts.train)
     write_examples(folder / "sent.jsonl", texts.sent)
@@ -107,17 +110,18 @@ def record_run(
         shared = {**connection, "data": folder / "sent.jsonl", "batch": settings.batch, "max_length": _whole(settings)}
         for codec in row.also_codecs:
             run_isthmus("edge", "eval", *train_flags({**shared, "codec": codec, "adapter": out / "adapter"}))
+    return out, recording
 
 
 def read_run(row: Row, settings: LeakSettings, texts: LeakTexts, folder: Path) -> RecordedRun:
-    """What `record_run` left in a folder, with the recording of its last steps and of what followed.
+    """Read what `record_run` returned, in a folder: of the recording the last steps and what followed.
 
     Raises:
         DataError: The recording does not have what the run sent.
     """
     last = row.steps - -(-settings.attacked // settings.batch)
     traffic = read_traffic(folder / _RECORDING, wanted=lambda step: step == 0 or step > last)
-    return _found(row, settings, texts, folder / OUT, traffic, last)
+    return _found(row, settings, texts, folder / TRAINED, traffic, last)
 
 
 def train_options(row: Row, settings: LeakSettings, model: Any, plan: SplitPlan) -> dict[str, Any]:

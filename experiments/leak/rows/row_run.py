@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
-from isthmus.edge.data.batches import pad_id
+from isthmus.edge.data.batches import fingerprint, pad_id
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
@@ -22,15 +22,15 @@ from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, Text, load_texts
 from isthmus.experiments.leak.rows.attacked_row import Attacker, Found, attack_row, priors_of
-from isthmus.experiments.leak.rows.kept_parts import KeptParts
 from isthmus.experiments.leak.rows.recorded_run import (
-    OUT,
+    TRAINED,
     read_costs,
     read_run,
     record_run,
     train_options,
     write_examples,
 )
+from isthmus.experiments.leak.rows.row_checkpoint import RowCheckpoint, stored
 from isthmus.experiments.leak.rows.trained_edge import TaskScore, score_task, trained_defence, with_adapter
 from isthmus.experiments.scoring.tasks import default_data_folder
 from isthmus.privacy.attacks.attack import KnownDefence
@@ -40,6 +40,10 @@ from isthmus.privacy.measures.token_accuracy import Hits
 from isthmus.protocol.secure.keys import generate_root, issue_worker
 
 Say = Callable[[str], None]
+_T = TypeVar("_T")
+_Score = dict[str, dict[str, list[float]]]
+"""A `TaskScore` as JSON has it."""
+_BASE_RESULTS = "base-model.jsonl"
 _METHOD, _KEEP = "importance+bridged", 0.5
 """An emulator's recipe and its share of the middle's layers: the best of those that `make bench-emulators` measures at
 this share; with as many steps of distillation as there. A row can name another package."""
@@ -50,27 +54,32 @@ class RowLab:
 
     Args:
         settings: Those of the command.
-        shared: What rows with the same texts have in common, so that it is measured once.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, settings: LeakSettings, shared: Cells) -> None:
-        self._checkpoint, self._tokenizer, self._settings, self._shared = checkpoint, tokenizer, settings, shared
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, settings: LeakSettings) -> None:
+        self._checkpoint, self._tokenizer, self._settings = checkpoint, tokenizer, settings
 
     @cached_property
     def _base(self) -> Any:
         return whole(self._checkpoint).requires_grad_(False)
 
-    def make(self, row: Row, parts: KeptParts, say: Say) -> dict[str, Any]:
+    @cached_property
+    def _base_results(self) -> Cells:
+        """What is measured of the base model, once for all rows with the same texts."""
+        return Cells(self._settings.out / _BASE_RESULTS, Console(quiet=True))
+
+    def make(self, row: Row, folder: Path, say: Say) -> dict[str, Any]:
         """Train, attack and score.
 
         Args:
-            parts: Those that are done, which are not made again.
+            folder: Of the row's checkpoint; what it has is not made again.
             say: Told what is under way.
 
         Returns:
-            `runs`, entries of the ledger without what compares rows; `task`, losses and hits of each held-out text, by
-            codec; `task_without_defence`, the same of the adapter in the whole model with the defence off, None where
-            there is none; `task_zero_shot`, of the model without training; `step_seconds`, of each step.
+            `seconds`, of the run, the task's scores and the attacks; `runs`, entries of the ledger without what
+            compares rows; `task`, losses and hits of each held-out text, by codec; `task_without_defence`, the same of
+            the adapter in the whole model with the defence off, None where there is none; `task_zero_shot`, of the
+            model without training; `step_seconds`, of each step.
 
         Raises:
             AttackLimitedError: The row is undefended, and an attack's lists limited it.
@@ -78,28 +87,25 @@ class RowLab:
             IsthmusError: What cloud and edge raise.
         """
         texts = self._texts(row)
-        made = (self._emulator if row.mode == "emulator" else self._split)(row, texts, parts, say)
-        zero_shot = self._shared.get(
-            "zero-shot",
-            self._about(texts.scored),
-            lambda: _plain(score_task(self._base, texts.scored, pad_id(self._tokenizer))),
-        )
-        return {**made, "task_zero_shot": zero_shot}
+        checkpoint = RowCheckpoint(folder, _fingerprint(texts.train, texts.sent, texts.public, texts.scored))
+        made = (self._emulator if row.mode == "emulator" else self._split)(row, texts, checkpoint, say)
+        zero_shot = self._of_base("zero-shot", [texts.scored], _Score, lambda: self._score(self._base, texts))
+        return {"seconds": round(checkpoint.seconds, 1), **made, "task_zero_shot": zero_shot}
 
-    def _about(self, *texts: Sequence[Text]) -> dict[str, Any]:
-        """What a measurement of the base model on these texts depends on."""
-        tokens = json.dumps([[(text.encoded.input_ids, text.encoded.labels) for text in each] for each in texts])
+    def _of_base(self, name: str, texts: Sequence[Sequence[Text]], kind: type[_T], make: Callable[[], _T]) -> _T:
+        """What is measured of the base model on texts."""
         model = {"model": self._checkpoint.digest(), "threads": self._settings.threads}
-        return {**model, "texts": hashlib.sha256(tokens.encode()).hexdigest()}
+        return stored(self._base_results, name, {**model, "texts": _fingerprint(*texts)}, kind, make)
 
-    def _priors(self, attacker: Attacker, texts: Sequence[Text], *, labels: bool = False) -> dict[str, Interval]:
-        """See `priors_of`."""
-        made = self._shared.get(
-            "priors",
-            {**self._about(attacker.texts.public, texts), "labels": labels},
-            lambda: {name: [*interval] for name, interval in priors_of(attacker, texts, labels=labels).items()},
-        )
-        return {name: Interval(*values) for name, values in made.items()}
+    def _priors(self, public: Sequence[Text], texts: Sequence[Text], *, labels: bool = False) -> dict[str, Interval]:
+        """The priors of texts, or of their labels."""
+        name = "priors of labels" if labels else "priors"
+        make = partial(priors_of, self._base, public, texts, labels=labels)
+        return self._of_base(name, [public, texts], dict[str, Interval], make)
+
+    def _score(self, model: Any, texts: LeakTexts, **sent: Any) -> _Score:
+        """See `score_task`."""
+        return _plain(score_task(model, texts.scored, pad_id(self._tokenizer), **sent))
 
     def _texts(self, row: Row) -> LeakTexts:
         settings = self._settings
@@ -110,7 +116,7 @@ class RowLab:
             row.data, settings.data_folder or default_data_folder(), self._tokenizer, counts, settings.seed
         )
 
-    def _record(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> None:
+    def _record(self, row: Row, texts: LeakTexts, say: Say, folder: Path) -> Iterable[Path]:
         decoys = None
         if row.n_decoys:
             say("writing decoys")
@@ -119,55 +125,39 @@ class RowLab:
             decoys = folder / "decoys.jsonl"
             write_jsonl(decoys, ({"prompt": each.prompt, "completion": each.completion} for each in written))
         say(f"{row.steps} steps over a cloud that records")
-        record_run(row, self._settings, texts, self._base, folder, decoys)
+        return record_run(row, self._settings, texts, self._base, folder, decoys)
 
-    def _split(self, row: Row, texts: LeakTexts, parts: KeptParts, say: Say) -> dict[str, Any]:
+    def _split(self, row: Row, texts: LeakTexts, checkpoint: RowCheckpoint, say: Say) -> dict[str, Any]:
         settings = self._settings
-        parts.run(lambda: self._record(row, texts, parts.files, say))
-        run = read_run(row, settings, texts, parts.files)
+        run = read_run(row, settings, texts, checkpoint.run(partial(self._record, row, texts, say)))
         plan = row.plan(self._checkpoint.config.num_hidden_layers)
         tuned = with_adapter(self._checkpoint, run.out / "adapter")
         defence = trained_defence(
             row.defences(), run.checkpoint, self._base.config.hidden_size,
             lambda: [Front(tuned, plan.bottom).states(text.tokens) for text in texts.public],
         )  # fmt: skip
-        say("scoring the task")
-        task = parts.part(
-            "task",
-            dict[str, Any],
-            lambda: {
-                codec: _plain(
-                    score_task(
-                        tuned,
-                        texts.scored,
-                        pad_id(self._tokenizer),
-                        plan=plan,
-                        codec=codec,
-                        defence=defence,
-                        seed=settings.seed,
-                    )
-                )
-                for codec in run.sent
-            },
-        )
+
+        def scored(codec: str) -> _Score:
+            say(f"scoring the task over {codec}")
+            return self._score(tuned, texts, plan=plan, codec=codec, defence=defence, seed=settings.seed)
+
+        task = {
+            codec: checkpoint.result("task", {"codec": codec}, _Score, partial(scored, codec)) for codec in run.sent
+        }
         without = None
         if row.defence:
-            without = parts.part(
-                "task without defence",
-                dict[str, Any],
-                lambda: _plain(score_task(tuned, texts.scored, pad_id(self._tokenizer))),
-            )
+            without = checkpoint.result("task without defence", {}, _Score, lambda: self._score(tuned, texts))
         attacker = self._attacker(row, tuned, plan, texts, defence, say)
-        found = attack_row(row, run, attacker, parts)
+        found = attack_row(row, run, attacker, checkpoint)
         costs = read_costs(run.out)
         shared: dict[str, Any] = {
             **_measured([("bytes_per_token", share_interval(Hits(costs.bytes, costs.tokens)))]),
             **{name: run.report[name] for name in ("epsilon", "delta")},
             "unit": run.report["guarantee"],
         }
-        priors = self._priors(attacker, texts.sent[: settings.attacked])
+        priors = self._priors(texts.public, texts.sent[: settings.attacked])
         learned = [text for batch in run.learned for text in batch.texts]
-        of_labels = self._priors(attacker, learned, labels=True) if learned else {}
+        of_labels = self._priors(texts.public, learned, labels=True) if learned else {}
         return {
             "runs": [
                 _entry(row, each, priors if each.judged.label_accuracy is None else of_labels, shared) for each in found
@@ -177,7 +167,7 @@ class RowLab:
             "step_seconds": costs.seconds.tolist(),
         }
 
-    def _tune(self, row: Row, texts: LeakTexts, folder: Path, say: Say) -> None:
+    def _tune(self, row: Row, texts: LeakTexts, say: Say, folder: Path) -> Iterable[Path]:
         package = row.package or folder / "package"
         if row.package is None:
             say("building an emulator")
@@ -186,23 +176,27 @@ class RowLab:
         write_examples(folder / "train.jsonl", texts.train)
         plan = row.plan(self._checkpoint.config.num_hidden_layers)
         options = {**train_options(row, self._settings, self._base, plan), "threads": self._settings.threads}
-        options |= {"package": package, "data": folder / "train.jsonl", "validation_split": 0.0, "out": folder / OUT}
+        options |= {
+            "package": package,
+            "data": folder / "train.jsonl",
+            "validation_split": 0.0,
+            "out": folder / TRAINED,
+        }
         run_isthmus("emulator", "tune", *train_flags(options))
+        return [folder / TRAINED]
 
-    def _emulator(self, row: Row, texts: LeakTexts, parts: KeptParts, say: Say) -> dict[str, Any]:
-        settings = self._settings
-        parts.run(lambda: self._tune(row, texts, parts.files, say))
-        plan = row.plan(self._checkpoint.config.num_hidden_layers)
-        tuned = with_adapter(self._checkpoint, parts.files / OUT / "adapter")
+    def _emulator(self, row: Row, texts: LeakTexts, checkpoint: RowCheckpoint, say: Say) -> dict[str, Any]:
+        out = checkpoint.run(partial(self._tune, row, texts, say)) / TRAINED
         say("scoring the task")
-        score = score_task(tuned, texts.scored, pad_id(self._tokenizer))
-        priors = self._priors(self._attacker(row, tuned, plan, texts, None, say), texts.sent[: settings.attacked])
+        tuned = with_adapter(self._checkpoint, out / "adapter")
+        task = checkpoint.result("task", {"codec": row.codec}, _Score, lambda: self._score(tuned, texts))
+        priors = self._priors(texts.public, texts.sent[: self._settings.attacked])
         nothing = _measured([("bytes_per_token", Interval(0, 0, 0))])
         return {
             "runs": [_entry(row, None, priors, {**nothing, "epsilon": None, "delta": None, "unit": None})],
-            "task": {row.codec: _plain(score)},
+            "task": {row.codec: task},
             "task_without_defence": None,
-            "step_seconds": read_costs(parts.files / OUT).seconds.tolist(),
+            "step_seconds": read_costs(out).seconds.tolist(),
         }
 
     def _attacker(
@@ -300,8 +294,12 @@ def _measured(values: Iterable[tuple[str, Interval | None]]) -> dict[str, Any]:
     return entry
 
 
-def _plain(score: TaskScore) -> dict[str, Any]:
+def _plain(score: TaskScore) -> _Score:
     return {
         name: {"right": hits.right.tolist(), "of": hits.of.tolist()}
         for name, hits in (("losses", score.losses), ("hits", score.hits))
     }
+
+
+def _fingerprint(*sets: Sequence[Text]) -> str:
+    return fingerprint(*([text.encoded for text in texts] for texts in sets))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import pytest
 from support.commands import in_process, refused
 from support.privacy.small_leak import all_here, grid_file, small_settings
 
-from isthmus.common.errors import AttackLimitedError, CheckpointError, ConfigError
-from isthmus.common.files import claim
+from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError
+from isthmus.experiments.leak import leak
 from isthmus.experiments.leak.leak import run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_table import table
@@ -26,6 +28,7 @@ UNDEFENDED = {
     "also_codecs": ["int8"],
     "views": ["known", "tuned"],
 }
+PLAIN = {"edge_layers": "1:1", "steps": 4}
 NOISE = {"edge_layers": "1:1", "steps": 8, "defence": ["gaussian:clip=1000,sigma=10", "decoys:count=1"]}
 
 
@@ -36,14 +39,15 @@ NAMES = (
 KEYS = {"attack", "cut", "mode", "codec", "defence", "front", *NAMES, *(f"{name}_interval" for name in NAMES)}
 
 
-def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, after: int) -> None:
-    """Ctrl-C at a call of a function, when so many others of it have ended."""
-    whole, left = getattr(where, name), iter(range(after))
+def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, call: int = 1) -> None:
+    """Make the ledger, with Ctrl-C at the end of a call of `where.name`: the first one, or another."""
+    whole, calls = getattr(where, name), itertools.count(1)
 
-    def stop(*values: Any) -> Any:
-        if next(left, None) is None:
+    def stop(*values: Any, **named: Any) -> Any:
+        result = whole(*values, **named)
+        if next(calls) == call:
             raise KeyboardInterrupt
-        return whole(*values)
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(where, name, stop)
@@ -51,22 +55,21 @@ def interrupted(settings: LeakSettings, monkeypatch: pytest.MonkeyPatch, where: 
             run_leak(settings)
 
 
-def rows_of(out: Path) -> list[Path]:
-    """Rows that are finished or under way."""
-    return [path for path in out.iterdir() if path.name != "shared"]
+def calls_of(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[Any]:
+    """The first arguments of the calls of `where.name`, filled as they are made."""
+    whole, first = getattr(where, name), []
+
+    def noted(*values: Any, **named: Any) -> Any:
+        first.append(values[0])
+        return whole(*values, **named)
+
+    monkeypatch.setattr(where, name, noted)
+    return first
 
 
-def attacks_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the attacks that are made from now on, which grow as they come."""
-    names: list[str] = []
-    whole = attacked_row.guess_of
-
-    def noted(make: Any, *values: Any) -> Any:
-        names.append(make.name)
-        return whole(make, *values)
-
-    monkeypatch.setattr(attacked_row, "guess_of", noted)
-    return names
+def left_in(out: Path) -> list[str]:
+    """The endings of the rows' files and folders."""
+    return sorted(path.suffix for path in out.iterdir() if path.name[0] != "." and path.name != "base-model.jsonl")
 
 
 def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
 
 
 def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = all_here(monkeypatch)
+    commands, priors = all_here(monkeypatch), calls_of(monkeypatch, row_run, "priors_of")
     settings = small_settings(
         tmp_path, grid=[grid_file(tmp_path / "grid.toml", UNDEFENDED, {"name": "noise", **NOISE})]
     )
@@ -109,13 +112,11 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert exact["real_row_found"] is None
     assert max(map(len, table(result))) <= 80
 
+    assert len(priors) == 2  # of tokens and of labels, for both rows
     assert run_leak(settings) == result
     assert len(commands) == 3
     (path,) = settings.out.glob("noise*.json")
     path.unlink()
-    interrupted(settings, monkeypatch, row_run, "record_run", 0)
-    assert not path.exists()
-    assert len(commands) == 3  # the other row is finished
     path.write_text("{")
     with pytest.raises(CheckpointError, match="no finished row"):
         run_leak(settings)
@@ -127,51 +128,90 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
         run_leak(settings)
 
 
-def test_a_stopped_row_goes_on_behind_its_last_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands, attacks = all_here(monkeypatch), attacks_made(monkeypatch)
-    grid = [grid_file(tmp_path / "grid.toml", {"name": "row", **NOISE, "steps": 4})]
-    settings = small_settings(tmp_path, grid=grid)
-    interrupted(settings, monkeypatch, attacked_row, "guess_of", 2)
-    (folder,) = rows_of(settings.out)
-    with pytest.raises(CheckpointError, match="other settings"):
-        run_leak(replace(settings, public=33))
-    with claim(folder), pytest.raises(ConfigError, match="another process"):
-        run_leak(settings)
-    before = [*attacks]
-    assert len(before) == 2
-    result = run_leak(settings)
+def test_an_interrupted_row_resumes_wherever_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands, attacks = all_here(monkeypatch), calls_of(monkeypatch, attacked_row, "guess_of")
+    settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})])
+    expected = finished(settings)
+    assert (len(commands), len(attacks)) == (1, 6)
+
+    resumed = replace(settings, out=tmp_path / "resumed")
+    for stops, (where, name, call) in enumerate(
+        [
+            (row_run, "record_run", 1),
+            (attacked_row, "guess_of", 2),
+            (attacked_row, "guess_of", 3),
+            (row_run, "priors_of", 1),
+            (leak, "write_atomic", 1),
+        ]
+    ):
+        interrupted(resumed, monkeypatch, where, name, call)
+        assert left_in(resumed.out) == ([".json", ".unfinished"] if name == "write_atomic" else [".unfinished"])
+        # A run that was interrupted is made again, and so is the attack under way; nothing else is.
+        assert len(commands) == 2 + (stops > 0)
+    assert len(attacks) == 6 + 6 + 2
+    assert finished(resumed) == expected
+    assert left_in(resumed.out) == [".json"]
+    assert len(commands) == 3
+
+
+def finished(settings: LeakSettings) -> dict[str, Any]:
+    """A row's file, without what the clock says."""
+    run_leak(settings)
+    (path,) = settings.out.glob("*.json")
+    made: dict[str, Any] = json.loads(path.read_text())
+    assert made.pop("seconds") > 0
+    assert len(made.pop("step_seconds")) == PLAIN["steps"]
+    return made
+
+
+def test_other_settings_leave_an_unfinished_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_here(monkeypatch)
+    settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})])
+    for public in (32, 33):
+        interrupted(replace(settings, public=public), monkeypatch, row_run, "record_run")
+    assert left_in(settings.out) == [".unfinished"] * 2
+
+
+def test_a_run_whose_recording_is_of_no_use_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = all_here(monkeypatch)
+    settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})])
+
+    def cut_off(*_: Any) -> None:
+        raise DataError("raise --record-mib, or repeat the row")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_run, "read_run", cut_off)
+        with pytest.raises(DataError):
+            run_leak(settings)
+    assert left_in(settings.out) == []
+    interrupted(settings, monkeypatch, row_run, "read_run")
+    assert len(commands) == 2
+
+
+def test_a_row_that_another_process_has_made_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = all_here(monkeypatch)
+    settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})])
+    expected = run_leak(settings)
+    (path,) = settings.out.glob("*.json")
+    kept = path.rename(tmp_path / "made")
+
+    @contextmanager
+    def waited(path: Path) -> Iterator[None]:
+        kept.rename(path)
+        yield
+
+    monkeypatch.setattr(leak, "locked", waited)
+    assert run_leak(settings) == expected
     assert len(commands) == 1
-    assert set(attacks[2:]).isdisjoint(before)
-    assert len(attacks) == len(result["runs"])
-    assert [path.suffix for path in rows_of(settings.out)] == [".json"]
-
-    (finished,) = rows_of(settings.out)
-    finished.rename(tmp_path / finished.name)
-    shutil.rmtree(settings.out / "shared")
-    again = run_leak(settings)  # in the same place: the file of the decoys is in what the noise is drawn by
-    assert [without_times(run) for run in again["runs"]] == [without_times(run) for run in result["runs"]]
-
-    interrupted(replace(settings, out=tmp_path / "third"), monkeypatch, attacked_row, "guess_of", 2)
-    (folder,) = rows_of(tmp_path / "third")
-    parts = folder / "parts.jsonl"
-    parts.write_text(parts.read_text().replace("judged", "guessed"))
-    with pytest.raises(CheckpointError, match="another form of 'nearest_neighbour"):
-        run_leak(replace(settings, out=tmp_path / "third"))
-    (folder / "settings.json").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        run_leak(replace(settings, out=tmp_path / "third"))
-
-
-def without_times(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if "step_ratio" not in name}
 
 
 def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     all_here(monkeypatch)
-    plain = {"edge_layers": "1:1", "steps": 4}
-    rows = [{**plain, "name": "first"}, {**plain, "name": "second", "defence": "smoothing:share=0.5"}]
+    rows = [{**PLAIN, "name": "first"}, {**PLAIN, "name": "second", "defence": "smoothing:share=0.5"}]
     settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", *rows)])
 
     def limited(*_: Any) -> None:
@@ -180,7 +220,8 @@ def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(
     monkeypatch.setattr(attacked_row, "check_unlimited", limited)
     with pytest.raises(AttackLimitedError):
         run_leak(settings)
-    assert [path.name.partition("-")[0] for path in rows_of(settings.out)] == ["second"]
+    assert left_in(settings.out) == [".json"]
+    assert list(settings.out.glob("second-*.json"))
 
 
 def test_top_only_sends_no_gradient_and_an_emulator_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def at_the_cut(model: Any, bottom: int) -> Tensor:
 @pytest.mark.parametrize("bottom", [0, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_front_computes_what_the_whole_model_does(name: str, bottom: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_module, "_ROW", 2)  # the three candidates go in two rows
+    monkeypatch.setattr(front_module, "_CHUNK", 2)  # the three candidates take two forwards
     model = tiny_model(name)
     expected, front = at_the_cut(model, bottom), Front(model, bottom)
     torch.testing.assert_close(front.states(TOKENS), expected)

@@ -16,7 +16,8 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, labelled_row
+from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, _RowTop, labelled_row
+from isthmus.privacy.attacks.model_top import ModelTop
 from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
 
 LENGTH, START = 12, 5
@@ -59,6 +60,20 @@ def test_all_labels_come_out_where_the_top_is_known(family: str) -> None:
     knowledge = knowing(tiny_model(family))
     traffic, labels = sent(knowledge)
     assert accuracy(ExactLabels(), knowledge, traffic, labels) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_that_go_back_together_give_what_each_gives_alone(family: str) -> None:
+    knowledge = knowing(tiny_model(family))
+    row = labelled_row(knowledge, knowledge.public[0], START).row
+    top = _RowTop(ModelTop(knowledge.model, knowledge.plan), row, 0.0)
+    lists = torch.randint(VOCAB, (LENGTH, 11), generator=torch.Generator().manual_seed(3))  # no multiple of a chunk
+    drawn = top.drawn(lists)
+    for place, tokens in enumerate(lists.T):
+        single = top.direction(tokens).to(top._read_alone)
+        (expected,) = torch.autograd.grad(top._read_alone, top._own, single, retain_graph=True)
+        torch.testing.assert_close(drawn[:, place], expected[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(drawn[:, 0], drawn[:, 1])
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
