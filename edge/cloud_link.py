@@ -55,6 +55,7 @@ def open_link(config: ClientConfig, *, interactive: bool = False, deadline: floa
         connect_timeout=config.connect_timeout,
         give_up_after=config.give_up_after,
         call_timeout=config.call_timeout,
+        keepalive=config.keepalive,
         interactive=interactive,
         deadline=deadline,
         max_fetch_bytes=int(config.max_fetch_gib * GIB),

@@ -221,8 +221,22 @@ def worker_specs(
         beside: how many workers share the machine's memory.
         threads: torch threads of each worker.
     """
+    first = worker_spec(options, backbone, beside=beside, threads=threads)
+    host = advertised_host(options)
+    specs = [
+        dataclasses.replace(first, number=number, listen=listen, address=_address(host, listen))
+        for number, listen in enumerate(addresses)
+    ]
+    with contextlib.ExitStack() as stack:
+        if options.pipeline > 1:
+            specs = stack.enter_context(stage_specs(specs[0], backbone.plan, options.pipeline, ports))
+        yield [dataclasses.replace(spec, log_file=str(log_file(options.home, "worker", spec.number))) for spec in specs]
+
+
+def worker_spec(options: ServeOptions, backbone: Backbone, *, beside: int, threads: int) -> WorkerSpec:
+    """What all workers have in common; without where they listen."""
     tls = options.tls
-    first = WorkerSpec(
+    return WorkerSpec(
         checkpoint=str(backbone.checkpoint.folder),
         model=backbone.checkpoint.name,
         plan=str(backbone.plan),
@@ -249,15 +263,6 @@ def worker_specs(
         tls_key="" if tls is None else str(tls.key.absolute()),
         tls_client_ca="" if tls is None or tls.client_ca is None else str(tls.client_ca.absolute()),
     )
-    host = advertised_host(options)
-    specs = [
-        dataclasses.replace(first, number=number, listen=listen, address=_address(host, listen))
-        for number, listen in enumerate(addresses)
-    ]
-    with contextlib.ExitStack() as stack:
-        if options.pipeline > 1:
-            specs = stack.enter_context(stage_specs(specs[0], backbone.plan, options.pipeline, ports))
-        yield [dataclasses.replace(spec, log_file=str(log_file(options.home, "worker", spec.number))) for spec in specs]
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ _EMPTY = {
     m.FileSet.PARTS: "the cloud offers no parts of its model: ask its owner",
     m.FileSet.EMULATOR: "the cloud offers no package: ask its owner for one (`isthmus cloud serve --emulator`)",
     m.FileSet.ADAPTER: "no adapter of yours is plugged in: return one first (`isthmus emulator return`)",
+    m.FileSet.MODEL: "only the workers of this cloud may fetch its model",
+    m.FileSet.ADAPTERS: "only the workers of this cloud may fetch other tenants' adapters",
 }
 
 FORWARD, KEPT_FORWARD, BACKWARD = (Kind(name, parallel=True) for name in ("forward", "kept forward", "backward"))
@@ -75,7 +77,7 @@ class TenantSession:
     Args:
         session_id: the session's id, which keys its entries in the activation cache.
         executor: the span that every session of this worker shares.
-        stores: the files that every edge may fetch.
+        stores: make the files that it may fetch.
         adapters: the tenant's own adapters.
         calls: runs the calls with sites.
         decoding: what decode calls share.
@@ -86,7 +88,7 @@ class TenantSession:
 
     session_id: bytes
     executor: Executor
-    stores: Mapping[m.FileSet, FileStore]
+    stores: Mapping[m.FileSet, Callable[[], FileStore]]
     adapters: TenantAdapters
     calls: SiteCalls
     decoding: Decoding
@@ -148,8 +150,8 @@ class TenantSession:
         self.decoding.pool.release(self.session_id)
 
     def _store(self, which: m.FileSet) -> FileStore | m.Status:
-        store = self.adapters.files() if which == m.FileSet.ADAPTER else self.stores.get(which)
-        return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if store is None else store
+        make = self.adapters.files if which == m.FileSet.ADAPTER else self.stores.get(which, lambda: None)
+        return make() or m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which])
 
     def decode_call(self, message: m.Decode) -> DecodeCall:
         """A decode call, which is computed in steps. The event loop may ask.

@@ -47,6 +47,7 @@ _FREE = {
     "connect_timeout",
     "give_up_after",
     "call_timeout",
+    "keepalive",
     "tls_ca",
     "tls_cert",
     "tls_key",

@@ -58,7 +58,7 @@ class Pipeline:
             self.servers.insert(0, server)
             if number:
                 key = load_edge(home.new_edge("stage", stage=True))
-                behind = NextStage(f"127.0.0.1:{server.port}", home.pin, key, self.dtype)
+                behind = NextStage(partial(str, f"127.0.0.1:{server.port}"), home.pin, key, self.dtype)
 
     def restart(self, number: int) -> None:
         """End a stage's server and everything that it remembers, and start one at the same port."""
