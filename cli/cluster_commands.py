@@ -51,9 +51,7 @@ def node_keygen() -> None:
 
 
 def enroll_node(
-    public_key: Annotated[
-        Path, typer.Argument(help="The node's node_key.pub, as `isthmus cloud node-keygen` makes it.")
-    ],
+    public_key: Annotated[Path, typer.Argument(help="The node's node_key.pub, of `isthmus cloud node-keygen`.")],
     home: Home = DEFAULT_HOME,
     name: Annotated[str | None, typer.Option(help="The node's name; by default the key's comment.")] = None,
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def _findings(cluster: JoinedCluster, name: str, home: Path, model: str | None) 
     elif spec is not None:
         path, digest = spec.worker.worker.checkpoint, spec.worker.digest
     started = time.time()
-    asked = [(node, cluster.run_on(node, partial(probe, path if node.workers else ""))) for node in nodes]
+    asked = [(node, cluster.run_on(node, probe, path if node.workers else "")) for node in nodes]
     deadline = time.monotonic() + PROBE_SECONDS
     here: NodeFacts = probe("")
     facts: dict[str, NodeFacts] = {}
@@ -194,7 +193,8 @@ def _differences(facts: NodeFacts, here: NodeFacts) -> Iterator[str]:
         if facts.versions.get(name) != version:
             yield f"{name} {facts.versions.get(name)} there, {version} here: install the same"
     if facts.tls != here.tls:
-        yield f"Ray uses {'TLS' if facts.tls else 'no TLS'} there, and {'TLS' if here.tls else 'none'} here: set it alike"
+        has, own = ("TLS" if each.tls else "no TLS" for each in (facts, here))
+        yield f"Ray uses {has} there, and {own} here: set RAY_USE_TLS alike"
     if facts.token != here.token:
         yield "Ray's token authentication is not set as it is here: set RAY_AUTH_MODE alike"
 

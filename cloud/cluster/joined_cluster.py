@@ -6,16 +6,13 @@ and in logs; arguments and results of methods do not, and still have no key and 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, Claims
 from isthmus.cloud.control.ray_cluster import NAMESPACE, Actor, Answer
 from isthmus.common.errors import UnreachableError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +85,13 @@ class JoinedCluster:
         ]
         return sorted(found, key=lambda node: node.address)
 
-    def run_on(self, node: Node, task: Callable[[], T]) -> Answer:
-        """Run a function of no arguments on a node."""
+    def run_on(self, node: Node, task: Callable[..., object], *arguments: object) -> Answer:
+        """Run a function on a node."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        return Answer(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(task).remote())
+        return Answer(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(task).remote(*arguments))
 
     def leave(self) -> None:
         """Leave the cluster, which goes on."""
@@ -150,8 +147,3 @@ def _started(
     )(kind)
     handle = made.options(name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(argument)
     return Actor(handle)
-
-
-def in_a_cluster() -> bool:
-    """Whether Ray's token, or its address, was given to this process by whoever has started the cluster."""
-    return "RAY_ADDRESS" in os.environ

@@ -1,7 +1,7 @@
 """What a cloud's controller sends a worker on a node, and what the worker asks for. Pure.
 
 All of it goes through Ray as arguments and results of actors' methods, which Ray keeps nowhere. Nothing of it is
-secret: certificates, public keys, enrolments, addresses. Keys stay where they are, and files go between workers, sealed.
+secret: certificates, public keys, enrolments, addresses. Keys stay where they are; files go between workers, sealed.
 """
 
 from __future__ import annotations
