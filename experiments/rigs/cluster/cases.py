@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,14 @@ from typing import Any, Final
 import psutil
 
 from isthmus.common.errors import IsthmusError, UnreachableError
+from isthmus.experiments.rigs.cluster.autoscaler import (
+    HEAD_ID,
+    HEAD_TYPE,
+    SCALING,
+    WORKER_TYPE,
+    Provisioner,
+    autoscaling_config,
+)
 from isthmus.experiments.rigs.cluster.cluster_cloud import ClusterCloud
 from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished, run_options
 from isthmus.experiments.rigs.cluster.machines import Machine, Machines
@@ -67,6 +76,20 @@ class World:
         self.machines.switch_on(machine, [self.setting.model.parent] if machine.name == SECOND else [])
         self.ray.start(machine, WORKERS_EACH if takes else 0)
 
+    def start_head(self, most: int = 0) -> None:
+        """Switch the head on, with an autoscaler where it may have up to `most` machines."""
+        head = self.ray.head
+        if not most:
+            self.start_node(head)
+            return
+        folder = head.folder / "autoscaler"
+        folder.mkdir(mode=0o700)
+        config = head.folder / "autoscaling.json"
+        config.write_text(json.dumps(autoscaling_config(folder, most, 1)))
+        self.machines.switch_on(head)
+        names = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_NODE_TYPE_NAME": HEAD_TYPE}
+        self.ray.start(head, options=[f"--autoscaling-config={config}"], settings=names)
+
     @contextlib.contextmanager
     def edge(self) -> Iterator[EdgeRun]:
         """A run of the edge on the owner's machine."""
@@ -101,15 +124,25 @@ class World:
 
 
 @contextlib.contextmanager
-def world(setting: Setting, root: Path, *, storage: bool = False) -> Iterator[World]:
-    """Machines that are on, in one Ray cluster, with keys. All of it is gone behind the context."""
+def world(setting: Setting, root: Path, case: str) -> Iterator[World]:
+    """Machines that are on, in one Ray cluster, with keys. All of it is gone behind the context.
+
+    Args:
+        setting: see there.
+        root: folder for it, new.
+        case: name of the case, for which the control store has a disk, or Ray an autoscaler that switches machines on.
+    """
+    autoscaled = case in AUTOSCALED
     with Machines(root) as machines:
         owner, head, first, second = (machines.add(name) for name in (OWNER, HEAD, FIRST, SECOND))
-        ray = RayCluster(head, storage=storage, settings=FAST_SETTINGS)
+        ray = RayCluster(
+            head, storage=case in WITH_STORAGE, settings={**FAST_SETTINGS, **(SCALING if autoscaled else {})}
+        )
         cloud = ClusterCloud(machines, owner, ray, setting.model)
         cloud.make_keys([first, second])
         made = World(setting, machines, ray, cloud, cloud.enroll_edge("edge"))
-        for machine in (head, owner, first, second):
+        made.start_head(most=2 if autoscaled else 0)
+        for machine in (owner,) if autoscaled else (owner, first, second):
             made.start_node(machine)
         yield made
 
@@ -228,6 +261,28 @@ def serve_ended(world: World) -> Happened:
         return Happened(done, done.lost, {"third_worker_s": round(grown, 1)})
 
 
+def machine_added(world: World) -> Happened:
+    """Calls wait, so the cloud wants a worker more and Ray's autoscaler a machine for it; both are ended again."""
+    cloud, folder = world.cloud, world.cloud.ray.head.folder / "autoscaler"
+    first = world.machines.all[FIRST]
+
+    def start(machine: Machine, name: str) -> None:
+        world.machines.switch_on(machine, [world.setting.model.parent] if machine is not first else [])
+        world.ray.start(machine, 1, settings={"RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": WORKER_TYPE})
+
+    with Provisioner(folder, [first, world.machines.all[SECOND]], start) as provisioner:
+        with cloud.serving("--workers", "1"), world.edge() as run:
+            run.wait_for_step(world.setting.at)
+            cloud.run("scale", "2", "--address", cloud.ray.address)
+            added = world.wait("a second worker", lambda: world.serves(1))
+            machines = len(provisioner.on)
+            cloud.run("scale", "1", "--address", cloud.ray.address)
+            ended = world.wait("one machine", lambda: len(provisioner.on) == 1)
+            done = run.finish()
+        world.wait("no machine", lambda: not provisioner.on)
+    return Happened(done, done.lost, {"machines": machines, "added_s": round(added, 1), "ended_s": round(ended, 1)})
+
+
 CASES: Final[dict[str, Callable[[World], Happened]]] = {
     "two nodes": two_nodes,
     "worker's machine killed": worker_killed,
@@ -236,9 +291,11 @@ CASES: Final[dict[str, Callable[[World], Happened]]] = {
     "head killed, with storage": head_killed,
     "head lost, without storage": head_lost,
     "serve ended and attached": serve_ended,
+    "machine added and ended": machine_added,
 }
 """By the name that the table has for them."""
 WITH_STORAGE: Final = ("head killed, with storage",)
+AUTOSCALED: Final = ("machine added and ended",)
 
 
 def _inside(machine: Machine, pid: int) -> int:

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,8 +80,23 @@ class RayCluster:
             **self.settings,
         }
 
-    def start(self, machine: Machine, workers: int = 0, labels: Mapping[str, str] | None = None) -> None:
+    def start(
+        self,
+        machine: Machine,
+        workers: int = 0,
+        *,
+        labels: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         """Start a machine's node, which takes so many workers, and wait until it has joined.
+
+        Args:
+            machine: which.
+            workers: that it takes.
+            labels: of the node.
+            options: further ones of `ray start`.
+            settings: further variables of its processes.
 
         Raises:
             UnreachableError: it has not.
@@ -108,7 +123,7 @@ class RayCluster:
         command.append(f"--temp-dir={self.session_folder(machine)}")
         log = machine.folder / "ray.log"
         log.write_bytes(b"")
-        process = machine.start(command, self.environment(machine), log)
+        process = machine.start([*command, *options], {**self.environment(machine), **(settings or {})}, log)
         deadline = time.monotonic() + START_SECONDS
         while b"Ray runtime started" not in log.read_bytes():
             if process.poll() is not None or time.monotonic() > deadline:
