@@ -8,8 +8,9 @@
 | `cluster_cloud` | a cloud on them, and the commands of its owner |
 | `edge_runs` | training runs while something happens, and their adapters |
 | `cases` | what happens: a machine killed, a link cut, the head away, … |
-| `autoscaler` | machines that Ray's autoscaler adds and ends |
-| `cluster_canaries` | secrets that are looked for in the control store, logs, environments and on the network |
+| `autoscaler`, `machine_provider` | machines that Ray's autoscaler adds and ends |
+| `packets` | all that crosses the network |
+| `cluster_canaries`, `canary_edge` | secrets, looked for in the control store, files, environments and packets |
 | `cluster_bench` | the command |
 
 May import `isthmus.cloud`, `isthmus.edge` and what lies below them, and from `isthmus.experiments` the harness, the

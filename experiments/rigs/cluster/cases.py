@@ -24,6 +24,7 @@ from isthmus.experiments.rigs.cluster.autoscaler import (
 from isthmus.experiments.rigs.cluster.cluster_cloud import ClusterCloud
 from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished, run_options
 from isthmus.experiments.rigs.cluster.machines import Machine, Machines
+from isthmus.experiments.rigs.cluster.packets import Packets
 from isthmus.experiments.rigs.cluster.ray_nodes import FAST_SETTINGS, RayCluster
 
 WORKERS_EACH: Final = 4
@@ -69,12 +70,24 @@ class World:
     def __init__(self, setting: Setting, machines: Machines, ray: RayCluster, cloud: ClusterCloud, key: Path) -> None:
         self.setting, self.machines, self.ray, self.cloud, self.key = setting, machines, ray, cloud, key
         self._runs = 0
+        self._packets: Packets | None = None
 
     def start_node(self, machine: Machine) -> None:
         """Switch a machine on, and start its Ray."""
         takes = machine.name in (FIRST, SECOND)
         self.machines.switch_on(machine, [self.setting.model.parent] if machine.name == SECOND else [])
         self.ray.start(machine, WORKERS_EACH if takes else 0)
+
+    def watch_packets(self) -> None:
+        """Write down all that crosses from now on."""
+        self._packets = Packets(self.machines, self.machines.root / "packets.bin").__enter__()
+
+    def end_packets(self) -> Packets:
+        """Write down no more. Raises IsthmusError where nothing was written down."""
+        if self._packets is None:
+            raise IsthmusError("no packets were written down")
+        self._packets.__exit__()
+        return self._packets
 
     def start_head(self, most: int = 0) -> None:
         """Switch the head on, with an autoscaler where it may have up to `most` machines."""
@@ -130,7 +143,8 @@ def world(setting: Setting, root: Path, case: str) -> Iterator[World]:
     Args:
         setting: see there.
         root: folder for it, new.
-        case: name of the case, for which the control store has a disk, or Ray an autoscaler that switches machines on.
+        case: name of the case, for which the control store has a disk, packets are written down, or Ray has an
+            autoscaler that switches machines on.
     """
     autoscaled = case in AUTOSCALED
     with Machines(root) as machines:
@@ -141,6 +155,8 @@ def world(setting: Setting, root: Path, case: str) -> Iterator[World]:
         cloud = ClusterCloud(machines, owner, ray, setting.model)
         cloud.make_keys([first, second])
         made = World(setting, machines, ray, cloud, cloud.enroll_edge("edge"))
+        if case in WATCHED:
+            made.watch_packets()
         made.start_head(most=2 if autoscaled else 0)
         for machine in (owner,) if autoscaled else (owner, first, second):
             made.start_node(machine)
@@ -294,13 +310,14 @@ CASES: Final[dict[str, Callable[[World], Happened]]] = {
     "machine added and ended": machine_added,
 }
 """By the name that the table has for them."""
-WITH_STORAGE: Final = ("head killed, with storage",)
+WATCHED: Final = ("secrets",)
+WITH_STORAGE: Final = ("head killed, with storage", *WATCHED)
 AUTOSCALED: Final = ("machine added and ended",)
 
 
 def _inside(machine: Machine, pid: int) -> int:
     """The id that this process knows a machine's process by."""
-    for process in psutil.Process(machine.first_pid).children(recursive=True) + _in_namespace(machine):
+    for process in processes_of(machine):
         with contextlib.suppress(psutil.Error, OSError):
             ids = Path(f"/proc/{process.pid}/status").read_text().split("NSpid:")[1].split("\n")[0].split()
             if int(ids[-1]) == pid and len(ids) > 1:
@@ -308,8 +325,8 @@ def _inside(machine: Machine, pid: int) -> int:
     raise UnreachableError(f"the machine {machine.name} has no process {pid}")
 
 
-def _in_namespace(machine: Machine) -> list[psutil.Process]:
-    """All processes of a machine: those that were started there from outside are no children of its first one."""
+def processes_of(machine: Machine) -> list[psutil.Process]:
+    """All processes of a machine; those that were started there from outside are no children of its first one."""
     own = Path(f"/proc/{machine.first_pid}/ns/pid").readlink()
     found = []
     for process in psutil.process_iter():
@@ -321,7 +338,7 @@ def _in_namespace(machine: Machine) -> list[psutil.Process]:
 
 def _end_ray(machine: Machine) -> None:
     """Kill a machine's Ray, as `ray stop --force` would, and nothing else."""
-    for process in _in_namespace(machine):
+    for process in processes_of(machine):
         with contextlib.suppress(psutil.Error):
             words = " ".join(process.cmdline())
             if "raylet" in process.name() or "ray start" in words or "ray::" in words:
