@@ -70,6 +70,38 @@ def enroll_node(
     typer.echo(f"enrolled node {node.name} {node.fingerprint}")
 
 
+def ray_ca(
+    out: Annotated[Path, typer.Option(help="Folder for the CA; keep it off the network.")],
+    days: Annotated[int, typer.Option(min=1, help="Days until its certificate expires.")] = 365,
+) -> None:
+    """Make a certificate authority for Ray's own TLS, which a cluster of several nodes needs.
+
+    Example: isthmus cloud ray-ca --out ray-ca
+    """
+    from isthmus.cloud.cluster.ray_tls import make_ca
+
+    make_ca(out.expanduser(), days)
+    typer.echo(f"Ray's CA     {out} (`isthmus cloud ray-certificate` makes each node's certificate by it)")
+
+
+def ray_certificate(
+    names: Annotated[
+        list[str], typer.Argument(help="IP addresses and host names of the node, for other nodes.")
+    ],
+    ca: Annotated[Path, typer.Option(help="Folder of `isthmus cloud ray-ca`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the node's files.")],
+    days: Annotated[int, typer.Option(min=1, help="Days until the certificate expires.")] = 90,
+) -> None:
+    """Make a node's key and certificate for Ray's own TLS; prints the variables for `ray start` and `serve`.
+
+    Example: isthmus cloud ray-certificate 10.0.0.2 --ca ray-ca --out node-2
+    """
+    from isthmus.cloud.cluster.ray_tls import issue_node
+
+    for name, value in issue_node(ca.expanduser(), names, out.expanduser(), days).items():
+        typer.echo(f"export {name}={value}")
+
+
 def attach(address: Address = "auto", name: Name = DEFAULT_NAME) -> None:
     """Look after a cloud on a cluster, until SIGTERM or Ctrl-C; the cloud goes on.
 
@@ -150,5 +182,5 @@ NOT_WELL = 74  # documented in docs/exit-codes.md
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (issuer, node_keygen, enroll_node, attach, scale, stop, doctor):
+    for command in (issuer, node_keygen, enroll_node, ray_ca, ray_certificate, attach, scale, stop, doctor):
         app.command(rich_help_panel=CLUSTER)(command)

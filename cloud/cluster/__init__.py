@@ -5,7 +5,7 @@
     issuing          certificates for workers on enrolled nodes
     controller       the actor that starts, watches, scales and ends the workers
     attached         `isthmus cloud serve --address`, and what comes after it: attach, scale, stop
-    trust            whether Ray's own traffic may cross the network as it is
+    trust, ray_tls   whether Ray's own traffic may cross the network as it is, and certificates for its TLS
     doctor, probe    `isthmus cloud doctor`, and what it has looked up on each node
 
 It may import all of `isthmus.cloud`. `joined_cluster` is its one module that imports Ray.

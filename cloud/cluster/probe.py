@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.cloud.cluster.trust import TLS_FILES, uses_tls
+from isthmus.cloud.cluster.trust import uses_tls
 from isthmus.cloud.control.ports import listeners_of
 from isthmus.cloud.nodes.worker_home import node_home
 from isthmus.common.errors import IsthmusError
@@ -74,7 +74,7 @@ def probe(model: str) -> NodeFacts:
 def _tls_until() -> float | None:
     from cryptography import x509
 
-    path = os.environ.get(TLS_FILES[0], "")
+    path = os.environ.get("RAY_TLS_SERVER_CERT", "")
     if not uses_tls() or not path:
         return None
     try:

@@ -6,10 +6,8 @@ import os
 from collections.abc import Sequence
 
 from isthmus.cloud.cluster.joined_cluster import Node
+from isthmus.cloud.cluster.ray_tls import NODE_FILES
 from isthmus.common.errors import ConfigError
-
-TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
-"""The variables that name Ray's TLS files, in every process of the cluster."""
 
 
 def uses_tls() -> bool:
@@ -28,8 +26,8 @@ def check_trust(nodes: Sequence[Node]) -> None:
     if not uses_tls():
         raise ConfigError(
             f"the cluster has {len(nodes)} nodes, and Ray's token crosses the network between them in the clear: set "
-            f"RAY_USE_TLS=1 and {', '.join(TLS_FILES)} for `ray start` on every node and for this command "
-            "(`isthmus cloud doctor` says how)"
+            f"RAY_USE_TLS=1 and {', '.join(NODE_FILES)} for `ray start` on every node and for this command "
+            "(`isthmus cloud ray-certificate` makes the files)"
         )
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise ConfigError(

@@ -3,7 +3,6 @@
 | module | what is there |
 |---|---|
 | `machines` | machines that share nothing but a network: namespaces, a switch, links that can be cut |
-| `ray_tls` | certificates for Ray's own TLS |
 | `ray_nodes` | Ray's processes of one machine, which a power cut ends |
 | `cluster_cloud` | a cloud on them, and the commands of its owner |
 | `edge_runs` | training runs while something happens, and their adapters |

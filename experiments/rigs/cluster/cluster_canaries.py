@@ -31,7 +31,7 @@ WATCHED: Final = "secrets"
 """The name of the case in which they are looked for."""
 PLACES: Final = (STORE, FILES, ENVIRONMENTS, NETWORK)
 CONTROL: Final = "control"
-_KEY_FILES: Final = ("issuer_key", "worker_key", "node_key", "edge.key", "ray_tls_server_key.pem", "token")
+_KEY_FILES: Final = ("issuer_key", "worker_key", "node_key", "edge.key", "ray_tls_key.pem", "ray_ca_key.pem", "token")
 SETTLE_SECONDS = 1.0
 """For packets under way."""
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.cloud.cluster.cluster_spec import RESOURCE
+from isthmus.cloud.cluster.ray_tls import CA_KEY, issue_node, make_ca
 from isthmus.common.errors import UnreachableError
 from isthmus.experiments.rigs.cluster.machines import Machine
-from isthmus.experiments.rigs.cluster.ray_tls import RayCertificates
 
 PORT = 6379
 START_SECONDS = 90.0
+DAYS = 60
 OBJECT_STORE = 80 << 20
 """Bytes, the least that Ray takes: nothing of a cloud is in it."""
 FAST_SETTINGS = {
@@ -37,15 +38,14 @@ class RayCluster:
         head: the machine with the control store.
         storage: whether the control store keeps what it knows on the head's disk.
         settings: variables of all nodes, beside TLS and token.
-        certificates: Ray's TLS.
         token: Ray's.
     """
 
     head: Machine
     storage: bool = False
     settings: Mapping[str, str] = field(default_factory=lambda: dict(FAST_SETTINGS))
-    certificates: RayCertificates = field(default_factory=RayCertificates)
     token: str = field(default_factory=lambda: secrets.token_hex(32))
+    _variables: dict[str, dict[str, str]] = field(default_factory=dict, init=False)
 
     @property
     def address(self) -> str:
@@ -60,14 +60,12 @@ class RayCluster:
             token = ray / "token"
             token.touch(mode=0o600)
             token.write_text(self.token)
-            self.certificates.write(ray, machine.address)
-        files = {path.stem.upper(): str(path) for path in ray.glob("*.pem")}
+        tls = self._tls(machine, ray)
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         storage = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(ray / "control-store")}
         return {
             **kept,
-            "RAY_USE_TLS": "1",
-            **files,
+            **tls,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(ray / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -79,6 +77,15 @@ class RayCluster:
             **(storage if self.storage and machine is self.head else {}),
             **self.settings,
         }
+
+    def _tls(self, machine: Machine, folder: Path) -> dict[str, str]:
+        """Ray's variables for TLS; certificates are made by a CA on the head's disk."""
+        ca = self.head.folder / "ca"
+        if not (ca / CA_KEY).exists():
+            make_ca(ca, DAYS)
+        if machine.name not in self._variables:
+            self._variables[machine.name] = issue_node(ca, [machine.address], folder, DAYS)
+        return self._variables[machine.name]
 
     def start(
         self,
