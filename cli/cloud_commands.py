@@ -96,7 +96,11 @@ def serve(
         str, typer.Option(help="Address of the data plane, host:port; port 0 takes a free one.")
     ] = "127.0.0.1:7443",
     advertise: Annotated[
-        str | None, typer.Option(help="Host that the connection string names; by default the one of --listen.")
+        str | None,
+        typer.Option(
+            help="Host that the connection string names; by default the one of --listen. On a cluster, a load balancer "
+            "before nodes with one worker each."
+        ),
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")

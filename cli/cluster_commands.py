@@ -85,9 +85,7 @@ def ray_ca(
 
 
 def ray_certificate(
-    names: Annotated[
-        list[str], typer.Argument(help="IP addresses and host names of the node, for other nodes.")
-    ],
+    names: Annotated[list[str], typer.Argument(help="IP addresses and host names of the node, for other nodes.")],
     ca: Annotated[Path, typer.Option(help="Folder of `isthmus cloud ray-ca`.")],
     out: Annotated[Path, typer.Option(help="Folder for the node's files.")],
     days: Annotated[int, typer.Option(min=1, help="Days until the certificate expires.")] = 90,

@@ -322,6 +322,7 @@ def _spec(
         backbone.checkpoint.digest(),
         options.model,
         parts,
+        _host(options.advertise),
     )
     port = parse_address(options.listen)[1]
     stages = tuple(map(str, backbone.plan.cloud.cut(options.pipeline))) if options.pipeline > 1 else ()
@@ -345,11 +346,17 @@ def _connection(options: ServeOptions, spec: ClusterSpec, issuer: Issuer, servin
     """The connection string: the workers that serve, and the other nodes, where a worker may come back."""
     port = parse_address(options.listen)[1]
     if options.advertise is not None:
-        found = [_place(options.advertise.strip("[]"), port)]
+        found = [f"{_host(options.advertise)}:{port}"]
     else:
         found = list(dict.fromkeys((*serving, *spec.places)))[:MAX_PLACES]
     host, _, at = found[0].rpartition(":")
     return ConnectionString(host.strip("[]"), int(at), issuer.pin, others=tuple(found[1:]))
+
+
+def _host(advertise: str | None) -> str:
+    """A host for an address, an IPv6 one in brackets; "" where there is none."""
+    bare = (advertise or "").strip("[]")
+    return f"[{bare}]" if ":" in bare else bare
 
 
 def _place(host: str, port: int) -> str:

@@ -96,7 +96,7 @@ class ClusterController:
                 "ready": len(serving) >= self._least,
                 "waits": [line for line in waits if not line.endswith(": ")],
                 "faults": list(self._faults.values()),
-                "places": [str(self._reports[number].report.status["address"]) for number in front],
+                "places": [self._reports[number].place for number in front],
                 "counts": (self._least, self._most),
                 "spec": self._spec,
                 "pid": os.getpid(),
@@ -281,8 +281,8 @@ class ClusterController:
         return Delivery(
             self._certificates.get(number, ""),
             "".join(f"{line}\n" for line in (*([tenants.rstrip("\n")] if tenants else []), *lines)),
-            "" if behind is None else str(behind.report.status["address"]),
-            tuple(str(serving[n].report.status["address"]) for n in having),
+            "" if behind is None else behind.place,
+            tuple(serving[n].place for n in having),
             _newer(serving, own) if own is not None and not self._spec.stages else (),
         )
 
@@ -336,7 +336,7 @@ def _newer(serving: dict[int, NodeReport], own: NodeReport) -> tuple[AdapterPlac
     for report in serving.values():
         for tenant, plugged_at in report.adapters.items():
             if plugged_at > max(own.adapters.get(tenant, 0), newest[tenant].plugged_at if tenant in newest else 0):
-                newest[tenant] = AdapterPlace(tenant, plugged_at, str(report.report.status["address"]))
+                newest[tenant] = AdapterPlace(tenant, plugged_at, report.place)
     return tuple(newest[tenant] for tenant in sorted(newest))
 
 

@@ -60,6 +60,7 @@ class NodeReport:
         report: as of any worker.
         key: its raw public key.
         node: name of its node, for the operator.
+        place: `host:port` where other workers reach it.
         request: set where it has no certificate, or one that should be renewed.
         revision: of the delivery that it has.
         has_model: whether others may fetch the model there.
@@ -71,6 +72,7 @@ class NodeReport:
     report: Report
     key: bytes
     node: str
+    place: str
     request: CertificateRequest | None = None
     revision: str = ""
     has_model: bool = False

@@ -52,6 +52,8 @@ class NodeSpec:
         digest: SHA-256 (hex) of the model.
         wants: the model's name, as the owner gave it.
         parts: name of the folder with the edge's parts.
+        advertise: host at which edges reach whichever worker, all on the base port: a load balancer, before nodes with
+            one worker each. "" for each worker's own address, and its own port.
         inner: whether it is a stage that edges do not talk to.
         last: whether no stage comes behind it.
     """
@@ -62,6 +64,7 @@ class NodeSpec:
     digest: str
     wants: str
     parts: str
+    advertise: str = ""
     inner: bool = False
     last: bool = True
 
@@ -75,8 +78,10 @@ class NodeWorker:
         host, port = parse_address(spec.worker.listen)
         self._node = node_address()
         own = f"[{self._node}]" if ":" in self._node else self._node
-        self._listen = f"{host if host in ANY_HOST else own}:{port + self._number}"
-        self._address = f"{own}:{port + self._number}"
+        own_port = port if spec.advertise else port + self._number
+        self._listen = f"{host if host in ANY_HOST else own}:{own_port}"
+        self._place = f"{own}:{own_port}"
+        self._address = f"{spec.advertise}:{port}" if spec.advertise and not spec.inner else self._place
         self._lock = threading.Lock()
         self._delivery = Delivery()
         self._restarts = 0
@@ -111,6 +116,7 @@ class NodeWorker:
             report,
             b"" if home is None else home.public_key,
             f"{socket.gethostname()} ({self._node})",
+            self._place,
             None if home is None else home.request(),
             revision,
             self._has_model and not self._spec.inner,
