@@ -147,7 +147,7 @@ class VocabularyMatching:
                     break
             place = len(tokens)
             # Behind a token that was not found nothing fits, and the whole vocabulary would be searched in vain.
-            token, credit = self._search(prefix, row, scores[place], everything=self._tells and all(credits))
+            token, credit = self._search(prefix, row, scores[place], everything=all(credits))
             self._front.extend(prefix, token[None], row.positions[place, None])
             tokens.append(token)
             credits.append(credit)
