@@ -91,8 +91,8 @@ class WorkerHome:
             (NEXT_STAGE, delivery.next_stage),
         ):
             path = self.folder / name
-            known = path.read_text() if path.exists() else None
-            if (text or name != WORKER_CERT) and text != known:
+            known = path.read_bytes() if path.exists() else None
+            if (text or name != WORKER_CERT) and text.encode() != known:
                 write_atomic(path, text.encode(), 0o644)
         self._take_certificate()
 
@@ -104,7 +104,7 @@ class WorkerHome:
             certificate = WorkerCertificate.from_json(path.read_text())
             now = self._now()
             certificate.verify(now)
-        except (OSError, ConfigError, FingerprintError):
+        except (OSError, UnicodeDecodeError, ConfigError, FingerprintError):
             return
         if certificate.worker == self.public_key:
             written = path.stat().st_mtime

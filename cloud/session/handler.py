@@ -239,7 +239,8 @@ class TenantSession:
             inputs = self._inputs(message.inputs)
             return CheckedCall(key, inputs, inputs.positions, partial(self._forward_reply, message))
         replay = None if message.replay is None else self._inputs(message.replay)
-        gradient = decode(message.gradient, limits=self.limits, what="the gradient for the cloud's layers")
+        what = "the gradient for the cloud's layers"
+        gradient = decode(message.gradient, limits=self.limits, what=what, device=self.executor.device)
         batch, sequence, _ = gradient.shape
         call = BackwardCall(key, gradient, replay)
         return CheckedCall(key, call, batch * sequence, partial(self._backward_reply, message))
@@ -303,6 +304,7 @@ class TenantSession:
         """
         positions = None if sent.position_ids is None else decode(sent.position_ids, limits=self.limits).long()
         check_position_ids(self.executor.host.span.longest, positions)
-        hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
+        what, device = "the hidden states for the cloud's layers", self.executor.device
+        hidden = decode(sent.hidden, limits=self.limits, what=what, device=device)
         mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
         return SpanInput(hidden, mask, positions)

@@ -95,6 +95,8 @@ def fixed_settings(
         draft: What a draft that is tuned adds.
     """
     settings = config.model_dump(mode="json", exclude=set(_FREE))
+    if config.device == "cpu":  # as in runs of releases that had no other
+        del settings["device"]
     planned = (
         config.schedule != "constant"
         or config.method == "adalora"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -152,14 +153,14 @@ def world(setting: Setting, root: Path, case: str) -> Iterator[World]:
         ray = RayCluster(
             head, storage=case in WITH_STORAGE, settings={**FAST_SETTINGS, **(SCALING if autoscaled else {})}
         )
-        cloud = ClusterCloud(machines, owner, ray, setting.model)
+        cloud = ClusterCloud(machines, owner, ray, setting.model, setting.layers, setting.threads)
         cloud.make_keys([first, second])
         made = World(setting, machines, ray, cloud, cloud.enroll_edge("edge"))
         if case in WATCHED:
             made.watch_packets()
         made.start_head(most=2 if autoscaled else 0)
-        for machine in (owner,) if autoscaled else (owner, first, second):
-            made.start_node(machine)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(made.start_node, (owner,) if autoscaled else (owner, first, second)))
         yield made
 
 

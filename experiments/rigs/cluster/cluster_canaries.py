@@ -23,6 +23,7 @@ from isthmus.experiments.rigs.cluster import canary_edge
 from isthmus.experiments.rigs.cluster.cases import FIRST, SECOND, World, processes_of
 from isthmus.experiments.rigs.cluster.machines import Machine
 from isthmus.experiments.rigs.cluster.packets import Packets
+from isthmus.experiments.rigs.cluster.ray_nodes import SESSIONS
 from isthmus.experiments.rigs.secrets.memory_scan import WINDOW, Scanner, canaries_of
 from isthmus.protocol.secure.keys import Fingerprint
 
@@ -83,11 +84,11 @@ def look_for(world: World, sent: Mapping[str, str], packets: Packets, control: b
     """
     canaries = {bytes.fromhex(each): kind for each, kind in sent.items()} | secrets_of(world)
     root = json.loads((world.cloud.home / "issuer_cert").read_text())["root"]
-    place = f"{world.cloud.ray.session_folder(world.cloud.ray.head)}/session_".encode()
+    session = (world.cloud.ray.head.folder / SESSIONS / "session_latest").readlink().name
     digest = Fingerprint.of(base64.b64decode(root)).digest
     controls = {
         STORE: digest[:WINDOW],
-        FILES: place[-WINDOW:],
+        FILES: session.encode()[-WINDOW:],
         ENVIRONMENTS: str(world.cloud.owner.folder / "ray" / "token").encode()[-WINDOW:],
         NETWORK: control,
     }

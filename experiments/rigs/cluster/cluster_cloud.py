@@ -35,6 +35,8 @@ class ClusterCloud:
         owner: where `serve` runs; a node that takes no workers.
         ray: the cluster.
         model: folder of the model, as the owner names it.
+        layers: the split plan.
+        threads: of each worker.
         connection: the connection string, once it serves.
     """
 
@@ -42,6 +44,8 @@ class ClusterCloud:
     owner: Machine
     ray: RayCluster
     model: Path
+    layers: str = "2:2"
+    threads: int = 1
     connection: str = ""
     _serve: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
@@ -87,7 +91,7 @@ class ClusterCloud:
             raise IsthmusError(f"`isthmus cloud {arguments[0]}` ended with {process.returncode}: {self._last_line()}")
         return said.decode()
 
-    def serve(self, *options: str, layers: str = "2:2", threads: int = 1) -> None:
+    def serve(self, *options: str) -> None:
         """Run `serve`, and wait until the cloud serves.
 
         Raises:
@@ -104,11 +108,11 @@ class ClusterCloud:
             "--model",
             str(self.model),
             "--edge-layers",
-            layers,
+            self.layers,
             "--home",
             str(self.home),
             "--threads",
-            str(threads),
+            str(self.threads),
             "--connection-file",
             str(place),
             *options,
@@ -121,9 +125,9 @@ class ClusterCloud:
         self.connection = place.read_text().strip()
 
     @contextlib.contextmanager
-    def serving(self, *options: str, **more: Any) -> Iterator[None]:
+    def serving(self, *options: str) -> Iterator[None]:
         """Serve inside the context, and stop the cloud behind it."""
-        self.serve(*options, **more)
+        self.serve(*options)
         try:
             yield
         finally:

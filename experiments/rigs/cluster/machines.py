@@ -19,6 +19,8 @@ from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.network.net_space import missing, new_namespace, run, within
 
 NETWORK = "10.78.0"
+HERE = Path("/mnt")
+"""A machine's own folder, as it is called there: a short path, which sockets need."""
 _DISABLED, _FORWARDING = "0", "3"  # states of a bridge's port (bridge(8))
 
 
@@ -51,7 +53,8 @@ class Machine:
 
     def switch_on(self, hidden: Sequence[Path]) -> None:
         """Start its first process, which does nothing, with folders hidden from all that runs there."""
-        mounts = ["--make-rprivate /", *(f"-t tmpfs tmpfs {each}" for each in ("/dev/shm", *hidden))]  # noqa: S108
+        mounts = ["--make-rprivate /", f"--bind {self.folder} {HERE}"]
+        mounts += [f"-t tmpfs tmpfs {each}" for each in ("/dev/shm", *hidden)]  # noqa: S108
         script = " && ".join([*(f"mount {each}" for each in mounts), "echo on", "exec sleep infinity"])
         options = ("--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
         with within(self.namespace):

@@ -13,9 +13,11 @@ from pathlib import Path
 from isthmus.cloud.cluster.cluster_spec import RESOURCE
 from isthmus.cloud.cluster.ray_tls import CA_KEY, issue_node, make_ca
 from isthmus.common.errors import UnreachableError
-from isthmus.experiments.rigs.cluster.machines import Machine
+from isthmus.experiments.rigs.cluster.machines import HERE, Machine
 
 PORT = 6379
+SESSIONS = "r"
+"""The folder of a machine in which Ray has its sockets and logs."""
 START_SECONDS = 90.0
 DAYS = 60
 OBJECT_STORE = 80 << 20
@@ -126,8 +128,7 @@ class RayCluster:
         ]
         if labels:
             command.append("--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()))
-        # Where its folder is, each machine has another: paths of sockets have to be short.
-        command.append(f"--temp-dir={self.session_folder(machine)}")
+        command.append(f"--temp-dir={HERE / SESSIONS}")  # paths of sockets have to be short
         log = machine.folder / "ray.log"
         log.write_bytes(b"")
         process = machine.start([*command, *options], {**self.environment(machine), **(settings or {})}, log)
@@ -139,7 +140,3 @@ class RayCluster:
                     f"Ray did not start on {machine.name}: {said[-1] if said else 'it says nothing'}"
                 )
             time.sleep(0.05)
-
-    def session_folder(self, machine: Machine) -> Path:
-        """Where a machine's Ray has its sockets and logs."""
-        return machine.folder / "r"
