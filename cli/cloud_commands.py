@@ -18,6 +18,7 @@ from isthmus.protocol.limits import TransferTimeout
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
 
 BOUNDS = Bounds()
+CERTIFICATE_HOURS = 24.0
 
 
 @app.command()
@@ -173,7 +174,7 @@ def serve(
         typer.Option(
             min=0.01, help="Hours until a worker's certificate expires; renewed at half of it.", rich_help_panel=CLUSTER
         ),
-    ] = 24.0,
+    ] = CERTIFICATE_HOURS,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get on SIGTERM.")] = 30.0,
     connection_file: Annotated[Path | None, typer.Option(help="File to write the connection string to.")] = None,
     emulator: Annotated[
@@ -319,8 +320,11 @@ def serve(
         labels = tuple(parse_labels(each) for each in node_labels or ())
         memory = 0 if worker_memory is None else parse_size(worker_memory)
         cluster = ClusterOptions(address, name, detach, memory, labels, certificate_hours)
-    elif name != DEFAULT_NAME or detach or worker_memory or node_labels:
-        raise ConfigError("--name, --detach, --worker-memory and --node-labels are for a cluster: give its --address")
+    elif name != DEFAULT_NAME or detach or worker_memory or node_labels or certificate_hours != CERTIFICATE_HOURS:
+        raise ConfigError(
+            "--name, --detach, --worker-memory, --node-labels and --certificate-hours are for a cluster: give its "
+            "--address"
+        )
     options = ServeOptions(
         model=model,
         home=home.expanduser(),

@@ -10,7 +10,9 @@ import typer
 
 from isthmus.cli.cloud_flags import CLUSTER, DEFAULT_HOME, DEFAULT_NAME, UNANSWERED, Home
 
-Address = Annotated[str, typer.Option(help="Address of the Ray cluster, HOST:PORT, of which this machine is a node.")]
+Address = Annotated[
+    str, typer.Option(help="Address of the Ray cluster that this machine is a node of, HOST:PORT or auto.")
+]
 Name = Annotated[str, typer.Option(help="Name of the cloud in its cluster.")]
 
 
@@ -160,7 +162,7 @@ def doctor(
 
     Example: isthmus cloud doctor --address auto --model smollm2-135m
     """
-    from isthmus.cloud.cluster.doctor import examine
+    from isthmus.cloud.cluster.cluster_doctor import examine
 
     findings = examine(address, name, home.expanduser(), model)
     if as_json:
@@ -168,7 +170,7 @@ def doctor(
     else:
         from rich.console import Console
 
-        from isthmus.cloud.cluster.doctor import view
+        from isthmus.cloud.cluster.cluster_doctor import view
 
         Console().print(view(findings))
     if any(not finding.good for finding in findings):

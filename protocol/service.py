@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from isthmus.protocol.limits import DEFAULT_LIMITS, KIB
+from isthmus.protocol.limits import DEFAULT_LIMITS, KEEPALIVE_SECONDS, KIB
 from isthmus.protocol.secure.framing import read_frame, write_frame
 
 SERVICE: Final = "isthmus.v2.Isthmus"
@@ -21,11 +21,6 @@ MAX_GRPC_MESSAGE_BYTES: Final = DEFAULT_LIMITS.chunk_bytes + DEFAULT_LIMITS.max_
 """A frame of the largest header and a whole chunk, with its prefix and tags."""
 GOODBYE_SECONDS: Final = 2.0
 """How long either side waits for the end of a session that it ends, once all calls are answered."""
-KEEPALIVE_SECONDS: Final = 20.0
-"""Without a sign of the other side until it is asked for one, and as long again until it counts as gone."""
-LEAST_KEEPALIVE_SECONDS: Final = 1.0
-"""The shortest that an edge may choose: a worker takes pings that often."""
-
 CLIENT_CODING: Final[dict[str, Callable[[bytes], bytes]]] = {
     "request_serializer": write_frame,
     "response_deserializer": read_frame,

@@ -24,8 +24,8 @@ import grpc
 import grpc.aio
 
 from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError, LocalProtocolError
-from isthmus.protocol.limits import MIB
-from isthmus.protocol.service import CLIENT_CODING, KEEPALIVE_SECONDS, METHOD, stream_options
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, MIB
+from isthmus.protocol.service import CLIENT_CODING, METHOD, stream_options
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
+from isthmus.cloud.cluster.cluster_controller import COUNTS_FILE, ClusterController, same_cloud
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, Claims, ClusterSpec, controller_name
-from isthmus.cloud.cluster.controller import ClusterController, same_cloud
 from isthmus.cloud.cluster.issuing import enrolled_nodes
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, Node, start_here
 from isthmus.cloud.cluster.trust import check_trust
@@ -39,7 +39,7 @@ from isthmus.common.files import write_atomic
 from isthmus.protocol.enrolment import MAX_PLACES, AuthorizedEdges, ConnectionString
 from isthmus.protocol.limits import MAX_WORKERS
 from isthmus.protocol.secure.keyfiles import check_folder
-from isthmus.protocol.secure.keys import Issuer, load_issuer
+from isthmus.protocol.secure.keys import ROOT_KEY, Issuer, load_issuer
 
 POLL_SECONDS = 2.0
 """Between two looks at the cloud."""
@@ -72,7 +72,7 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
     cluster_options = _cluster_options(options)
     options = dataclasses.replace(options, home=options.home.resolve())
     home = options.home
-    issuer = _check_home(home)
+    issuer = _check_home(home, console)
     backbone = backbone_of(options, console)
     check_device(options.device, wipe_freed=options.wipe_freed)
     with occupied(home), console.status("starting the workers") as status:
@@ -83,7 +83,7 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
         _check_nodes(nodes, options.device)
         spec = _spec(options, cluster_options, backbone, issuer, nodes)
         stop = threading.Event()
-        watched = _Watched(cluster, cluster_options, spec, console)
+        watched = _Watched(cluster, cluster_options, spec, console, fresh=True)
         stop_on_signals(stop)
         places = watched.until_ready(stop, status.update)
     if places is None:
@@ -163,17 +163,27 @@ def stop(address: str, name: str, home: Path, grace: float) -> bool:
 class _Watched:
     """A cloud that this process looks after."""
 
-    def __init__(self, cluster: JoinedCluster, options: ClusterOptions, spec: ClusterSpec, console: Console) -> None:
+    def __init__(
+        self,
+        cluster: JoinedCluster,
+        options: ClusterOptions,
+        spec: ClusterSpec,
+        console: Console,
+        *,
+        fresh: bool = False,
+    ) -> None:
         self._cluster, self._options, self._spec, self._console = cluster, options, spec, console
-        self._controller = self._find_or_start()
+        self._controller = self._find_or_start(fresh=fresh)
         self._faults: list[str] = []
 
-    def _find_or_start(self) -> Actor:
+    def _find_or_start(self, *, fresh: bool = False) -> Actor:
+        """The cloud's controller; where it is `fresh`, with as many workers as this command says."""
         name = controller_name(self._options.name)
         found = find_actor(name)
         if found is not None:
             try:
-                running: ClusterSpec = _ask(found, "ready")["spec"]
+                state = _ask(found, "ready")
+                running, counts = state["spec"], state["counts"]
             except UnreachableError:
                 found.kill()  # its node is gone, or it hangs: another one asks the workers for all that it has known
             else:
@@ -182,9 +192,11 @@ class _Watched:
                         f"a cloud {self._options.name!r} runs with other options: stop it first (`isthmus cloud "
                         "stop`), or give this one another --name"
                     )
-                if (running.least, running.most) != (self._spec.least, self._spec.most):
+                if counts != (self._spec.least, self._spec.most) and fresh:
                     _ask(found, "scale", self._spec.least, self._spec.most)
                 return found
+        if fresh:
+            (Path(self._spec.home) / COUNTS_FILE).unlink(missing_ok=True)  # of an earlier cloud, which nobody stopped
         environment = {"OMP_NUM_THREADS": "1"}
         started = start_here(ClusterController, self._spec, name=name, environment=environment)
         _ask(started, "ready")
@@ -278,10 +290,15 @@ def _cluster_options(options: ServeOptions) -> ClusterOptions:
     return options.cluster
 
 
-def _check_home(home: Path) -> Issuer:
+def _check_home(home: Path, console: Console) -> Issuer:
     """Check the owner's folder. Raises KeyFileError, ConfigError."""
     check_folder(home)
     issuer = load_issuer(home)
+    if (home / ROOT_KEY).exists():
+        console.print(
+            f"{home / ROOT_KEY} lies here, and nothing here needs it: keep it on a machine that is not on the network",
+            highlight=False,
+        )
     if (home / "authorized_edges").exists():
         AuthorizedEdges.load(home / "authorized_edges")
     if not len(enrolled_nodes(home)):

@@ -36,15 +36,17 @@ class IssuingOffice:
             NotEnrolledError: the node's key is not enrolled, or has not signed this.
         """
         issuer = load_issuer(self._home, self._now)
-        node = enrolled_nodes(self._home).find(request.node)
-        if node is None:
+        self.check(request, issuer.pin.digest)
+        return issuer.issue(request.worker, self._now() + self._hours * HOUR)
+
+    def check(self, request: CertificateRequest, cloud: bytes) -> None:
+        """Check that an enrolled node has signed a request to a cloud, lately. Raises NotEnrolledError."""
+        if enrolled_nodes(self._home).find(request.node) is None:
             raise NotEnrolledError(
                 f"the node's key {Fingerprint.of(request.node)} is not enrolled: run `isthmus cloud enroll-node` with "
                 "its node_key.pub"
             )
-        now = self._now()
-        request.verify(issuer.pin.digest, now)
-        return issuer.issue(request.worker, now + self._hours * HOUR)
+        request.verify(cloud, self._now())
 
     def issuer(self) -> Issuer:
         """The issuer's key and certificate. Raises KeyFileError."""

@@ -40,12 +40,10 @@ from isthmus.privacy.recording.recorder import Recorder
 from isthmus.privacy.transcript.chain import CloudTranscript, Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
-from isthmus.protocol.limits import Limits
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS, Limits
 from isthmus.protocol.secure.keys import WorkerIdentity
 from isthmus.protocol.service import (
     GOODBYE_SECONDS,
-    KEEPALIVE_SECONDS,
-    LEAST_KEEPALIVE_SECONDS,
     METHOD,
     OLD_METHOD,
     SERVER_CODING,

@@ -61,7 +61,8 @@ class NodeReport:
         key: its raw public key.
         node: name of its node, for the operator.
         place: `host:port` where other workers reach it.
-        request: set where it has no certificate, or one that should be renewed.
+        request: signed by its node, whether or not it wants a certificate: it proves which node the key belongs to.
+        wants_certificate: whether it has none, or one that should be renewed.
         revision: of the delivery that it has.
         has_model: whether others may fetch the model there.
         adapters: when each tenant's adapter was plugged in, by the digest of the fingerprint.
@@ -74,6 +75,7 @@ class NodeReport:
     node: str
     place: str
     request: CertificateRequest | None = None
+    wants_certificate: bool = False
     revision: str = ""
     has_model: bool = False
     adapters: dict[str, int] = field(default_factory=dict)

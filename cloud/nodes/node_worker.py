@@ -70,7 +70,7 @@ class NodeSpec:
 
 
 class NodeWorker:
-    """One worker on some node. Made into an actor by `isthmus.cloud.cluster.controller`."""
+    """One worker on some node. Made into an actor by `isthmus.cloud.cluster.cluster_controller`."""
 
     def __init__(self, spec: NodeSpec) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
@@ -118,8 +118,9 @@ class NodeWorker:
             f"{socket.gethostname()} ({self._node})",
             self._place,
             None if home is None else home.request(),
+            home is not None and home.wants_certificate,
             revision,
-            self._has_model and not self._spec.inner,
+            self._has_model,
             {} if worker is None else worker.adapters_held(),
             "" if worker is not None else self._waits,
             self._failure,

@@ -73,10 +73,13 @@ class WorkerHome:
         """Whether there is a certificate that is good now."""
         return self._renew_at > 0
 
-    def request(self) -> CertificateRequest | None:
-        """A request for a certificate, where one is due."""
-        if self._now() < self._renew_at:
-            return None
+    @property
+    def wants_certificate(self) -> bool:
+        """Whether there is none, or one that should be renewed."""
+        return self._now() >= self._renew_at
+
+    def request(self) -> CertificateRequest:
+        """A request for a certificate, which is a proof as well that this key is of a worker on this node."""
         return CertificateRequest.make(self._node_key, self._cloud, self.public_key, self._now())
 
     def write(self, delivery: Delivery) -> None:

@@ -40,8 +40,8 @@ from isthmus.edge.witness.session_witness import Witness
 from isthmus.privacy.transcript.transcript_file import TranscriptLog
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
-from isthmus.protocol.service import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 from isthmus.rpc.secure_stream import Observer, Traffic
 from isthmus.rpc.transport import Check, GrpcTransport, Tls, Transport
 

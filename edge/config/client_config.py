@@ -11,7 +11,7 @@ from isthmus.edge.config.adapter_config import Sites
 from isthmus.edge.config.config_text import read_text
 from isthmus.edge.config.data_config import ComputationConfig, SentExamplesConfig
 from isthmus.edge.config.settings import Settings
-from isthmus.protocol.service import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
 SCHEMES = ("isthmus://", "isthmus+tls://")

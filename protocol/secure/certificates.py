@@ -116,9 +116,12 @@ class WorkerCertificate:
             signer = self.issuer.issuer
         _verify(signer, self.signature, _signed(_WORKER_LABEL, self.worker, self.not_after), "worker")
         if now >= self.not_after:
+            remedy = "its owner renews it with `isthmus cloud keygen`"
+            if self.issuer is not None:
+                remedy = "its owner looks with `isthmus cloud doctor` why it was not renewed"
             raise FingerprintError(
-                f"the worker's certificate expired at {_date(self.not_after)}: its owner renews it with "
-                "`isthmus cloud keygen` (or this machine's clock is wrong)"
+                f"the worker's certificate expired at {_date(self.not_after)}: {remedy} (or this machine's clock is "
+                "wrong)"
             )
 
     def to_json(self) -> str:

@@ -2,12 +2,12 @@
 
 | module | what is there |
 |---|---|
-| `machines` | machines that share nothing but a network: namespaces, a switch, links that can be cut |
+| `net_machines` | machines that share nothing but a network: namespaces, a switch, links that can be cut |
 | `ray_nodes` | Ray's processes of one machine, which a power cut ends |
 | `cluster_cloud` | a cloud on them, and the commands of its owner |
 | `edge_runs` | training runs while something happens, and their adapters |
 | `cases` | what happens: a machine killed, a link cut, the head away, … |
-| `autoscaler`, `machine_provider` | machines that Ray's autoscaler adds and ends |
+| `machine_pool`, `machine_provider` | machines that Ray's autoscaler adds and ends |
 | `packets` | all that crosses the network |
 | `cluster_canaries`, `canary_edge` | secrets, looked for in the control store, files, environments and packets |
 | `cluster_bench` | the command |

@@ -14,7 +14,9 @@ from typing import Any, Final
 import psutil
 
 from isthmus.common.errors import IsthmusError, UnreachableError
-from isthmus.experiments.rigs.cluster.autoscaler import (
+from isthmus.experiments.rigs.cluster.cluster_cloud import ClusterCloud
+from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished, run_options
+from isthmus.experiments.rigs.cluster.machine_pool import (
     HEAD_ID,
     HEAD_TYPE,
     SCALING,
@@ -22,9 +24,7 @@ from isthmus.experiments.rigs.cluster.autoscaler import (
     Provisioner,
     autoscaling_config,
 )
-from isthmus.experiments.rigs.cluster.cluster_cloud import ClusterCloud
-from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished, run_options
-from isthmus.experiments.rigs.cluster.machines import Machine, Machines
+from isthmus.experiments.rigs.cluster.net_machines import Machine, Machines
 from isthmus.experiments.rigs.cluster.packets import Packets
 from isthmus.experiments.rigs.cluster.ray_nodes import FAST_SETTINGS, RayCluster
 

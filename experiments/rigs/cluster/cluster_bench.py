@@ -105,7 +105,8 @@ def _case(name: str, setting: Setting, folder: Path, reference: Mapping[str, Any
     shutil.rmtree(place, ignore_errors=True)
     return {
         "adapter_identical": run.adapter == reference["adapter"],
-        "calls_failed": 0,  # a run that ends well has an answer to each, and one that does not is an error
+        "calls_failed": int(bool(run.failure)),  # the first call without an answer ends a run
+        "failure": run.failure,
         "calls_repeated": run.repeated,
         "recovery_s": round(happened.recovery, 2),
         "processes_left": left,

@@ -21,7 +21,7 @@ from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.network.net_space import within
 from isthmus.experiments.rigs.cluster import canary_edge
 from isthmus.experiments.rigs.cluster.cases import FIRST, SECOND, World, processes_of
-from isthmus.experiments.rigs.cluster.machines import Machine
+from isthmus.experiments.rigs.cluster.net_machines import Machine
 from isthmus.experiments.rigs.cluster.packets import Packets
 from isthmus.experiments.rigs.cluster.ray_nodes import SESSIONS
 from isthmus.experiments.rigs.secrets.memory_scan import WINDOW, Scanner, canaries_of

@@ -16,7 +16,7 @@ from typing import Any
 from isthmus.cloud.cluster.issuing import NODES_FILE
 from isthmus.common.errors import IsthmusError, UnreachableError
 from isthmus.experiments.harness.processes import isthmus
-from isthmus.experiments.rigs.cluster.machines import Machine, Machines
+from isthmus.experiments.rigs.cluster.net_machines import Machine, Machines
 from isthmus.experiments.rigs.cluster.ray_nodes import RayCluster
 from isthmus.protocol.enrolment import add_line
 from isthmus.protocol.secure.keys import NODE_KEY, generate_edge, generate_root, make_issuer

@@ -17,7 +17,7 @@ from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.common.errors import IsthmusError, UnreachableError
 from isthmus.edge.training.edge_steps import COSTS_FILE
 from isthmus.experiments.harness.processes import isthmus, train_flags
-from isthmus.experiments.rigs.cluster.machines import Machine
+from isthmus.experiments.rigs.cluster.net_machines import Machine
 
 RUN_SECONDS: Final = 600.0
 """For a run, whatever happens in it."""
@@ -34,12 +34,14 @@ class Finished:
         repeated: calls that were made again.
         longest: seconds of its longest step.
         usual: the median of its steps' seconds.
+        failure: why it has ended before its last step; "" where it has not.
     """
 
     adapter: str
     repeated: int
     longest: float
     usual: float
+    failure: str = ""
 
     @property
     def lost(self) -> float:
@@ -101,12 +103,14 @@ class EdgeRun:
             time.sleep(0.02)
 
     def finish(self) -> Finished:
-        """Wait for its end. Raises IsthmusError where it failed: a call has got no answer."""
+        """Wait for its end. Raises IsthmusError where it has made no step."""
         said, _ = self._process.communicate(timeout=RUN_SECONDS)
-        if self._process.returncode:
-            raise IsthmusError(f"the edge ended with exit code {self._process.returncode}: {self._last_line()}")
+        seconds, why = self._seconds(), f"exit code {self._process.returncode}: {self._last_line()}"
+        if self._process.returncode and not seconds:
+            raise IsthmusError(f"the edge ended with {why}")
+        if self._process.returncode:  # a call has got no answer
+            return Finished("", 0, max(seconds), statistics.median(seconds), why)
         report = json.loads(said)
-        seconds = self._seconds()
         weights = (self._out / "adapter" / ADAPTER_WEIGHTS).read_bytes()
         return Finished(sha256(weights).hexdigest(), report["retries"], max(seconds), statistics.median(seconds))
 

@@ -22,7 +22,7 @@ from ray.autoscaler.tags import (
 )
 
 from isthmus.common.files import write_atomic
-from isthmus.experiments.rigs.cluster.autoscaler import HEAD_ID, HEAD_TYPE, wanted_machines
+from isthmus.experiments.rigs.cluster.machine_pool import HEAD_ID, HEAD_TYPE, wanted_machines
 
 _OF_HEAD = {
     TAG_RAY_NODE_KIND: NODE_KIND_HEAD,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from isthmus.experiments.rigs.cluster.machines import Machines
+from isthmus.experiments.rigs.cluster.net_machines import Machines
 
 _ALL_PROTOCOLS, _RECEIVE_BYTES, _PACKET = 3, 1 << 26, 1 << 17
 _SO_RCVBUFFORCE, _SOL_PACKET, _PACKET_STATISTICS = 33, 263, 6  # socket(7), packet(7)

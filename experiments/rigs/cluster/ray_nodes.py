@@ -13,7 +13,7 @@ from pathlib import Path
 from isthmus.cloud.cluster.cluster_spec import RESOURCE
 from isthmus.cloud.cluster.ray_tls import CA_KEY, issue_node, make_ca
 from isthmus.common.errors import UnreachableError
-from isthmus.experiments.rigs.cluster.machines import HERE, Machine
+from isthmus.experiments.rigs.cluster.net_machines import HERE, Machine
 
 PORT = 6379
 SESSIONS = "r"

@@ -145,13 +145,15 @@ def test_a_worker_asks_for_a_certificate_and_then_serves(owner: OwnersFolder, fa
     assert (report.waits, report.failure, report.revision) == ("its certificate", "", Delivery().revision)
     assert report.request is not None
     assert report.request.worker == report.key
+    assert report.wants_certificate
     assert report.report.peer is None
     assert report.report.status["state"] == "starting"
     assert fake.made == []
     delivery = Delivery(certificate(owner, worker))
     assert ask(worker, delivery).revision == delivery.revision
     report = settled(worker)
-    assert (report.waits, report.failure, report.request, report.has_model) == ("", "", None, True)
+    assert (report.waits, report.failure, report.wants_certificate, report.has_model) == ("", "", False, True)
+    assert report.request is not None  # its node's word, which every round asks for
     assert report.report.peer == Peer("10.0.0.5:7443", "serving")
     assert [each.rebinds for each in fake.made] == [node_worker.REBINDS]
 
@@ -195,7 +197,7 @@ def test_a_stage_inside_a_pipeline_reads_its_neighbours_from_files(owner: Owners
         assert served.edges == (str(home) if inner else "")
         assert served.next_stage == ("" if last else str(home / "next_stage"))
         assert (home / "next_stage").read_text() == "10.0.0.6:7444"
-        assert report.has_model is not inner  # its checkpoint is whole, and its edges are none
+        assert report.has_model
 
 
 def test_a_saved_span_is_where_all_nodes_have_it_and_shared_with_nobody(
@@ -251,7 +253,7 @@ def test_a_node_without_a_key_is_a_failure_that_says_what_to_do(
     monkeypatch.setenv("ISTHMUS_NODE_HOME", str(tmp_path / "bare"))
     report = ask(NodeWorker(spec_of(owner)), Delivery("nonsense", "edges"))
     assert "run `isthmus cloud node-keygen` on this node" in report.failure
-    assert (report.key, report.request, report.has_model) == (b"", None, False)
+    assert (report.key, report.request, report.wants_certificate, report.has_model) == (b"", None, False, False)
     assert not list((tmp_path / "bare").rglob("authorized_edges"))
 
 

@@ -63,17 +63,20 @@ def test_a_worker_makes_its_key_once_and_each_cloud_and_number_has_its_own(owner
     assert len({home.public_key, *(each.public_key for each in others)}) == 4
 
 
-def test_a_new_worker_asks_with_its_nodes_signature_until_it_has_a_certificate(
+def test_a_worker_shows_its_nodes_signature_and_wants_a_certificate_until_it_has_one(
     owner: OwnersFolder, node: Path, issuer: Issuer
 ) -> None:
     home = opened(owner)
     assert not home.is_certified
-    request = home.request()
-    assert request is not None
+    assert home.wants_certificate
+    home.write(certified(issuer, home))
+    as_if_written_at(home, NOW)
+    home = opened(owner)
+    assert home.is_certified
+    assert not home.wants_certificate
+    request = home.request()  # a proof all the same
     request.verify(owner.pin.digest, NOW)
     assert (request.worker, request.node) == (home.public_key, load_node(node).public_key().public_bytes_raw())
-    home.write(certified(issuer, home))
-    assert home.is_certified
 
 
 @pytest.mark.usefixtures("node")
@@ -85,12 +88,14 @@ def test_a_certificate_is_renewed_when_half_of_its_time_has_passed(owner: Owners
     home = opened(owner, clock=clock)
     assert home.is_certified
     clock.now = NOW + LIFE / 2 - 1
-    assert home.request() is None
+    assert not home.wants_certificate
     clock.now = NOW + LIFE / 2
-    renewal = home.request()
-    assert renewal is not None
-    assert renewal.asked_at == NOW + LIFE / 2
+    assert home.wants_certificate
+    assert home.request().asked_at == NOW + LIFE / 2
     assert home.is_certified  # and serves meanwhile
+    home.write(certified(issuer, home, 2 * LIFE))
+    as_if_written_at(home, NOW + LIFE / 2)
+    assert not opened(owner, clock=clock).wants_certificate
 
 
 @pytest.mark.usefixtures("node")
@@ -103,7 +108,7 @@ def test_a_certificate_that_has_expired_is_none(owner: OwnersFolder, issuer: Iss
     clock.now = NOW + LIFE
     late = opened(owner, clock=clock)
     assert not late.is_certified
-    assert late.request() is not None
+    assert late.wants_certificate
 
 
 @pytest.mark.usefixtures("node")
@@ -111,11 +116,11 @@ def test_a_certificate_that_has_expired_is_none(owner: OwnersFolder, issuer: Iss
 def test_a_damaged_certificate_is_asked_for_anew(owner: OwnersFolder, issuer: Issuer, text: bytes) -> None:
     first = opened(owner)
     first.write(certified(issuer, first))
-    assert opened(owner).request() is None
+    assert opened(owner).is_certified
     (first.folder / "worker_cert").write_bytes(text)
     home = opened(owner)
     assert not home.is_certified
-    assert home.request() is not None
+    assert home.wants_certificate
     home.write(certified(issuer, home))
     assert home.is_certified
 
@@ -127,7 +132,7 @@ def test_a_certificate_of_the_key_before_is_not_taken_for_this_ones(owner: Owner
     stranger = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
     home.write(Delivery(issuer.issue(stranger, NOW + LIFE).to_json()))
     assert not home.is_certified
-    assert home.request() is not None
+    assert home.wants_certificate
     home.write(certified(issuer, home))
     assert home.is_certified
 

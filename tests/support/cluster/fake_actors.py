@@ -120,7 +120,7 @@ class FakeWorker:
         self.waits, self.failure, self.renews, self.restarts = "", "", False, 0
         self.has_model, self.adapters = True, dict[str, int]()
         self.sessions, self.overdue, self.waiting = 0, 0, 0
-        self.delivery = Delivery()
+        self.delivery, self.certificate = Delivery(), ""
         self.deliveries: list[Delivery | None] = []
         self.updates: list[Update] = []
         self.drained: list[float] = []
@@ -136,13 +136,13 @@ class FakeWorker:
 
     @property
     def is_certified(self) -> bool:
-        text = self.delivery.certificate
-        return bool(text) and WorkerCertificate.from_json(text).worker == self.raw
+        return bool(self.certificate) and WorkerCertificate.from_json(self.certificate).worker == self.raw
 
     def exchange(self, update: Update, delivery: Delivery | None) -> NodeReport:
         self.updates.append(update)
         self.deliveries.append(delivery)
-        self.delivery = delivery or self.delivery
+        if delivery is not None:
+            self.delivery, self.certificate = delivery, delivery.certificate or self.certificate
         if update.restarts is not None:
             self.restarts = update.restarts
         waits = self.waits if self.is_certified else "its certificate"
@@ -152,7 +152,8 @@ class FakeWorker:
             self.raw,
             f"gpu-{self.number} ({self.host})",
             self.place,
-            CertificateRequest.make(self.node, self.spec.root, self.raw, self._now()) if asks else None,
+            CertificateRequest.make(self.node, self.spec.root, self.raw, self._now()),
+            asks,
             self.delivery.revision,
             self.has_model,
             dict(self.adapters),

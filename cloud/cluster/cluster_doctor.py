@@ -16,7 +16,7 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, ClusterSpec, controller_name
 from isthmus.cloud.cluster.issuing import enrolled_nodes
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, Node
-from isthmus.cloud.cluster.probe import NodeFacts, probe
+from isthmus.cloud.cluster.node_probe import NodeFacts, probe
 from isthmus.cloud.cluster.trust import check_trust
 from isthmus.cloud.control.ray_cluster import ActorError, MethodError, find_actor
 from isthmus.common.errors import ConfigError, IsthmusError

@@ -21,6 +21,7 @@ from typing import Any
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec
 from isthmus.cloud.cluster.issuing import IssuingOffice, TenantsText
 from isthmus.cloud.cluster.joined_cluster import start_anywhere
+from isthmus.cloud.cluster.model_files import ModelFiles
 from isthmus.cloud.control.autoscaler import Scaler
 from isthmus.cloud.control.controller import REBIND_PAUSE, REBINDS, Directory
 from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, wait_for
@@ -29,7 +30,7 @@ from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery, NodeReport
 from isthmus.cloud.nodes.node_worker import NodeWorker
 from isthmus.cloud.telemetry.logs import log, log_to
 from isthmus.cloud.telemetry.metrics import merged, serve_metrics
-from isthmus.common.errors import IsthmusError, PortInUseError
+from isthmus.common.errors import IsthmusError, NotEnrolledError, PortInUseError
 from isthmus.common.files import write_atomic
 from isthmus.protocol.enrolment import STAGE_OPTIONS
 from isthmus.protocol.limits import MAX_WORKERS
@@ -42,6 +43,7 @@ ANSWER_SECONDS = 1.0
 RETRY_SECONDS = 10.0
 """Until a worker that has failed is started again: its cause may pass, and Ray may place it elsewhere."""
 COUNTS_FILE = "cluster.json"
+RENEWED = "renewed by the controller"
 
 
 class ClusterController:
@@ -60,6 +62,7 @@ class ClusterController:
         self._reports: dict[int, NodeReport] = {}  # the last one of each
         self._silent: set[int] = set()  # workers that have not answered in the last round
         self._certificates: dict[int, str] = {}
+        self._known: dict[int, bytes] = {}  # keys of workers on enrolled nodes, which the others let in
         self._retry_at: dict[int, float] = {}
         self._draining: dict[int, Answer] = {}
         self._faults: dict[str, str] = {}  # what keeps the cloud from serving, for the operator, by what it concerns
@@ -68,7 +71,10 @@ class ClusterController:
         self._wanted = set(range(self._least))
         self._scaler = Scaler(self._least, self._most, time.monotonic)
         self._failure: PortInUseError | None = None
+        self._files_at = ""
+        self._files = ModelFiles(spec, self._office, lambda: tuple(self._known.values()))
         try:
+            self._files_at = self._files.start()
             self._serve_metrics()
         except PortInUseError as error:
             self._failure = error  # raised by `ready`: of an actor that dies in its constructor, Ray keeps only a text
@@ -144,7 +150,8 @@ class ClusterController:
                 report = self._reports.get(worker["worker"])
                 if report is not None:
                     worker["node"] = report.node
-            return {**shown, "faults": list(self._faults.values()), "controller_pid": os.getpid()}
+            faults = {"faults": list(self._faults.values())} if self._faults else {}
+            return {**shown, "certificates": RENEWED, **faults, "controller_pid": os.getpid()}
 
     def metrics(self) -> bytes:
         """The metrics of the workers that answer, in Prometheus' text format."""
@@ -198,7 +205,8 @@ class ClusterController:
                 if number not in self._asked:  # a worker that is being restarted may answer late
                     update, delivery = updates.get(number, Update()), self._delivery(number)
                     known = self._reports.get(number)
-                    new = None if known is not None and known.revision == delivery.revision else delivery
+                    # Before all have been heard, a delivery would take from a worker what an earlier controller sent.
+                    new = None if known is None or known.revision == delivery.revision else delivery
                     self._asked[number] = actor.ask("exchange", update, new)
             asked = dict(self._asked)
         wait_for(asked.values(), ANSWER_SECONDS)
@@ -224,6 +232,7 @@ class ClusterController:
         self._actors.pop(number, None)
         self._asked.pop(number, None)
         self._reports.pop(number, None)
+        self._known.pop(number, None)
         self._silent.discard(number)
         self._draining.pop(number, None)
         self._directory.gone(number)
@@ -235,20 +244,33 @@ class ClusterController:
         what = f"worker {number}"
         if report.failure:
             self._fault(what, f"{what} on {report.node} cannot serve: {report.failure}")
-            self._retry_at[number] = time.monotonic() + RETRY_SECONDS
-            actor = self._actors[number]
-            self._forget(number)
-            actor.kill()
+            self._start_again(number)
             return
         if report.request is None:
-            self._fault(what, "")
             return
         try:
-            self._certificates[number] = self._office.grant(report.request).to_json()
+            self._office.check(report.request, self._spec.worker.root)
+            if report.request.worker != report.key:
+                raise NotEnrolledError("it asks for another key than its own")
+            self._known[number] = report.key
+            granted = self._office.grant(report.request).to_json() if report.wants_certificate else ""
+            if granted not in ("", self._certificates.get(number)):  # the same again where the issuer's ends soon
+                self._certificates[number] = granted
+                log("certificate_issued", worker=number, node=report.node)
             self._fault(what, "")
-            log("certificate_issued", worker=number, node=report.node)
-        except IsthmusError as error:
+        except NotEnrolledError as error:  # or not any more
+            self._known.pop(number, None)
+            self._fault(what, f"{what} on {report.node} may not serve: {error}")
+            self._start_again(number)
+        except IsthmusError as error:  # the issuer's certificate has expired, say: what the worker has may be good yet
             self._fault(what, f"{what} on {report.node} gets no certificate: {error}")
+
+    def _start_again(self, number: int) -> None:
+        """End a worker, and have it started anew in a while, on a node of Ray's choice."""
+        self._retry_at[number] = time.monotonic() + RETRY_SECONDS
+        actor = self._actors[number]
+        self._forget(number)
+        actor.kill()
 
     def _fault(self, what: str, text: str) -> None:
         """Note what is wrong with something, or that nothing is, and log what is new."""
@@ -274,7 +296,7 @@ class ClusterController:
         stage = number >= self._spec.front
         tenants = "" if stage else self._tenants()
         self._fault("authorized_edges", self._tenants.fault)
-        others = [(n, r.key) for n, r in sorted(self._reports.items()) if n != number and r.key]
+        others = [(n, key) for n, key in sorted(self._known.items()) if n != number]
         lines = [f"{STAGE_OPTIONS} {format_public_key(key, f'worker-{n}@{self._spec.cloud}')}" for n, key in others]
         behind = serving.get(number + 1) if self._spec.stages else None
         having = [n for n in sorted(serving) if serving[n].has_model and n != number and n not in self._silent]
@@ -282,7 +304,7 @@ class ClusterController:
             self._certificates.get(number, ""),
             "".join(f"{line}\n" for line in (*([tenants.rstrip("\n")] if tenants else []), *lines)),
             "" if behind is None else behind.place,
-            tuple(serving[n].place for n in having),
+            (*([self._files_at] if self._files_at else []), *(serving[n].place for n in having)),
             _newer(serving, own) if own is not None and not self._spec.stages else (),
         )
 
@@ -296,6 +318,8 @@ class ClusterController:
                     actor.kill()
                 log("worker_ended", worker=number)
         with self._lock:
+            for number in set(range(MAX_WORKERS)) - self._wanted - set(self._actors):
+                self._fault(f"worker {number}", "")
             for number in sorted(set(self._actors) - self._wanted - set(self._draining), reverse=True):
                 self._draining[number] = self._actors[number].ask("drain", self._spec.grace)
             if self._spec.stages or self._draining or any(self._waits(number) for number in self._wanted):
@@ -342,6 +366,10 @@ def _newer(serving: dict[int, NodeReport], own: NodeReport) -> tuple[AdapterPlac
 
 def same_cloud(one: ClusterSpec, other: ClusterSpec) -> bool:
     """Whether two specifications differ in nothing but the numbers of workers, and where the cloud is looked for."""
-    return dataclasses.replace(one, least=1, most=1, places=()) == dataclasses.replace(
-        other, least=1, most=1, places=()
-    )
+
+    def plain(spec: ClusterSpec) -> ClusterSpec:
+        worker = dataclasses.replace(spec.worker.worker, beside=1)  # it follows from the nodes that were alive
+        worker_spec = dataclasses.replace(spec.worker, worker=worker)
+        return dataclasses.replace(spec, least=1, most=1, places=(), worker=worker_spec)
+
+    return plain(one) == plain(other)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from isthmus.cloud.cluster.cluster_spec import RESOURCE
-from isthmus.experiments.rigs.cluster.machines import Machine
+from isthmus.experiments.rigs.cluster.net_machines import Machine
 
 HEAD_ID, HEAD_TYPE, WORKER_TYPE = "head", "head", "worker"
 IDLE_MINUTES: Final = 0.05
