@@ -46,7 +46,7 @@ def make_ca(folder: Path, days: int) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     create_file(folder / CA_KEY, _pem(key), mode=0o600)
     name = _name("ray cluster")
-    certificate = _signed(name, name, key.public_key(), key, days, ())
+    certificate = _signed(name, name, key.public_key(), key, _after(days), ())
     replace_file(folder / CA_CERT, certificate.public_bytes(Encoding.PEM), mode=0o644)
 
 
@@ -71,7 +71,8 @@ def issue_node(ca: Path, names: Sequence[str], out: Path, days: int) -> dict[str
     if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
         raise KeyFileError(f"{ca / CA_KEY} is of another kind than `isthmus cloud ray-ca` makes: use that one")
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = _signed(ca_certificate.subject, _name(names[0]), key.public_key(), ca_key, days, names)
+    until = min(_after(days), ca_certificate.not_valid_after_utc)
+    certificate = _signed(ca_certificate.subject, _name(names[0]), key.public_key(), ca_key, until, names)
     make_folder(out)
     contents = {
         NODE_FILES["RAY_TLS_SERVER_KEY"]: (_pem(key), 0o600),
@@ -88,7 +89,7 @@ def _signed(
     subject: x509.Name,
     key: ec.EllipticCurvePublicKey,
     signer: ec.EllipticCurvePrivateKey,
-    days: int,
+    until: datetime.datetime,
     names: Sequence[str],
 ) -> x509.Certificate:
     """A certificate; of a CA where it has no names."""
@@ -100,13 +101,17 @@ def _signed(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))  # of nodes whose clocks are behind
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(until)
         .add_extension(x509.BasicConstraints(ca=not names, path_length=None), critical=True)
     )
     if names:
         alternatives = [_alternative(each) for each in dict.fromkeys((*names, *_LOCAL))]
         builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
     return builder.sign(signer, hashes.SHA256())
+
+
+def _after(days: int) -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
 
 
 def _alternative(name: str) -> x509.GeneralName:

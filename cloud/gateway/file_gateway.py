@@ -21,7 +21,7 @@ from isthmus.cloud.gateway.stream import SealedStream
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
-from isthmus.common.errors import MessageError, PortInUseError, RemoteProtocolError, VersionError
+from isthmus.common.errors import IsthmusError, MessageError, PortInUseError, RemoteProtocolError, VersionError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import MIB, Limits
@@ -81,7 +81,12 @@ class FileGateway:
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
         """One stream: the handshake, then questions until the worker ends it."""
-        protocol = self._admission.protocol(Limits(max_message_bytes=MESSAGE_BYTES))
+        try:
+            protocol = self._admission.protocol(Limits(max_message_bytes=MESSAGE_BYTES))
+        except IsthmusError as error:  # gRPC would send its text, which has a path of this machine
+            log("no_certificate", logging.ERROR, error=str(error))
+            await self._hang_up.abort(context, grpc.StatusCode.UNAVAILABLE, "there is no certificate to show")
+            return
         stream = SealedStream(protocol, frames, context, self._metrics, self._bounds.transfer, time.monotonic)
         try:
             session = await self._admission.admit(protocol, stream, context)

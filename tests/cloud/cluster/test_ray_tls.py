@@ -1,4 +1,4 @@
-"""Certificates for Ray's TLS, in handshakes of Python's own TLS: each side knows the other by the CA and by its name."""
+"""Certificates for Ray's TLS, in handshakes of Python's own TLS: each side knows the other by CA and name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_nodes_of_one_ca_know_each_other_by_their_names(ca: Path, tmp_path: Path
     for name in ("10.0.0.1", "gpu-1.example", "127.0.0.1", "localhost"):
         shake(one, two, name)
     for name in ("10.0.0.2", "gpu-2.example"):
-        with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|doesn't match|not valid for"):
+        with pytest.raises(ssl.SSLCertVerificationError, match=r"mismatch|not valid for"):
             shake(one, two, name)
     shake(two, one, "10.0.0.2")
 
@@ -104,7 +104,7 @@ def test_a_node_is_renewed_and_a_ca_is_not_overwritten(ca: Path, tmp_path: Path)
     shake(*[issue_node(ca, ["10.0.0.1"], tmp_path / "node", 20)] * 2, "10.0.0.1")
     assert (tmp_path / "node" / "ray_tls_cert.pem").read_bytes() != before
     key = (ca / CA_KEY).read_bytes()
-    with pytest.raises(KeyFileError, match="ray_ca_key.pem exists and is not overwritten"):
+    with pytest.raises(KeyFileError, match=r"ray_ca_key\.pem exists and is not overwritten"):
         make_ca(ca, 30)
     assert (ca / CA_KEY).read_bytes() == key
 
