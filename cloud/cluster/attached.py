@@ -337,7 +337,7 @@ def _spec(
         issuer.pin.digest,
         dataclasses.replace(template, listen=options.listen),
         backbone.checkpoint.digest(),
-        options.model,
+        _on_the_hub(options.model, backbone),
         parts,
         _host(options.advertise),
     )
@@ -357,6 +357,13 @@ def _spec(
         hours=cluster.certificate_hours,
         environment=environment,
     )
+
+
+def _on_the_hub(model: str, backbone: Backbone) -> str:
+    """The model's name on the hub, with the revision that the owner has; "" where it is not from there."""
+    revision = backbone.checkpoint.revision
+    local = Path(model).expanduser().exists()
+    return "" if local or revision is None or backbone.saved_span else f"{backbone.checkpoint.name}@{revision}"
 
 
 def _connection(options: ServeOptions, spec: ClusterSpec, issuer: Issuer, serving: Iterable[str]) -> ConnectionString:

@@ -1,4 +1,4 @@
-"""The model on a node: on a path that nodes share, in the cache, from another worker, or from where its name leads."""
+"""The model on a node: on a path that nodes share, in the cache, from the hub, or from another machine of the cloud."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from isthmus.backbone.checkpoints.built_in import BUILT_IN
-from isthmus.backbone.checkpoints.hub import is_hub_name
 from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
 from isthmus.cloud.nodes.peers import Peers
 from isthmus.cloud.nodes.worker_home import node_home
@@ -32,16 +30,16 @@ class NodeModel:
     """A model that a worker looks for.
 
     Attributes:
-        name: what edges get, and where it can be found on its own: a name of the hub, say.
+        name: what edges get.
         path: folder where the cloud's owner has it, and where this node may have it as well.
         digest: SHA-256 (hex) of its configuration and tensors.
-        wants: the name that the owner gave.
+        hub: its name on the hub, with its revision; "" where it is not from there.
     """
 
     name: str
     path: str
     digest: str
-    wants: str
+    hub: str
 
 
 def find_model(
@@ -73,7 +71,7 @@ def find_model(
     with locked(kept):
         if kept.is_dir():
             return kept
-        if not models_at() and (model.wants == BUILT_IN or is_hub_name(model.wants)):
+        if model.hub:
             found_there = _named(model, say)
             if found_there is not None:
                 return found_there
@@ -81,15 +79,15 @@ def find_model(
 
 
 def _named(model: NodeModel, say: Callable[[str], None]) -> Path | None:
-    """What the model's name leads to from here; None where it cannot be had."""
-    say(f"looking for {model.wants}")
+    """What the hub has of that name; None where it cannot be had."""
+    say(f"looking for {model.hub} on the hub")
     try:
-        found = resolve(model.wants, console=Console(quiet=True))
+        found = resolve(model.hub, console=Console(quiet=True))
     except IsthmusError as error:
-        log("model_not_found_by_name", logging.WARNING, model=model.wants, error=str(error))
+        log("model_not_found_by_name", logging.WARNING, model=model.hub, error=str(error))
         return None
     if found.digest() != model.digest:
-        log("model_of_another_digest", logging.WARNING, model=model.wants, digest=found.digest()[:16])
+        log("model_of_another_digest", logging.WARNING, model=model.hub, digest=found.digest()[:16])
         return None
     return found.folder
 

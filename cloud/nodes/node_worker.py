@@ -50,7 +50,7 @@ class NodeSpec:
             the cloud's owner is, and other nodes may have them too. `listen` is the base address, to whose port the
             worker's number is added.
         digest: SHA-256 (hex) of the model.
-        wants: the model's name, as the owner gave it.
+        hub: the model's name on the hub, with its revision; "" where it is not from there.
         parts: name of the folder with the edge's parts.
         advertise: host at which edges reach whichever worker, all on the base port: a load balancer, before nodes with
             one worker each. "" for each worker's own address, and its own port.
@@ -62,7 +62,7 @@ class NodeSpec:
     root: bytes
     worker: WorkerSpec
     digest: str
-    wants: str
+    hub: str
     parts: str
     advertise: str = ""
     inner: bool = False
@@ -180,7 +180,7 @@ class NodeWorker:
         spec = self._spec
         if spec.worker.saved_span:  # which is of several folders: on a path that all nodes share
             return Path(spec.worker.checkpoint)
-        model = NodeModel(spec.worker.model, spec.worker.checkpoint, spec.digest, spec.wants)
+        model = NodeModel(spec.worker.model, spec.worker.checkpoint, spec.digest, spec.hub)
         peers = Peers(Fingerprint(spec.root), home.key)
 
         def models_at() -> tuple[str, ...]:
