@@ -90,15 +90,16 @@ def ray_certificate(
     names: Annotated[list[str], typer.Argument(help="IP addresses and host names of the node, for other nodes.")],
     ca: Annotated[Path, typer.Option(help="Folder of `isthmus cloud ray-ca`.")],
     out: Annotated[Path, typer.Option(help="Folder for the node's files.")],
+    at: Annotated[Path | None, typer.Option(help="Where the node will have this folder; by default --out.")] = None,
     days: Annotated[int, typer.Option(min=1, help="Days until the certificate expires.")] = 90,
 ) -> None:
     """Make a node's key and certificate for Ray's own TLS; prints the variables for `ray start` and `serve`.
 
-    Example: isthmus cloud ray-certificate 10.0.0.2 --ca ray-ca --out node-2
+    Example: isthmus cloud ray-certificate 10.0.0.2 --ca ray-ca --out ray-2 --at /etc/isthmus/ray
     """
     from isthmus.cloud.cluster.ray_tls import issue_node
 
-    for name, value in issue_node(ca.expanduser(), names, out.expanduser(), days).items():
+    for name, value in issue_node(ca.expanduser(), names, out.expanduser(), days, at).items():
         typer.echo(f"export {name}={value}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from isthmus.backbone.checkpoints.built_in import BUILT_IN
 from isthmus.cloud.cluster.cluster_controller import COUNTS_FILE, ClusterController, same_cloud
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, Claims, ClusterSpec, controller_name
 from isthmus.cloud.cluster.issuing import enrolled_nodes
@@ -29,7 +30,14 @@ from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
 from isthmus.cloud.control.serve_state import clear_state, write_state
 from isthmus.cloud.control.stop_signals import stop_on_signals
 from isthmus.cloud.control.worker import CUDA
-from isthmus.cloud.control.worker_specs import Backbone, backbone_of, check_device, count_workers, worker_spec
+from isthmus.cloud.control.worker_specs import (
+    Backbone,
+    backbone_of,
+    check_device,
+    check_package,
+    count_workers,
+    worker_spec,
+)
 from isthmus.cloud.engine.freed_memory import wiping
 from isthmus.cloud.home.home_lock import occupied
 from isthmus.cloud.nodes.node_worker import ANY_HOST, NODE_HOST, NodeSpec
@@ -75,6 +83,8 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
     issuer = _check_home(home, console)
     backbone = backbone_of(options, console)
     check_device(options.device, wipe_freed=options.wipe_freed)
+    if options.emulator is not None:
+        check_package(options.emulator, issuer.pin, backbone)
     with occupied(home), console.status("starting the workers") as status:
         log_to(log_file(home, "serve"))
         cluster = JoinedCluster(cluster_options.address)
@@ -363,7 +373,8 @@ def _on_the_hub(model: str, backbone: Backbone) -> str:
     """The model's name on the hub, with the revision that the owner has; "" where it is not from there."""
     revision = backbone.checkpoint.revision
     local = Path(model).expanduser().exists()
-    return "" if local or revision is None or backbone.saved_span else f"{backbone.checkpoint.name}@{revision}"
+    elsewhere = local or model == BUILT_IN or revision is None or backbone.saved_span
+    return "" if elsewhere else f"{backbone.checkpoint.name}@{revision}"
 
 
 def _connection(options: ServeOptions, spec: ClusterSpec, issuer: Issuer, serving: Iterable[str]) -> ConnectionString:

@@ -50,7 +50,7 @@ def make_ca(folder: Path, days: int) -> None:
     replace_file(folder / CA_CERT, certificate.public_bytes(Encoding.PEM), mode=0o644)
 
 
-def issue_node(ca: Path, names: Sequence[str], out: Path, days: int) -> dict[str, str]:
+def issue_node(ca: Path, names: Sequence[str], out: Path, days: int, at: Path | None = None) -> dict[str, str]:
     """Make a node's key and certificate, anew where there are some; returns Ray's variables.
 
     Args:
@@ -58,6 +58,7 @@ def issue_node(ca: Path, names: Sequence[str], out: Path, days: int) -> dict[str
         names: IP addresses and host names by which other nodes reach this one.
         out: the node's folder for them.
         days: until the certificate expires; not after the CA's.
+        at: where the node will have the folder; by default where it is made.
 
     Raises:
         KeyFileError: there is no CA there, or its files cannot be used.
@@ -81,7 +82,10 @@ def issue_node(ca: Path, names: Sequence[str], out: Path, days: int) -> dict[str
     }
     for name, (data, mode) in contents.items():
         replace_file(out / name, data, mode)
-    return {"RAY_USE_TLS": "1", **{variable: str(out.absolute() / name) for variable, name in NODE_FILES.items()}}
+    return {
+        "RAY_USE_TLS": "1",
+        **{variable: str((at or out.absolute()) / name) for variable, name in NODE_FILES.items()},
+    }
 
 
 def _signed(

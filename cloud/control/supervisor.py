@@ -71,7 +71,7 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
     if options.tls is not None:
         check_tls(options.tls)
     if options.emulator is not None:
-        check_package(options.emulator, identity, backbone)
+        check_package(options.emulator, identity.pin, backbone)
     if options.record is not None:
         check_recording(options.record)
         console.print(_recording_line(options.record, options.record_mib), highlight=False)

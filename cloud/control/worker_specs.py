@@ -36,7 +36,7 @@ from isthmus.emulator.package.verification import check_package_fits, verified
 from isthmus.privacy.recording.file_names import PATTERN
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.limits import MAX_WORKERS, MIB
-from isthmus.protocol.secure.keys import WorkerIdentity, generate_edge
+from isthmus.protocol.secure.keys import Fingerprint, generate_edge
 
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
 
@@ -159,14 +159,14 @@ def check_device(device: str, *, wipe_freed: bool = False) -> None:
         )
 
 
-def check_package(folder: Path, identity: WorkerIdentity, backbone: Backbone) -> None:
+def check_package(folder: Path, pin: Fingerprint, backbone: Backbone) -> None:
     """Check that edges of this cloud can use a package.
 
     Raises:
         PackageError: it is damaged, or of another model or plan.
         SignerError: it was signed under another root key.
     """
-    manifest, _, _ = verified(folder, identity.pin)
+    manifest, _, _ = verified(folder, pin)
     check_package_fits(manifest, backbone.checkpoint)
     made_for = manifest.split_plan
     if made_for != backbone.plan:

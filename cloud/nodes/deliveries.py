@@ -18,7 +18,7 @@ class AdapterPlace:
     """A tenant's newest adapter, and where it is.
 
     Attributes:
-        tenant: digest (hex) of the fingerprint of the tenant's key.
+        tenant: the fingerprint of the tenant's key, in hex.
         plugged_at: when it was plugged in, in Unix milliseconds.
         address: of a worker that has it.
     """

@@ -8,13 +8,14 @@ Rules
 
 Theory of operation
     root_key         Ed25519 private key (PKCS8 PEM, 0600)    the cloud owner's; signs workers' certificates
-    root_key.pub     its public key (OpenSSH)                 `ssh-keygen -lf root_key.pub` shows the fingerprint that
-    edges pin worker_key       Ed25519 private key (PKCS8 PEM, 0600)    a worker's
+    root_key.pub     its public key (OpenSSH)                 `ssh-keygen -lf root_key.pub` shows what edges pin
+    worker_key       Ed25519 private key (PKCS8 PEM, 0600)    a worker's
     worker_cert      JSON: root's and worker's public keys, expiry (Unix seconds), root's signature over the last two
     issuer_key       Ed25519 private key (PKCS8 PEM, 0600)    signs workers on several machines in the root's place
     issuer_cert      JSON: root's public key, and the issuer's certificate (`isthmus.protocol.secure.certificates`)
     node_key         Ed25519 private key (OpenSSH, 0600)      a node's; signs its workers' requests; `.pub` beside it
     authorized_edges `[max-sessions=N,max-bytes-in-flight=SIZE] ssh-ed25519 AAAA... name`, one line per edge
+    authorized_nodes `ssh-ed25519 AAAA... name`, one line per node
     an edge's key    Ed25519 private key (OpenSSH, 0600), and `.pub` beside it
 
     A fingerprint is SHA-256 over the algorithm's name and the key in OpenSSH's encoding, so that a later algorithm

@@ -129,6 +129,11 @@ class World:
         """Whether a worker serves now."""
         return self.cloud.workers().get(number, {}).get("state") == "serving"
 
+    def place_of(self, number: int) -> tuple[str, int]:
+        """Where a worker is, and the process that it is there."""
+        worker = self.cloud.workers().get(number, {})
+        return str(worker.get("address", "")), int(worker.get("pid", 0))
+
     def session_machine(self) -> Machine:
         """Where the edge's session is. Raises IsthmusError where there is none."""
         for number, worker in self.cloud.workers().items():
@@ -196,9 +201,13 @@ def worker_killed(world: World) -> Happened:
         with world.edge() as run:
             run.wait_for_step(world.setting.at)
             machine = world.session_machine()
+            (number,) = (each for each in (0, 1) if world.cloud.machine_of(each) is machine)
+            before = world.place_of(number)
             machine.cut_power()
+            back = world.wait(
+                "the worker, elsewhere", lambda: world.serves(number) and world.place_of(number) != before
+            )
             done = run.finish()
-        back = world.wait("both workers", lambda: world.serves(0) and world.serves(1))
         return Happened(done, done.lost, {"worker_back_s": round(back, 1), "killed": machine.name})
 
 
@@ -230,14 +239,15 @@ def head_killed(world: World) -> Happened:
         run.wait_for_step(world.setting.at)
         busy = world.session_machine()
         idle = next(number for number in (0, 1) if cloud.machine_of(number) is not busy)
-        pid = _inside(cloud.machine_of(idle), cloud.workers()[idle]["pid"])
+        killed = world.place_of(idle)
+        pid = _inside(cloud.machine_of(idle), killed[1])
         cloud.ray.head.cut_power()
         psutil.Process(pid).kill()
         during = run.steps()
         time.sleep(HEAD_SECONDS)
         trained = run.steps() - during
         world.start_node(cloud.ray.head)
-        back = world.wait("the worker that was killed", lambda: world.serves(idle))
+        back = world.wait("another worker", lambda: world.serves(idle) and world.place_of(idle) != killed)
         done = run.finish()
         return Happened(done, done.lost, {"steps_meanwhile": trained, "worker_back_s": round(back, 1)})
 

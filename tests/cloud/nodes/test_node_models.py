@@ -31,7 +31,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def wanted(model: Path, tmp_path: Path) -> NodeModel:
     """The model of the cloud, which this node has not on the owner's path."""
     path = str(tmp_path / "owners" / "model")
-    return NodeModel("tiny", path, Checkpoint(model, "tiny").digest(), path)
+    return NodeModel("tiny", path, Checkpoint(model, "tiny").digest(), "")
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_what_came_before_a_fetch_was_cut_off_is_not_fetched_again(
 
 @pytest.fixture
 def on_the_hub(wanted: NodeModel) -> NodeModel:
-    return dataclasses.replace(wanted, wants="somebody/tiny")
+    return dataclasses.replace(wanted, hub="somebody/tiny")
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
@@ -171,16 +171,14 @@ def resolving(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("wants", ["somebody/tiny", node_models.BUILT_IN])
-def test_a_model_with_a_name_is_looked_for_where_no_worker_has_it(
-    wanted: NodeModel, peers: Peers, node: Path, model: Path, monkeypatch: pytest.MonkeyPatch, wants: str
+def test_a_model_of_the_hub_is_looked_for_there_before_others_are_asked(
+    on_the_hub: NodeModel, peers: Peers, node: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = resolving(monkeypatch, model)
     said: list[str] = []
-    found = find_model(dataclasses.replace(wanted, wants=wants), peers, tuple[str, ...], said.append)
-    assert found == model
-    assert (asked, said) == ([wants], [f"looking for {wants}"])
-    assert not kept(node, wanted).exists()
+    assert find_model(on_the_hub, peers, tuple[str, ...], said.append) == model
+    assert (asked, said) == (["somebody/tiny"], ["looking for somebody/tiny on the hub"])
+    assert not kept(node, on_the_hub).exists()
 
 
 def once_nobody_then(address: str) -> Callable[[], Sequence[str]]:
@@ -203,10 +201,3 @@ def test_a_name_that_leads_nowhere_is_no_failure(
 ) -> None:
     assert find_model(on_the_hub, peers, once_nobody_then(address), lambda text: None) == kept(node, on_the_hub)
     assert named == ["somebody/tiny"]
-
-
-def test_a_worker_that_has_the_model_is_asked_before_the_name(
-    on_the_hub: NodeModel, peers: Peers, address: str, node: Path, named: list[str]
-) -> None:
-    assert find_model(on_the_hub, peers, lambda: (address,), lambda text: None) == kept(node, on_the_hub)
-    assert named == []

@@ -55,9 +55,7 @@ def spec_of(
         beside=2,
     )
     digest = Checkpoint(Path(model), "tiny").digest() if model != "/nowhere" else "00" * 32
-    return dataclasses.replace(
-        NodeSpec("cloud", owner.pin.digest, worker, digest, str(model), "parts-of-tiny"), **changes
-    )
+    return dataclasses.replace(NodeSpec("cloud", owner.pin.digest, worker, digest, "", "parts-of-tiny"), **changes)
 
 
 class FakeWorker:
