@@ -274,18 +274,20 @@ def test_a_worker_that_cannot_start_reports_why(owner: OwnersFolder, monkeypatch
     assert worker.metrics() == b""
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_even_a_bug_is_told_to_the_operator(
     owner: OwnersFolder, fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: NodeWorker, home: object) -> Path:
         raise ZeroDivisionError("division by zero")
 
+    raised: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda of_thread: raised.append(of_thread.exc_type))
     monkeypatch.setattr(NodeWorker, "_find_model", broken)
     worker = NodeWorker(spec_of(owner))
     ask(worker, Delivery(certificate(owner, worker)))
-    eventually(lambda: bool(ask(worker).failure))
+    eventually(lambda: bool(raised))
     assert ask(worker).failure == "ZeroDivisionError: division by zero"
+    assert raised == [ZeroDivisionError]
     assert fake.made == []
 
 
