@@ -1,4 +1,4 @@
-"""The commands of the model owner: `isthmus cloud keygen | enroll | quantize | serve | status`."""
+"""The commands of the model owner: `isthmus cloud keygen | enroll | quantize | serve | status`, and a cluster's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from isthmus.cli.cloud_flags import DEFAULT_HOME, Home
+from isthmus.cli import cluster_commands
+from isthmus.cli.cloud_flags import CLUSTER, DEFAULT_HOME, DEFAULT_NAME, UNANSWERED, Home
 from isthmus.cli.cloud_status_command import status
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.experiments.harness.bench_flags import EdgeLayers, Model
@@ -17,6 +18,7 @@ from isthmus.protocol.limits import TransferTimeout
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
 
 BOUNDS = Bounds()
+CERTIFICATE_HOURS = 24.0
 
 
 @app.command()
@@ -95,7 +97,11 @@ def serve(
         str, typer.Option(help="Address of the data plane, host:port; port 0 takes a free one.")
     ] = "127.0.0.1:7443",
     advertise: Annotated[
-        str | None, typer.Option(help="Host that the connection string names; by default the one of --listen.")
+        str | None,
+        typer.Option(
+            help="Host that the connection string names; by default the one of --listen. On a cluster, a load balancer "
+            "before nodes with one worker each."
+        ),
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")
@@ -141,8 +147,34 @@ def serve(
         int, typer.Option(min=1, help="Stages that the layers are cut into, a worker each; takes no sites.")
     ] = 1,
     address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster to join; by default Ray starts here.")
+        str | None,
+        typer.Option(
+            help="Serve on the nodes of a Ray cluster, at HOST:PORT or auto, of which this machine is one; by default "
+            "on this machine alone.",
+            rich_help_panel=CLUSTER,
+        ),
     ] = None,
+    name: Annotated[
+        str, typer.Option(help="Name of the cloud in its cluster.", rich_help_panel=CLUSTER)
+    ] = DEFAULT_NAME,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it serves.", rich_help_panel=CLUSTER)] = False,
+    worker_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory that each worker claims of its node; by default none.", rich_help_panel=CLUSTER),
+    ] = None,
+    node_labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Labels of the nodes to serve on, KEY=VALUE,…; given again, for when no node has the ones before.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    certificate_hours: Annotated[
+        float,
+        typer.Option(
+            min=0.01, help="Hours until a worker's certificate expires; renewed at half of it.", rich_help_panel=CLUSTER
+        ),
+    ] = CERTIFICATE_HOURS,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get on SIGTERM.")] = 30.0,
     connection_file: Annotated[Path | None, typer.Option(help="File to write the connection string to.")] = None,
     emulator: Annotated[
@@ -266,7 +298,11 @@ def serve(
 ) -> None:
     """Serve a model's middle layers until SIGTERM or Ctrl-C; prints the connection string for the edges.
 
+    On a cluster (--address) the cloud goes on without this command; `isthmus cloud stop` ends it.
+
     Example: isthmus cloud serve --model smollm2-135m --edge-layers 2:2 --listen 127.0.0.1:7443
+
+    On a cluster: isthmus cloud serve --model smollm2-135m --address auto --listen node:7443 --workers 2
     """
     from isthmus.common.errors import ConfigError
     from isthmus.protocol.enrolment import parse_size
@@ -275,9 +311,20 @@ def serve(
         raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     if tls_client_ca is not None and tls_cert is None:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
-    from isthmus.cloud.control.serve_options import ServeOptions, TlsFiles
-    from isthmus.cloud.control.supervisor import serve as run
+    from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions, TlsFiles
 
+    cluster = None
+    if address is not None:
+        from isthmus.cloud.cluster.cluster_spec import parse_labels
+
+        labels = tuple(parse_labels(each) for each in node_labels or ())
+        memory = 0 if worker_memory is None else parse_size(worker_memory)
+        cluster = ClusterOptions(address, name, detach, memory, labels, certificate_hours)
+    elif name != DEFAULT_NAME or detach or worker_memory or node_labels or certificate_hours != CERTIFICATE_HOURS:
+        raise ConfigError(
+            "--name, --detach, --worker-memory, --node-labels and --certificate-hours are for a cluster: give its "
+            "--address"
+        )
     options = ServeOptions(
         model=model,
         home=home.expanduser(),
@@ -293,7 +340,7 @@ def serve(
         threads=threads,
         workers=workers,
         pipeline=pipeline,
-        address=address,
+        cluster=cluster,
         grace=grace,
         connection_file=connection_file,
         emulator=emulator,
@@ -329,12 +376,16 @@ def serve(
             ),
         ),
     )
+    if cluster is not None:
+        from isthmus.cloud.cluster.attached import serve_on_cluster
+
+        serve_on_cluster(options, ready=typer.echo)
+        return
+    from isthmus.cloud.control.supervisor import serve as run
+
     if not run(options, ready=typer.echo):
         typer.echo(f"stopped after {grace:.0f} s with calls unanswered", err=True)
         raise typer.Exit(UNANSWERED)
-
-
-UNANSWERED = 60  # documented in docs/exit-codes.md
 
 
 @app.command()
@@ -377,3 +428,4 @@ def quantize(
 
 
 app.command()(status)
+cluster_commands.register(app)

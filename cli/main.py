@@ -21,10 +21,9 @@ from isthmus.cli.daemon_commands import app as daemon
 from isthmus.cli.edge_commands import app as edge
 from isthmus.cli.emulator_commands import app as emulator
 from isthmus.cli.emulator_edge_commands import app as tuning
-from isthmus.cli.emulator_research_commands import app as scores
-from isthmus.cli.experiment_commands import app as experiment
 from isthmus.cli.jobs_commands import app as jobs
 from isthmus.cli.plan_command import plan
+from isthmus.cli.research_commands import emulator_scores, experiment
 from isthmus.common.errors import DiskError, IsthmusError
 from isthmus.common.shutdown import run_to_end
 from isthmus.common.terminal import guard_messages, printable
@@ -43,7 +42,7 @@ edge.add_typer(daemon, name="daemon")
 edge.add_typer(jobs, name="jobs")
 app.add_typer(edge, name="edge")
 emulator.add_typer(tuning)  # without a name: the commands of all three kinds of user stand in one group
-emulator.add_typer(scores)
+emulator.add_typer(emulator_scores)
 app.add_typer(emulator, name="emulator")
 app.add_typer(bench, name="bench")
 app.add_typer(audit, name="audit")

@@ -18,7 +18,7 @@ from isthmus.edge.config.adapter_config import sites_at
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
-from isthmus.edge.process_setup import no_core_files
+from isthmus.edge.process_setup import device_of, no_core_files
 from isthmus.edge.span_cache.cache_check import check_cacheable
 from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity, cached_span
 from isthmus.edge.training.evaluation import to_device
@@ -55,6 +55,7 @@ def open_link(config: ClientConfig, *, interactive: bool = False, deadline: floa
         connect_timeout=config.connect_timeout,
         give_up_after=config.give_up_after,
         call_timeout=config.call_timeout,
+        keepalive=config.keepalive,
         interactive=interactive,
         deadline=deadline,
         max_fetch_bytes=int(config.max_fetch_gib * GIB),
@@ -79,9 +80,9 @@ class Wire:
         """The split model, whose span goes over the links as the configuration says.
 
         Raises:
-            ConfigError: A layer that is to be leased is not the cloud's.
+            ConfigError: A layer that is to be leased is not the cloud's, or there is no such device.
         """
-        model: Any = self.links[0].load_model()
+        model: Any = self.links[0].load_model().to(device_of(config.device))
         leased = sites_at(config.leased, family_of(model.config).layers_path, self.links[0].plan, "leased")
         model.remote_layers.span = RemoteSpan(self.in_flight or self.links[0].span, leased=leased, summed=config.summed)
         return model

@@ -14,7 +14,7 @@ from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.data.batches import load_data
-from isthmus.edge.process_setup import no_core_files
+from isthmus.edge.process_setup import device_of, no_core_files
 from isthmus.edge.run_report import Report
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
@@ -44,7 +44,7 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
         console = Console(stderr=True, highlight=False)
         console.print(f"The package is signed by {package.signer}; --signer insists on it.", soft_wrap=True)
     data = load_data(config, package.load_tokenizer())
-    model = package.load_model()
+    model = package.load_model().to(device_of(config.device))
     tuned = build_peft(model, config, total_steps=total_steps(config, len(data.train)))
     hold_frozen_linears(tuned, config)
     trainer = Trainer(

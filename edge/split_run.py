@@ -24,6 +24,7 @@ from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, load_data, load_examples
+from isthmus.edge.process_setup import device_of
 from isthmus.edge.run_report import Report, linear_parameters
 from isthmus.edge.sites.live_sites import live_sites
 from isthmus.edge.training.defended_run import defended_run
@@ -119,7 +120,7 @@ def evaluate_over(
     """
     use_threads(config.threads)
     data = load_examples(config, link.load_tokenizer())
-    model = load_adapted(link, adapter, plugged=config.plugged)
+    model = load_adapted(link, adapter, plugged=config.plugged).to(device_of(config.device))
     batches = Batches(data.train, config.batch, data.pad_id)
     done = itertools.count(1)
     loss = evaluate(model, batches, lambda: between(next(done), len(batches)), precision=config.precision)

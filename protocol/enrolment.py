@@ -10,6 +10,7 @@ Rules
 Theory of operation
     max-sessions=2,max-bytes-in-flight=64MiB ssh-ed25519 AAAAC3... hospital-a
     isthmus://cloud.example:7443#SHA256:...       (isthmus+tls:// where the stream also runs inside TLS)
+    isthmus://a.example:7443,b.example:7443#SHA256:...                     a cloud that can be reached at several places
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ TENANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18})(B|KiB|MiB|GiB|)")
 _UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
 _STAGE = "stage"
+STAGE_OPTIONS = f"{_STAGE},max-sessions=999999999,max-bytes-in-flight={1 << 20}GiB"
+"""The options of another worker of the cloud: its sessions are tenants', and so are their quotas."""
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+MAX_PLACES = 16
+"""Of a connection string, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +247,21 @@ def _parse_line(line: str) -> tuple[bytes, Tenant]:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionString:
-    """Where a cloud is and which root key it must show: `isthmus://host:port#SHA256:...`, or `isthmus+tls://...`."""
+    """Where a cloud is and which root key it must show: `isthmus://host:port#SHA256:...`, or `isthmus+tls://...`.
+
+    Attributes:
+        host: the first place's host, without brackets.
+        port: its port.
+        pin: the root key's fingerprint.
+        tls: whether the stream also runs inside TLS.
+        others: further places where the cloud can be reached, `host:port` each, `MAX_PLACES` with the first at most.
+    """
 
     host: str
     port: int
     pin: Fingerprint
     tls: bool = False
+    others: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> ConnectionString:
@@ -257,21 +271,43 @@ class ConnectionString:
             ConfigError: it is malformed.
         """
         text = text.strip()
+        scheme, separator, rest = text.partition("://")
+        places, _, fragment = rest.partition("#")
         try:
-            parts = urlsplit(text)
-            host, port = parts.hostname, parts.port
-            pin = Fingerprint.parse(parts.fragment)
-        except ValueError as error:  # of urlsplit, the port, or the fingerprint (a ConfigError is a ValueError)
+            pin = Fingerprint.parse(fragment)
+            found = [_place(each) for each in places.split(",")]
+        except ValueError as error:  # of the place or the fingerprint (a ConfigError is a ValueError)
             raise ConfigError(f"{text!r} is not a connection string: {error}") from error
-        rest = parts.path or parts.query or parts.username or parts.password
-        if parts.scheme not in ("isthmus", "isthmus+tls") or not host or not _HOST.fullmatch(host) or not port or rest:
+        if scheme not in ("isthmus", "isthmus+tls") or not separator:
             raise ConfigError(f"{text!r} is not a connection string: `isthmus://host:port#SHA256:...` is needed")
-        return cls(host, port, pin, parts.scheme == "isthmus+tls")
+        if len(found) > MAX_PLACES:
+            raise ConfigError(f"{text[:60]!r}... is not a connection string: it names over {MAX_PLACES} places")
+        (host, port), *others = found
+        return cls(host, port, pin, scheme == "isthmus+tls", tuple(_written(*each) for each in others))
 
     @property
     def address(self) -> str:
-        """`host:port`, an IPv6 host in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        """`host:port` of the first place, an IPv6 host in brackets."""
+        return _written(self.host, self.port)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """`host:port` of all places."""
+        return (self.address, *self.others)
 
     def __str__(self) -> str:
-        return f"isthmus{'+tls' if self.tls else ''}://{self.address}#{self.pin}"
+        return f"isthmus{'+tls' if self.tls else ''}://{','.join(self.addresses)}#{self.pin}"
+
+
+def _place(text: str) -> tuple[str, int]:
+    """The host, without brackets, and the port of `host:port`. Raises ValueError."""
+    parts = urlsplit(f"//{text}")
+    host, port = parts.hostname, parts.port
+    rest = parts.path or parts.query or parts.fragment or parts.username or parts.password
+    if not host or not _HOST.fullmatch(host) or not port or rest:
+        raise ValueError(f"`host:port` is needed, not {text!r}")
+    return host, port
+
+
+def _written(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

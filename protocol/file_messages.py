@@ -36,6 +36,10 @@ class FileSet(enum.IntEnum):
     """The package with an emulator of the middle layers, if the cloud offers one."""
     ADAPTER = 3
     """The adapter that this edge's own tenant has plugged in, if it has."""
+    MODEL = 4
+    """The whole checkpoint, which other workers of the cloud load their layers from. For these alone."""
+    ADAPTERS = 5
+    """The adapters that all tenants have plugged in, for other workers of the cloud alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ class FileSet(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FILE_SET_PARTS: _ClassVar[FileSet]
     FILE_SET_EMULATOR: _ClassVar[FileSet]
     FILE_SET_ADAPTER: _ClassVar[FileSet]
+    FILE_SET_MODEL: _ClassVar[FileSet]
+    FILE_SET_ADAPTERS: _ClassVar[FileSet]
 
 class Placement(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -92,6 +94,8 @@ FILE_SET_UNSPECIFIED: FileSet
 FILE_SET_PARTS: FileSet
 FILE_SET_EMULATOR: FileSet
 FILE_SET_ADAPTER: FileSet
+FILE_SET_MODEL: FileSet
+FILE_SET_ADAPTERS: FileSet
 PLACEMENT_UNSPECIFIED: Placement
 PLACEMENT_EDGE: Placement
 PLACEMENT_LOW_RANK: Placement
@@ -535,7 +539,7 @@ class SignTranscript(_message.Message):
     def __init__(self, exchanges: _Optional[int] = ...) -> None: ...
 
 class SignedTranscript(_message.Message):
-    __slots__ = ("exchanges", "head", "signed_at", "numerics", "signature", "root", "worker", "not_after", "root_signature")
+    __slots__ = ("exchanges", "head", "signed_at", "numerics", "signature", "root", "worker", "not_after", "root_signature", "issuer")
     EXCHANGES_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     SIGNED_AT_FIELD_NUMBER: _ClassVar[int]
@@ -545,6 +549,7 @@ class SignedTranscript(_message.Message):
     WORKER_FIELD_NUMBER: _ClassVar[int]
     NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
     ROOT_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
     exchanges: int
     head: bytes
     signed_at: int
@@ -554,7 +559,8 @@ class SignedTranscript(_message.Message):
     worker: bytes
     not_after: int
     root_signature: bytes
-    def __init__(self, exchanges: _Optional[int] = ..., head: _Optional[bytes] = ..., signed_at: _Optional[int] = ..., numerics: _Optional[str] = ..., signature: _Optional[bytes] = ..., root: _Optional[bytes] = ..., worker: _Optional[bytes] = ..., not_after: _Optional[int] = ..., root_signature: _Optional[bytes] = ...) -> None: ...
+    issuer: bytes
+    def __init__(self, exchanges: _Optional[int] = ..., head: _Optional[bytes] = ..., signed_at: _Optional[int] = ..., numerics: _Optional[str] = ..., signature: _Optional[bytes] = ..., root: _Optional[bytes] = ..., worker: _Optional[bytes] = ..., not_after: _Optional[int] = ..., root_signature: _Optional[bytes] = ..., issuer: _Optional[bytes] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ("nonce",)

@@ -16,6 +16,10 @@ MAX_WORKERS = 128
 """Most workers of a cloud."""
 
 Buffer = bytes | bytearray | memoryview
+KEEPALIVE_SECONDS = 20.0
+"""Without a sign of the other side until it is asked for one, and as long again until it counts as gone."""
+LEAST_KEEPALIVE_SECONDS = 1.0
+"""The shortest that an edge may choose: a worker takes pings that often."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from isthmus.protocol.limits import DEFAULT_LIMITS, KIB
+from isthmus.protocol.limits import DEFAULT_LIMITS, KEEPALIVE_SECONDS, KIB
 from isthmus.protocol.secure.framing import read_frame, write_frame
 
 SERVICE: Final = "isthmus.v2.Isthmus"
@@ -21,8 +21,6 @@ MAX_GRPC_MESSAGE_BYTES: Final = DEFAULT_LIMITS.chunk_bytes + DEFAULT_LIMITS.max_
 """A frame of the largest header and a whole chunk, with its prefix and tags."""
 GOODBYE_SECONDS: Final = 2.0
 """How long either side waits for the end of a session that it ends, once all calls are answered."""
-KEEPALIVE_MS: Final = 20_000  # a peer that vanished without a word is noticed within two of these
-
 CLIENT_CODING: Final[dict[str, Callable[[bytes], bytes]]] = {
     "request_serializer": write_frame,
     "response_deserializer": read_frame,
@@ -35,18 +33,21 @@ SERVER_CODING: Final[dict[str, Callable[[bytes], bytes]]] = {
 """What gRPC's server needs to serve it."""
 
 
-def stream_options(window: int) -> list[tuple[str, int]]:
+def stream_options(window: int, keepalive: float = KEEPALIVE_SECONDS) -> list[tuple[str, int]]:
     """The options of gRPC that both ends have.
 
     Args:
         window: bytes that the other side may send on a stream before they are asked for.
+        keepalive: seconds without a sign of the other side until it is asked for one.
     """
+    milliseconds = round(keepalive * 1000)
     return [
         ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
         ("grpc.compression_enabled_algorithms_bitset", 1),  # only the one that changes nothing
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_time_ms", milliseconds),
+        ("grpc.keepalive_timeout_ms", milliseconds),
+        ("grpc.http2.max_pings_without_data", 0),  # without end: a long computation sends nothing
         ("grpc.http2.lookahead_bytes", window),
         ("grpc.http2.bdp_probe", 0),  # with it the window grows with the speed of the other side
     ]

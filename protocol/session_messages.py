@@ -9,6 +9,7 @@ from typing import Annotated
 from isthmus.common.errors import MessageError
 from isthmus.protocol.enrolment import TENANT_NAME
 from isthmus.protocol.limits import MAX_NAME, MAX_WORKERS, Size, Text
+from isthmus.protocol.secure.certificates import ISSUER_BYTES
 
 MAX_TEXT = 1024
 LINK_BYTES = 16
@@ -117,7 +118,7 @@ class SignedTranscript:
 
     `head`: of the hash chain after so many `exchanges`. `signed_at`: Unix seconds. `numerics`: what the bits of an
     answer depend on: dtype, attention, torch, processor, threads. `signature`: by the worker's key. The others are the
-    worker's certificate.
+    worker's certificate; `issuer` is that of who has signed it, empty where that is the root.
     """
 
     exchanges: int
@@ -129,3 +130,9 @@ class SignedTranscript:
     worker: Annotated[bytes, Size(32, 32)]
     not_after: int
     root_signature: Annotated[bytes, Size(64, 64)]
+    issuer: Annotated[bytes, Size(0, ISSUER_BYTES)] = b""
+
+    def check(self) -> None:
+        """Check that an issuer's certificate is whole."""
+        if self.issuer and len(self.issuer) != ISSUER_BYTES:
+            raise MessageError(f"{len(self.issuer)} bytes are no issuer's certificate: {ISSUER_BYTES} are needed")

@@ -50,6 +50,7 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     UnsupportedCallError,
 )
+from isthmus.kernels.transfer import to_device, to_host
 from isthmus.protocol import block_codecs as blocks
 from isthmus.protocol.block_codecs import Parts, Shape
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
@@ -151,15 +152,22 @@ def encode(tensor: Tensor, codec: str, role: Role, what: str = "") -> Payload:
 
 
 def decode(
-    payload: Payload, *, dtype: torch.dtype | None = None, limits: Limits = DEFAULT_LIMITS, what: str = ""
+    payload: Payload,
+    *,
+    dtype: torch.dtype | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    what: str = "",
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Decode a payload to a CPU tensor of its shape.
+    """Decode a payload to a tensor of its shape.
 
     Args:
         payload: as received or as encoded.
         dtype: the wanted dtype; by default fp32 for activations, int64 for masks and positions.
         limits: what this side accepts.
         what: what an error calls the tensor; its role by default.
+        device: where it is decoded, to which its bytes are copied as they came; by default the CPU. Masks are decoded
+            on the CPU in any case.
 
     Returns:
         The tensor. Where the bytes already have the wanted dtype it shares the payload's memory: keep the payload's
@@ -175,8 +183,9 @@ def decode(
     if got != sizes:
         raise MessageError(f"a {entry.name} tensor of shape {list(payload.shape)} takes {sizes} bytes, not {got}")
     parts = zip(payload.buffers, entry.parts(payload.shape), strict=True)
-    tensor = entry.decode(tuple(_tensor(buffer, *part) for buffer, part in parts), payload.shape)
-    tensor = tensor.to(dtype or (torch.float32 if entry.activation else torch.int64))
+    there = device if entry.activation else None
+    tensor = entry.decode(tuple(to_device(_tensor(buffer, *part), there) for buffer, part in parts), payload.shape)
+    tensor = to_device(tensor, device).to(dtype or (torch.float32 if entry.activation else torch.int64))
     if entry.activation and not is_finite(tensor):
         raise ReceivedNonFiniteError(
             f"{what or f'the {payload.role.name.lower()}'} of shape {list(payload.shape)} came with NaN or infinite "
@@ -185,7 +194,9 @@ def decode(
     return tensor
 
 
-def decode_as(payload: Payload, shape: torch.Size, codec: str, limits: Limits, what: str) -> Tensor:
+def decode_as(
+    payload: Payload, shape: torch.Size, codec: str, limits: Limits, what: str, device: torch.device | None = None
+) -> Tensor:
     """Decode an activation or a gradient that is of the shape and in the codec that were asked for.
 
     Raises:
@@ -195,7 +206,7 @@ def decode_as(payload: Payload, shape: torch.Size, codec: str, limits: Limits, w
     if payload.shape != tuple(shape):
         raise RemoteProtocolError(f"the cloud answered with shape {list(payload.shape)} instead of {list(shape)}")
     check_codec(payload, codec)
-    return decode(payload, limits=limits, what=what)
+    return decode(payload, limits=limits, what=what, device=device)
 
 
 def check_codec(payload: Payload, codec: str) -> None:
@@ -292,7 +303,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied from a CPU; the view keeps the tensor's memory alive."""
-    flat: npt.NDArray[np.uint8] = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+    flat: npt.NDArray[np.uint8] = to_host(tensor).reshape(-1).view(torch.uint8).numpy()
     return flat.data
 
 

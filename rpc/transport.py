@@ -24,7 +24,7 @@ import grpc
 import grpc.aio
 
 from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError, LocalProtocolError
-from isthmus.protocol.limits import MIB
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, MIB
 from isthmus.protocol.service import CLIENT_CODING, METHOD, stream_options
 
 T = TypeVar("T")
@@ -116,10 +116,17 @@ class GrpcTransport:
         target: `host:port`.
         tls: the outer TLS layer, or None for none (the session is sealed in either case).
         connect_timeout: seconds to wait for the cloud's first sign when a stream is opened.
+        keepalive: seconds without a sign of the cloud until it is asked for one; it counts as gone after as long again.
     """
 
-    def __init__(self, target: str, tls: Tls | None = None, connect_timeout: float = 5.0) -> None:
-        self._target = target
+    def __init__(
+        self,
+        target: str,
+        tls: Tls | None = None,
+        connect_timeout: float = 5.0,
+        keepalive: float = KEEPALIVE_SECONDS,
+    ) -> None:
+        self._target, self._keepalive = target, keepalive
         self._credentials = None if tls is None else tls.credentials()
         self._connect_timeout = connect_timeout
         self._channel: grpc.aio.Channel | None = None
@@ -128,7 +135,7 @@ class GrpcTransport:
         """Open a new stream and wait until the cloud has taken it."""
         if self._channel is None:
             options = [
-                *stream_options(WINDOW_BYTES),
+                *stream_options(WINDOW_BYTES, self._keepalive),
                 ("grpc.enable_retries", 0),  # a retry is a new session with a new key
                 ("grpc.use_local_subchannel_pool", 1),  # transports share no connection and no fault
             ]

@@ -40,6 +40,8 @@ _BESIDE_THE_WEIGHTS = re.compile(
     r"chat_template.*|.*\.jinja"
 )
 
+_WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors(\.index\.json)?")
+
 SENSELESS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
 """What transformers and torch may raise of a configuration that makes no sense; they do not check all of it."""
 
@@ -126,6 +128,11 @@ class Checkpoint:
 def is_part(name: str) -> bool:
     """Whether a file of this name belongs to an edge's parts: weights, configuration, tokenizer, and where from."""
     return name in (EDGE_FILE, PARTS_FILE) or _is_beside_the_weights(name)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name belongs to a whole model: weights and their index, configuration, tokenizer."""
+    return name == ORIGIN_FILE or _WEIGHTS.fullmatch(name) is not None or _is_beside_the_weights(name)
 
 
 def _is_beside_the_weights(name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -19,14 +18,14 @@ from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError,
 from isthmus.cloud.control.worker import CUDA, Worker, WorkerSpec, no_gpu
 from isthmus.cloud.engine.freed_memory import wiping
 from isthmus.cloud.telemetry.logs import log, log_file, log_to
-from isthmus.common.errors import ConfigError, IsthmusError, UnreachableError
+from isthmus.common.errors import ConfigError, IsthmusError
 
 ANSWER_SECONDS = 10.0
 """How long an actor may take to answer, or to end, before it counts as gone: longer than torch takes to import."""
 CONNECT_SECONDS = 1.0
 """How long Ray's control store, on this machine, may take to accept a connection before it counts as silent."""
-SILENT_POLLS, SILENT_POLLS_OF_OTHERS = 3, 15
-"""Polls in a row that Ray's control store may leave unanswered; somebody else's cluster may come back by itself."""
+SILENT_POLLS = 3
+"""Polls in a row that Ray's control store may leave unanswered."""
 LEAVE_SECONDS, LEAVE_PAUSE = 30.0, 0.2
 """How long Ray's processes may take to end, several times what a busy machine needs, and how often that is checked."""
 
@@ -70,9 +69,8 @@ class Serving:
 
     Args:
         specs: what each worker serves, by number; their `listen` have fixed ports.
-        address: address of an existing Ray cluster, or None to start Ray on this machine.
         home: the cloud's folder.
-        ray_folder: where a Ray that is started here keeps its files; None with an `address`.
+        ray_folder: where Ray keeps its files.
         least: how many of the workers are started at once; the others when they are needed.
         metrics: where the controller serves `/status` and `/metrics`; "" for nowhere.
         grace: seconds that calls in flight get when a worker is ended because it is not needed.
@@ -81,30 +79,28 @@ class Serving:
     def __init__(
         self,
         specs: Sequence[WorkerSpec],
-        address: str | None,
         home: Path,
-        ray_folder: Path | None,
+        ray_folder: Path,
         *,
         least: int,
         metrics: str,
         grace: float,
     ) -> None:
-        self._specs, self._address, self._grace = specs, address, grace
+        self._specs, self._grace = specs, grace
         self._least, self._metrics, self._home, self._ray_folder = least, metrics, home, ray_folder
         log_to(log_file(home, "serve"))
         self._begin()
 
     def _begin(self) -> None:
-        """Start or join Ray, and start the actors."""
+        """Start Ray, and the actors."""
         self._workers: dict[int, _Worker] = {}
         self._controller: Actor | None = None
         self._silent = 0  # polls in a row that the control store has left unanswered
-        self._cluster = RayCluster(self._address, self._home, self._ray_folder)
-        prefix = f"cloud-{secrets.token_hex(8)}"  # others may serve in the same cluster
-        self._names = [f"{prefix}-worker-{spec.number}" for spec in self._specs]
+        self._cluster = RayCluster(self._home, self._ray_folder)
+        self._names = [f"worker-{spec.number}" for spec in self._specs]
         on_gpus = [number for number in range(self._least) if self._specs[number].device == CUDA]
         if on_gpus:
-            if self._address is None and not self._cluster.has_gpus:
+            if not self._cluster.has_gpus:
                 raise no_gpu(CUDA)
             self._cluster.reserve_gpus(on_gpus)
         for number in range(self._least):
@@ -114,7 +110,7 @@ class Serving:
             worker.state = State.RUNNING
         spec = ControllerSpec(tuple(self._names), self._least, self._metrics, str(log_file(self._home, "controller")))
         self._controller = self._cluster.start(
-            Controller, spec, name=f"{prefix}-controller", environment={"OMP_NUM_THREADS": "1"}
+            Controller, spec, name="controller", environment={"OMP_NUM_THREADS": "1"}
         )
         _result(self._controller.ask("ready"))
 
@@ -124,29 +120,20 @@ class Serving:
         Raises:
             ControlStoreLostError: Ray's control store is gone. Without it Ray ends all its processes within a minute.
         """
-        self._silent = 0 if _is_open(self._cluster.control_store) else self._silent + 1
-        if self._silent >= (SILENT_POLLS if self._address is None else SILENT_POLLS_OF_OTHERS):
+        self._silent = 0 if is_open(self._cluster.control_store) else self._silent + 1
+        if self._silent >= SILENT_POLLS:
             raise ControlStoreLostError
         if self._least < len(self._specs):
             self._scale()
 
     def restart(self) -> None:
-        """Start the cluster again after its control store was lost.
-
-        Raises:
-            UnreachableError: it is not ours to start.
-        """
+        """Start the cluster again after its control store was lost."""
         log("control_store_lost", logging.ERROR)
-        if self._address is not None:
-            raise UnreachableError(
-                f"the control store of the Ray cluster at {self._address} is gone: start the cluster again, and then "
-                "`isthmus cloud serve`"
-            )
         self._workers, self._controller = {}, None
         self._cluster.shutdown()  # and not `close`, which would ask the control store
         deadline = time.monotonic() + LEAVE_SECONDS  # the workers' processes end when they notice that Ray has ended
         listening = [spec.listen for spec in self._specs] + ([self._metrics] if self._metrics else [])
-        while any(_is_open(_split(listen)) for listen in listening) and time.monotonic() < deadline:
+        while any(is_open(_split(listen)) for listen in listening) and time.monotonic() < deadline:
             time.sleep(LEAVE_PAUSE)
         self._begin()
         log("cluster_started_again")
@@ -289,7 +276,7 @@ def _split(listen: str) -> tuple[str, int]:
     return {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]")), int(port)  # noqa: S104 - compared only
 
 
-def _is_open(address: tuple[str, int]) -> bool:
+def is_open(address: tuple[str, int]) -> bool:
     """Whether somebody listens at an address."""
     try:
         socket.create_connection(address, CONNECT_SECONDS).close()

@@ -53,10 +53,11 @@ class Directory:
 
     Args:
         clock: seconds that never go back.
+        come_back: whether a worker that does not answer comes back at its address, so that edges should know of it.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], *, come_back: bool = True) -> None:
+        self._clock, self._come_back = clock, come_back
         self._entries: dict[int, _Entry] = {}
         self._uneven_since: float | None = None
 
@@ -124,7 +125,7 @@ class Directory:
         }
 
     def _peers_of(self, number: int) -> tuple[Peer, ...]:
-        """The other workers that edges may go to, also those that do not answer at present, as they come back.
+        """The other workers that edges may go to, also those that do not answer at present, where they come back.
 
         There are none for a pipeline's stage that edges do not talk to: the stage before it has nowhere else to go.
         """
@@ -134,7 +135,10 @@ class Directory:
         return tuple(
             peer if entry.answering else Peer(peer.address, "restarting")
             for other, entry in sorted(self._entries.items())
-            if other != number and entry.report is not None and (peer := entry.report.peer) is not None
+            if other != number
+            and entry.report is not None
+            and (peer := entry.report.peer) is not None
+            and (entry.answering or self._come_back)
         )
 
 

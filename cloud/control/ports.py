@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from isthmus.common.errors import ConfigError, PortInUseError
 
@@ -109,10 +110,22 @@ def listeners() -> list[Listener]:
     import psutil
 
     own = psutil.Process()
+    return listeners_of((own, *own.children(recursive=True)), lambda process: "serve" if process == own else None)
+
+
+def listeners_of(processes: Iterable[Any], name_of: Callable[[Any], str | None]) -> list[Listener]:
+    """The TCP ports on which some processes (psutil's) listen.
+
+    Args:
+        processes: which; one that ends meanwhile is passed over.
+        name_of: their names; None for that of a process's script or program.
+    """
+    import psutil
+
     found = []
-    for process in (own, *own.children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            name = "serve" if process == own else _name(process.name(), process.cmdline())
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            name = name_of(process) or _name(process.name(), process.cmdline())
             found += [
                 Listener(name, process.pid, connection.laddr.ip, connection.laddr.port)
                 for connection in process.net_connections(kind="tcp")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from isthmus.common.errors import ConfigError, UnreachableError
+from isthmus.common.errors import ConfigError
 from isthmus.common.files import write_atomic
 from isthmus.protocol.secure.keyfiles import read_private
 
@@ -113,6 +113,13 @@ def find_actor(name: str) -> Actor | None:
         return None
 
 
+def node_address() -> str:
+    """This node's IP address in the cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 def was_restarted() -> bool:
     """Whether this process takes the place of an actor that died."""
     import ray
@@ -123,36 +130,27 @@ def was_restarted() -> bool:
 
 
 class RayCluster:
-    """The cluster that this process has started or joined. All its actors stay on this node.
+    """The cluster of this machine alone, which this process starts.
 
     Args:
-        address: address of an existing cluster, or None to start one on this machine.
-        home: the cloud's folder, where the token of a cluster that is started here is kept.
-        folder: where a cluster that is started here keeps sockets, logs and what it spills; None with an `address`.
+        home: the cloud's folder, where the cluster's token is kept.
+        folder: where it keeps sockets, logs and what it spills.
 
     Attributes:
         control_store: host and port of its control store.
 
     Raises:
         KeyFileError: the token in the home is readable by others.
-        UnreachableError: no cluster answers at `address`.
     """
 
-    def __init__(self, address: str | None, home: Path, folder: Path | None) -> None:
-        if address is None:  # an existing cluster has its own rules, and its owner has set this environment for them
-            os.environ.update(ray_environment(home))
+    def __init__(self, home: Path, folder: Path) -> None:
+        os.environ.update(ray_environment(home))
         import ray
 
         # "local" is a cluster of its own; without it, Ray would join whichever one somebody else runs on this machine.
         # Our actors ask for no CPU, and for each CPU that Ray counts it would start a process that waits for tasks.
         own = {"address": "local", "include_dashboard": False, "num_cpus": 0, "_temp_dir": str(folder)}
-        options = {"address": address} if address else own
-        try:
-            ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
-        except ConnectionError as error:
-            raise UnreachableError(
-                f"no Ray cluster answers at {address}: check --address and the cluster ({error})"
-            ) from None
+        ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **own)
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self.control_store = (host.strip("[]"), int(port))
         self._gpus = Gpus()
@@ -185,22 +183,15 @@ class RayCluster:
             worker: the number of the worker that it is, whose GPU it gets.
         """
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # Its files and its port are this node's.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         gpu = {} if worker is None else self._gpus.options(worker)
         made = ray.remote(
-            max_restarts=-1,
-            max_concurrency=4,
-            num_cpus=0,
-            runtime_env={"env_vars": dict(environment)},
-            **{"scheduling_strategy": here, **gpu},
+            max_restarts=-1, max_concurrency=4, num_cpus=0, runtime_env={"env_vars": dict(environment)}, **gpu
         )(kind)
         return Actor(made.options(name=name).remote(argument))
 
     def shutdown(self) -> None:
-        """Leave the cluster; end it if it was started here."""
+        """End the cluster."""
         import ray
 
         ray.shutdown()

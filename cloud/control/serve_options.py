@@ -24,6 +24,27 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """The options of `isthmus cloud serve` that are for a Ray cluster alone.
+
+    Attributes:
+        address: of the cluster.
+        name: of the cloud, by which other commands find it.
+        detach: whether to return once it serves.
+        worker_memory: bytes that each worker claims of its node; 0 claims none.
+        labels: labels that a worker's node must have, in the order of preference.
+        certificate_hours: until a worker's certificate expires.
+    """
+
+    address: str
+    name: str = "cloud"
+    detach: bool = False
+    worker_memory: int = 0
+    labels: tuple[dict[str, str], ...] = ()
+    certificate_hours: float = 24.0
+
+
+@dataclass(frozen=True, slots=True)
 class ServeOptions:
     """The options of `isthmus cloud serve`, whose `--help` describes them.
 
@@ -44,7 +65,7 @@ class ServeOptions:
     threads: int | None = None
     workers: str = "1"
     pipeline: int = 1
-    address: str | None = None
+    cluster: ClusterOptions | None = None
     grace: float = 30.0
     connection_file: Path | None = None
     emulator: Path | None = None

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.cloud.home.expiry import expiry
-from isthmus.common.readable import labelled, period, size
+from isthmus.common.readable import date, labelled, period, size
 
 FOLDED = ("address", "sessions")
 """Columns of the workers' table whose text may take several lines; the others are as wide as their text."""
@@ -37,7 +37,7 @@ def view(status: Mapping[str, Any], now: float | None = None) -> RenderableType:
         cells = (
             str(worker["worker"]),
             worker["state"],
-            worker.get("address", ""),
+            worker.get("address", "") or worker.get("node", ""),
             worker.get("span", ""),
             _tenants(worker.get("sessions", {})),
             f"{worker['tokens_per_s']:.0f}" if "tokens_per_s" in worker else "",
@@ -59,7 +59,10 @@ def _facts(status: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:
         elif name == "uptime_s":
             yield "up for", period(value)
         elif name == "certificate_not_after":
-            yield "certificate", expiry(value, now)
+            own = "certificates" in status  # a cluster's are renewed by themselves
+            yield "certificate", f"expires on {date(value)}" if own else expiry(value, now)
+        elif name == "faults":
+            yield "to mend", "; ".join(value)
         elif name == "stash_bytes" and "stash_budget_bytes" in status:
             yield "stash", f"{size(value)} of {size(status['stash_budget_bytes'])}"
         elif name == "cache_bytes" and "cache_budget_bytes" in status:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from isthmus.cloud.control.cluster import ControlStoreLostError, Serving
 from isthmus.cloud.control.ports import Ports, parse_address
 from isthmus.cloud.control.serve_options import ServeOptions
 from isthmus.cloud.control.serve_state import clear_state, write_state
+from isthmus.cloud.control.stop_signals import stop_on_signals
 from isthmus.cloud.control.watches import watches
 from isthmus.cloud.control.worker_specs import (
     Backbone,
@@ -71,7 +71,7 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
     if options.tls is not None:
         check_tls(options.tls)
     if options.emulator is not None:
-        check_package(options.emulator, identity, backbone)
+        check_package(options.emulator, identity.pin, backbone)
     if options.record is not None:
         check_recording(options.record)
         console.print(_recording_line(options.record, options.record_mib), highlight=False)
@@ -85,12 +85,11 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
         )
         console.print(_threads_line(threads, len(specs), cores), highlight=False)
         stop = threading.Event()
-        ray_folder = None if options.address else lock.make_ray_folder()
         with console.status("starting Ray and the workers"):
             serving = Serving(
-                specs, options.address, home, ray_folder, least=count.least, metrics=operator, grace=options.grace
+                specs, home, lock.make_ray_folder(), least=count.least, metrics=operator, grace=options.grace
             )
-        _stop_on_signals(stop)
+        stop_on_signals(stop)
         try:
             port = parse_address(addresses[0])[1]
             connection = str(ConnectionString(advertised_host(options), port, identity.pin, options.tls is not None))
@@ -146,12 +145,6 @@ def _threads_line(threads: int, workers: int, cores: int) -> str:
     return line if threads * workers <= cores else f"{line}, so they will wait for each other"
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    """Set `stop` on SIGTERM and SIGINT. To be called after Ray was started, which sets handlers of its own."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-
-
 def _supervise(stop: threading.Event, serving: Serving, console: Console, check: Callable[[], None]) -> None:
     """Look after the cloud until `stop` is set; start Ray and the workers again where its control store dies.
 
@@ -169,7 +162,7 @@ def _supervise(stop: threading.Event, serving: Serving, console: Console, check:
         except ControlStoreLostError:
             console.print("Ray's control store is gone; starting Ray and the workers again", highlight=False)
             serving.restart()
-            _stop_on_signals(stop)
+            stop_on_signals(stop)
 
 
 def _wait(

@@ -12,9 +12,10 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.ray_cluster import was_restarted
@@ -26,6 +27,8 @@ from isthmus.protocol.limits import MIB
 
 if TYPE_CHECKING:
     from isthmus.cloud.gateway.server import ServerTls
+
+T = TypeVar("T")
 
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
@@ -62,13 +65,14 @@ class WorkerSpec:
     address: str = ""  # host:port that edges get
     layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
     edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
-    next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
+    next_stage: str = ""  # host:port of the pipeline's next stage, or a file that has it; "" for none
     compute_bytes: int | None = None  # budget of calls that are computed; None as above
     beside: int = 1  # workers that share this machine's memory
-    next_key: str = ""  # file with the key that the next stage has enrolled
+    next_key: str = ""  # file with the key that the next stage has enrolled; "" for the worker's own
     record: str = ""  # folder of the recording; "" for none
     record_bytes: int = 0  # that it takes at most
     wipe_freed: bool = False  # whether it must overwrite what it frees
+    shares_model: bool = False  # whether the cloud's other workers may fetch the checkpoint
     bounds: Bounds = field(default_factory=Bounds)  # limits on what others can make it hold
 
 
@@ -76,14 +80,18 @@ class Worker:
     """One span behind one gRPC server. Made into an actor by `isthmus.cloud.control.cluster`.
 
     Ray imports this module in every process with a handle of the actor, so torch is imported only in `_start`.
+
+    Args:
+        spec: what it serves.
+        rebinds: further attempts to take a port; by default `REBINDS` where Ray says that this actor was restarted.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, *, rebinds: int | None = None) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
         self._failure: IsthmusError | None = None
-        restarted = was_restarted()
+        restarted = rebinds is None and was_restarted()
         try:
-            self._start(spec, REBINDS if restarted else 0)
+            self._start(spec, rebinds if rebinds is not None else REBINDS if restarted else 0)
         except IsthmusError as error:
             self._failure = error  # raised by `port`: of an actor that dies in its constructor, Ray keeps only a text
             if restarted:  # nobody calls `port` again, so this process would stay and listen to nothing
@@ -101,6 +109,7 @@ class Worker:
         if spec.wipe_freed:
             check_wiping()
         served = served_by(spec)
+        self._adapters = served.adapters
         self._span = str(served.executor.host.span.layer_span)
         identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
         self._server = GatewayServer(
@@ -172,6 +181,18 @@ class Worker:
         if spec.edges:  # a stage inside a pipeline, which edges do not talk to
             return Report(own, None)
         return Report(own, Peer(spec.address, str(status["state"]), self._server.sessions.entries()))
+
+    def adapters_held(self) -> dict[str, int]:
+        """When each tenant's adapter was plugged in; see `AdapterStore.held`."""
+        return self._adapters.held()
+
+    def take_adapter(self, tenant: str, plugged_at: int, files: Mapping[str, Path]) -> None:
+        """Plug in a copy of what another worker has plugged in; see `AdapterStore.take`."""
+        self._adapters.take(tenant, plugged_at, files)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the data plane's loop, and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def metrics(self) -> bytes:
         """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""

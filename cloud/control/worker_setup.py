@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -133,6 +135,7 @@ def served_by(spec: WorkerSpec) -> Served:
         None if package is None else FileStore(package.folder, FileSet.EMULATOR),
         spec.sites,
         cache_bytes,
+        functools.cache(lambda: FileStore(checkpoint.folder, FileSet.MODEL)) if spec.shares_model else None,
     )
 
 
@@ -194,8 +197,18 @@ def next_stage_of(spec: WorkerSpec) -> NextStage | None:
     """
     if not spec.next_stage:
         return None
-    pin, key = load_worker(Path(spec.home)).pin, load_edge(Path(spec.next_key))
-    return NextStage(spec.next_stage, pin, key, spec.dtype)  # the codec of the dtype's name carries it as it is
+    own = load_worker(Path(spec.home))
+    key = load_edge(Path(spec.next_key)) if spec.next_key else own.key
+    # The codec of the dtype's name carries it as it is.
+    return NextStage(_place_of(spec.next_stage), own.pin, key, spec.dtype)
+
+
+def _place_of(where: str) -> Callable[[], str]:
+    """Tells an address: this one, or that in a file of this name, which is read anew."""
+    file = Path(where)
+    if not file.is_absolute():
+        return lambda: where
+    return lambda: file.read_text().strip() if file.exists() else ""
 
 
 def recorder_of(spec: WorkerSpec) -> Recorder | None:

@@ -36,7 +36,7 @@ from isthmus.emulator.package.verification import check_package_fits, verified
 from isthmus.privacy.recording.file_names import PATTERN
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.limits import MAX_WORKERS, MIB
-from isthmus.protocol.secure.keys import WorkerIdentity, generate_edge
+from isthmus.protocol.secure.keys import Fingerprint, generate_edge
 
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
 
@@ -159,14 +159,14 @@ def check_device(device: str, *, wipe_freed: bool = False) -> None:
         )
 
 
-def check_package(folder: Path, identity: WorkerIdentity, backbone: Backbone) -> None:
+def check_package(folder: Path, pin: Fingerprint, backbone: Backbone) -> None:
     """Check that edges of this cloud can use a package.
 
     Raises:
         PackageError: it is damaged, or of another model or plan.
         SignerError: it was signed under another root key.
     """
-    manifest, _, _ = verified(folder, identity.pin)
+    manifest, _, _ = verified(folder, pin)
     check_package_fits(manifest, backbone.checkpoint)
     made_for = manifest.split_plan
     if made_for != backbone.plan:
@@ -221,8 +221,22 @@ def worker_specs(
         beside: how many workers share the machine's memory.
         threads: torch threads of each worker.
     """
+    first = worker_spec(options, backbone, beside=beside, threads=threads)
+    host = advertised_host(options)
+    specs = [
+        dataclasses.replace(first, number=number, listen=listen, address=_address(host, listen))
+        for number, listen in enumerate(addresses)
+    ]
+    with contextlib.ExitStack() as stack:
+        if options.pipeline > 1:
+            specs = stack.enter_context(stage_specs(specs[0], backbone.plan, options.pipeline, ports))
+        yield [dataclasses.replace(spec, log_file=str(log_file(options.home, "worker", spec.number))) for spec in specs]
+
+
+def worker_spec(options: ServeOptions, backbone: Backbone, *, beside: int, threads: int) -> WorkerSpec:
+    """What all workers have in common; without where they listen."""
     tls = options.tls
-    first = WorkerSpec(
+    return WorkerSpec(
         checkpoint=str(backbone.checkpoint.folder),
         model=backbone.checkpoint.name,
         plan=str(backbone.plan),
@@ -249,15 +263,6 @@ def worker_specs(
         tls_key="" if tls is None else str(tls.key.absolute()),
         tls_client_ca="" if tls is None or tls.client_ca is None else str(tls.client_ca.absolute()),
     )
-    host = advertised_host(options)
-    specs = [
-        dataclasses.replace(first, number=number, listen=listen, address=_address(host, listen))
-        for number, listen in enumerate(addresses)
-    ]
-    with contextlib.ExitStack() as stack:
-        if options.pipeline > 1:
-            specs = stack.enter_context(stage_specs(specs[0], backbone.plan, options.pipeline, ports))
-        yield [dataclasses.replace(spec, log_file=str(log_file(options.home, "worker", spec.number))) for spec in specs]
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ class Admission:
 
 
 _NO_STAGE = (
-    "only a stage of a pipeline, with the key that `isthmus cloud serve` made for it, may attach for another tenant: "
+    "only another worker of this cloud, a stage of its pipeline, may attach for another tenant: "
     "attach without an account"
 )
 

@@ -111,7 +111,13 @@ class Calls:
             self.recorder.opened(info, m.Attach(session.link, session.interactive, account=account))
         batching = self._options.batching
         work = self._served.session(
-            session.id, session.tenant, self._call_threads, limits, batching=batching, decoding=self._decoding
+            session.id,
+            session.tenant,
+            self._call_threads,
+            limits,
+            batching=batching,
+            decoding=self._decoding,
+            of_worker=session.enrolled.stage,
         )
         return SessionCalls(self, session, work, stage, transcript)
 

@@ -53,6 +53,10 @@ Then the session ends, and the edge makes the call again.
 """
 LONGEST_PAUSE = 2.0
 """Seconds between two attempts to reach the next stage, at most: little beside what loading a model takes."""
+LOOK_SECONDS = 0.1
+"""Between two looks at where the next stage is, while it does not answer."""
+KEEPALIVE_SECONDS = 2.0
+"""Without a sign of the next stage until it is asked for one: stages are on one network."""
 
 Run = Callable[[m.Message], Awaitable[m.Message | None]]
 """Has a message answered by this worker's own layers."""
@@ -132,13 +136,13 @@ class NextStage:
     """Where the next stage is, and how to speak with it.
 
     Args:
-        target: its `host:port`.
+        target: tells its `host:port`, which may change when it was killed; empty while nobody knows.
         pin: fingerprint of the cloud's root key.
-        key: this worker's key, which the next one has enrolled.
+        key: the key that the next one has enrolled as a stage's.
         codec: how hidden states cross; one that changes nothing.
     """
 
-    target: str
+    target: Callable[[], str]
     pin: Fingerprint
     key: Ed25519PrivateKey
     codec: str
@@ -159,7 +163,8 @@ class StageSession:
     def __init__(self, stage: NextStage, account: m.Account, *, interactive: bool) -> None:
         self._stage = stage
         self._attach = m.Attach(os.urandom(m.LINK_BYTES), interactive, account=account)
-        self._transport = GrpcTransport(stage.target)  # without TLS: the session is sealed
+        self._at = ""
+        self._transport: GrpcTransport | None = None
         self._stream: SecureStream | None = None
         self._body = bytearray()  # of the last answer, whose tensors are views of it
 
@@ -174,7 +179,7 @@ class StageSession:
             ConnectionLostError: the next stage has stayed away for too long.
         """
         wipe(self._body)
-        target, deadline = self._stage.target, None
+        deadline = None
         for pause in pauses(LONGEST_PAUSE):
             try:
                 received = await (await self._open()).ask(message)
@@ -187,10 +192,16 @@ class StageSession:
             deadline = deadline or now + PATIENCE_SECONDS
             if now >= deadline:
                 break
-            log("stage_broke", logging.WARNING, stage=target, error=reason)
-            await asyncio.sleep(pause)
-        log("stage_stayed_away", logging.ERROR, stage=target, error=reason)
-        raise ConnectionLostError(f"the stage at {target} stayed away ({reason})")
+            log("stage_broke", logging.WARNING, stage=self._at, error=reason)
+            await self._moved(pause)
+        log("stage_stayed_away", logging.ERROR, stage=self._at, error=reason)
+        raise ConnectionLostError(f"the stage at {self._at} stayed away ({reason})")
+
+    async def _moved(self, seconds: float) -> None:
+        """Wait so long, or until the stage is somewhere else."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and self._stage.target() == self._at:
+            await asyncio.sleep(min(left, LOOK_SECONDS))
 
     async def close(self) -> None:
         """Say goodbye, and overwrite what was received last."""
@@ -202,6 +213,10 @@ class StageSession:
     async def _open(self) -> SecureStream:
         """The open stream, or a new one."""
         if self._stream is None:
+            self._at = self._stage.target()
+            if not self._at:
+                raise ConnectionLostError("the next stage is being started")
+            self._transport = GrpcTransport(self._at, keepalive=KEEPALIVE_SECONDS)  # no TLS: the session is sealed
             stream = await self._transport.open()
             self._stream = await SecureStream.open(stream, self._stage.pin, self._stage.key, self._attach)
         return self._stream
@@ -211,4 +226,6 @@ class StageSession:
         stream, self._stream = self._stream, None
         if stream is not None:
             await stream.abandon()
-        await self._transport.close()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.close()

@@ -40,9 +40,15 @@ from isthmus.privacy.recording.recorder import Recorder
 from isthmus.privacy.transcript.chain import CloudTranscript, Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
-from isthmus.protocol.limits import Limits
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS, Limits
 from isthmus.protocol.secure.keys import WorkerIdentity
-from isthmus.protocol.service import GOODBYE_SECONDS, KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CODING, stream_options
+from isthmus.protocol.service import (
+    GOODBYE_SECONDS,
+    METHOD,
+    OLD_METHOD,
+    SERVER_CODING,
+    stream_options,
+)
 from isthmus.protocol.session import Oversized
 
 IDLE_MS = 60_000
@@ -134,11 +140,11 @@ class GatewayServer:
         options = [
             ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
             *stream_options(self._bounds.stream_window),
-            ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+            ("grpc.http2.min_ping_interval_without_data_ms", round(LEAST_KEEPALIVE_SECONDS * 500)),
             ("grpc.http2.max_ping_strikes", PING_STRIKES),
             ("grpc.max_allowed_incoming_connections", self._bounds.max_connections),
             ("grpc.max_concurrent_streams", self._bounds.max_connection_streams),
-            ("grpc.server_handshake_timeout_ms", KEEPALIVE_MS),
+            ("grpc.server_handshake_timeout_ms", round(KEEPALIVE_SECONDS * 1000)),
             ("grpc.max_connection_idle_ms", IDLE_MS),  # without a stream
         ]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._bounds.max_streams)

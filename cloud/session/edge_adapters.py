@@ -85,7 +85,7 @@ class EdgeAdapters:
         dtype = torch.float32 if role == Role.ACTIVATION else self.executor.dtype
         what = f"an answer of sites {named}"
         return [
-            decode(each, limits=self.limits, what=what).to(self.executor.device, dtype, copy=True)
+            decode(each, limits=self.limits, what=what, device=self.executor.device).to(dtype, copy=True)
             for each in answer.tensors
         ]
 

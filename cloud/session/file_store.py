@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.files import sha256_of
@@ -33,6 +35,15 @@ class FileStore:
             if path.is_symlink() or not path.is_file() or not belongs(path.name, which):
                 continue
             self._files[path.name] = _File(path, path.stat().st_size, sha256_of(path))
+
+    @classmethod
+    def joined(cls, stores: Mapping[str, FileStore]) -> Self:
+        """A store with the files of several, each under its name behind the prefix of its store."""
+        made = cls.__new__(cls)
+        made._files = {
+            f"{prefix}{name}": file for prefix, store in stores.items() for name, file in store._files.items()
+        }
+        return made
 
     def listing(self) -> m.FileList:
         """Name, size and hash of every file."""

@@ -38,6 +38,8 @@ _EMPTY = {
     m.FileSet.PARTS: "the cloud offers no parts of its model: ask its owner",
     m.FileSet.EMULATOR: "the cloud offers no package: ask its owner for one (`isthmus cloud serve --emulator`)",
     m.FileSet.ADAPTER: "no adapter of yours is plugged in: return one first (`isthmus emulator return`)",
+    m.FileSet.MODEL: "only the workers of this cloud may fetch its model",
+    m.FileSet.ADAPTERS: "only the workers of this cloud may fetch other tenants' adapters",
 }
 
 FORWARD, KEPT_FORWARD, BACKWARD = (Kind(name, parallel=True) for name in ("forward", "kept forward", "backward"))
@@ -75,7 +77,7 @@ class TenantSession:
     Args:
         session_id: the session's id, which keys its entries in the activation cache.
         executor: the span that every session of this worker shares.
-        stores: the files that every edge may fetch.
+        stores: make the files that it may fetch.
         adapters: the tenant's own adapters.
         calls: runs the calls with sites.
         decoding: what decode calls share.
@@ -86,7 +88,7 @@ class TenantSession:
 
     session_id: bytes
     executor: Executor
-    stores: Mapping[m.FileSet, FileStore]
+    stores: Mapping[m.FileSet, Callable[[], FileStore]]
     adapters: TenantAdapters
     calls: SiteCalls
     decoding: Decoding
@@ -148,8 +150,8 @@ class TenantSession:
         self.decoding.pool.release(self.session_id)
 
     def _store(self, which: m.FileSet) -> FileStore | m.Status:
-        store = self.adapters.files() if which == m.FileSet.ADAPTER else self.stores.get(which)
-        return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if store is None else store
+        make = self.adapters.files if which == m.FileSet.ADAPTER else self.stores.get(which, lambda: None)
+        return make() or m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which])
 
     def decode_call(self, message: m.Decode) -> DecodeCall:
         """A decode call, which is computed in steps. The event loop may ask.
@@ -237,7 +239,8 @@ class TenantSession:
             inputs = self._inputs(message.inputs)
             return CheckedCall(key, inputs, inputs.positions, partial(self._forward_reply, message))
         replay = None if message.replay is None else self._inputs(message.replay)
-        gradient = decode(message.gradient, limits=self.limits, what="the gradient for the cloud's layers")
+        what = "the gradient for the cloud's layers"
+        gradient = decode(message.gradient, limits=self.limits, what=what, device=self.executor.device)
         batch, sequence, _ = gradient.shape
         call = BackwardCall(key, gradient, replay)
         return CheckedCall(key, call, batch * sequence, partial(self._backward_reply, message))
@@ -301,6 +304,7 @@ class TenantSession:
         """
         positions = None if sent.position_ids is None else decode(sent.position_ids, limits=self.limits).long()
         check_position_ids(self.executor.host.span.longest, positions)
-        hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
+        what, device = "the hidden states for the cloud's layers", self.executor.device
+        hidden = decode(sent.hidden, limits=self.limits, what=what, device=device)
         mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
         return SpanInput(hidden, mask, positions)

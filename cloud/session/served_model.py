@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.backbone.decoding.decode_pass import DecodePass
@@ -32,6 +33,7 @@ class Served:
         package: the package with an emulator, if one is offered.
         sites: whether edges may have adapters inside the span.
         cache_bytes: budget of the keys and values of all sessions that generate.
+        model: makes the files of the whole model, for the cloud's other workers; None where it is not offered to them.
     """
 
     info: m.SessionInfo
@@ -41,6 +43,7 @@ class Served:
     package: FileStore | None = None
     sites: bool = True
     cache_bytes: int = 1 << 30
+    model: Callable[[], FileStore] | None = None
 
     def decoding(self, rows: int | None = None, options: EngineOptions | None = None) -> Decoding:
         """What the decode calls of several sessions share; see there, and `DecodePass` for `rows`."""
@@ -58,14 +61,21 @@ class Served:
         *,
         batching: bool = True,
         decoding: Decoding | None = None,
+        of_worker: bool = False,
     ) -> TenantSession:
         """What answers the messages of one session.
 
-        Its calls with sites run on `threads`, and its decode calls share `decoding` with those of others, if any.
+        Its calls with sites run on `threads`, and its decode calls share `decoding` with those of others, if any. One
+        that is `of_worker` is with another worker of this cloud, which may fetch more.
         """
-        stores = {m.FileSet.PARTS: self.parts}
-        if self.package is not None:
-            stores[m.FileSet.EMULATOR] = self.package
+        stores: dict[m.FileSet, Callable[[], FileStore]] = {m.FileSet.PARTS: lambda: self.parts}
+        package = self.package
+        if package is not None:
+            stores[m.FileSet.EMULATOR] = lambda: package
+        if of_worker:
+            stores[m.FileSet.ADAPTERS] = self.adapters.shared_files
+            if self.model is not None:
+                stores[m.FileSet.MODEL] = self.model
         lists = SiteLists(session_id, tenant, self.executor, limits, self.sites)
         return TenantSession(
             session_id,

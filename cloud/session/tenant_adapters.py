@@ -15,7 +15,8 @@ has a turn on a compute thread. A lock for each tenant keeps other workers of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import AdapterError, IsthmusError
 from isthmus.common.files import disk_errors, locked, new_folder, sha256_of
 from isthmus.emulator.package.intake import SPARE_BYTES, AdapterSummary, check_adapter
-from isthmus.emulator.package.offered_files import belongs
+from isthmus.emulator.package.offered_files import adapter_prefix, belongs
 from isthmus.emulator.package.package import Package
 from isthmus.emulator.package.plug_in import plug_in
 from isthmus.protocol import messages as m
@@ -45,6 +46,7 @@ MAX_INCOMING = 2 * m.MAX_PUT_FILES
 """Most unfinished files of a tenant: those of two adapters."""
 
 _PROBE = b"probe"
+_PLUGGED = "plugged"
 # Errors of a check or a probe that are no refusal; their texts may contain paths or values.
 _FAILURES = (IsthmusError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
@@ -126,6 +128,39 @@ class AdapterStore:
             known = self._stores[folder] = stamp, FileStore(folder, m.FileSet.ADAPTER)
         return known[1]
 
+    def held(self) -> dict[str, int]:
+        """When each tenant's adapter was plugged in (Unix milliseconds), by the digest of the fingerprint (hex)."""
+        with disk_errors(self._root):
+            found = [folder / _PLUGGED for folder in self._root.iterdir()] if self._root.is_dir() else []
+            return {each.parent.name: each.stat().st_mtime_ns // 10**6 for each in found if each.is_dir()}
+
+    def shared_files(self) -> FileStore:
+        """The plugged adapters of all tenants, for the cloud's other workers."""
+        stores = {
+            adapter_prefix(tenant, plugged_at): self.files(self._root / tenant / _PLUGGED)
+            for tenant, plugged_at in self.held().items()
+        }
+        return FileStore.joined(stores)
+
+    def take(self, fingerprint: str, plugged_at: int, files: Mapping[str, Path]) -> None:
+        """Plug in a copy of what another worker has checked and plugged in, unless a newer one is here.
+
+        Args:
+            fingerprint: digest (hex) of the tenant's.
+            plugged_at: when it was plugged in there, in Unix milliseconds.
+            files: by name; they are moved.
+        """
+        folder = self._root / fingerprint
+        with self.locked(folder), disk_errors(folder):
+            if self.held().get(fingerprint, 0) >= plugged_at:
+                return
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with new_folder(folder / _PLUGGED) as new:
+                for name, path in files.items():
+                    path.replace(new / name)
+            os.utime(folder / _PLUGGED, ns=(plugged_at * 10**6,) * 2)
+        log("adapter_copied", tenant=fingerprint, plugged_at=plugged_at)
+
     def _span(self, compute: Compute, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         tokens = hidden.shape[0] * hidden.shape[1]
         if tokens > self._max_tokens:
@@ -157,7 +192,7 @@ class TenantAdapters:
         self.tenant = tenant
         self._folder = folder
         self._incoming = folder / "incoming"
-        self._plugged = folder / "plugged"
+        self._plugged = folder / _PLUGGED
 
     def files(self) -> FileStore | None:
         """The files of the adapter that is plugged in; None if there is none."""

@@ -2,13 +2,20 @@
 
 A cloud tells an edge where its workers listen. Any of them serves any session, so the edge goes on at another one when
 its own is gone. All workers show the same root key, the one that the edge has pinned: a wrong list leads nowhere.
+
+On a cloud of several machines a worker keeps its port and changes its machine. So where none of the addresses answers,
+the edge tries each of their ports on each of their machines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from isthmus.rpc.transport import Stream, Transport
+
+MOST_TRIED = 64
+"""Addresses that are tried in turn, at most. A list can be longer, and all of its addresses are tried then."""
 
 
 class Endpoints:
@@ -18,15 +25,23 @@ class Endpoints:
         first: the transport to where the edge was told to connect.
         address: that address, `host:port`; it stays in the list, whatever list the cloud gives.
         reach: makes a transport to another address; None stays with the first one.
+        further: other addresses where the edge was told to connect; they stay in the list as well.
 
     Attributes:
         settled: whether the worker is not to send the edge elsewhere: it was sent there, or where it was sent cannot be
             reached.
     """
 
-    def __init__(self, first: Transport, address: str, reach: Callable[[str], Transport] | None = None) -> None:
+    def __init__(
+        self,
+        first: Transport,
+        address: str,
+        reach: Callable[[str], Transport] | None = None,
+        further: Sequence[str] = (),
+    ) -> None:
         self._address = self._at = address
-        self._known: tuple[str, ...] = (address,)
+        self._told = (address, *further)
+        self._known: tuple[str, ...] = self._told
         self._first = self._transport = first
         self._reach = reach
         self.settled = False
@@ -42,7 +57,7 @@ class Endpoints:
 
     def learn(self, addresses: Sequence[str]) -> None:
         """Take a cloud's list of workers in the place of the one before."""
-        self._known = tuple(dict.fromkeys((self._address, *addresses)))
+        self._known = tuple(dict.fromkeys((*addresses, *self._told)))
 
     async def send_to(self, address: str) -> None:
         """Go where the worker says. An edge that cannot go anywhere else settles where it is."""
@@ -55,8 +70,17 @@ class Endpoints:
 
     async def failed(self) -> None:
         """The worker cannot be reached, or takes no session: choose the next one of the list."""
-        place = self._known.index(self._at) if self._at in self._known else -1
-        await self._go(self._known[(place + 1) % len(self._known)])
+        tried = self._to_try()
+        place = tried.index(self._at) if self._at in tried else -1
+        await self._go(tried[(place + 1) % len(tried)])
+
+    def _to_try(self) -> list[str]:
+        """The known addresses, then each of their ports on each of their machines."""
+        parts = [address.rpartition(":") for address in self._known]
+        hosts, ports = (dict.fromkeys(part[place] for part in parts) for place in (0, 2))
+        crossed = (f"{host}:{port}" for port in ports for host in hosts)
+        found = dict.fromkeys((*self._known, *islice(crossed, MOST_TRIED)))
+        return list(found)[: max(MOST_TRIED, len(self._known))]
 
     async def _go(self, address: str) -> None:
         if address == self._at or self._reach is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import SpanInput
-from isthmus.common.errors import IsthmusError
+from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.fetch import fetch_adapter, fetch_package, fetch_parts
 from isthmus.edge.client.offers import DEFAULT_MAX_BYTES
@@ -40,6 +40,7 @@ from isthmus.edge.witness.session_witness import Witness
 from isthmus.privacy.transcript.transcript_file import TranscriptLog
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
 from isthmus.rpc.secure_stream import Observer, Traffic
 from isthmus.rpc.transport import Check, GrpcTransport, Tls, Transport
@@ -61,6 +62,7 @@ def connect(
     connect_timeout: float = 10.0,
     give_up_after: float = 600.0,
     call_timeout: float = 600.0,
+    keepalive: float = KEEPALIVE_SECONDS,
     interactive: bool = False,
     deadline: float | None = None,
     max_fetch_bytes: int = DEFAULT_MAX_BYTES,
@@ -76,6 +78,8 @@ def connect(
         connect_timeout: seconds to wait for the cloud at first.
         give_up_after: seconds that a cloud may stay away later.
         call_timeout: seconds that one call may take before the connection counts as lost.
+        keepalive: seconds without a sign of the cloud until it is asked for one; the connection counts as lost after as
+            long again. Shorter finds a machine that died, or a cut link, sooner, and mistakes a slow link for one.
         interactive: whether somebody waits for the calls, as in generation; the cloud then computes them before those
             of training, within the edge's share.
         deadline: seconds within which the cloud has to compute a call without sites, once it has come in; one
@@ -87,7 +91,7 @@ def connect(
         An open link; use it as a context manager.
 
     Raises:
-        ConfigError: the address, the codec or the deadline does not make sense.
+        ConfigError: the address, the codec, the keepalive or the deadline does not make sense.
         KeyFileError: there is no usable key.
         FingerprintError: the server is not the pinned one.
         NotEnrolledError: the cloud does not know the key.
@@ -97,8 +101,11 @@ def connect(
     private = load_edge(Path(key or DEFAULT_KEY).expanduser())
 
     def reach(address: str) -> GrpcTransport:
-        return GrpcTransport(address, (tls or Tls()) if where.tls else None, min(connect_timeout, 5.0))
+        outer = (tls or Tls()) if where.tls else None
+        return GrpcTransport(address, outer, min(connect_timeout, 5.0), keepalive)
 
+    if keepalive < LEAST_KEEPALIVE_SECONDS:
+        raise ConfigError(f"a keepalive of {keepalive:g} s is too short: {LEAST_KEEPALIVE_SECONDS:g} at least")
     link = Link(
         reach(where.address),
         where.pin,
@@ -110,6 +117,7 @@ def connect(
         interactive=interactive,
         deadline=deadline,
         reach=reach,
+        further=where.others,
         max_fetch_bytes=max_fetch_bytes,
     )
     try:
@@ -131,6 +139,7 @@ class Link:
         codecs: how activations and gradients cross the wire; None for fp32.
         give_up_after, call_timeout, interactive, deadline: see `SessionOptions`.
         reach: makes a transport to another worker of the cloud; None stays with the one of `transport`.
+        further: other addresses where the cloud can be reached.
         max_fetch_bytes: most bytes that are fetched for the edge's parts, a package, or an adapter.
 
     Attributes:
@@ -154,11 +163,12 @@ class Link:
         interactive: bool = False,
         deadline: float | None = None,
         reach: Callable[[str], Transport] | None = None,
+        further: Sequence[str] = (),
         max_fetch_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         options = SessionOptions(name, give_up_after, call_timeout, interactive, deadline)
         self._keeper = SessionKeeper(
-            Endpoints(transport, name, reach), pin, key, options, lambda info: self.codecs.check(info.codecs)
+            Endpoints(transport, name, reach, further), pin, key, options, lambda info: self.codecs.check(info.codecs)
         )
         self.span = SpanCalls(self._keeper, codecs or WireCodecs())
         self.pin = pin

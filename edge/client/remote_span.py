@@ -276,8 +276,8 @@ class SpanCalls:
         reply = self._keeper.call(Question(m.ForwardReply, message, most, answerer))
         if answerer is not None:
             answerer.take_taps(reply, hidden.shape)
-        limits = edge_limits(self._keeper.info)
-        return decode_as(reply.hidden, hidden.shape, codec, limits, "the output of the cloud's layers"), kept
+        limits, what = edge_limits(self._keeper.info), "the output of the cloud's layers"
+        return decode_as(reply.hidden, hidden.shape, codec, limits, what, hidden.device), kept
 
     def backward(self, request: BackwardRequest) -> Tensor | None:
         """The gradient of the span's input, None unless it is `wanted`."""
@@ -323,7 +323,8 @@ class SpanCalls:
         if reply.gradient is None:
             return None
         limits = edge_limits(self._keeper.info)
-        return decode_as(reply.gradient, shape, codec, limits, "the gradient from the cloud's layers")
+        what = "the gradient from the cloud's layers"
+        return decode_as(reply.gradient, shape, codec, limits, what, request.gradient.device)
 
     def again(
         self, adapters: Sequence[m.Sites | m.Lease], call: m.Forward | m.Backward, answer: m.Message

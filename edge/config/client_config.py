@@ -11,6 +11,7 @@ from isthmus.edge.config.adapter_config import Sites
 from isthmus.edge.config.config_text import read_text
 from isthmus.edge.config.data_config import ComputationConfig, SentExamplesConfig
 from isthmus.edge.config.settings import Settings
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
 SCHEMES = ("isthmus://", "isthmus+tls://")
@@ -39,6 +40,12 @@ class ClientConfig(Settings):
     )
     call_timeout: float = Field(
         600.0, gt=0, description="Seconds that one call may take before its connection counts as lost."
+    )
+    keepalive: float = Field(
+        KEEPALIVE_SECONDS,
+        ge=LEAST_KEEPALIVE_SECONDS,
+        description="Seconds without a sign of the cloud until it is asked for one; after as long again the connection "
+        "counts as lost. Shorter finds a machine that died sooner, and mistakes a slow link for one.",
     )
     max_fetch_gib: float = Field(
         64.0,

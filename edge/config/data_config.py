@@ -99,6 +99,7 @@ class ComputationConfig(Settings):
         "optimizer and the saved adapter stay fp32.",
     )
 
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where the edge's own layers compute.")
     threads: int | None = Field(
         None,
         ge=1,

@@ -47,6 +47,7 @@ _FREE = {
     "connect_timeout",
     "give_up_after",
     "call_timeout",
+    "keepalive",
     "tls_ca",
     "tls_cert",
     "tls_key",
@@ -94,6 +95,8 @@ def fixed_settings(
         draft: What a draft that is tuned adds.
     """
     settings = config.model_dump(mode="json", exclude=set(_FREE))
+    if config.device == "cpu":  # as in runs of releases that had no other
+        del settings["device"]
     planned = (
         config.schedule != "constant"
         or config.method == "adalora"

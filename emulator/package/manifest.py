@@ -29,7 +29,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError, FingerprintError, PackageError, PlanError, SignerError
 from isthmus.emulator.compress.recipe import Recipe
-from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
+from isthmus.protocol.secure.certificates import WorkerCertificate
+from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST = 64 << 10

@@ -176,6 +176,26 @@ class SecretsSettings:
     threads: flags.Threads = 1
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """Serve on several machines, in namespaces of their own, and cut their power and their links while an edge trains.
+
+    The adapters are compared, bit for bit, with that of a cloud on one machine. Then keys, tokens and activations are
+    looked for in Ray's control store, in logs and environments, and in all packets. Needs root. Exits with 1 where an
+    adapter differs, a process is left, a secret is found, or a control is not. With --keep, an interrupted measurement
+    goes on.
+
+    Example: isthmus bench cluster --json
+    """
+
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
+    cases: Annotated[str, Option(help="Cases, comma-separated; by default all.")] = ""
+    steps: Annotated[int, Option(min=4, help="Optimizer steps of each run.")] = 80
+    at: Annotated[int, Option(min=1, help="Step after which something happens.")] = 8
+    threads: flags.Threads = 1
+
+
 RIGS: Final = {
     "faults": Measurement(FaultSettings, "rigs.faults.faults:run_faults"),
     "link": Measurement(LinkSettings, "rigs.network.link_bench:run_link"),
@@ -197,6 +217,12 @@ RIGS: Final = {
         "rigs.secrets.secrets_bench:run_secrets",
         "rigs.secrets.secrets_bench:show",
         passed=("no_reuse", "nothing_elsewhere", "freed_wiped", "controls_found"),
+    ),
+    "cluster": Measurement(
+        ClusterSettings,
+        "rigs.cluster.cluster_bench:run_cluster",
+        "rigs.cluster.cluster_bench:show",
+        passed=("identical", "none_failed", "none_left", "nothing_secret"),
     ),
 }
 """The commands by name."""

@@ -59,7 +59,7 @@ def missing() -> str | None:
     if not TUN.exists():
         return f"there is no {TUN}: load the kernel's module tun"
     try:
-        os.close(_new_namespace())
+        os.close(new_namespace())
     except OSError as error:
         return f"the kernel refuses a network namespace ({error.strerror}): run with CAP_SYS_ADMIN"
     return None
@@ -86,17 +86,9 @@ class NetSpace:
 
     @contextlib.contextmanager
     def inside(self, side: Side) -> Iterator[None]:
-        """Move this thread into a namespace: sockets that it opens and processes that it starts belong to it for good.
-
-        May be nested. Other threads, also those that gRPC has started already, stay where they are.
-        """
-        own = os.open(OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _enter(self._namespaces[side])
+        """Move this thread into a namespace; see `within`."""
+        with within(self._namespaces[side]):
             yield
-        finally:
-            _enter(own)
-            os.close(own)
 
     def change(self, conditions: Conditions) -> None:
         """Let the way treat packets otherwise from now on; returns when it does.
@@ -138,7 +130,7 @@ class NetSpace:
 
     def _make(self, side: Side, stack: contextlib.ExitStack, handed_over: contextlib.ExitStack) -> int:
         """Make a namespace with its TUN device; returns the device's descriptor."""
-        self._namespaces[side] = _new_namespace()
+        self._namespaces[side] = new_namespace()
         stack.callback(os.close, self._namespaces[side])
         with self.inside(side):
             device = _open_tun()
@@ -148,16 +140,16 @@ class NetSpace:
 
     def _configure(self, side: Side) -> None:
         (other,) = (address for name, address in ADDRESSES.items() if name != side)
-        _run("ip", "link", "set", "lo", "up")
-        _run("ip", "link", "set", DEVICE, "addrgenmode", "none")  # no IPv6, which would send packets of its own
-        _run("ip", "address", "add", ADDRESSES[side], "peer", other, "dev", DEVICE)
-        _run("ip", "link", "set", DEVICE, "mtu", str(MTU), "txqueuelen", str(QUEUED_PACKETS), "up")
-        _run("ip", "route", "add", "default", "via", other, "dev", DEVICE)
+        run("ip", "link", "set", "lo", "up")
+        run("ip", "link", "set", DEVICE, "addrgenmode", "none")  # no IPv6, which would send packets of its own
+        run("ip", "address", "add", ADDRESSES[side], "peer", other, "dev", DEVICE)
+        run("ip", "link", "set", DEVICE, "mtu", str(MTU), "txqueuelen", str(QUEUED_PACKETS), "up")
+        run("ip", "route", "add", "default", "via", other, "dev", DEVICE)
         if self._rate is not None:
             burst = max(4 * MTU, round(self._rate / 8 * BURST_SECONDS))
             queue = max(QUEUE_SECONDS, self._conditions.rtt_s)
             limits = ("rate", f"{self._rate}bit", "burst", str(burst), "latency", f"{queue * 1e3:.0f}ms")
-            _run("tc", "qdisc", "replace", "dev", DEVICE, "root", "tbf", *limits)
+            run("tc", "qdisc", "replace", "dev", DEVICE, "root", "tbf", *limits)
 
     def _start_relay(self, devices: list[int], stack: contextlib.ExitStack) -> None:
         task = {"ends": devices, "conditions": dataclasses.asdict(self._conditions)}
@@ -176,7 +168,22 @@ def _stop_relay(relay: TaskProcess) -> None:
         raise IsthmusError(f"{error}; what was measured meanwhile counts for nothing, run it again") from None
 
 
-def _new_namespace() -> int:
+@contextlib.contextmanager
+def within(namespace: int) -> Iterator[None]:
+    """Move this thread into a namespace: sockets that it opens and processes that it starts belong to it for good.
+
+    May be nested. Other threads, also those that gRPC has started already, stay where they are.
+    """
+    own = os.open(OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(namespace)
+        yield
+    finally:
+        _enter(own)
+        os.close(own)
+
+
+def new_namespace() -> int:
     """A descriptor of a new network namespace. Raises OSError where the kernel refuses one."""
     own = os.open(OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -210,7 +217,8 @@ def _open_tun() -> int:
     return device
 
 
-def _run(*command: str) -> None:
+def run(*command: str) -> None:
+    """Run a command. Raises ConfigError where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"`{' '.join(command)}` failed: {done.stderr.strip() or 'it does not say why'}")

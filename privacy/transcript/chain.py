@@ -19,7 +19,8 @@ from isthmus.common.errors import TranscriptError
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack
 from isthmus.protocol.limits import Buffer
-from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
+from isthmus.protocol.secure.certificates import IssuerCertificate, WorkerCertificate
+from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
 NOTHING = bytes(32)
 """The digest of the adapters of a call without any."""
@@ -193,6 +194,7 @@ class CloudTranscript:
                 certificate.worker,
                 certificate.not_after,
                 certificate.signature,
+                b"" if certificate.issuer is None else certificate.issuer.to_bytes(),
             )
         return self._signed
 
@@ -240,8 +242,13 @@ class Statement:
 
 
 def certificate_of(signed: m.SignedTranscript) -> WorkerCertificate:
-    """The worker's certificate that comes with a signature."""
-    return WorkerCertificate(signed.root, signed.worker, signed.not_after, signed.root_signature)
+    """The worker's certificate that comes with a signature.
+
+    Raises:
+        ConfigError: Its issuer's certificate is malformed.
+    """
+    issuer = IssuerCertificate.from_bytes(signed.issuer) if signed.issuer else None
+    return WorkerCertificate(signed.root, signed.worker, signed.not_after, signed.root_signature, issuer)
 
 
 def statement_of(session: bytes, signed: m.SignedTranscript) -> Statement:

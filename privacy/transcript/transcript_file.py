@@ -21,7 +21,8 @@ from isthmus.common.errors import ConfigError, TranscriptError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.privacy.transcript.chain import Exchange, Session, Statement, certificate_of, statement_of
 from isthmus.protocol import messages as m
-from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate
+from isthmus.protocol.secure.certificates import ISSUER_BYTES, IssuerCertificate, WorkerCertificate
+from isthmus.protocol.secure.keys import Fingerprint
 
 TRANSCRIPT_FILE = "transcript.jsonl"
 
@@ -61,7 +62,9 @@ class TranscriptLog:
         said = {name: getattr(signed, name) for name in ("exchanges", "signed_at", "numerics")}
         shown = {name: getattr(certificate, name).hex() for name in ("root", "worker", "signature")}
         bits = {"head": signed.head.hex(), "signature": signed.signature.hex()}
-        shown_with = {**shown, "not_after": certificate.not_after}
+        shown_with: dict[str, Any] = {**shown, "not_after": certificate.not_after}
+        if certificate.issuer is not None:
+            shown_with["issuer"] = certificate.issuer.to_bytes().hex()
         self._add({"session": session.id.hex(), **said, **bits, "certificate": shown_with})
 
     def _add(self, line: dict[str, Any]) -> None:
@@ -194,9 +197,9 @@ def _take(sessions: dict[str, SessionTranscript], line: dict[str, Any], root: Fi
 
 def _signature(known: SessionTranscript, line: dict[str, Any], root: Fingerprint | None) -> Fingerprint:
     shown = line["certificate"]
-    certificate = WorkerCertificate(
-        _bits(shown, "root"), _bits(shown, "worker"), _number(shown, "not_after", 63), _bits(shown, "signature", 64)
-    )
+    issuer = IssuerCertificate.from_bytes(_bits(shown, "issuer", ISSUER_BYTES)) if "issuer" in shown else None
+    keys, signed = (_bits(shown, "root"), _bits(shown, "worker")), _bits(shown, "signature", 64)
+    certificate = WorkerCertificate(*keys, _number(shown, "not_after", 63), signed, issuer)
     said = (_number(line, "exchanges"), _bits(line, "head"), _number(line, "signed_at"), _text(line, "numerics"))
     statement = Statement(known.session.id, *said)
     statement.verify(_bits(line, "signature", 64), certificate, root)

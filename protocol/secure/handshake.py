@@ -11,9 +11,10 @@ Rules
 Theory of operation
     C -> S  CLIENT_HELLO  suite u16, nonce32
     S -> C  SERVER_HELLO  nonce32, fresh ML-KEM-768 + X25519 public keys, root key, worker key + expiry signed by root,
+                          [or signed by an issuer, whose key + expiry, signed by root, follow,]
                           Sign_worker("server" | th1)           th1 = H(CLIENT_HELLO, SERVER_HELLO without this
                           signature)
-    C       checks: H(root key) = pin, the root's signature, expiry, the worker's signature
+    C       checks: H(root key) = pin, the root's and the issuer's signatures, expiry, the worker's signature
             s = 32 random bytes; ct = HPKE.seal(s, the fresh keys, info = th1); th2 = H(CLIENT_HELLO, SERVER_HELLO, ct)
             prk = HKDF-Extract(th2, s); one handshake key per direction
     C -> S  CLIENT_AUTH   ct, AEAD(edge key, Sign_edge("edge" | th2 | edge key))     the network does not see who it is
@@ -55,8 +56,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from isthmus.common.errors import FingerprintError, FrameError, LimitError, LocalProtocolError, VersionError
 from isthmus.protocol.limits import Buffer
+from isthmus.protocol.secure.certificates import ISSUER_BYTES, IssuerCertificate, WorkerCertificate
 from isthmus.protocol.secure.framing import FLIGHT_PREFIX, KEY_BYTES, MAGIC, TAG, VERSION, Direction, Kind, wipe
-from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
+from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
 SUITE = 1
 """ML-KEM-768 + X25519, HKDF-SHA256, AES-256-GCM, Ed25519, SHA-256."""
@@ -133,10 +135,13 @@ class ClientHandshake:
             FrameError: the flight is malformed.
             VersionError: the server speaks another version.
         """
-        body = _body(flight, Kind.SERVER_HELLO, _SERVER.size + _SIGNATURE)
-        _, mlkem, x25519, root, worker, not_after, root_signature = _SERVER.unpack(body[: _SERVER.size])
+        body = _body(flight, Kind.SERVER_HELLO, _SERVER.size + _SIGNATURE, _SERVER.size + ISSUER_BYTES + _SIGNATURE)
+        _, mlkem, x25519, root, worker, not_after, certified = _SERVER.unpack(body[: _SERVER.size])
         th1 = _hash(self._hello, bytes(flight)[:-_SIGNATURE])
-        certificate = WorkerCertificate(root=root, worker=worker, not_after=not_after, signature=root_signature)
+        issuer = body[_SERVER.size : -_SIGNATURE]
+        certificate = WorkerCertificate(
+            root, worker, not_after, certified, IssuerCertificate.from_bytes(issuer) if issuer else None
+        )
         seen = Fingerprint.of(root)
         if not seen.matches(self._pin):
             raise FingerprintError(
@@ -145,7 +150,7 @@ class ClientHandshake:
             )
         certificate.verify(self._now())
         try:
-            Ed25519PublicKey.from_public_bytes(worker).verify(body[_SERVER.size :], _SERVER_LABEL + th1)
+            Ed25519PublicKey.from_public_bytes(worker).verify(body[-_SIGNATURE:], _SERVER_LABEL + th1)
         except (InvalidSignature, ValueError) as error:
             raise FingerprintError(
                 "the server does not prove that it holds the certified key: the exchange was changed on its way. "
@@ -180,7 +185,7 @@ class ClientHandshake:
             raise LocalProtocolError("the handshake has no keys yet")
         if len(flight) > FLIGHT_PREFIX.size + MAX_DONE + TAG:
             raise LimitError(f"a last flight of {len(flight)} bytes is refused: {MAX_DONE} are accepted")
-        plain = self._schedule.open(Direction.CLOUD_TO_EDGE, _body(flight, Kind.SERVER_DONE, None))
+        plain = self._schedule.open(Direction.CLOUD_TO_EDGE, _body(flight, Kind.SERVER_DONE))
         if len(plain) < 1 + SESSION_ID_BYTES:
             raise FrameError("the server's last flight is too short")
         verdict = Verdict(plain[0], plain[1 : 1 + SESSION_ID_BYTES], plain[1 + SESSION_ID_BYTES :])
@@ -246,7 +251,8 @@ class ServerHandshake:
             certificate.not_after,
             certificate.signature,
         )
-        unsigned = _flight(Kind.SERVER_HELLO, fields)
+        issuer = b"" if certificate.issuer is None else certificate.issuer.to_bytes()
+        unsigned = _flight(Kind.SERVER_HELLO, fields + issuer)
         self._th1 = _hash(flight, unsigned)
         reply = unsigned + self._identity.key.sign(_SERVER_LABEL + self._th1)
         self._hellos = (bytes(flight), reply)
@@ -346,8 +352,8 @@ def _flight(kind: Kind, body: bytes) -> bytes:
     return FLIGHT_PREFIX.pack(MAGIC, kind, VERSION) + body
 
 
-def _body(flight: Buffer, kind: Kind, size: int | None) -> bytes:
-    """Check a flight's prefix and length and give its body. `size` None: at least a tag."""
+def _body(flight: Buffer, kind: Kind, *sizes: int) -> bytes:
+    """Check a flight's prefix and length and give its body. Without sizes: at least a tag."""
     if len(flight) < FLIGHT_PREFIX.size:
         raise FrameError(f"a flight of the handshake has {len(flight)} bytes")
     magic, got, version = FLIGHT_PREFIX.unpack(bytes(flight[: FLIGHT_PREFIX.size]))
@@ -361,8 +367,9 @@ def _body(flight: Buffer, kind: Kind, size: int | None) -> bytes:
     if got != kind:
         raise FrameError(f"flight {got} of the handshake came where {int(kind)} was due")
     body = bytes(flight[FLIGHT_PREFIX.size :])
-    if len(body) != size if size is not None else len(body) < TAG:
-        raise FrameError(f"a flight of the handshake has {len(body)} bytes where {size or TAG} are due")
+    if len(body) not in sizes if sizes else len(body) < TAG:
+        due = " or ".join(map(str, sizes or (TAG,)))
+        raise FrameError(f"a flight of the handshake has {len(body)} bytes where {due} are due")
     return body
 
 

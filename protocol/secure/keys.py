@@ -3,14 +3,19 @@
 Rules
     1. A private key's file has mode 0600 and is never overwritten; one that others can read is refused.
     2. The root's private key signs workers and lies on no worker. An edge pins the root's fingerprint.
-    3. An edge is enrolled by a line in `authorized_edges`, as in SSH.
+    3. An edge is enrolled by a line in `authorized_edges`, as in SSH; a node of a cloud on several machines by one in
+       `authorized_nodes`.
 
 Theory of operation
     root_key         Ed25519 private key (PKCS8 PEM, 0600)    the cloud owner's; signs workers' certificates
-    root_key.pub     its public key (OpenSSH)                 `ssh-keygen -lf root_key.pub` shows the fingerprint that
-    edges pin worker_key       Ed25519 private key (PKCS8 PEM, 0600)    a worker's
+    root_key.pub     its public key (OpenSSH)                 `ssh-keygen -lf root_key.pub` shows what edges pin
+    worker_key       Ed25519 private key (PKCS8 PEM, 0600)    a worker's
     worker_cert      JSON: root's and worker's public keys, expiry (Unix seconds), root's signature over the last two
+    issuer_key       Ed25519 private key (PKCS8 PEM, 0600)    signs workers on several machines in the root's place
+    issuer_cert      JSON: root's public key, and the issuer's certificate (`isthmus.protocol.secure.certificates`)
+    node_key         Ed25519 private key (OpenSSH, 0600)      a node's; signs its workers' requests; `.pub` beside it
     authorized_edges `[max-sessions=N,max-bytes-in-flight=SIZE] ssh-ed25519 AAAA... name`, one line per edge
+    authorized_nodes `ssh-ed25519 AAAA... name`, one line per node
     an edge's key    Ed25519 private key (OpenSSH, 0600), and `.pub` beside it
 
     A fingerprint is SHA-256 over the algorithm's name and the key in OpenSSH's encoding, so that a later algorithm
@@ -29,8 +34,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -39,15 +44,18 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError
+from isthmus.common.errors import ConfigError, FingerprintError, IsthmusError, KeyFileError
+from isthmus.protocol.secure.certificates import IssuerCertificate, WorkerCertificate
 from isthmus.protocol.secure.keyfiles import create_file, make_folder, read_private, read_text, replace_file
 
 ALGORITHM = b"ssh-ed25519"
 ROOT_KEY, ROOT_PUB, WORKER_KEY, WORKER_CERT = "root_key", "root_key.pub", "worker_key", "worker_cert"
+ISSUER_KEY, ISSUER_CERT, NODE_KEY = "issuer_key", "issuer_cert", "node_key"
 DAY = 86_400
-_CERTIFICATE_LABEL = b"isthmus v1 worker certificate\0"
 _CLOUD_REMEDY = "run `isthmus cloud keygen`"
 _EDGE_REMEDY = "run `isthmus edge keygen`"
+_ISSUER_REMEDY = "run `isthmus cloud issuer` where the root key is"
+_NODE_REMEDY = "run `isthmus cloud node-keygen` on this node"
 # What the library raises on a private key that is none; the last one comes from OpenSSL, on a key of another algorithm.
 _MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, InternalError)
 
@@ -120,71 +128,6 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerCertificate:
-    """The root's word that a worker's key (raw, 32 bytes) is good until `not_after` (Unix seconds)."""
-
-    root: bytes
-    worker: bytes
-    not_after: int
-    signature: bytes
-
-    @classmethod
-    def issue(cls, root_key: Ed25519PrivateKey, worker: bytes, not_after: int) -> WorkerCertificate:
-        """Sign a worker's raw public key."""
-        root = root_key.public_key().public_bytes_raw()
-        return cls(root, worker, not_after, root_key.sign(cls._signed(worker, not_after)))
-
-    @staticmethod
-    def _signed(worker: bytes, not_after: int) -> bytes:
-        return _CERTIFICATE_LABEL + worker + struct.pack("!Q", not_after)
-
-    def verify(self, now: float) -> None:
-        """Check the root's signature and the expiry. Whether the root is the right one is the caller's question.
-
-        Raises:
-            FingerprintError: the signature does not verify, or the certificate has expired.
-        """
-        try:
-            signed = self._signed(self.worker, self.not_after)
-            Ed25519PublicKey.from_public_bytes(self.root).verify(self.signature, signed)
-        except (InvalidSignature, ValueError) as error:
-            raise FingerprintError(
-                "the worker's certificate is not signed by the root key that it names: do not trust this server"
-            ) from error
-        if now >= self.not_after:
-            day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(min(self.not_after, 253_402_300_799)))
-            raise FingerprintError(
-                f"the worker's certificate expired at {day}: its owner renews it with `isthmus cloud keygen` "
-                "(or this machine's clock is wrong)"
-            )
-
-    def to_json(self) -> str:
-        """Write the certificate as JSON."""
-        encoded = {name: base64.b64encode(getattr(self, name)).decode() for name in ("root", "worker", "signature")}
-        return json.dumps({"version": 1, "not_after": self.not_after, **encoded}, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> WorkerCertificate:
-        """Read a certificate; its signature is not checked here.
-
-        Raises:
-            ConfigError: it is malformed.
-        """
-        try:
-            data = json.loads(text)
-            root, worker, signature = (
-                base64.b64decode(data[name], validate=True) for name in ("root", "worker", "signature")
-            )
-            not_after = data["not_after"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError("it is not a worker's certificate") from error
-        sizes = (len(root), len(worker), len(signature)) == (32, 32, 64)
-        if data.get("version") != 1 or not sizes or type(not_after) is not int or not 0 <= not_after < 1 << 63:
-            raise ConfigError("it is not a worker's certificate of version 1")
-        return cls(root, worker, not_after, signature)
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerIdentity:
     """What a worker needs to prove who it is: its private key and its certificate."""
 
@@ -220,13 +163,22 @@ def issue_worker(folder: Path, days: float = 90, now: Callable[[], float] = time
         KeyFileError: the root's or worker's key is missing, malformed, or readable by others.
     """
     root_key = _load_pem(folder / ROOT_KEY, _CLOUD_REMEDY)
-    path = folder / WORKER_KEY
-    if not path.exists():
-        create_file(path, _pem(Ed25519PrivateKey.generate()), mode=0o600)
-    worker = _load_pem(path, _CLOUD_REMEDY).public_key().public_bytes_raw()
+    worker = make_worker_key(folder).public_key().public_bytes_raw()
     certificate = WorkerCertificate.issue(root_key, worker, int(now() + days * DAY))
     replace_file(folder / WORKER_CERT, certificate.to_json().encode(), mode=0o644)
     return certificate
+
+
+def make_worker_key(folder: Path) -> Ed25519PrivateKey:
+    """The worker's key in `folder`, made where there is none.
+
+    Raises:
+        KeyFileError: it is malformed, readable by others, or cannot be made.
+    """
+    path = folder / WORKER_KEY
+    if not path.exists():
+        create_file(path, _pem(Ed25519PrivateKey.generate()), mode=0o600)
+    return _load_pem(path, _CLOUD_REMEDY)
 
 
 def load_worker(folder: Path, now: Callable[[], float] = time.time) -> WorkerIdentity:
@@ -249,8 +201,76 @@ def load_worker(folder: Path, now: Callable[[], float] = time.time) -> WorkerIde
     return WorkerIdentity(key, certificate)
 
 
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """What signs workers' certificates in the root's place: its private key, its certificate, the root's raw key."""
+
+    key: Ed25519PrivateKey
+    certificate: IssuerCertificate
+    root: bytes
+
+    @property
+    def pin(self) -> Fingerprint:
+        """The root's fingerprint, which edges pin."""
+        return Fingerprint.of(self.root)
+
+    def issue(self, worker: bytes, not_after: float) -> WorkerCertificate:
+        """Certify a worker's raw public key until then (Unix seconds), or until this issuer's certificate expires."""
+        return WorkerCertificate.issue_by(self.key, self.certificate, self.root, worker, int(not_after))
+
+
+def make_issuer(folder: Path, days: float = 7, now: Callable[[], float] = time.time) -> IssuerCertificate:
+    """Certify the issuer's key in `folder` with the root key there, making the issuer's key where there is none.
+
+    Calling it again renews the certificate.
+
+    Raises:
+        KeyFileError: the root's or the issuer's key is missing, malformed, or readable by others.
+    """
+    root_key = _load_pem(folder / ROOT_KEY, _CLOUD_REMEDY)
+    path = folder / ISSUER_KEY
+    if not path.exists():
+        create_file(path, _pem(Ed25519PrivateKey.generate()), mode=0o600)
+    issuer = _load_pem(path, _ISSUER_REMEDY).public_key().public_bytes_raw()
+    certificate = IssuerCertificate.issue(root_key, issuer, int(now() + days * DAY))
+    root = root_key.public_key().public_bytes_raw()
+    encoded = [base64.b64encode(data).decode() for data in (root, certificate.to_bytes())]
+    shown = {"version": 1, **dict(zip(("root", "issuer"), encoded, strict=True))}
+    replace_file(folder / ISSUER_CERT, (json.dumps(shown, indent=1) + "\n").encode(), mode=0o644)
+    return certificate
+
+
+def load_issuer(folder: Path, now: Callable[[], float] = time.time) -> Issuer:
+    """Load an issuer's key and certificate.
+
+    Raises:
+        KeyFileError: one is missing, malformed, readable by others, or expired, or they do not belong together.
+    """
+    key = _load_pem(folder / ISSUER_KEY, _ISSUER_REMEDY)
+    path = folder / ISSUER_CERT
+    text = read_text(path, _ISSUER_REMEDY, ours=True)
+    try:
+        data = json.loads(text)
+        root, packed = (base64.b64decode(data[name], validate=True) for name in ("root", "issuer"))
+        certificate = IssuerCertificate.from_bytes(packed)
+        certificate.verify(root, now())
+    except (ValueError, KeyError, TypeError, RecursionError, FingerprintError) as error:
+        why = error if isinstance(error, IsthmusError) else "it is not an issuer's certificate"
+        raise KeyFileError(f"{path}: {why}; {_ISSUER_REMEDY} to make it anew") from error
+    if certificate.issuer != key.public_key().public_bytes_raw():
+        raise KeyFileError(
+            f"{path}: the certificate is for another key than {ISSUER_KEY}; {_ISSUER_REMEDY} to make it anew"
+        )
+    return Issuer(key, certificate, root)
+
+
+def load_node(folder: Path) -> Ed25519PrivateKey:
+    """Load a node's private key. Raises KeyFileError as `load_edge` does."""
+    return _load_openssh(folder / NODE_KEY, _NODE_REMEDY)
+
+
 def generate_edge(path: Path, comment: str) -> str:
-    """Make an edge's key at `path` and its public key beside it (`path.pub`); return the public line for enrolment.
+    """Make an edge's or a node's key at `path`, its public key beside it (`path.pub`); return the line to enrol.
 
     Raises:
         KeyFileError: there is a key already, or it cannot be written.
@@ -269,16 +289,20 @@ def load_edge(path: Path) -> Ed25519PrivateKey:
     Raises:
         KeyFileError: it is missing, malformed, protected by a passphrase, or readable by others.
     """
-    raw = read_private(path, _EDGE_REMEDY)
+    return _load_openssh(path, _EDGE_REMEDY)
+
+
+def _load_openssh(path: Path, remedy: str) -> Ed25519PrivateKey:
+    raw = read_private(path, remedy)
     try:
         key = load_ssh_private_key(raw, password=None)
     except _MALFORMED as error:
         raise KeyFileError(
             f"{path} is not a private key in OpenSSH format without a passphrase ({error}); "
-            f"{_EDGE_REMEDY} to make one elsewhere"
+            f"{remedy} to make one elsewhere"
         ) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise KeyFileError(f"{path} is not an Ed25519 key; {_EDGE_REMEDY} to make one elsewhere")
+        raise KeyFileError(f"{path} is not an Ed25519 key; {remedy} to make one elsewhere")
     return key
 
 

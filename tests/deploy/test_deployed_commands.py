@@ -30,7 +30,7 @@ def _commands() -> Iterator[tuple[str, list[str]]]:
     for line in re.findall(r"^CMD (\[.*\])$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE):
         yield "Containerfile", json.loads(line)
     for container in containers(ray_cluster()):
-        values = {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}
+        values = {entry["name"]: entry.get("value", "1") for entry in container.get("env", [])}
         script = re.sub(r"\\\n", " ", container["args"][0])
         for line in re.findall(r"^(?:exec )?isthmus (.*)$", script, re.MULTILINE):
             yield container["name"], _with_values(line, values)
@@ -41,7 +41,9 @@ def _shown(text: str) -> Iterator[list[str]]:
     """The commands in a document's shell code: alone, behind a command that runs others, or behind an image's name."""
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in re.sub(r"\\\n", " ", block).splitlines():
-            found = re.search(r"(?:^|\s-- )(?:/opt/isthmus/bin/)?isthmus (.*)|\sisthmus-\w+:[\d.]+ +(\w.*)", line)
+            found = re.search(
+                r"(?:^|\s-- |^\w+=\w+ )(?:/opt/isthmus/bin/)?isthmus (.*)|\sisthmus-\w+:[\d.]+ +(\w.*)", line
+            )
             if found:
                 yield shlex.split(found[1] or found[2], comments=True)
 
@@ -72,7 +74,8 @@ def test_both_sides_are_started_from_every_kind_of_file() -> None:
         "isthmus-edge-daemon.service",
         "isthmus-edge-train@.service",
         "Containerfile",
-        "cloud",
+        "owner",
+        "ray-tls",
         "README.md",
     }
 
@@ -80,7 +83,14 @@ def test_both_sides_are_started_from_every_kind_of_file() -> None:
 def test_the_readmes_commands_are_found() -> None:
     shown = [tuple(words[:2]) for place, words in COMMANDS if place == "README.md"]
     edge = [("edge", "keygen"), ("edge", "daemon"), ("edge", "train")]
-    assert shown == [("cloud", "keygen"), ("cloud", "enroll"), *edge, ("cloud", "status")]
+    keys = ("keygen", "issuer", "node-keygen", "enroll-node", "enroll", "ray-ca")
+    assert shown == [
+        ("cloud", "keygen"),
+        ("cloud", "enroll"),
+        *edge,
+        *(("cloud", each) for each in keys),
+        ("cloud", "status"),
+    ]
 
 
 @pytest.mark.parametrize(("place", "words"), COMMANDS)
@@ -89,6 +99,6 @@ def test_isthmus_takes_the_command(place: str, words: list[str]) -> None:
 
 
 def test_a_misspelt_flag_is_noticed() -> None:
-    (_, words) = next(pair for pair in COMMANDS if pair[0] == "cloud")
+    (_, words) = next(pair for pair in COMMANDS if pair[0] == "owner")
     with pytest.raises(USAGE_ERROR, match="--lisen"):
         _parse([word.replace("--listen", "--lisen") for word in words])

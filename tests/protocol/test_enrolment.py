@@ -142,6 +142,17 @@ def test_connection_strings(scheme: str, host: str) -> None:
     assert "[" not in parsed.host
 
 
+def test_a_connection_string_may_name_several_places() -> None:
+    text = f"isthmus://a.example:7443,[::1]:7444,10.0.0.3:7443#{PIN}"
+    parsed = ConnectionString.parse(text)
+    assert str(parsed) == text
+    assert parsed.addresses == ("a.example:7443", "[::1]:7444", "10.0.0.3:7443")
+    assert ConnectionString("a.example", 7443, PIN, others=("[::1]:7444", "10.0.0.3:7443")) == parsed
+    for bad in ("a:1,,b:1", "a:1,b", ",".join(f"h{number}:1" for number in range(17))):
+        with pytest.raises(ConfigError, match="is not a connection string"):
+            ConnectionString.parse(f"isthmus://{bad}#{PIN}")
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -154,7 +154,7 @@ def test_file_names_that_are_needed_are_taken() -> None:
 
 def test_a_file_set_that_there_is_not_is_refused() -> None:
     header = pack(m.FetchList(m.FileSet.PARTS))[0]
-    for file_set in (0, 4, 255, -1):
+    for file_set in (0, 6, 255, -1):
         with pytest.raises(MessageError, match=f"{file_set} is no FileSet"):
             unpack(changed(header, lambda fields, value=file_set: setattr(fields, "file_set", value)), b"")
 

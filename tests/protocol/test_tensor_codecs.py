@@ -245,6 +245,17 @@ def test_a_tensor_on_a_gpu_has_the_same_bytes(codec: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("codec", ACTIVATION_CODECS)
+def test_a_tensor_is_decoded_on_a_gpu_as_on_the_cpu(codec: str) -> None:
+    sent = encode(torch.randn(3, 5, 130, generator=torch.Generator().manual_seed(0)), codec, Role.ACTIVATION)
+    there = decode(sent, device=torch.device("cuda"))
+    assert there.is_cuda
+    assert torch.equal(there.cpu(), decode(sent))
+    positions = decode(encode_positions(torch.arange(3)[None]), device=torch.device("cuda"))
+    assert positions.is_cuda
+
+
+@pytest.mark.gpu
 def test_masks_and_positions_on_a_gpu_have_the_same_bytes() -> None:
     mask, positions = torch.tensor([[1, 1, 0]]), torch.arange(3)[None]
     assert encode_mask(mask.cuda()) == encode_mask(mask)

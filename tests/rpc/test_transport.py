@@ -344,6 +344,24 @@ def test_a_process_that_has_not_closed_its_streams_ends(rest: str, printed: list
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize(("given", "milliseconds"), [({}, 20_000), ({"keepalive": 1.5}, 1_500)])
+def test_a_transport_asks_for_signs_of_life_as_often_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, float], milliseconds: int
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def channel(target: str, options: list[tuple[str, int]]) -> None:
+        seen.append(dict(options))
+        raise ConnectionLostError("that is all")
+
+    monkeypatch.setattr("grpc.aio.insecure_channel", channel)
+    with pytest.raises(ConnectionLostError, match="that is all"):
+        run(GrpcTransport("127.0.0.1:1", **given).open())
+    (options,) = seen
+    assert (options["grpc.keepalive_time_ms"], options["grpc.keepalive_timeout_ms"]) == (milliseconds, milliseconds)
+    assert options["grpc.http2.max_pings_without_data"] == 0
+
+
 WAITS = """
 import asyncio
 import signal

@@ -61,7 +61,11 @@ _CONTAINERS = _list(
                 "name",
                 name=_STR,
                 value=_STR,
-                valueFrom=_fields(secretKeyRef=_fields("key", name=_STR, key=_STR)),
+                valueFrom=_fields(
+                    secretKeyRef=_fields("key", name=_STR, key=_STR),
+                    configMapKeyRef=_fields("key", name=_STR, key=_STR),
+                    fieldRef=_fields("fieldPath", fieldPath=_STR),
+                ),
             ),
             "name",
         ),
@@ -70,6 +74,7 @@ _CONTAINERS = _list(
             ("startupProbe", "readinessProbe", "livenessProbe"),
             _fields(
                 grpc=_fields("port", port=_INT),
+                tcpSocket=_fields("port", port={"type": ["integer", "string"]}),
                 periodSeconds=_INT,
                 timeoutSeconds=_INT,
                 failureThreshold=_INT,
@@ -192,7 +197,7 @@ def _no_two_alike(_: Any, keys: Sequence[str], things: Any, __: Any) -> Iterator
 _Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"keys": _no_two_alike})
 
 
-def manifests(folder: Path = DEPLOY / "kubernetes") -> list[dict[str, Any]]:
+def manifests(folder: Path = DEPLOY / "kubernetes" / "base") -> list[dict[str, Any]]:
     """Every object of the folder's files, but not kustomize's own file."""
     files = [file for file in sorted(folder.glob("*.yaml")) if file.name != "kustomization.yaml"]
     return [thing for file in files for thing in yaml.safe_load_all(file.read_text())]

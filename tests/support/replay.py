@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure.certificates import WorkerCertificate
 from isthmus.protocol.secure.framing import Direction
 from isthmus.protocol.secure.handshake import ClientHandshake, Secrets, ServerHandshake, Verdict, version_refusal
-from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
+from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 from isthmus.protocol.secure.record import Opener, Sealer
 
 

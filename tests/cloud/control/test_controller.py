@@ -65,6 +65,17 @@ def test_each_worker_hears_of_the_others_and_of_those_that_come_back() -> None:
     assert [peer.address for peer in directory.updates()[0].peers] == ["h:2"]
 
 
+def test_edges_do_not_hear_of_a_silent_worker_that_comes_back_elsewhere() -> None:
+    for come_back, addresses in ((True, ["h:1"]), (False, [])):
+        directory = Directory(Clock(), come_back=come_back)
+        for number in range(2):
+            directory.reported(number, report(number, 1))
+        directory.missed(1)
+        assert [peer.address for peer in directory.updates()[0].peers] == addresses
+        directory.reported(1, report(1, 1))
+        assert [peer.address for peer in directory.updates()[0].peers] == ["h:1"]
+
+
 def test_a_worker_sheds_sessions_when_the_load_stays_uneven() -> None:
     clock = Clock()
     directory = Directory(clock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control import worker_setup
-from isthmus.cloud.control.worker_setup import RESERVE_BYTES, EdgesFile, make_parts, memory_budgets
+from isthmus.cloud.control.worker import WorkerSpec
+from isthmus.cloud.control.worker_setup import RESERVE_BYTES, EdgesFile, make_parts, memory_budgets, next_stage_of
 from isthmus.common.errors import ConfigError, PackageError
 from isthmus.emulator.package.package import Package
+from isthmus.protocol.secure.keys import load_edge, load_worker
 
 
 def test_two_workers_make_the_parts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +70,21 @@ def test_what_is_left_of_the_machine_is_shared_out() -> None:
     assert RESERVE_BYTES + stash + 2 * compute + cache < free, "a small machine survives all of it at once"
     assert memory_budgets(100 * gib, None, None, None)[::2] == (2 * gib, 2 * gib)
     assert memory_budgets(free, 5, 7, 9) == (5, 7, 9)
+
+
+def test_the_next_stages_place_is_read_anew_from_its_file(tmp_path: Path) -> None:
+    keys = Home(tmp_path)
+    file = tmp_path / "next_stage"
+    spec = WorkerSpec("", "", "2:2", "bf16", "", str(keys.folder), "", 1, 1, 1, "", next_stage=str(file))
+    stage = next_stage_of(spec)
+    assert stage is not None
+    assert (stage.target(), stage.codec, stage.pin) == ("", "bf16", keys.pin)
+    for place in ("10.0.0.2:7444", "10.0.0.3:7444\n"):
+        file.write_text(place)
+        assert stage.target() == place.strip()
+    assert stage.key.public_key() == load_worker(keys.folder).key.public_key()  # its own, where it was given none
+    fixed = next_stage_of(replace(spec, next_stage="10.0.0.9:7444", next_key=str(keys.new_edge("stage", stage=True))))
+    assert fixed is not None
+    assert fixed.target() == "10.0.0.9:7444"
+    assert fixed.key.public_key() == load_edge(tmp_path / "stage").public_key()
+    assert next_stage_of(replace(spec, next_stage="")) is None

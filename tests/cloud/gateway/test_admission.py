@@ -237,7 +237,7 @@ def test_an_edge_attaches_for_no_tenant_not_even_itself(server: ThreadServer, na
     refusal = told(stream, edge, m.Attach(b"l" * m.LINK_BYTES, account=m.Account(name, 9)))
     assert isinstance(refusal, m.Status)
     assert refusal.code == m.StatusCode.BAD_REQUEST
-    assert "only a stage of a pipeline" in refusal.message
+    assert "only another worker of this cloud" in refusal.message
     with pytest.raises(ConnectionLostError):
         stream.receive(5)
     stream.close()

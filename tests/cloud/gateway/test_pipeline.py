@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
+import itertools
+import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,15 +26,17 @@ from isthmus.cloud.control.worker import Worker, WorkerSpec
 from isthmus.cloud.control.worker_specs import stage_specs
 from isthmus.cloud.directory import Update
 from isthmus.cloud.engine.requests import Share
-from isthmus.cloud.gateway import server as server_module
+from isthmus.cloud.gateway import pipeline as pipeline_module, server as server_module
 from isthmus.cloud.gateway.pipeline import NextStage
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.logs import LOGGER
-from isthmus.common.errors import NotEnrolledError, RefusedError
+from isthmus.common.errors import ConnectionLostError, NotEnrolledError, RefusedError
 from isthmus.edge.client.link import Link, connect
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString, Quota, Tenant
+from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 from isthmus.protocol.secure.keys import load_edge
+from isthmus.rpc.transport import GrpcTransport
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 POSITIONS = torch.arange(6)[None]
@@ -58,7 +65,7 @@ class Pipeline:
             self.servers.insert(0, server)
             if number:
                 key = load_edge(home.new_edge("stage", stage=True))
-                behind = NextStage(f"127.0.0.1:{server.port}", home.pin, key, self.dtype)
+                behind = NextStage(partial(str, f"127.0.0.1:{server.port}"), home.pin, key, self.dtype)
 
     def restart(self, number: int) -> None:
         """End a stage's server and everything that it remembers, and start one at the same port."""
@@ -279,3 +286,116 @@ def test_a_stage_whose_own_key_is_revoked_has_no_session_and_comes_back_with_the
         assert pipeline.servers[0].server.status()["sessions"] == {"alice": 1}
         path.write_text(enrolled)
         check_pass(link, pipeline.whole, 2)
+
+
+# A stage that moves ---------------------------------------------------------------------------------------------------
+
+
+class Address:
+    """Where the next stage is: at one place after another, each for so many looks, and at the last one for good."""
+
+    def __init__(self, *places: tuple[str, int]) -> None:
+        self._places = list(places)
+        self.looks = 0
+
+    def __call__(self) -> str:
+        self.looks += 1
+        left = self.looks
+        for place, looks in self._places:
+            left -= looks
+            if left <= 0:
+                return place
+        return self._places[-1][0]
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address where nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.fixture
+def long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a pause to end waits for longer than any test may take."""
+    monkeypatch.setattr(pipeline_module, "pauses", lambda most: itertools.repeat(1e6))
+    monkeypatch.setattr(pipeline_module, "LOOK_SECONDS", 0.001)
+
+
+def ping(pipeline: Pipeline, target: Callable[[], str]) -> m.Message:
+    """Ask the second stage, as the first one does."""
+    usual = pipeline.servers[0].server._next_stage
+    assert usual is not None
+    stage = dataclasses.replace(usual, target=target)
+
+    async def asked() -> m.Message:
+        async with stage.session(m.Account("alice", 1), interactive=False) as session:
+            return await session.ask(m.Ping(7))
+
+    return asyncio.run(asked())
+
+
+@pytest.mark.usefixtures("long_pauses")
+def test_a_stage_that_has_moved_is_gone_on_with_at_once(pipeline: Pipeline, nobody: str) -> None:
+    there = f"127.0.0.1:{pipeline.servers[1].port}"
+    address = Address((nobody, 3), (there, 1))
+    answer = ping(pipeline, address)
+    assert isinstance(answer, m.Pong)
+    assert address.looks >= 4
+
+
+@pytest.mark.usefixtures("long_pauses")
+def test_a_stage_that_nobody_knows_the_place_of_is_waited_for(pipeline: Pipeline) -> None:
+    address = Address(("", 5), (f"127.0.0.1:{pipeline.servers[1].port}", 1))
+    assert isinstance(ping(pipeline, address), m.Pong)
+    assert address.looks >= 6
+
+
+@pytest.mark.usefixtures("long_pauses")
+def test_a_stage_that_stays_away_is_given_up_with_its_last_place(
+    pipeline: Pipeline, nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(ConnectionLostError, match=rf"the stage at {nobody} stayed away \(ConnectionLostError\)"):
+        ping(pipeline, lambda: nobody)
+    assert isinstance(ping(pipeline, lambda: f"127.0.0.1:{pipeline.servers[1].port}"), m.Pong)
+
+
+@pytest.mark.usefixtures("long_pauses")
+def test_a_pass_goes_on_at_the_place_that_a_stage_has_moved_to(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bits of the whole span, though the stage there has lost the forward."""
+    first, second = pipeline.servers[0], pipeline.servers[1]
+    usual = first.server._next_stage
+    assert usual is not None
+    at = [f"127.0.0.1:{second.port}"]
+    monkeypatch.setattr(first.server, "_next_stage", dataclasses.replace(usual, target=lambda: at[-1]))
+    _, gradient = expected(pipeline.whole, 1)
+    with pipeline.link() as link:
+        given = hidden(1).requires_grad_()
+        _, kept = link.forward_span(given, MASK, POSITIONS, keep=True)
+        behind = second.server._next_stage
+        second.__exit__()
+        elsewhere = ThreadServer(pipeline.parts[1], pipeline.homes[1], next_stage=behind).start()
+        pipeline.servers[1] = elsewhere
+        at.append(f"127.0.0.1:{elsewhere.port}")
+        back = link.backward_span(kept, hidden(2), given, MASK, POSITIONS)
+        assert back is not None
+        assert torch.equal(back, gradient)
+
+
+def test_stages_ask_each_other_for_signs_of_life_more_often_than_edges(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def transport(target: str, *, keepalive: float) -> GrpcTransport:
+        seen.append(keepalive)
+        return GrpcTransport(target, keepalive=keepalive)
+
+    monkeypatch.setattr(pipeline_module, "GrpcTransport", transport)
+    ping(pipeline, lambda: f"127.0.0.1:{pipeline.servers[1].port}")
+    assert seen == [pipeline_module.KEEPALIVE_SECONDS]
+    assert LEAST_KEEPALIVE_SECONDS <= seen[0] < KEEPALIVE_SECONDS

@@ -55,7 +55,17 @@ def test_an_edge_tries_the_first_address_and_all_that_it_has_learned() -> None:
     one.learn(["b:1", "c:1"])
     assert tried(one, log, 4) == ["a:1", "b:1", "c:1", "a:1"]
     one.learn(["d:1"])
-    assert tried(one, log, 3) == ["b:1", "a:1", "d:1"]
+    assert tried(one, log, 3) == ["b:1", "d:1", "a:1"]
+
+
+def test_an_edge_that_reaches_nobody_tries_each_port_on_each_machine() -> None:
+    log: list[str] = []
+    one = Endpoints(Named("a:1", log), "a:1", lambda address: Named(address, log), ["b:1"])
+    assert tried(one, log, 3) == ["a:1", "b:1", "a:1"]
+    one.learn(["a:1", "b:2"])
+    assert tried(one, log, 5) == ["b:1", "a:2", "a:1", "b:2", "b:1"]
+    one.learn([f"m{number}:{number}" for number in range(100)])
+    assert len(set(tried(one, log, 120))) == 103  # the one that it was at, too
 
 
 def test_an_edge_that_cannot_reach_where_it_was_sent_settles_elsewhere() -> None:

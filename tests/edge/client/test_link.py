@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from support.cloud.clouds import with_info
-from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, comes_back, messages, new_link
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, StillTime, comes_back, messages, new_link
 from support.cloud.span_calls import MASK, POSITIONS, hidden, three_calls
 from support.models.tiny import HIDDEN
 from support.protocol.wire import EDGE, PIN
@@ -28,11 +29,12 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     UnreachableError,
 )
-from isthmus.edge.client import session_keeper
-from isthmus.edge.client.link import Link
+from isthmus.edge.client import link as link_module, session_keeper
+from isthmus.edge.client.link import Link, connect
 from isthmus.edge.codecs.wire_codecs import WireCodecs
+from isthmus.edge.config.client_config import ClientConfig
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import Tenant
+from isthmus.protocol.enrolment import ConnectionString, Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, decode, encode
@@ -301,3 +303,40 @@ def test_the_largest_message_is_what_the_cloud_takes(cloud: MemoryCloud) -> None
     large = dataclasses.replace(link.info, limits=dataclasses.replace(small, max_message_bytes=1 << 40))
     assert edge_limits(large).max_message_bytes == 4 << 30
     assert edge_limits(link.info) == DEFAULT_LIMITS  # answers may still be of any usual size
+
+
+# Where a cloud is -----------------------------------------------------------------------------------------------------
+
+
+def test_a_link_tries_all_places_of_its_connection_string(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, float]] = []
+
+    class Named(MemoryTransport):
+        def __init__(self, address: str, _tls: object, _timeout: float, keepalive: float) -> None:
+            super().__init__(cloud)
+            self.up = address == "c.example:7445"
+            made.append((address, keepalive))
+
+    monkeypatch.setattr(link_module, "GrpcTransport", Named)
+    monkeypatch.setattr(link_module, "load_edge", lambda path: EDGE)
+    monkeypatch.setattr(session_keeper, "time", StillTime())
+    with pytest.raises(UnreachableError):
+        connect(str(ConnectionString("a.example", 7443, PIN)))
+    assert {address for address, _ in made} == {"a.example:7443"}
+    made.clear()
+    with connect(
+        str(ConnectionString("a.example", 7443, PIN, others=("b.example:7444", "c.example:7445"))), keepalive=3.0
+    ):
+        assert made == [("a.example:7443", 3.0), ("b.example:7444", 3.0), ("c.example:7445", 3.0)]
+
+
+@pytest.mark.parametrize("keepalive", [0.0, 0.9, -1.0])
+def test_a_keepalive_that_a_worker_would_take_for_abuse_is_refused(
+    keepalive: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "load_edge", lambda path: EDGE)
+    with pytest.raises(ConfigError, match=f"a keepalive of {keepalive:g} s is too short: 1 at least"):
+        connect(f"isthmus://127.0.0.1:1#{PIN}", keepalive=keepalive)
+    with pytest.raises(ValidationError, match="keepalive"):
+        ClientConfig(cloud=f"isthmus://127.0.0.1:1#{PIN}", keepalive=keepalive)
+    assert ClientConfig(cloud=f"isthmus://127.0.0.1:1#{PIN}", keepalive=1.0).keepalive == 1.0

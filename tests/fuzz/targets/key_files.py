@@ -18,7 +18,8 @@ from support.protocol.wire import EDGE, NOW, WORKER, identity
 
 from isthmus.common.errors import KeyFileError
 from isthmus.protocol.secure import keyfiles, keys
-from isthmus.protocol.secure.keys import WorkerCertificate, load_edge, load_worker
+from isthmus.protocol.secure.certificates import WorkerCertificate
+from isthmus.protocol.secure.keys import load_edge, load_worker
 
 _PEM, _SSH = PrivateFormat.PKCS8, PrivateFormat.OpenSSH
 

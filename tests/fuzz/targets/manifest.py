@@ -17,7 +17,7 @@ from isthmus.common.errors import PackageError, SignerError
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package import manifest
 from isthmus.emulator.package.manifest import Manifest, verify
-from isthmus.protocol.secure.keys import WorkerCertificate
+from isthmus.protocol.secure.certificates import WorkerCertificate
 
 _RAW, _PAYLOAD, _CERTIFICATE = range(3)
 

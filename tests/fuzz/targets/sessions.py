@@ -27,9 +27,9 @@ from isthmus.protocol.enrolment import Quota, Tenant
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CLOUD_SENDS, EDGE_SENDS, SessionInfo
 from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure.certificates import WorkerCertificate
 from isthmus.protocol.secure.framing import Direction
 from isthmus.protocol.secure.handshake import ClientHandshake, ServerHandshake, Verdict
-from isthmus.protocol.secure.keys import WorkerCertificate
 from isthmus.protocol.session import CloudSession, EdgeSession, Established, NeedSend, Oversized, Received, Refused
 
 REFUSALS = (RemoteProtocolError, VersionError, FingerprintError, NotEnrolledError, RefusedError)

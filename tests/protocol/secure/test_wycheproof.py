@@ -29,7 +29,7 @@ from support.protocol.reference import transcript
 
 from isthmus.common.errors import FingerprintError, FrameError
 from isthmus.protocol.secure import handshake
-from isthmus.protocol.secure.keys import WorkerCertificate
+from isthmus.protocol.secure.certificates import WorkerCertificate
 
 pytestmark = pytest.mark.shared_data
 

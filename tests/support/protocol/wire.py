@@ -13,7 +13,8 @@ from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
+from isthmus.protocol.secure.certificates import WorkerCertificate
+from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 from isthmus.protocol.session import CloudSession, EdgeSession, Established
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, CODECS, Payload, Role, codec_id, encode, encode_mask
 
@@ -313,6 +314,7 @@ GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
         digests,
         u64,
         signatures,
+        st.sampled_from([b"", bytes(range(104))]),
     ),
 }
 """One for each message; a test compares it with the protocol's list."""

@@ -12,7 +12,7 @@ from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
-from isthmus.cli.emulator_research_commands import app
+from isthmus.cli.research_commands import emulator_scores as app
 from isthmus.common.errors import ConfigError
 from isthmus.common.shutdown import INTERRUPTED
 from isthmus.experiments.offsite import table
@@ -75,5 +75,5 @@ def test_a_bad_flag_is_named(flag: str, value: str, words: str) -> None:
 
 
 def test_the_commands_load_no_torch() -> None:
-    code = "import sys, isthmus.cli.emulator_research_commands; sys.exit('torch' in sys.modules)"
+    code = "import sys, isthmus.cli.research_commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

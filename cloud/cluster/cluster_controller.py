@@ -1,0 +1,375 @@
+"""The controller of a cloud over several machines: a detached actor on the node where its owner's folder is.
+
+It does what `serve` and the controller of one machine do together: it starts the workers, gives them certificates and
+whatever else they need, keeps the directory of them, and scales, drains and ends them. Calls do not pass through it:
+while it is away, edges are served as before. It can ask the workers for all that it knows, but for how many there
+should be, which is in a file of the owner's folder; so Ray may restart it at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from isthmus.cloud.cluster.cluster_spec import ClusterSpec
+from isthmus.cloud.cluster.issuing import IssuingOffice, TenantsText
+from isthmus.cloud.cluster.joined_cluster import start_anywhere
+from isthmus.cloud.cluster.model_files import ModelFiles
+from isthmus.cloud.control.autoscaler import Scaler
+from isthmus.cloud.control.controller import REBIND_PAUSE, REBINDS, Directory
+from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, wait_for
+from isthmus.cloud.directory import Update
+from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery, NodeReport
+from isthmus.cloud.nodes.node_worker import NodeWorker
+from isthmus.cloud.telemetry.logs import log, log_to
+from isthmus.cloud.telemetry.metrics import merged, serve_metrics
+from isthmus.common.errors import IsthmusError, NotEnrolledError, PortInUseError
+from isthmus.common.files import write_atomic
+from isthmus.protocol.enrolment import STAGE_OPTIONS
+from isthmus.protocol.limits import MAX_WORKERS
+from isthmus.protocol.secure.keys import format_public_key
+
+TICK_SECONDS, SETTLING_SECONDS = 0.5, 0.1
+"""Between two rounds of questions to the workers, and while one of them settles, which takes it a few rounds."""
+ANSWER_SECONDS = 1.0
+"""How long a round waits for answers; a worker that is slower keeps its last report."""
+RETRY_SECONDS = 10.0
+"""Until a worker that has failed is started again: its cause may pass, and Ray may place it elsewhere."""
+COUNTS_FILE = "cluster.json"
+RENEWED = "renewed by the controller"
+
+
+class ClusterController:
+    """Looks after one cloud. Made into an actor by `isthmus.cloud.cluster.attached`."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._home = Path(spec.home)
+        log_to(self._home / "controller.log")
+        self._spec = spec
+        self._lock = threading.RLock()
+        self._directory = Directory(time.monotonic, come_back=False)
+        self._office = IssuingOffice(self._home, spec.hours)
+        self._tenants = TenantsText(self._home)
+        self._actors: dict[int, Actor] = {}
+        self._asked: dict[int, Answer] = {}  # by worker: the report that was asked for and has not come
+        self._reports: dict[int, NodeReport] = {}  # the last one of each
+        self._silent: set[int] = set()  # workers that have not answered in the last round
+        self._certificates: dict[int, str] = {}
+        self._known: dict[int, bytes] = {}  # keys of workers on enrolled nodes, which the others let in
+        self._retry_at: dict[int, float] = {}
+        self._draining: dict[int, Answer] = {}
+        self._faults: dict[str, str] = {}  # what keeps the cloud from serving, for the operator, by what it concerns
+        self._stopped = False
+        self._least, self._most = self._read_counts()
+        self._wanted = set(range(self._least))
+        self._scaler = Scaler(self._least, self._most, time.monotonic)
+        self._failure: PortInUseError | None = None
+        self._files_at = ""
+        self._files = ModelFiles(spec, self._office, lambda: tuple(self._known.values()))
+        try:
+            self._files_at = self._files.start()
+            self._serve_metrics()
+        except PortInUseError as error:
+            self._failure = error  # raised by `ready`: of an actor that dies in its constructor, Ray keeps only a text
+        threading.Thread(target=self._run, name="controller", daemon=True).start()
+
+    # What the owner's commands ask ------------------------------------------------------------------------------------
+
+    def ready(self) -> dict[str, Any]:
+        """How far the start is.
+
+        Returns:
+            `ready`, whether all workers that there are at least serve; `waits`, a line for each that does not;
+            `places`, addresses of the workers that serve; `spec`, what it was made with; `pid`.
+
+        Raises:
+            PortInUseError: it cannot serve `/status`.
+        """
+        if self._failure is not None:
+            raise self._failure
+        with self._lock:
+            waits = [f"worker {number}: {self._waits(number)}" for number in sorted(self._wanted)]
+            serving = {number for number in self._wanted if not self._waits(number)}
+            front = [number for number in sorted(serving) if number < self._spec.front]
+            return {
+                "ready": len(serving) >= self._least,
+                "waits": [line for line in waits if not line.endswith(": ")],
+                "faults": list(self._faults.values()),
+                "places": [self._reports[number].place for number in front],
+                "counts": (self._least, self._most),
+                "spec": self._spec,
+                "pid": os.getpid(),
+            }
+
+    def scale(self, least: int, most: int) -> None:
+        """Have between `least` and `most` workers from now on. Those above are drained, the highest numbers first."""
+        with self._lock:
+            self._least, self._most = least, most
+            write_atomic(self._home / COUNTS_FILE, json.dumps({"least": least, "most": most}).encode(), 0o600)
+            self._scaler = Scaler(least, most, time.monotonic)
+            self._wanted = {number for number in self._wanted if number < most} | set(range(least))
+        log("scaled", least=least, most=most)
+
+    def stop(self, grace: float) -> bool:
+        """Drain and end all workers; True if every call in flight was answered.
+
+        The stages of a pipeline end one after the other: the first one's calls need those behind it.
+        """
+        with self._lock:
+            self._stopped = True
+            self._wanted = set()
+            actors = dict(self._actors)
+        inner = [[number] for number in sorted(actors) if number >= self._spec.front]
+        finished = True
+        for turn in ([number for number in actors if number < self._spec.front], *inner):
+            answers = [actors[number].ask("drain", grace) for number in turn]
+            deadline = time.monotonic() + grace + RETRY_SECONDS
+            for answer in answers:
+                try:
+                    finished = bool(answer.result(max(0.0, deadline - time.monotonic()))) and finished
+                except ActorError:
+                    finished = False
+        for actor in actors.values():
+            actor.kill()
+        (self._home / COUNTS_FILE).unlink(missing_ok=True)
+        log("stopped", all_answered=finished)
+        return finished
+
+    def status(self) -> dict[str, Any]:
+        """What `isthmus cloud status` shows, as of the last round."""
+        with self._lock:
+            shown = self._directory.status()
+            for worker in shown["workers"]:
+                report = self._reports.get(worker["worker"])
+                if report is not None:
+                    worker["node"] = report.node
+            faults = {"faults": list(self._faults.values())} if self._faults else {}
+            return {**shown, "certificates": RENEWED, **faults, "controller_pid": os.getpid()}
+
+    def metrics(self) -> bytes:
+        """The metrics of the workers that answer, in Prometheus' text format."""
+        with self._lock:
+            answers = {str(number): actor.ask("metrics") for number, actor in self._actors.items()}
+        wait_for(answers.values(), ANSWER_SECONDS)
+        texts = {}
+        for number, answer in answers.items():
+            with contextlib.suppress(ActorError):
+                texts[number] = answer.result(0)
+        return merged(texts) if texts else b""
+
+    # What it does by itself -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopped:
+            try:
+                self._start_missing()
+                self._round()
+                self._scale()
+            except Exception as error:  # noqa: BLE001  # nobody would see it, and the next round may do better
+                log("round_failed", logging.ERROR, error=f"{type(error).__name__}: {error}")
+            settling = any(self._waits(number) for number in list(self._wanted))
+            time.sleep(SETTLING_SECONDS if settling else TICK_SECONDS)
+
+    def _start_missing(self) -> None:
+        """Start the workers that there should be and are not; actors of an earlier controller may stand already."""
+        spec, now = self._spec, time.monotonic()
+        with self._lock:
+            missing = [
+                number
+                for number in sorted(self._wanted)
+                if number not in self._actors and self._retry_at.get(number, 0.0) <= now
+            ]
+        for number in missing:
+            actor = start_anywhere(
+                NodeWorker,
+                spec.worker_spec(number),
+                name=spec.worker_name(number),
+                environment=spec.environment,
+                claims=spec.claims,
+            )
+            with self._lock:
+                self._actors[number] = actor
+
+    def _round(self) -> None:
+        """Send every worker its update and what is new for it, and take the workers' reports."""
+        with self._lock:
+            updates = self._directory.updates()
+            for number, actor in self._actors.items():
+                if number not in self._asked:  # a worker that is being restarted may answer late
+                    update, delivery = updates.get(number, Update()), self._delivery(number)
+                    known = self._reports.get(number)
+                    # Before all have been heard, a delivery would take from a worker what an earlier controller sent.
+                    new = None if known is None or known.revision == delivery.revision else delivery
+                    self._asked[number] = actor.ask("exchange", update, new)
+            asked = dict(self._asked)
+        wait_for(asked.values(), ANSWER_SECONDS)
+        with self._lock:
+            for number, answer in asked.items():
+                if not answer.is_ready():
+                    self._missed(number)
+                    continue
+                self._asked.pop(number, None)
+                try:
+                    self._took(number, answer.result(0))
+                except ActorGoneError as error:  # for good: a head that came back has forgotten it, say
+                    log("worker_gone", logging.WARNING, worker=number, error=str(error))
+                    self._forget(number)
+                except ActorError:
+                    self._missed(number)
+
+    def _missed(self, number: int) -> None:
+        self._directory.missed(number)
+        self._silent.add(number)
+
+    def _forget(self, number: int) -> None:
+        self._actors.pop(number, None)
+        self._asked.pop(number, None)
+        self._reports.pop(number, None)
+        self._known.pop(number, None)
+        self._silent.discard(number)
+        self._draining.pop(number, None)
+        self._directory.gone(number)
+
+    def _took(self, number: int, report: NodeReport) -> None:
+        self._reports[number] = report
+        self._silent.discard(number)
+        self._directory.reported(number, report.report)
+        what = f"worker {number}"
+        if report.failure:
+            self._fault(what, f"{what} on {report.node} cannot serve: {report.failure}")
+            self._start_again(number)
+            return
+        if report.request is None:
+            return
+        try:
+            self._office.check(report.request, self._spec.worker.root)
+            if report.request.worker != report.key:
+                raise NotEnrolledError("it asks for another key than its own")
+            self._known[number] = report.key
+            granted = self._office.grant(report.request).to_json() if report.wants_certificate else ""
+            if granted not in ("", self._certificates.get(number)):  # the same again where the issuer's ends soon
+                self._certificates[number] = granted
+                log("certificate_issued", worker=number, node=report.node)
+            self._fault(what, "")
+        except NotEnrolledError as error:  # or not any more
+            self._known.pop(number, None)
+            self._fault(what, f"{what} on {report.node} may not serve: {error}")
+            self._start_again(number)
+        except IsthmusError as error:  # the issuer's certificate has expired, say: what the worker has may be good yet
+            self._fault(what, f"{what} on {report.node} gets no certificate: {error}")
+
+    def _start_again(self, number: int) -> None:
+        """End a worker, and have it started anew in a while, on a node of Ray's choice."""
+        self._retry_at[number] = time.monotonic() + RETRY_SECONDS
+        actor = self._actors[number]
+        self._forget(number)
+        actor.kill()
+
+    def _fault(self, what: str, text: str) -> None:
+        """Note what is wrong with something, or that nothing is, and log what is new."""
+        if text and self._faults.get(what) != text:
+            log("fault", logging.ERROR, text=text)
+        if text:
+            self._faults[what] = text
+        else:
+            self._faults.pop(what, None)
+
+    def _waits(self, number: int) -> str:
+        """What a worker waits for before it serves; "" where it serves."""
+        report = self._reports.get(number)
+        if report is None:
+            return self._faults.get(f"worker {number}") or "a node with room for it"
+        return "an answer" if number in self._silent else report.failure or report.waits
+
+    def _delivery(self, number: int) -> Delivery:
+        """What a worker needs now."""
+        # A stage that is silent for a moment keeps its place: its neighbours need neither its key nor its address anew.
+        serving = {n: r for n, r in self._reports.items() if not r.waits and not r.failure}
+        own = self._reports.get(number)
+        stage = number >= self._spec.front
+        tenants = "" if stage else self._tenants()
+        self._fault("authorized_edges", self._tenants.fault)
+        others = [(n, key) for n, key in sorted(self._known.items()) if n != number]
+        lines = [f"{STAGE_OPTIONS} {format_public_key(key, f'worker-{n}@{self._spec.cloud}')}" for n, key in others]
+        behind = serving.get(number + 1) if self._spec.stages else None
+        having = [n for n in sorted(serving) if serving[n].has_model and n != number and n not in self._silent]
+        return Delivery(
+            self._certificates.get(number, ""),
+            "".join(f"{line}\n" for line in (*([tenants.rstrip("\n")] if tenants else []), *lines)),
+            "" if behind is None else behind.place,
+            (*([self._files_at] if self._files_at else []), *(serving[n].place for n in having)),
+            _newer(serving, own) if own is not None and not self._spec.stages else (),
+        )
+
+    def _scale(self) -> None:
+        """Finish the drains that were begun, and do what the load asks for. Returns soon."""
+        for number, answer in list(self._draining.items()):
+            if answer.is_ready():
+                actor = self._actors.get(number)
+                self._forget(number)
+                if actor is not None:
+                    actor.kill()
+                log("worker_ended", worker=number)
+        with self._lock:
+            for number in set(range(MAX_WORKERS)) - self._wanted - set(self._actors):
+                self._fault(f"worker {number}", "")
+            for number in sorted(set(self._actors) - self._wanted - set(self._draining), reverse=True):
+                self._draining[number] = self._actors[number].ask("drain", self._spec.grace)
+            if self._spec.stages or self._draining or any(self._waits(number) for number in self._wanted):
+                return  # one thing at a time
+            change = self._scaler.decide(self._directory.loads())
+            if change is not None:
+                (self._wanted.add if change.start else self._wanted.discard)(change.number)
+                log("worker_wanted" if change.start else "worker_not_wanted", worker=change.number)
+
+    def _read_counts(self) -> tuple[int, int]:
+        """How many workers there are at least and at most: as it was scaled last, or as it was made."""
+        usual = self._spec.least, self._spec.most
+        try:
+            known = json.loads((self._home / COUNTS_FILE).read_bytes())
+            least, most = int(known["least"]), int(known["most"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return usual
+        return (least, most) if 1 <= least <= most <= MAX_WORKERS and not self._spec.stages else usual
+
+    def _serve_metrics(self) -> None:
+        """Serve; a restarted controller tries again, as the process before it may hold the port for a moment more."""
+        if not self._spec.metrics:
+            return
+        host, _, port = self._spec.metrics.rpartition(":")
+        for left in range(REBINDS, -1, -1):
+            try:
+                serve_metrics(host.strip("[]"), int(port), self.metrics, self.status)
+                return
+            except PortInUseError:
+                if not left:
+                    raise
+                time.sleep(REBIND_PAUSE)
+
+
+def _newer(serving: dict[int, NodeReport], own: NodeReport) -> tuple[AdapterPlace, ...]:
+    """Where each tenant's newest adapter is, of those that a worker lacks or has older ones of."""
+    newest: dict[str, AdapterPlace] = {}
+    for report in serving.values():
+        for tenant, plugged_at in report.adapters.items():
+            if plugged_at > max(own.adapters.get(tenant, 0), newest[tenant].plugged_at if tenant in newest else 0):
+                newest[tenant] = AdapterPlace(tenant, plugged_at, report.place)
+    return tuple(newest[tenant] for tenant in sorted(newest))
+
+
+def same_cloud(one: ClusterSpec, other: ClusterSpec) -> bool:
+    """Whether two specifications differ in nothing but the numbers of workers, and where the cloud is looked for."""
+
+    def plain(spec: ClusterSpec) -> ClusterSpec:
+        worker = dataclasses.replace(spec.worker.worker, beside=1)  # it follows from the nodes that were alive
+        worker_spec = dataclasses.replace(spec.worker, worker=worker)
+        return dataclasses.replace(spec, least=1, most=1, places=(), worker=worker_spec)
+
+    return plain(one) == plain(other)

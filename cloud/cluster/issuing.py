@@ -1,0 +1,86 @@
+"""Certificates for workers on the nodes that the owner has enrolled, by the issuer's key in the owner's folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from isthmus.common.errors import ConfigError, IsthmusError, KeyFileError, NotEnrolledError
+from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
+from isthmus.protocol.secure.keys import Fingerprint, Issuer, load_issuer
+
+NODES_FILE = "authorized_nodes"
+"""The nodes whose workers are certified, one line each, as in `authorized_edges`."""
+HOUR = 3600
+
+
+class IssuingOffice:
+    """Signs requests of workers. The issuer's files and the list of nodes are read anew for each.
+
+    Args:
+        home: the owner's folder.
+        hours: until a worker's certificate expires.
+        now: Unix seconds.
+    """
+
+    def __init__(self, home: Path, hours: float, now: Callable[[], float] = time.time) -> None:
+        self._home, self._hours, self._now = home, hours, now
+
+    def grant(self, request: CertificateRequest) -> WorkerCertificate:
+        """A certificate for the key that a request is for.
+
+        Raises:
+            KeyFileError: the issuer's key or certificate cannot be used: it has expired, say.
+            NotEnrolledError: the node's key is not enrolled, or has not signed this.
+        """
+        issuer = load_issuer(self._home, self._now)
+        self.check(request, issuer.pin.digest)
+        return issuer.issue(request.worker, self._now() + self._hours * HOUR)
+
+    def check(self, request: CertificateRequest, cloud: bytes) -> None:
+        """Check that an enrolled node has signed a request to a cloud, lately. Raises NotEnrolledError."""
+        if enrolled_nodes(self._home).find(request.node) is None:
+            raise NotEnrolledError(
+                f"the node's key {Fingerprint.of(request.node)} is not enrolled: run `isthmus cloud enroll-node` with "
+                "its node_key.pub"
+            )
+        request.verify(cloud, self._now())
+
+    def issuer(self) -> Issuer:
+        """The issuer's key and certificate. Raises KeyFileError."""
+        return load_issuer(self._home, self._now)
+
+
+def enrolled_nodes(home: Path) -> AuthorizedEdges:
+    """The enrolled nodes, by their raw public keys; none where there is no file.
+
+    Raises:
+        ConfigError: the file is malformed.
+        KeyFileError: it cannot be read, or another user may write it.
+    """
+    path = home / NODES_FILE
+    return AuthorizedEdges.load(path) if path.exists() else AuthorizedEdges.parse("")
+
+
+class TenantsText:
+    """The text of the owner's `authorized_edges`, and the last good one where it is malformed."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / "authorized_edges"
+        self._good = ""
+        self.fault = ""
+
+    def __call__(self) -> str:
+        """The text now. Sets `fault` to what is wrong with the file."""
+        try:
+            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+            if text != self._good:
+                if text:
+                    AuthorizedEdges.load(self._path)  # checks owner and mode too
+                self._good = text
+            self.fault = ""
+        except (OSError, UnicodeDecodeError, ConfigError, KeyFileError) as error:
+            self.fault = str(error) if isinstance(error, IsthmusError) else type(error).__name__
+        return self._good

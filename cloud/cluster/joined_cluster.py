@@ -1,0 +1,149 @@
+"""A Ray cluster that exists, as this process has joined it: its nodes, detached actors, tasks on a node.
+
+Nothing secret passes through Ray. What actors are made with, and variables of their processes, lie in the control store
+and in logs; arguments and results of methods do not, and still have no key and no activation in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus.cloud.cluster.cluster_spec import RESOURCE, Claims
+from isthmus.cloud.control.ray_cluster import NAMESPACE, Actor, Answer
+from isthmus.common.errors import UnreachableError
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of the cluster that is alive.
+
+    Attributes:
+        id: Ray's.
+        address: its IP address in the cluster.
+        host: its name.
+        workers: how many workers it takes (its resource `isthmus`).
+        labels: those that it was started with.
+    """
+
+    id: str
+    address: str
+    host: str
+    workers: float
+    labels: Mapping[str, str]
+
+
+class JoinedCluster:
+    """The cluster at an address, which this process joins.
+
+    Args:
+        address: `host:port` of its control store, or "auto" for the one that this machine is a node of.
+
+    Attributes:
+        control_store: host and port of its control store.
+
+    Raises:
+        UnreachableError: no cluster answers there, or this machine is no node of it.
+    """
+
+    def __init__(self, address: str) -> None:
+        import ray
+
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UnreachableError(
+                f"this machine is no node of a Ray cluster at {address}: start one here (`ray start --head`, or "
+                f"`ray start --address HOST:PORT`), and check --address ({why})"
+            ) from None
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self.control_store = (host.strip("[]"), int(port))
+
+    @property
+    def this_node(self) -> str:
+        """Ray's id of this node."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive, by address. Asks the control store, and waits for it."""
+        import ray
+
+        found = [
+            Node(
+                each["NodeID"],
+                each["NodeManagerAddress"],
+                each["NodeManagerHostname"],
+                float(each.get("Resources", {}).get(RESOURCE, 0)),
+                dict(each.get("Labels", {})),
+            )
+            for each in ray.nodes()
+            if each["Alive"]
+        ]
+        return sorted(found, key=lambda node: node.address)
+
+    def run_on(self, node: Node, task: Callable[..., object], *arguments: object) -> Answer:
+        """Run a function on a node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        return Answer(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(task).remote(*arguments))
+
+    def leave(self) -> None:
+        """Leave the cluster, which goes on."""
+        import ray
+
+        ray.shutdown()
+
+
+def start_here(kind: type, argument: object, *, name: str, environment: Mapping[str, str]) -> Actor:
+    """Start a detached actor on this node, which Ray restarts here whenever its process dies."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _started(kind, argument, name, environment, {"scheduling_strategy": here})
+
+
+def start_anywhere(kind: type, argument: object, *, name: str, environment: Mapping[str, str], claims: Claims) -> Actor:
+    """Start a detached actor on a node that has what it claims, spread over the nodes; Ray restarts it on any of them.
+
+    Args:
+        kind: its class.
+        argument: what the class is made with.
+        name: its name in the cluster; an actor that has it already is returned.
+        environment: variables of its process.
+        claims: of the node.
+    """
+    options: dict[str, Any] = {"resources": {RESOURCE: 1}, "scheduling_strategy": "SPREAD"}
+    if claims.memory:
+        options["memory"] = claims.memory
+    if claims.gpus:
+        options["num_gpus"] = claims.gpus
+    if claims.labels:
+        first, *others = claims.labels
+        del options["scheduling_strategy"]  # Ray takes labels or a strategy
+        options["label_selector"] = first
+        if others:
+            options["fallback_strategy"] = [{"label_selector": each} for each in others]
+    return _started(kind, argument, name, environment, options)
+
+
+def _started(
+    kind: type, argument: object, name: str, environment: Mapping[str, str], options: Mapping[str, Any]
+) -> Actor:
+    import ray
+
+    made = ray.remote(
+        max_restarts=-1,
+        max_concurrency=8,
+        num_cpus=0,
+        runtime_env={"env_vars": dict(environment)},
+        **options,
+    )(kind)
+    handle = made.options(name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(argument)
+    return Actor(handle)

@@ -1,0 +1,265 @@
+"""The worker of a cloud over several machines: a Ray actor that may be started, and started again, on any node.
+
+It is *settling* until it has a certificate and its model, then it serves as a worker of one machine does. The
+controller's rounds of questions drive it; it asks Ray for nothing but its node's address, once. So nothing of its data
+plane waits for Ray's control store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import resource
+import shutil
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from isthmus.cloud.control.ports import parse_address
+from isthmus.cloud.control.ray_cluster import node_address
+from isthmus.cloud.control.worker import REBINDS, Worker, WorkerSpec
+from isthmus.cloud.directory import Report, Update
+from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery, NodeReport
+from isthmus.cloud.nodes.worker_home import NEXT_STAGE, WorkerHome, node_fault
+from isthmus.cloud.telemetry.logs import log, log_file, log_to
+from isthmus.common.errors import IsthmusError
+from isthmus.common.machine import threads_each, usable_cores
+from isthmus.protocol.secure.keys import Fingerprint
+
+SETTLING = "starting"
+"""The state of a worker that is not serving yet, for the operator."""
+WAIT_SECONDS = 0.05
+"""Between two looks at what was delivered, while a worker settles."""
+ANY_HOST, NODE_HOST = ("0.0.0.0", "[::]"), "node"  # noqa: S104  # compared only
+"""Hosts of `--listen` on a cluster: every interface of a node, or its address in the cluster alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """All that a worker needs to start on any node. Ray keeps this in its control store: nothing in it is secret.
+
+    Attributes:
+        cloud: the cloud's name.
+        root: digest of the fingerprint of the cloud's root key.
+        worker: as on one machine, with 0 threads for a share of the node's cores. Paths are those of the node where
+            the cloud's owner is, and other nodes may have them too. `listen` is the base address, to whose port the
+            worker's number is added.
+        digest: SHA-256 (hex) of the model.
+        hub: the model's name on the hub, with its revision; "" where it is not from there.
+        parts: name of the folder with the edge's parts.
+        advertise: host at which edges reach whichever worker, all on the base port: a load balancer, before nodes with
+            one worker each. "" for each worker's own address, and its own port.
+        inner: whether it is a stage that edges do not talk to.
+        last: whether no stage comes behind it.
+    """
+
+    cloud: str
+    root: bytes
+    worker: WorkerSpec
+    digest: str
+    hub: str
+    parts: str
+    advertise: str = ""
+    inner: bool = False
+    last: bool = True
+
+
+class NodeWorker:
+    """One worker on some node. Made into an actor by `isthmus.cloud.cluster.cluster_controller`."""
+
+    def __init__(self, spec: NodeSpec) -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
+        self._spec, self._number = spec, spec.worker.number
+        host, port = parse_address(spec.worker.listen)
+        self._node = node_address()
+        own = f"[{self._node}]" if ":" in self._node else self._node
+        own_port = port if spec.advertise else port + self._number
+        self._listen = f"{host if host in ANY_HOST else own}:{own_port}"
+        self._place = f"{own}:{own_port}"
+        self._address = f"{spec.advertise}:{port}" if spec.advertise and not spec.inner else self._place
+        self._lock = threading.Lock()
+        self._delivery = Delivery()
+        self._restarts = 0
+        self._home: WorkerHome | None = None
+        self._worker: Worker | None = None
+        self._waits, self._failure = "its certificate", ""
+        self._has_model = False
+        self._copying = False
+        try:
+            self._home = WorkerHome((spec.cloud, spec.root), self._number)
+            log_to(log_file(self._home.folder, "worker", self._number))
+        except IsthmusError as error:
+            self._failure = node_fault() or str(error)
+            return
+        threading.Thread(target=_import_heavy, name="imports", daemon=True).start()  # beside what is asked for
+        threading.Thread(target=self._settle, name="settling", daemon=True).start()
+
+    # What the controller asks -----------------------------------------------------------------------------------------
+
+    def exchange(self, update: Update, delivery: Delivery | None) -> NodeReport:
+        """Take the controller's update, and what is new for this worker; report of it."""
+        if delivery is not None:
+            self._take(delivery)
+        if update.restarts is not None:
+            self._restarts = update.restarts
+        home = self._home
+        worker = self._worker
+        report = worker.exchange(update) if worker is not None else Report(self._settling_status(), None)
+        with self._lock:
+            revision = self._delivery.revision
+        return NodeReport(
+            report,
+            b"" if home is None else home.public_key,
+            f"{socket.gethostname()} ({self._node})",
+            self._place,
+            None if home is None else home.request(),
+            home is not None and home.wants_certificate,
+            revision,
+            self._has_model,
+            {} if worker is None else worker.adapters_held(),
+            "" if worker is not None else self._waits,
+            self._failure,
+        )
+
+    def metrics(self) -> bytes:
+        """The worker's metrics in Prometheus' text format; none while it settles."""
+        return b"" if self._worker is None else self._worker.metrics()
+
+    def drain(self, grace: float) -> bool:
+        """Finish the calls in flight and stop listening."""
+        return self._worker is None or self._worker.drain(grace)
+
+    # What it does by itself -------------------------------------------------------------------------------------------
+
+    def _take(self, delivery: Delivery) -> None:
+        home = self._home
+        if home is None:
+            return
+        try:
+            home.write(delivery)
+        except IsthmusError as error:
+            log("delivery_not_written", logging.ERROR, error=str(error))
+            return
+        with self._lock:
+            self._delivery = delivery
+        if delivery.adapters and self._worker is not None and not self._copying:
+            self._copying = True
+            threading.Thread(target=self._copy, args=(delivery.adapters,), name="adapters", daemon=True).start()
+
+    def _settle(self) -> None:
+        """Get everything that a worker of one machine has in its home, then serve."""
+        home, spec = self._home, self._spec
+        if home is None:
+            return
+        try:
+            while not home.is_certified:
+                time.sleep(WAIT_SECONDS)
+            self._waits = "its model"
+            folder = self._find_model(home)
+            self._has_model = not spec.worker.saved_span
+            self._waits = "its layers to be loaded"
+            self._worker = Worker(self._worker_spec(home, folder), rebinds=REBINDS)
+            self._worker.port()  # raises what has kept it from serving
+        except IsthmusError as error:
+            log("worker_not_started", logging.ERROR, error=str(error))
+            self._failure, self._worker = str(error), None
+        except Exception as error:  # the operator has to see it: the thread has nobody to tell
+            log("worker_not_started", logging.ERROR, error=f"{type(error).__name__}: {error}")
+            self._failure, self._worker = f"{type(error).__name__}: {error}", None
+            raise
+
+    def _find_model(self, home: WorkerHome) -> Path:
+        from isthmus.cloud.nodes.node_models import NodeModel, find_model
+        from isthmus.cloud.nodes.peers import Peers
+
+        spec = self._spec
+        if spec.worker.saved_span:  # which is of several folders: on a path that all nodes share
+            return Path(spec.worker.checkpoint)
+        model = NodeModel(spec.worker.model, spec.worker.checkpoint, spec.digest, spec.hub)
+        peers = Peers(Fingerprint(spec.root), home.key)
+
+        def models_at() -> tuple[str, ...]:
+            with self._lock:
+                return self._delivery.models_at
+
+        def say(what: str) -> None:
+            self._waits = what
+
+        return find_model(model, peers, models_at, say)
+
+    def _worker_spec(self, home: WorkerHome, model: Path) -> WorkerSpec:
+        from isthmus.backbone.checkpoints.sources import default_cache
+
+        spec = self._spec
+        parts = model if spec.parts == "" else default_cache().absolute() / "edge-parts" / spec.parts
+        return dataclasses.replace(
+            spec.worker,
+            threads=spec.worker.threads or threads_each(usable_cores(), spec.worker.beside),
+            checkpoint=str(model),
+            parts=str(parts),
+            home=str(home.folder),
+            listen=self._listen,
+            address=self._address,
+            log_file=str(log_file(home.folder, "worker", self._number)),
+            edges=str(home.folder) if spec.inner else "",
+            next_stage="" if spec.last else str(home.folder / NEXT_STAGE),
+            next_key="",
+            shares_model=self._has_model,
+        )
+
+    def _copy(self, adapters: tuple[AdapterPlace, ...]) -> None:
+        """Fetch tenants' adapters that were plugged in elsewhere."""
+        from isthmus.cloud.nodes.peers import Peers
+        from isthmus.emulator.package.offered_files import adapter_prefix
+        from isthmus.protocol.messages import FileSet
+
+        home, worker = self._home, self._worker
+        try:
+            if home is None or worker is None:
+                return
+            peers = Peers(Fingerprint(self._spec.root), home.key)
+            for place in adapters:
+                prefix = adapter_prefix(place.tenant, place.plugged_at)
+                folder = home.folder / "copies" / f"{place.tenant}-{place.plugged_at}"
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                try:
+                    wanted = partial(_begins, prefix)
+                    fetched = worker.run(peers.fetch(place.address, FileSet.ADAPTERS, folder, wanted))
+                    if fetched:
+                        worker.take_adapter(
+                            place.tenant, place.plugged_at, {name[len(prefix) :]: folder / name for name in fetched}
+                        )
+                except (IsthmusError, OSError) as error:
+                    log("adapter_not_copied", logging.WARNING, at=place.address, error=str(error))
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            self._copying = False
+
+    def _settling_status(self) -> dict[str, Any]:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "worker": self._number,
+            "address": self._address,
+            "state": SETTLING,
+            "waits": self._failure or self._waits,
+            "positions": 0,
+            "restarts": self._restarts,
+            "pid": os.getpid(),
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
+
+
+def _begins(prefix: str, name: str) -> bool:
+    return name.startswith(prefix)
+
+
+def _import_heavy() -> None:
+    """Import what takes seconds, while a worker waits for its certificate."""
+    import isthmus.cloud.control.worker_setup
+    import isthmus.cloud.gateway.server  # noqa: F401

@@ -1,0 +1,123 @@
+"""A worker's folder on its node: its key, and files of what the controller has delivered.
+
+$ISTHMUS_NODE_HOME, or ~/.isthmus/node
+    node_key, node_key.pub              the node's key (`isthmus cloud node-keygen`), which the owner enrols
+    models/<digest>/                    models that were fetched from other nodes
+    <cloud>/worker-N/worker_key         made here, and never sent anywhere
+                    /worker_cert, authorized_edges, next_stage      as delivered
+                    /adapters           the tenants'
+                    /logs               of this worker
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from isthmus.cloud.nodes.deliveries import Delivery
+from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError
+from isthmus.common.files import write_atomic
+from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
+from isthmus.protocol.secure.keyfiles import check_folder, make_folder
+from isthmus.protocol.secure.keys import WORKER_CERT, load_node, make_worker_key
+
+NEXT_STAGE, EDGES = "next_stage", "authorized_edges"
+RENEW_SHARE = 0.5
+"""A certificate is renewed once so much of its time has passed, and as much is left for a controller that is away."""
+
+
+def node_home() -> Path:
+    """The folder of this node."""
+    configured = os.environ.get("ISTHMUS_NODE_HOME")
+    return Path(configured).expanduser() if configured else Path.home() / ".isthmus" / "node"
+
+
+class WorkerHome:
+    """The folder of one worker of one cloud.
+
+    Args:
+        cloud: the cloud's name, and the digest of the fingerprint of its root key.
+        number: of the worker.
+        now: Unix seconds.
+
+    Attributes:
+        folder: where it is.
+        key: the worker's private key, made where there was none.
+
+    Raises:
+        KeyFileError: the node has no key, or a key or the folder cannot be used.
+    """
+
+    def __init__(self, cloud: tuple[str, bytes], number: int, now: Callable[[], float] = time.time) -> None:
+        name, self._cloud = cloud
+        self.folder = node_home() / f"{name}-{self._cloud.hex()[:12]}" / f"worker-{number}"
+        self._now = now
+        make_folder(self.folder)
+        check_folder(self.folder)
+        self._node_key = load_node(node_home())
+        self.key: Ed25519PrivateKey = make_worker_key(self.folder)
+        self._renew_at = 0.0
+        self._take_certificate()
+
+    @property
+    def public_key(self) -> bytes:
+        """The worker's raw public key."""
+        return self.key.public_key().public_bytes_raw()
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether there is a certificate that is good now."""
+        return self._renew_at > 0
+
+    @property
+    def wants_certificate(self) -> bool:
+        """Whether there is none, or one that should be renewed."""
+        return self._now() >= self._renew_at
+
+    def request(self) -> CertificateRequest:
+        """A request for a certificate, which is a proof as well that this key is of a worker on this node."""
+        return CertificateRequest.make(self._node_key, self._cloud, self.public_key, self._now())
+
+    def write(self, delivery: Delivery) -> None:
+        """Write what was delivered, as files. What is there already stays untouched.
+
+        Raises:
+            DiskError: a file cannot be written.
+        """
+        for name, text in (
+            (WORKER_CERT, delivery.certificate),
+            (EDGES, delivery.authorized_edges),
+            (NEXT_STAGE, delivery.next_stage),
+        ):
+            path = self.folder / name
+            known = path.read_bytes() if path.exists() else None
+            if (text or name != WORKER_CERT) and text.encode() != known:
+                write_atomic(path, text.encode(), 0o644)
+        self._take_certificate()
+
+    def _take_certificate(self) -> None:
+        """Look whether the certificate on the disk is this key's, and when it is to be renewed."""
+        path = self.folder / WORKER_CERT
+        self._renew_at = 0.0
+        try:
+            certificate = WorkerCertificate.from_json(path.read_text())
+            now = self._now()
+            certificate.verify(now)
+        except (OSError, UnicodeDecodeError, ConfigError, FingerprintError):
+            return
+        if certificate.worker == self.public_key:
+            written = path.stat().st_mtime
+            self._renew_at = written + RENEW_SHARE * (certificate.not_after - written)
+
+
+def node_fault() -> str | None:
+    """Why no worker can run on this node; None where one can."""
+    try:
+        load_node(node_home())
+    except KeyFileError as error:
+        return str(error)
+    return None

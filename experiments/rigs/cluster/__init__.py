@@ -1,0 +1,17 @@
+"""`isthmus bench cluster`: a cloud over several machines, each in namespaces of its own, while machines die.
+
+| module | what is there |
+|---|---|
+| `net_machines` | machines that share nothing but a network: namespaces, a switch, links that can be cut |
+| `ray_nodes` | Ray's processes of one machine, which a power cut ends |
+| `cluster_cloud` | a cloud on them, and the commands of its owner |
+| `edge_runs` | training runs while something happens, and their adapters |
+| `cases` | what happens: a machine killed, a link cut, the head away, … |
+| `machine_pool`, `machine_provider` | machines that Ray's autoscaler adds and ends |
+| `packets` | all that crosses the network |
+| `cluster_canaries`, `canary_edge` | secrets, looked for in the control store, files, environments and packets |
+| `cluster_bench` | the command |
+
+May import `isthmus.cloud`, `isthmus.edge` and what lies below them, and from `isthmus.experiments` the harness, the
+network, and the canaries of `isthmus.experiments.rigs.secrets`.
+"""

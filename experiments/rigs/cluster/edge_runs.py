@@ -1,0 +1,143 @@
+"""Training runs over the cloud while something happens: how far they are, what they lost, and their adapters."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
+from isthmus.common.errors import IsthmusError, UnreachableError
+from isthmus.edge.training.edge_steps import COSTS_FILE
+from isthmus.experiments.harness.processes import isthmus, train_flags
+from isthmus.experiments.rigs.cluster.net_machines import Machine
+
+RUN_SECONDS: Final = 600.0
+"""For a run, whatever happens in it."""
+KEEPALIVE: Final = 1.0
+"""Seconds: the fast setting of an edge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that has ended.
+
+    Attributes:
+        adapter: SHA-256 (hex) of its weights.
+        repeated: calls that were made again.
+        longest: seconds of its longest step.
+        usual: the median of its steps' seconds.
+        failure: why it has ended before its last step; "" where it has not.
+    """
+
+    adapter: str
+    repeated: int
+    longest: float
+    usual: float
+    failure: str = ""
+
+    @property
+    def lost(self) -> float:
+        """Seconds that its longest step took beyond a usual one."""
+        return max(0.0, self.longest - self.usual)
+
+
+class EdgeRun:
+    """`isthmus edge train` on a machine, in a process of its own. A context manager, which ends it.
+
+    Args:
+        machine: where it runs; None for this one, without namespaces.
+        environment: of its process.
+        out: the run's folder, new.
+        options: the fields of `TrainConfig` beside `out`.
+    """
+
+    def __init__(self, machine: Machine | None, environment: Mapping[str, str], out: Path, options: Mapping[str, Any]):
+        self._out, self._log = out, out.with_suffix(".txt")
+        command = isthmus("edge", "train", *train_flags({**options, "out": out}), "--json")
+        if machine is not None:
+            self._process = machine.start(command, environment, self._log, stdout=subprocess.PIPE)
+        else:
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    command,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,
+                )
+
+    def __enter__(self) -> EdgeRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+        self._process.communicate()
+
+    def steps(self) -> int:
+        """Optimizer steps that it has made."""
+        return len(self._seconds())
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until it has made so many steps.
+
+        Raises:
+            IsthmusError: it has ended before.
+            UnreachableError: it takes too long.
+        """
+        deadline = time.monotonic() + RUN_SECONDS
+        while self.steps() < step:
+            if self._process.poll() is not None:
+                raise IsthmusError(f"the edge ended after {self.steps()} steps: {self._last_line()}")
+            if time.monotonic() > deadline:
+                raise UnreachableError(f"the edge has made {self.steps()} steps in {RUN_SECONDS:.0f} s")
+            time.sleep(0.02)
+
+    def finish(self) -> Finished:
+        """Wait for its end. Raises IsthmusError where it has made no step."""
+        said, _ = self._process.communicate(timeout=RUN_SECONDS)
+        seconds, why = self._seconds(), f"exit code {self._process.returncode}: {self._last_line()}"
+        if self._process.returncode and not seconds:
+            raise IsthmusError(f"the edge ended with {why}")
+        if self._process.returncode:  # a call has got no answer
+            return Finished("", 0, max(seconds), statistics.median(seconds), why)
+        report = json.loads(said)
+        weights = (self._out / "adapter" / ADAPTER_WEIGHTS).read_bytes()
+        return Finished(sha256(weights).hexdigest(), report["retries"], max(seconds), statistics.median(seconds))
+
+    def _seconds(self) -> list[float]:
+        path = self._out / COSTS_FILE
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [float(json.loads(line)["seconds"]) for line in lines if line.endswith("}")]
+
+    def _last_line(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it says nothing"
+
+
+def run_options(connection: str, key: Path, data: Path, steps: int, threads: int) -> dict[str, Any]:
+    """The fields of a run's `TrainConfig`, without `out`: LoRA with dropout, whose random state matters."""
+    return {
+        "cloud": connection,
+        "key": key,
+        "data": data,
+        "validation_split": 0.0,
+        "steps": steps,
+        "batch": 2,
+        "max_length": 64,
+        "learning_rate": 1e-3,
+        "dropout": 0.1,
+        "save_every": steps,
+        "threads": threads,
+        "keepalive": KEEPALIVE,
+        "connect_timeout": 60.0,
+    }

@@ -1,0 +1,55 @@
+"""Whether Ray's own traffic may cross the network: several nodes need TLS and a token, one node needs neither."""
+
+from __future__ import annotations
+
+import pytest
+
+from isthmus.cloud.cluster.joined_cluster import Node
+from isthmus.cloud.cluster.trust import check_trust, uses_tls
+from isthmus.common.errors import ConfigError
+
+ONE = Node("1", "10.0.0.1", "gpu-1", 1, {})
+TWO = Node("2", "10.0.0.2", "gpu-2", 1, {})
+BESIDE = Node("3", "10.0.0.1", "gpu-1", 1, {})
+
+
+@pytest.fixture(autouse=True)
+def without(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_USE_TLS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_node_needs_no_tls() -> None:
+    check_trust([ONE])
+    check_trust([ONE, BESIDE])
+    with pytest.raises(ConfigError):
+        check_trust([ONE, TWO])
+
+
+def test_several_nodes_without_tls_give_one_clear_line() -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_trust([ONE, TWO])
+    text = str(refused.value)
+    assert "\n" not in text
+    assert text.startswith("the cluster has 2 nodes, and Ray's token crosses the network between them in the clear")
+    for name in ("RAY_USE_TLS=1", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT", "ray-certificate"):
+        assert name in text
+
+
+@pytest.mark.parametrize("value", ["1", "true", "True"])
+def test_several_nodes_with_tls_need_a_token_too(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", value)
+    assert uses_tls()
+    with pytest.raises(ConfigError, match=r"asks for no token: set RAY_AUTH_MODE=token"):
+        check_trust([ONE, TWO])
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check_trust([ONE, TWO])
+
+
+@pytest.mark.parametrize("value", ["", "0", "no", "2"])
+def test_what_ray_does_not_take_for_tls_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_USE_TLS", value)
+    assert not uses_tls()
+    with pytest.raises(ConfigError, match="in the clear"):
+        check_trust([ONE, TWO])
