@@ -195,6 +195,9 @@ class ClusterController:
                 claims=spec.claims,
             )
             with self._lock:
+                if self._stopped:  # meanwhile, without this one
+                    actor.kill()
+                    return
                 self._actors[number] = actor
 
     def _round(self) -> None:

@@ -6,21 +6,24 @@ import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.commands import in_process, refused
+from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.cli.cloud_commands import app
 from isthmus.cloud.cluster import attached, cluster_doctor
 from isthmus.cloud.cluster.cluster_doctor import Finding
 from isthmus.cloud.cluster.issuing import enrolled_nodes
+from isthmus.cloud.cluster.joined_cluster import Node
 from isthmus.cloud.cluster.ray_tls import NODE_FILES
 from isthmus.cloud.control import supervisor
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
 from isthmus.common.errors import ConfigError
-from isthmus.protocol.secure.keys import Fingerprint, load_issuer, load_node
+from isthmus.protocol.secure.keys import Fingerprint, generate_edge, load_issuer, load_node
 
 Capture = pytest.CaptureFixture[str]
 
@@ -222,9 +225,24 @@ def test_malformed_options_of_a_cluster_are_refused(
         served("--address", "auto", *words)
 
 
-def test_a_cloud_that_cannot_be_on_a_cluster_gives_one_line(home: Path, capsys: Capture) -> None:
-    words = ("cloud", "serve", "--model", "tiny", "--home", home, "--address", "auto")
+def test_a_cloud_that_cannot_be_on_a_cluster_gives_one_line(
+    home: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    words = ("cloud", "serve", "--model", model, "--home", home, "--address", "auto")
+    on_nodes = (*words, "--listen", "node:7443")
     refused(in_process(capsys, *words), 10, "is one machine's: on a cluster write --listen node:7443")
-    refused(in_process(capsys, *words, "--listen", "node:7443"), 30, "issuer_key does not exist: run `isthmus cloud")
+    refused(in_process(capsys, *on_nodes), 30, "issuer_key does not exist: run `isthmus cloud")
     assert in_process(capsys, "cloud", "issuer", "--home", home).returncode == 0
-    refused(in_process(capsys, *words, "--listen", "node:7443"), 10, "no node is enrolled in")
+    refused(in_process(capsys, *on_nodes), 10, "no node is enrolled in")
+    generate_edge(tmp_path / "node_key", "gpu-1")
+    enrol = ("cloud", "enroll-node", tmp_path / "node_key.pub", "--home", home)
+    assert in_process(capsys, *enrol).returncode == 0
+    nodes = [Node("id1", "10.0.0.1", "gpu-1", 1, {}), Node("id2", "10.0.0.2", "gpu-2", 1, {})]
+    monkeypatch.setattr(attached, "JoinedCluster", lambda address: SimpleNamespace(nodes=lambda: nodes))
+    monkeypatch.setattr(attached, "log_to", lambda path: None)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    refused(in_process(capsys, *on_nodes), 10, "crosses the network between them in the clear: set RAY_USE_TLS=1")
+    nodes[:] = [Node("id1", "10.0.0.1", "head", 0, {})]
+    monkeypatch.delenv("ISTHMUS_AUTOSCALED", raising=False)
+    refused(in_process(capsys, *on_nodes), 10, "no node of the cluster takes workers")

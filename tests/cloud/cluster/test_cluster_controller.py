@@ -707,6 +707,21 @@ def test_a_cloud_ends_once_its_calls_are_answered(cloud: Cloud) -> None:
     assert cloud.alive() == []
 
 
+def test_a_worker_that_is_just_being_started_ends_with_its_cloud(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detached actor that nobody ended would hold its port, and serve the next cloud of that name as it did here."""
+    cloud.begin()
+    cloud.controller.scale(3, 3)
+
+    def started(*arguments: Any, **options: Any) -> FakeActor:
+        assert cloud.controller.stop(1.0)  # the owner's command comes on another thread
+        return cloud.ray.start_anywhere(*arguments, **options)
+
+    monkeypatch.setattr(controller_module, "start_anywhere", started)
+    cloud.turn()
+    assert [name for name, _ in cloud.ray.started][-1] == "isthmus-cloud-worker-2"
+    assert cloud.alive() == []
+
+
 @pytest.mark.parametrize("why", ["unanswered", "silent", "gone"])
 def test_a_cloud_whose_calls_are_not_answered_ends_all_the_same_and_says_so(cloud: Cloud, why: str) -> None:
     cloud.begin()
