@@ -37,6 +37,7 @@ class Machine:
         self.name, self.address, self.folder = name, address, folder
         self.namespace, self.port = namespace, port
         self._first: subprocess.Popen[bytes] | None = None
+        self._programs: list[subprocess.Popen[bytes]] = []
 
     @property
     def is_on(self) -> bool:
@@ -77,7 +78,7 @@ class Machine:
     ) -> subprocess.Popen[bytes]:
         """Start a program there; its output is added to a file."""
         with log.open("ab") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 ["nsenter", f"--target={self.first_pid}", "--mount", "--pid", "--net", *command],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
@@ -85,6 +86,8 @@ class Machine:
                 stderr=file,
                 start_new_session=True,
             )
+        self._programs.append(process)
+        return process
 
     def cut_power(self) -> None:
         """Kill its first process, and so all others."""
@@ -93,7 +96,13 @@ class Machine:
             with contextlib.suppress(ProcessLookupError, IndexError, OSError):
                 children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
                 os.kill(int(children[0]), signal.SIGKILL)
-            first.wait()
+        for process in (first, *self._programs):  # which are gone with it
+            if process is not None:
+                process.kill()
+                process.wait()
+                if process.stdout is not None:
+                    process.stdout.close()
+        self._programs.clear()
 
 
 class Machines:

@@ -68,7 +68,7 @@ def test_files_that_cannot_be_used_keep_the_last_good_pair_and_are_logged_once(
     (home / "worker_key").chmod(0o644)
     assert identity() is good
     errors = [error for event, error in events if event == "worker_identity_unusable"]
-    expected = ["not a worker's certificate", "another key", "not signed by the root", "does not exist", "chmod 600"]
+    expected = ["not a worker's certificate", "another key", "not signed by the key", "does not exist", "chmod 600"]
     assert [wanted in error for wanted, error in zip(expected, errors, strict=True)] == [True] * 5
 
 

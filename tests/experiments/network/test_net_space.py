@@ -75,7 +75,7 @@ def test_a_kernel_that_refuses_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(net_space, "TUN", tmp_path)
-    monkeypatch.setattr(net_space, "_new_namespace", refuse)
+    monkeypatch.setattr(net_space, "new_namespace", refuse)
     assert missing() == "the kernel refuses a network namespace (Operation not permitted): run with CAP_SYS_ADMIN"
 
 
@@ -189,7 +189,7 @@ def test_nothing_is_left_behind_whatever_happens(monkeypatch: pytest.MonkeyPatch
         if command[0] == "tc":
             raise ConfigError("no tc")
 
-    monkeypatch.setattr(net_space, "_run", fail)
+    monkeypatch.setattr(net_space, "run", fail)
     with pytest.raises(ConfigError, match="no tc"), _space():
         pass
     assert not _relays()
@@ -216,7 +216,7 @@ def test_a_relay_that_ends_before_its_time_is_told_of_and_takes_the_way_with_it(
 @namespaces
 def test_a_command_that_fails_says_why() -> None:
     with pytest.raises(ConfigError, match=r"`ip link show nothing-of-this-name` failed: .*does not exist"):
-        net_space._run("ip", "link", "show", "nothing-of-this-name")
+        net_space.run("ip", "link", "show", "nothing-of-this-name")
 
 
 def _space() -> NetSpace:

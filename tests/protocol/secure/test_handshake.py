@@ -160,11 +160,11 @@ def edge_frame() -> bytes:
 def test_another_version_is_named_on_both_sides() -> None:
     edge, cloud = new_edge(), new_cloud()
     hello = bytearray(edge.start())
-    hello[5] = 9
+    hello[5] = VERSION + 1
     event = cloud.receive(hello)
     assert isinstance(event, Refused)
     assert isinstance(event.error, VersionError)
-    assert "version 9" in str(event.error)
+    assert f"version {VERSION + 1}" in str(event.error)
     assert cloud.closed
     with pytest.raises(VersionError, match=f"version {VERSION}"):
         edge.receive(event.frames[0])
