@@ -70,6 +70,7 @@ class CallMemory:
         heads: Attention heads.
         queries: Width of a layer's queries: heads times their size.
         keys: Width of its keys, and of its values.
+        rotated: Whether queries and keys are rotated by their positions, which makes more of them.
         inner: Width inside its MLP.
         normed: Width of all that a layer normalises, together.
         inner_kept: So many tensors of the inner width the graph keeps of each layer.
@@ -86,6 +87,7 @@ class CallMemory:
     heads: int
     queries: int
     keys: int
+    rotated: bool
     inner: int
     normed: int
     inner_kept: int
@@ -114,7 +116,7 @@ class CallMemory:
         # In: as decoded, and the executor's copy. Out: in the span's dtype, and as the codec makes it.
         ends = 2 * self.hidden * (FP32 + d)
         # One layer at a time: the residual, a norm in fp32, and the larger one of attention and MLP.
-        attention = d * (6 * self.queries + 6 * self.keys)
+        attention = d * (6 if self.rotated else 4) * (self.queries + self.keys)
         if call.what == Pass.BACKWARD:
             attention += 2 * FP32 * self.queries  # the kernel adds gradients up in fp32
         layer = 2 * d * self.hidden + 3 * FP32 * self.hidden + max(attention, 4 * d * self.inner)
@@ -162,7 +164,7 @@ def call_memory(span: Any, *, fixed: int = 0) -> CallMemory:
     )
     named = (getattr(config, each, None) for each in ("hidden_activation", "hidden_act", "activation_function"))
     activation = next((name for name in named if name), "")
-    gated = config.model_type not in ("gpt2", "opt")
+    gated = config.model_type not in ("gpt2", "opt")  # these add learned positions to the embedding, too
     return CallMemory(
         layers=len(layers),
         windows=_windows(config, layers),
@@ -170,6 +172,7 @@ def call_memory(span: Any, *, fixed: int = 0) -> CallMemory:
         heads=heads,
         queries=heads * size,
         keys=keys,
+        rotated=gated,
         inner=inner,
         normed=_normed(config, heads * size, keys),
         inner_kept=2 if gated else 6 if activation in _PIECEWISE else 1,

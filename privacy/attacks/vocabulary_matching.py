@@ -2,8 +2,9 @@
 
 A hidden state is a function of its own token and of those before it. Once those are found, the attacker computes it for
 candidates and takes the one that lies nearest, by the noise of defence and codec (`wire_noise`). A coarse map names the
-candidates, the likeliest first, in lists that grow until one explains what came: until its distance is at most the
-largest that public texts' own tokens have after the same defence and codec.
+candidates, the likeliest first, in lists that grow until one explains what came: until its distance is below a
+threshold, which is learned from the distances of public texts' own tokens, and of others, after the same defence and
+codec.
 
 Where that threshold tells the right token from all others, whole runs of the coarse map's first choices are checked in
 one forward, and what they get wrong goes to the lists. Where it does not, the first list is as long as is needed to
@@ -12,6 +13,7 @@ hold the right token of nearly all public texts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -116,6 +118,8 @@ class VocabularyMatching:
                 break
         self._threshold = _SLACK * max(right)
         self._tells = min(others) > self._threshold
+        if self._tells:  # half-way, on a scale of factors: rounding differs by token and by processor
+            self._threshold = max(self._threshold, math.sqrt(max(right) * min(others)))
         enough = (length for length in _LISTS if self._tells or self._recall(length) >= _ENOUGH)
         self._shortest = next(enough, _LISTS[-1])
 

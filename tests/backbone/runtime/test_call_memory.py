@@ -18,8 +18,8 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, SpanInput, load_span
 from isthmus.cloud.engine.executor import Executor
 
-MOST = 3.3
-"""So many times what torch allocates the estimate is at most, by processor; it is never less than that."""
+MOST = 3.2
+"""So many times what torch allocates the estimate is at most; it is never less than that."""
 
 MIDDLE: dict[str, Any] = {
     "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,

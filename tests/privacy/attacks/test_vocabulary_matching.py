@@ -28,7 +28,7 @@ def test_every_token_is_found(family: str, bottom: int, codec: str) -> None:
     case = attacked(family, bottom=bottom, codec=codec)
     guess = case.attack(VocabularyMatching())
     assert case.accuracy(guess) == 1
-    assert _listed(guess) > 0.9  # on some processors a token's rounding is beyond that of all public ones
+    assert _listed(guess) == pytest.approx(1, abs=0.01)
 
 
 def test_noise_is_looked_through() -> None:
