@@ -29,7 +29,7 @@ UNDEFENDED = {
     "views": ["known", "tuned"],
 }
 PLAIN = {"edge_layers": "1:1", "steps": 4}
-NOISE = {"edge_layers": "1:1", "steps": 8, "defence": ["gaussian:clip=1000,sigma=10", "decoys:count=1"]}
+NOISE = {"edge_layers": "1:1", "steps": 8, "defence": ["gaussian:clip=1000,sigma=0.0015", "decoys:count=1"]}
 
 
 NAMES = (
@@ -107,7 +107,7 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert exact["loss_ratio_without_defence"] is None
     assert noisy["real_row_found"] is not None
     again = of(result, "noise", "averaged_matching")
-    assert noisy["token_accuracy"] <= again["token_accuracy"]
+    assert noisy["token_accuracy"] + 0.1 < again["token_accuracy"]
     assert "averaged_matching" not in {run["attack"] for run in result["runs"] if run["row"] == "undefended"}
     assert exact["real_row_found"] is None
     assert max(map(len, table(result))) <= 80
