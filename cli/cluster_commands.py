@@ -134,7 +134,6 @@ def scale(
 def stop(
     address: Address = "auto",
     name: Name = DEFAULT_NAME,
-    home: Home = DEFAULT_HOME,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get.")] = 30.0,
 ) -> None:
     """End a cloud on a cluster, once the calls in flight are answered.
@@ -143,7 +142,7 @@ def stop(
     """
     from isthmus.cloud.cluster.attached import stop as run
 
-    if not run(address, name, home.expanduser(), grace):
+    if not run(address, name, grace):
         typer.echo(f"stopped after {grace:.0f} s with calls unanswered", err=True)
         raise typer.Exit(UNANSWERED)
 

@@ -30,8 +30,12 @@ TENANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18})(B|KiB|MiB|GiB|)")
 _UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
 _STAGE = "stage"
-STAGE_OPTIONS = f"{_STAGE},max-sessions=999999999,max-bytes-in-flight={1 << 20}GiB"
-"""The options of another worker of the cloud: its sessions are tenants', and so are their quotas."""
+WORKERS_QUOTA_SESSIONS, WORKERS_QUOTA_BYTES = 10_000, 1 << 40
+"""What another worker of the cloud may use: it passes on what edges send it, within their own quotas."""
+WORKERS_FILE = "authorized_workers"
+"""The cloud's other workers, beside `authorized_edges` and in its form."""
+STAGE_OPTIONS = f"{_STAGE},max-sessions={WORKERS_QUOTA_SESSIONS},max-bytes-in-flight={WORKERS_QUOTA_BYTES >> 30}GiB"
+"""The options of another worker of the cloud."""
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 MAX_PLACES = 16
 """Of a connection string, at most."""
@@ -185,6 +189,10 @@ class AuthorizedEdges:
                 "owner, who runs `isthmus cloud enroll`"
             )
         return tenant
+
+    def joined(self, others: AuthorizedEdges) -> AuthorizedEdges:
+        """These edges and others; of a key that is in both, what the others say."""
+        return AuthorizedEdges({**self._tenants, **others._tenants})
 
     def __len__(self) -> int:
         return len(self._tenants)

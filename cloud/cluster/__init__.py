@@ -4,6 +4,8 @@
     joined_cluster   a Ray cluster that exists: nodes, detached actors, tasks on a node
     issuing          certificates for workers on enrolled nodes
     cluster_controller   the actor that starts, watches, scales and ends the workers
+    worker_counts    how many workers there should be, kept in the owner's folder
+    planned_cluster  from the options of `serve` to the cloud's specification
     attached         `isthmus cloud serve --address`, and what comes after it: attach, scale, stop
     model_files      hands the model out to workers whose machines lack it
     trust, ray_tls   whether Ray's own traffic may cross the network as it is, and certificates for its TLS

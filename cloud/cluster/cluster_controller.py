@@ -8,9 +8,6 @@ should be, which is in a file of the owner's folder; so Ray may restart it at an
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import logging
 import os
 import threading
@@ -19,21 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec
-from isthmus.cloud.cluster.issuing import IssuingOffice, TenantsText
-from isthmus.cloud.cluster.joined_cluster import start_anywhere
+from isthmus.cloud.cluster.issuing import HOUR, IssuingOffice, TenantsText
+from isthmus.cloud.cluster.joined_cluster import named_actors, start_anywhere
 from isthmus.cloud.cluster.model_files import ModelFiles
+from isthmus.cloud.cluster.worker_counts import forget_counts, read_counts, write_counts
 from isthmus.cloud.control.autoscaler import Scaler
-from isthmus.cloud.control.controller import REBIND_PAUSE, REBINDS, Directory
+from isthmus.cloud.control.controller import Directory, metrics_of, serve_pages
 from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, wait_for
 from isthmus.cloud.directory import Update
-from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery, NodeReport
+from isthmus.cloud.nodes.deliveries import Delivery, NodeReport, newer_adapters
 from isthmus.cloud.nodes.node_worker import NodeWorker
 from isthmus.cloud.telemetry.logs import log, log_to
-from isthmus.cloud.telemetry.metrics import merged, serve_metrics
 from isthmus.common.errors import IsthmusError, NotEnrolledError, PortInUseError
-from isthmus.common.files import write_atomic
+from isthmus.common.readable import date
 from isthmus.protocol.enrolment import STAGE_OPTIONS
 from isthmus.protocol.limits import MAX_WORKERS
+from isthmus.protocol.secure.certificates import CertificateRequest
 from isthmus.protocol.secure.keys import format_public_key
 
 TICK_SECONDS, SETTLING_SECONDS = 0.5, 0.1
@@ -42,8 +40,14 @@ ANSWER_SECONDS = 1.0
 """How long a round waits for answers; a worker that is slower keeps its last report."""
 RETRY_SECONDS = 10.0
 """Until a worker that has failed is started again: its cause may pass, and Ray may place it elsewhere."""
-COUNTS_FILE = "cluster.json"
-RENEWED = "renewed by the controller"
+HEAR_SECONDS = 10.0
+"""After its start, for which a controller waits for reports of all workers before it changes lists that some have."""
+DRAIN_SLACK_SECONDS = 10.0
+"""Beyond the grace, for a worker to say that it has drained."""
+PLACE_SECONDS = 120.0
+"""For Ray to place a worker that there need not be: an autoscaler's machine has started by then, or there is none."""
+ISSUER_CHECK_SECONDS = 30.0
+DAY = 86_400
 
 
 class ClusterController:
@@ -62,32 +66,38 @@ class ClusterController:
         self._reports: dict[int, NodeReport] = {}  # the last one of each
         self._silent: set[int] = set()  # workers that have not answered in the last round
         self._certificates: dict[int, str] = {}
-        self._known: dict[int, bytes] = {}  # keys of workers on enrolled nodes, which the others let in
+        self._known: dict[int, CertificateRequest] = {}  # of workers on enrolled nodes, whose keys the others let in
         self._retry_at: dict[int, float] = {}
+        self._wanted_since: dict[int, float] = {}
+        self._begun = time.monotonic()
+        self._issuer_checked = float("-inf")
         self._draining: dict[int, Answer] = {}
         self._faults: dict[str, str] = {}  # what keeps the cloud from serving, for the operator, by what it concerns
         self._stopped = False
-        self._least, self._most = self._read_counts()
+        self._least, self._most = read_counts(spec)
         self._wanted = set(range(self._least))
         self._scaler = Scaler(self._least, self._most, time.monotonic)
         self._failure: PortInUseError | None = None
+        self._issuer_until: int | None = None
         self._files_at = ""
-        self._files = ModelFiles(spec, self._office, lambda: tuple(self._known.values()))
+        self._files = ModelFiles(spec, self._office, self._known_keys)
         try:
             self._files_at = self._files.start()
-            self._serve_metrics()
+            serve_pages(spec.metrics, self.metrics, self.status)
         except PortInUseError as error:
-            self._failure = error  # raised by `ready`: of an actor that dies in its constructor, Ray keeps only a text
+            self._failure = error  # raised by `state`: of an actor that dies in its constructor, Ray keeps only a text
+            return
         threading.Thread(target=self._run, name="controller", daemon=True).start()
 
     # What the owner's commands ask ------------------------------------------------------------------------------------
 
-    def ready(self) -> dict[str, Any]:
-        """How far the start is.
+    def state(self) -> dict[str, Any]:
+        """How far the start is, and what is wrong.
 
         Returns:
             `ready`, whether all workers that there are at least serve; `waits`, a line for each that does not;
-            `places`, addresses of the workers that serve; `spec`, what it was made with; `pid`.
+            `faults`, lines for the operator; `places`, addresses of the workers that serve; `counts`, the least and the
+            largest number of workers; `spec`, what it was made with.
 
         Raises:
             PortInUseError: it cannot serve `/status`.
@@ -97,7 +107,7 @@ class ClusterController:
         with self._lock:
             waits = [f"worker {number}: {self._waits(number)}" for number in sorted(self._wanted)]
             serving = {number for number in self._wanted if not self._waits(number)}
-            front = [number for number in sorted(serving) if number < self._spec.front]
+            front = [number for number in sorted(serving) if not self._spec.is_inner(number)]
             return {
                 "ready": len(serving) >= self._least,
                 "waits": [line for line in waits if not line.endswith(": ")],
@@ -105,14 +115,13 @@ class ClusterController:
                 "places": [self._reports[number].place for number in front],
                 "counts": (self._least, self._most),
                 "spec": self._spec,
-                "pid": os.getpid(),
             }
 
     def scale(self, least: int, most: int) -> None:
         """Have between `least` and `most` workers from now on. Those above are drained, the highest numbers first."""
         with self._lock:
             self._least, self._most = least, most
-            write_atomic(self._home / COUNTS_FILE, json.dumps({"least": least, "most": most}).encode(), 0o600)
+            write_counts(self._spec, least, most)
             self._scaler = Scaler(least, most, time.monotonic)
             self._wanted = {number for number in self._wanted if number < most} | set(range(least))
         log("scaled", least=least, most=most)
@@ -125,12 +134,13 @@ class ClusterController:
         with self._lock:
             self._stopped = True
             self._wanted = set()
-            actors = dict(self._actors)
-        inner = [[number] for number in sorted(actors) if number >= self._spec.front]
+            # Those that a restarted controller has not got to yet, too.
+            actors = {**named_actors(self._spec.worker_name), **self._actors}
+        inner = [[number] for number in sorted(actors) if self._spec.is_inner(number)]
         finished = True
-        for turn in ([number for number in actors if number < self._spec.front], *inner):
+        for turn in ([number for number in actors if not self._spec.is_inner(number)], *inner):
             answers = [actors[number].ask("drain", grace) for number in turn]
-            deadline = time.monotonic() + grace + RETRY_SECONDS
+            deadline = time.monotonic() + grace + DRAIN_SLACK_SECONDS
             for answer in answers:
                 try:
                     finished = bool(answer.result(max(0.0, deadline - time.monotonic()))) and finished
@@ -138,7 +148,7 @@ class ClusterController:
                     finished = False
         for actor in actors.values():
             actor.kill()
-        (self._home / COUNTS_FILE).unlink(missing_ok=True)
+        forget_counts(self._spec)
         log("stopped", all_answered=finished)
         return finished
 
@@ -151,18 +161,13 @@ class ClusterController:
                 if report is not None:
                     worker["node"] = report.node
             faults = {"faults": list(self._faults.values())} if self._faults else {}
-            return {**shown, "certificates": RENEWED, **faults, "controller_pid": os.getpid()}
+            return {**shown, "renewed_until": self._issuer_until, **faults, "controller_pid": os.getpid()}
 
     def metrics(self) -> bytes:
         """The metrics of the workers that answer, in Prometheus' text format."""
         with self._lock:
-            answers = {str(number): actor.ask("metrics") for number, actor in self._actors.items()}
-        wait_for(answers.values(), ANSWER_SECONDS)
-        texts = {}
-        for number, answer in answers.items():
-            with contextlib.suppress(ActorError):
-                texts[number] = answer.result(0)
-        return merged(texts) if texts else b""
+            actors = dict(self._actors)
+        return metrics_of(actors)
 
     # What it does by itself -------------------------------------------------------------------------------------------
 
@@ -172,6 +177,7 @@ class ClusterController:
                 self._start_missing()
                 self._round()
                 self._scale()
+                self._look_at_the_issuer()
             except Exception as error:  # noqa: BLE001  # nobody would see it, and the next round may do better
                 log("round_failed", logging.ERROR, error=f"{type(error).__name__}: {error}")
             settling = any(self._waits(number) for number in list(self._wanted))
@@ -203,13 +209,15 @@ class ClusterController:
     def _round(self) -> None:
         """Send every worker its update and what is new for it, and take the workers' reports."""
         with self._lock:
+            self._forget_revoked()
+            tenants = self._tenants()
+            self._fault("authorized_edges", self._tenants.fault)
+            self._fault("authorized_nodes", self._office.fault)
             updates = self._directory.updates()
             for number, actor in self._actors.items():
                 if number not in self._asked:  # a worker that is being restarted may answer late
-                    update, delivery = updates.get(number, Update()), self._delivery(number)
-                    known = self._reports.get(number)
-                    # Before all have been heard, a delivery would take from a worker what an earlier controller sent.
-                    new = None if known is None or known.revision == delivery.revision else delivery
+                    update, delivery = updates.get(number, Update()), self._delivery(number, tenants)
+                    new = delivery if self._is_due(number, delivery) else None
                     self._asked[number] = actor.ask("exchange", update, new)
             asked = dict(self._asked)
         wait_for(asked.values(), ANSWER_SECONDS)
@@ -223,6 +231,9 @@ class ClusterController:
                     self._took(number, answer.result(0))
                 except ActorGoneError as error:  # for good: a head that came back has forgotten it, say
                     log("worker_gone", logging.WARNING, worker=number, error=str(error))
+                    if number not in self._reports:  # it never came up: another version on that node, say
+                        self._fault(f"worker {number}", f"worker {number} could not be started: {error}")
+                        self._retry_at[number] = time.monotonic() + RETRY_SECONDS
                     self._forget(number)
                 except ActorError:
                     self._missed(number)
@@ -252,10 +263,11 @@ class ClusterController:
         if report.request is None:
             return
         try:
-            self._office.check(report.request, self._spec.worker.root)
-            if report.request.worker != report.key:
-                raise NotEnrolledError("it asks for another key than its own")
-            self._known[number] = report.key
+            if report.request != self._known.get(number):
+                self._office.check(report.request, self._spec.worker.root)
+                if report.request.worker != report.key:
+                    raise NotEnrolledError("it asks for another key than its own")
+                self._known[number] = report.request
             granted = self._office.grant(report.request).to_json() if report.wants_certificate else ""
             if granted not in ("", self._certificates.get(number)):  # the same again where the issuer's ends soon
                 self._certificates[number] = granted
@@ -267,6 +279,43 @@ class ClusterController:
             self._start_again(number)
         except IsthmusError as error:  # the issuer's certificate has expired, say: what the worker has may be good yet
             self._fault(what, f"{what} on {report.node} gets no certificate: {error}")
+
+    def _known_keys(self) -> tuple[bytes, ...]:
+        """Keys of the workers that may fetch the model. May be called from any thread."""
+        return tuple(request.worker for request in self._known.copy().values())
+
+    def _forget_revoked(self) -> None:
+        """Take from the lists the keys of workers whose node is enrolled no more, whether or not they answer."""
+        nodes = self._office.nodes()
+        for number, request in list(self._known.items()):
+            if nodes is not None and nodes.find(request.node) is None:
+                del self._known[number]
+
+    def _is_due(self, number: int, delivery: Delivery) -> bool:
+        """Whether a worker is sent a delivery now.
+
+        One that has a delivery of an earlier controller keeps it until all have been heard: what is not known yet would
+        be taken from it, another stage's key or address, say.
+        """
+        report = self._reports.get(number)
+        if report is None or report.revision == delivery.revision:
+            return False
+        heard = self._wanted <= set(self._reports) or time.monotonic() - self._begun > HEAR_SECONDS
+        return heard or not report.revision
+
+    def _look_at_the_issuer(self) -> None:
+        """Warn in time of the issuer's certificate, with which all others end."""
+        if time.monotonic() - self._issuer_checked < ISSUER_CHECK_SECONDS:
+            return
+        self._issuer_checked = time.monotonic()
+        try:
+            self._issuer_until = self._office.issuer().certificate.not_after
+        except IsthmusError as error:
+            self._fault("issuer", str(error))
+            return
+        soon = self._issuer_until - time.time() < max(self._spec.hours * HOUR, DAY)
+        until = f"the issuer's certificate expires on {date(self._issuer_until)}, and all workers' with it"
+        self._fault("issuer", f"{until}: renew it with `isthmus cloud issuer`" if soon else "")
 
     def _start_again(self, number: int) -> None:
         """End a worker, and have it started anew in a while, on a node of Ray's choice."""
@@ -291,36 +340,37 @@ class ClusterController:
             return self._faults.get(f"worker {number}") or "a node with room for it"
         return "an answer" if number in self._silent else report.failure or report.waits
 
-    def _delivery(self, number: int) -> Delivery:
+    def _delivery(self, number: int, tenants: str | None) -> Delivery:
         """What a worker needs now."""
         # A stage that is silent for a moment keeps its place: its neighbours need neither its key nor its address anew.
         serving = {n: r for n, r in self._reports.items() if not r.waits and not r.failure}
         own = self._reports.get(number)
-        stage = number >= self._spec.front
-        tenants = "" if stage else self._tenants()
-        self._fault("authorized_edges", self._tenants.fault)
-        others = [(n, key) for n, key in sorted(self._known.items()) if n != number]
-        lines = [f"{STAGE_OPTIONS} {format_public_key(key, f'worker-{n}@{self._spec.cloud}')}" for n, key in others]
+        others = [(n, request.worker) for n, request in sorted(self._known.items()) if n != number]
+        lines = [f"{STAGE_OPTIONS} {format_public_key(key, f'worker-{n}')}\n" for n, key in others]
         behind = serving.get(number + 1) if self._spec.stages else None
         having = [n for n in sorted(serving) if serving[n].has_model and n != number and n not in self._silent]
         return Delivery(
             self._certificates.get(number, ""),
-            "".join(f"{line}\n" for line in (*([tenants.rstrip("\n")] if tenants else []), *lines)),
+            "" if self._spec.is_inner(number) else tenants,
+            None if self._office.fault and not self._known else "".join(lines),
             "" if behind is None else behind.place,
             (*([self._files_at] if self._files_at else []), *(serving[n].place for n in having)),
-            _newer(serving, own) if own is not None and not self._spec.stages else (),
+            newer_adapters(serving, own, tenants or "") if own is not None and not self._spec.stages else (),
         )
 
     def _scale(self) -> None:
         """Finish the drains that were begun, and do what the load asks for. Returns soon."""
-        for number, answer in list(self._draining.items()):
-            if answer.is_ready():
-                actor = self._actors.get(number)
-                self._forget(number)
-                if actor is not None:
-                    actor.kill()
-                log("worker_ended", worker=number)
         with self._lock:
+            if self._stopped:  # which drains by itself
+                return
+            for number, answer in list(self._draining.items()):
+                if answer.is_ready():
+                    actor = self._actors.get(number)
+                    self._forget(number)
+                    if actor is not None:
+                        actor.kill()
+                    log("worker_ended", worker=number)
+            self._give_up_unplaced()
             for number in set(range(MAX_WORKERS)) - self._wanted - set(self._actors):
                 self._fault(f"worker {number}", "")
             for number in sorted(set(self._actors) - self._wanted - set(self._draining), reverse=True):
@@ -332,47 +382,15 @@ class ClusterController:
                 (self._wanted.add if change.start else self._wanted.discard)(change.number)
                 log("worker_wanted" if change.start else "worker_not_wanted", worker=change.number)
 
-    def _read_counts(self) -> tuple[int, int]:
-        """How many workers there are at least and at most: as it was scaled last, or as it was made."""
-        usual = self._spec.least, self._spec.most
-        try:
-            known = json.loads((self._home / COUNTS_FILE).read_bytes())
-            least, most = int(known["least"]), int(known["most"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return usual
-        return (least, most) if 1 <= least <= most <= MAX_WORKERS and not self._spec.stages else usual
-
-    def _serve_metrics(self) -> None:
-        """Serve; a restarted controller tries again, as the process before it may hold the port for a moment more."""
-        if not self._spec.metrics:
-            return
-        host, _, port = self._spec.metrics.rpartition(":")
-        for left in range(REBINDS, -1, -1):
-            try:
-                serve_metrics(host.strip("[]"), int(port), self.metrics, self.status)
-                return
-            except PortInUseError:
-                if not left:
-                    raise
-                time.sleep(REBIND_PAUSE)
-
-
-def _newer(serving: dict[int, NodeReport], own: NodeReport) -> tuple[AdapterPlace, ...]:
-    """Where each tenant's newest adapter is, of those that a worker lacks or has older ones of."""
-    newest: dict[str, AdapterPlace] = {}
-    for report in serving.values():
-        for tenant, plugged_at in report.adapters.items():
-            if plugged_at > max(own.adapters.get(tenant, 0), newest[tenant].plugged_at if tenant in newest else 0):
-                newest[tenant] = AdapterPlace(tenant, plugged_at, report.place)
-    return tuple(newest[tenant] for tenant in sorted(newest))
-
-
-def same_cloud(one: ClusterSpec, other: ClusterSpec) -> bool:
-    """Whether two specifications differ in nothing but the numbers of workers, and where the cloud is looked for."""
-
-    def plain(spec: ClusterSpec) -> ClusterSpec:
-        worker = dataclasses.replace(spec.worker.worker, beside=1)  # it follows from the nodes that were alive
-        worker_spec = dataclasses.replace(spec.worker, worker=worker)
-        return dataclasses.replace(spec, least=1, most=1, places=(), worker=worker_spec)
-
-    return plain(one) == plain(other)
+    def _give_up_unplaced(self) -> None:
+        """Want a worker no more that there need not be, and that Ray has found no place for."""
+        now = time.monotonic()
+        for number in [number for number in self._wanted if number >= self._least and number not in self._reports]:
+            if now - self._wanted_since.setdefault(number, now) > PLACE_SECONDS:
+                log("worker_not_placed", logging.WARNING, worker=number)
+                self._wanted.discard(number)
+                actor = self._actors.get(number)
+                self._forget(number)
+                if actor is not None:
+                    actor.kill()
+        self._wanted_since = {n: since for n, since in self._wanted_since.items() if n in self._wanted}

@@ -155,7 +155,7 @@ def _cloud_findings(name: str) -> Iterator[Finding | ClusterSpec]:
         yield Finding(f"the cloud {name}", True, "is not running")
         return
     try:
-        state = controller.ask("ready").result(ANSWER_SECONDS)
+        state = controller.ask("state").result(ANSWER_SECONDS)
     except ActorError as error:
         yield Finding(
             f"the cloud {name}", False,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from isthmus.cloud.nodes.node_worker import NodeSpec
 from isthmus.common.errors import ConfigError
-from isthmus.protocol.limits import MAX_WORKERS
 
 RESOURCE = "isthmus"
 """The custom resource that each worker takes one of: nodes say how many workers they take."""
@@ -63,10 +62,9 @@ class ClusterSpec:
     hours: float = 24.0
     environment: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def front(self) -> int:
-        """How many of the workers, from the first one on, edges talk to: all of them, or the first stage."""
-        return 1 if self.stages else MAX_WORKERS
+    def is_inner(self, number: int) -> bool:
+        """Whether a worker is a stage that edges do not talk to."""
+        return bool(self.stages) and number > 0
 
     def worker_spec(self, number: int) -> NodeSpec:
         """What the worker of a number serves."""
@@ -76,12 +74,17 @@ class ClusterSpec:
         )
         last = number == len(self.stages) - 1
         return dataclasses.replace(
-            self.worker, worker=worker, inner=bool(self.stages) and number > 0, last=not self.stages or last
+            self.worker, worker=worker, inner=self.is_inner(number), last=not self.stages or last
         )
 
     def worker_name(self, number: int) -> str:
         """The name of a worker's actor."""
-        return f"isthmus-{self.cloud}-worker-{number}"
+        return worker_name(self.cloud, number)
+
+
+def worker_name(cloud: str, number: int) -> str:
+    """The name of the actor of a cloud's worker."""
+    return f"isthmus-{cloud}-worker-{number}"
 
 
 def controller_name(cloud: str) -> str:
@@ -108,3 +111,14 @@ def parse_labels(text: str) -> dict[str, str]:
             raise ConfigError(f"{part!r} is no label of a node: KEY=VALUE is needed, as in `ray start --labels`")
         found[match[1]] = match[2]
     return found
+
+
+def same_cloud(one: ClusterSpec, other: ClusterSpec) -> bool:
+    """Whether two specifications differ in nothing but the numbers of workers, and where the cloud is looked for."""
+
+    def plain(spec: ClusterSpec) -> ClusterSpec:
+        worker = dataclasses.replace(spec.worker.worker, beside=1)  # it follows from the nodes that were alive
+        worker_spec = dataclasses.replace(spec.worker, worker=worker)
+        return dataclasses.replace(spec, least=1, most=1, places=(), worker=worker_spec)
+
+    return plain(one) == plain(other)

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from isthmus.common.errors import ConfigError, IsthmusError, KeyFileError, NotEnrolledError
+from isthmus.common.errors import ConfigError, KeyFileError, NotEnrolledError
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
+from isthmus.protocol.secure.keyfiles import read_text
 from isthmus.protocol.secure.keys import Fingerprint, Issuer, load_issuer
 
 NODES_FILE = "authorized_nodes"
@@ -23,10 +24,15 @@ class IssuingOffice:
         home: the owner's folder.
         hours: until a worker's certificate expires.
         now: Unix seconds.
+
+    Attributes:
+        fault: what is wrong with the list of nodes; "" where nothing is.
     """
 
     def __init__(self, home: Path, hours: float, now: Callable[[], float] = time.time) -> None:
         self._home, self._hours, self._now = home, hours, now
+        self._nodes: AuthorizedEdges | None = None
+        self.fault = ""
 
     def grant(self, request: CertificateRequest) -> WorkerCertificate:
         """A certificate for the key that a request is for.
@@ -41,12 +47,26 @@ class IssuingOffice:
 
     def check(self, request: CertificateRequest, cloud: bytes) -> None:
         """Check that an enrolled node has signed a request to a cloud, lately. Raises NotEnrolledError."""
-        if enrolled_nodes(self._home).find(request.node) is None:
+        nodes = self.nodes()
+        if nodes is None:
+            raise KeyFileError(self.fault)
+        if nodes.find(request.node) is None:
             raise NotEnrolledError(
                 f"the node's key {Fingerprint.of(request.node)} is not enrolled: run `isthmus cloud enroll-node` with "
                 "its node_key.pub"
             )
         request.verify(cloud, self._now())
+
+    def nodes(self) -> AuthorizedEdges | None:
+        """The nodes that are enrolled now: the last good list where the file is malformed; None where there was none.
+
+        Sets `fault`.
+        """
+        try:
+            self._nodes, self.fault = enrolled_nodes(self._home), ""
+        except (ConfigError, KeyFileError) as error:
+            self.fault = str(error)
+        return self._nodes
 
     def issuer(self) -> Issuer:
         """The issuer's key and certificate. Raises KeyFileError."""
@@ -65,22 +85,24 @@ def enrolled_nodes(home: Path) -> AuthorizedEdges:
 
 
 class TenantsText:
-    """The text of the owner's `authorized_edges`, and the last good one where it is malformed."""
+    """The text of the owner's `authorized_edges`.
+
+    Attributes:
+        fault: what is wrong with the file; "" where nothing is.
+    """
 
     def __init__(self, home: Path) -> None:
         self._path = home / "authorized_edges"
-        self._good = ""
+        self._good: str | None = None
         self.fault = ""
 
-    def __call__(self) -> str:
-        """The text now. Sets `fault` to what is wrong with the file."""
+    def __call__(self) -> str | None:
+        """The text now: the last good one where the file is malformed; None where there was none. Sets `fault`."""
         try:
-            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+            text = read_text(self._path, "run `isthmus cloud enroll`", ours=True) if self._path.exists() else ""
             if text != self._good:
-                if text:
-                    AuthorizedEdges.load(self._path)  # checks owner and mode too
-                self._good = text
-            self.fault = ""
-        except (OSError, UnicodeDecodeError, ConfigError, KeyFileError) as error:
-            self.fault = str(error) if isinstance(error, IsthmusError) else type(error).__name__
+                AuthorizedEdges.parse(text, str(self._path))
+            self._good, self.fault = text, ""
+        except (ConfigError, KeyFileError) as error:
+            self.fault = str(error)
         return self._good

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, Claims
-from isthmus.cloud.control.ray_cluster import NAMESPACE, Actor, Answer
+from isthmus.cloud.control.ray_cluster import NAMESPACE, Actor, Answer, find_actor
 from isthmus.common.errors import UnreachableError
+from isthmus.protocol.limits import MAX_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,6 @@ class JoinedCluster:
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self.control_store = (host.strip("[]"), int(port))
 
-    @property
-    def this_node(self) -> str:
-        """Ray's id of this node."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
-
     def nodes(self) -> list[Node]:
         """The nodes that are alive, by address. Asks the control store, and waits for it."""
         import ray
@@ -98,6 +92,15 @@ class JoinedCluster:
         import ray
 
         ray.shutdown()
+
+
+def named_actors(name_of: Callable[[int], str]) -> dict[int, Actor]:
+    """The actors of this cluster that have the name of a number, by number. Asks the control store."""
+    import ray
+
+    names = set(ray.util.list_named_actors())
+    found = {number: find_actor(name_of(number)) for number in range(MAX_WORKERS) if name_of(number) in names}
+    return {number: actor for number, actor in found.items() if actor is not None}
 
 
 def start_here(kind: type, argument: object, *, name: str, environment: Mapping[str, str]) -> Actor:

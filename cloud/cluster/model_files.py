@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec
 from isthmus.cloud.cluster.issuing import HOUR, IssuingOffice
 from isthmus.cloud.control.ray_cluster import node_address
-from isthmus.protocol.enrolment import AuthorizedEdges, Quota, Tenant
+from isthmus.protocol.enrolment import WORKERS_QUOTA_BYTES, WORKERS_QUOTA_SESSIONS, AuthorizedEdges, Quota, Tenant
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
-_QUOTA = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 50)
+_QUOTA = Quota(WORKERS_QUOTA_SESSIONS, WORKERS_QUOTA_BYTES)
 
 
 class ModelFiles:

@@ -166,7 +166,7 @@ class Controller:
         self._failure: PortInUseError | None = None
         self._poll()
         try:
-            self._serve_metrics()
+            serve_pages(spec.metrics, self.metrics, self.status)
         except PortInUseError as error:
             self._failure = error  # raised by `ready`: of an actor that dies in its constructor, Ray keeps only a text
         threading.Thread(target=self._run, name="controller", daemon=True).start()
@@ -194,13 +194,8 @@ class Controller:
     def metrics(self) -> bytes:
         """The metrics of the workers that answer, in Prometheus' text format."""
         with self._lock:
-            answers = {str(number): actor.ask("metrics") for number, actor in self._actors.items()}
-        wait_for(answers.values(), ANSWER_SECONDS)
-        texts = {}
-        for number, answer in answers.items():
-            with contextlib.suppress(ActorError):
-                texts[number] = answer.result(0)
-        return merged(texts) if texts else b""
+            actors = dict(self._actors)
+        return metrics_of(actors)
 
     def _run(self) -> None:
         while True:
@@ -237,17 +232,35 @@ class Controller:
                 if actor is not None:
                     self._actors[number] = actor
 
-    def _serve_metrics(self) -> None:
-        """Serve; a restarted controller tries again, as the process before it may hold the port for a moment more."""
-        if not self._spec.metrics:
+
+def metrics_of(actors: Mapping[int, Actor]) -> bytes:
+    """The metrics of the workers that answer soon, in Prometheus' text format."""
+    answers = {str(number): actor.ask("metrics") for number, actor in actors.items()}
+    wait_for(answers.values(), ANSWER_SECONDS)
+    texts = {}
+    for number, answer in answers.items():
+        with contextlib.suppress(ActorError):
+            texts[number] = answer.result(0)
+    return merged(texts) if texts else b""
+
+
+def serve_pages(address: str, metrics: Callable[[], bytes], status: Callable[[], dict[str, Any]]) -> None:
+    """Serve `/metrics` and `/status` at `host:port`; at "" nowhere.
+
+    A restarted controller tries again, as the process before it may hold the port for a moment more.
+
+    Raises:
+        PortInUseError: somebody else has it.
+    """
+    if not address:
+        return
+    host, _, port = address.rpartition(":")
+    for left in range(REBINDS, -1, -1):
+        try:
+            serve_metrics(host.strip("[]"), int(port), metrics, status)
             return
-        host, _, port = self._spec.metrics.rpartition(":")
-        for left in range(REBINDS, -1, -1):
-            try:
-                serve_metrics(host.strip("[]"), int(port), self.metrics, self.status)
-                return
-            except PortInUseError as error:
-                if not left:
-                    raise
-                log("metrics_port_still_taken", logging.WARNING, error=str(error))
-                time.sleep(REBIND_PAUSE)
+        except PortInUseError as error:
+            if not left:
+                raise
+            log("metrics_port_still_taken", logging.WARNING, error=str(error))
+            time.sleep(REBIND_PAUSE)

@@ -59,8 +59,10 @@ def _facts(status: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:
         elif name == "uptime_s":
             yield "up for", period(value)
         elif name == "certificate_not_after":
-            own = "certificates" in status  # a cluster's are renewed by themselves
+            own = "renewed_until" in status  # a cluster's are renewed by themselves, as long as the issuer's lasts
             yield "certificate", f"expires on {date(value)}" if own else expiry(value, now)
+        elif name == "renewed_until":
+            yield "renewed until", "nobody knows" if value is None else date(value)
         elif name == "faults":
             yield "to mend", "; ".join(value)
         elif name == "stash_bytes" and "stash_budget_bytes" in status:

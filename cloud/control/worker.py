@@ -100,7 +100,7 @@ class Worker:
                 os._exit(1)  # Ray tries again
 
     def _start(self, spec: WorkerSpec, rebinds: int) -> None:
-        from isthmus.cloud.control.worker_setup import EdgesFile, next_stage_of, recorder_of, served_by, tls_of
+        from isthmus.cloud.control.worker_setup import edges_of, next_stage_of, recorder_of, served_by, tls_of
         from isthmus.cloud.gateway.server import GatewayServer
         from isthmus.cloud.home.identity import IdentityFiles
 
@@ -111,7 +111,7 @@ class Worker:
         served = served_by(spec)
         self._adapters = served.adapters
         self._span = str(served.executor.host.span.layer_span)
-        identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
+        identity, edges = IdentityFiles(Path(spec.home)), edges_of(spec)
         self._server = GatewayServer(
             served,
             identity,

@@ -31,22 +31,29 @@ from isthmus.common.files import locked
 from isthmus.common.machine import usable_memory
 from isthmus.emulator.package.package import open_package
 from isthmus.privacy.recording.recorder import Recorder
-from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.enrolment import WORKERS_FILE, AuthorizedEdges
 from isthmus.protocol.messages import MAX_FILE_CHUNK, FileSet, SessionInfo, SpanLimits
 from isthmus.protocol.secure.keys import load_edge, load_worker
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 
+def edges_of(spec: WorkerSpec) -> Callable[[], AuthorizedEdges]:
+    """Tells who may open sessions now: enrolled edges, and on several machines the cloud's other workers."""
+    home = Path(spec.edges or spec.home)
+    edges, workers = EdgesFile(home), EdgesFile(home, WORKERS_FILE)
+    return lambda: edges().joined(workers())
+
+
 class EdgesFile:
-    """`authorized_edges`, read again whenever the file has changed.
+    """`authorized_edges`, or another file of its form, read again whenever it has changed.
 
     Raises:
         ConfigError: The file is malformed at the start, when there is no good list to fall back on.
         KeyFileError: It cannot be read.
     """
 
-    def __init__(self, home: Path) -> None:
-        self._path = home / "authorized_edges"
+    def __init__(self, home: Path, name: str = "authorized_edges") -> None:
+        self._path = home / name
         self._stamp: tuple[int, ...] | None = None  # of the file that was read last
         self._unreadable: tuple[int, ...] | None = None  # of the file that was last said to be unreadable
         self._edges = AuthorizedEdges.parse("")

@@ -34,7 +34,7 @@ from isthmus.common.files import disk_errors, sha256_of
 from isthmus.common.ownership import private_folder
 from isthmus.emulator.package.verification import check_package_fits, verified
 from isthmus.privacy.recording.file_names import PATTERN
-from isthmus.protocol.enrolment import Quota, add_line
+from isthmus.protocol.enrolment import WORKERS_QUOTA_BYTES, WORKERS_QUOTA_SESSIONS, Quota, add_line
 from isthmus.protocol.limits import MAX_WORKERS, MIB
 from isthmus.protocol.secure.keys import Fingerprint, generate_edge
 
@@ -276,7 +276,7 @@ def stage_specs(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) ->
         if folder.exists():  # of a `serve` that was killed
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
-    quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 50)
+    quota = Quota(WORKERS_QUOTA_SESSIONS, WORKERS_QUOTA_BYTES)
     specs: list[WorkerSpec] = []
     try:
         for number, layers in enumerate(plan.cloud.cut(count)):

@@ -6,11 +6,14 @@ secret: certificates, public keys, enrolments, addresses. Keys stay where they a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 from isthmus.cloud.directory import Report
+from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.secure.certificates import CertificateRequest
+from isthmus.protocol.secure.keys import Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,17 @@ class Delivery:
 
     Attributes:
         certificate: the worker's, as JSON; "" where it has to ask for one.
-        authorized_edges: lines for whoever may open sessions with it: tenants, and the cloud's own workers as stages.
+        authorized_edges: the tenants that may open sessions with it, as lines; None where the controller does not know
+            them at present, and the worker keeps those that it has.
+        workers: the cloud's other workers, in the same form and with the same meaning of None.
         next_stage: address of the pipeline's next stage; "" where there is none, or it is being started.
         models_at: addresses of workers that have the model.
         adapters: those that this worker lacks, or has older ones of.
     """
 
     certificate: str = ""
-    authorized_edges: str = ""
+    authorized_edges: str | None = None
+    workers: str | None = None
     next_stage: str = ""
     models_at: tuple[str, ...] = ()
     adapters: tuple[AdapterPlace, ...] = ()
@@ -63,7 +69,7 @@ class NodeReport:
         place: `host:port` where other workers reach it.
         request: signed by its node, whether or not it wants a certificate: it proves which node the key belongs to.
         wants_certificate: whether it has none, or one that should be renewed.
-        revision: of the delivery that it has.
+        revision: of the delivery that it has; "" where it has none.
         has_model: whether others may fetch the model there.
         adapters: when each tenant's adapter was plugged in, by the digest of the fingerprint.
         waits: what it waits for before it can serve, for the operator; "" once it serves.
@@ -81,3 +87,16 @@ class NodeReport:
     adapters: dict[str, int] = field(default_factory=dict)
     waits: str = ""
     failure: str = ""
+
+
+def newer_adapters(serving: Mapping[int, NodeReport], own: NodeReport, tenants: str) -> tuple[AdapterPlace, ...]:
+    """Where each enrolled tenant's newest adapter is, of those that a worker lacks or has older ones of."""
+    newest: dict[str, AdapterPlace] = {}
+    enrolled = AuthorizedEdges.parse(tenants) if any(report.adapters for report in serving.values()) else None
+    for report in serving.values():
+        for tenant, plugged_at in report.adapters.items():
+            if enrolled is None or enrolled.of(Fingerprint(bytes.fromhex(tenant))) is None:
+                continue
+            if plugged_at > max(own.adapters.get(tenant, 0), newest[tenant].plugged_at if tenant in newest else 0):
+                newest[tenant] = AdapterPlace(tenant, plugged_at, report.place)
+    return tuple(newest[tenant] for tenant in sorted(newest))

@@ -25,7 +25,7 @@ from isthmus.cloud.control.ray_cluster import node_address
 from isthmus.cloud.control.worker import REBINDS, Worker, WorkerSpec
 from isthmus.cloud.directory import Report, Update
 from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery, NodeReport
-from isthmus.cloud.nodes.worker_home import NEXT_STAGE, WorkerHome, node_fault
+from isthmus.cloud.nodes.worker_home import NEXT_STAGE, WorkerHome
 from isthmus.cloud.telemetry.logs import log, log_file, log_to
 from isthmus.common.errors import IsthmusError
 from isthmus.common.machine import threads_each, usable_cores
@@ -83,7 +83,7 @@ class NodeWorker:
         self._place = f"{own}:{own_port}"
         self._address = f"{spec.advertise}:{port}" if spec.advertise and not spec.inner else self._place
         self._lock = threading.Lock()
-        self._delivery = Delivery()
+        self._delivery, self._revision = Delivery(), ""
         self._restarts = 0
         self._home: WorkerHome | None = None
         self._worker: Worker | None = None
@@ -94,7 +94,7 @@ class NodeWorker:
             self._home = WorkerHome((spec.cloud, spec.root), self._number)
             log_to(log_file(self._home.folder, "worker", self._number))
         except IsthmusError as error:
-            self._failure = node_fault() or str(error)
+            self._failure = str(error)
             return
         threading.Thread(target=_import_heavy, name="imports", daemon=True).start()  # beside what is asked for
         threading.Thread(target=self._settle, name="settling", daemon=True).start()
@@ -111,7 +111,7 @@ class NodeWorker:
         worker = self._worker
         report = worker.exchange(update) if worker is not None else Report(self._settling_status(), None)
         with self._lock:
-            revision = self._delivery.revision
+            revision = self._revision
         return NodeReport(
             report,
             b"" if home is None else home.public_key,
@@ -146,7 +146,7 @@ class NodeWorker:
             log("delivery_not_written", logging.ERROR, error=str(error))
             return
         with self._lock:
-            self._delivery = delivery
+            self._delivery, self._revision = delivery, delivery.revision
         if delivery.adapters and self._worker is not None and not self._copying:
             self._copying = True
             threading.Thread(target=self._copy, args=(delivery.adapters,), name="adapters", daemon=True).start()

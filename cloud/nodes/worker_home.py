@@ -4,7 +4,7 @@ $ISTHMUS_NODE_HOME, or ~/.isthmus/node
     node_key, node_key.pub              the node's key (`isthmus cloud node-keygen`), which the owner enrols
     models/<digest>/                    models that were fetched from other nodes
     <cloud>/worker-N/worker_key         made here, and never sent anywhere
-                    /worker_cert, authorized_edges, next_stage      as delivered
+                    /worker_cert, authorized_edges, authorized_workers, next_stage      as delivered
                     /adapters           the tenants'
                     /logs               of this worker
 """
@@ -19,9 +19,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isthmus.cloud.nodes.deliveries import Delivery
-from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError
+from isthmus.common.errors import ConfigError, FingerprintError
 from isthmus.common.files import write_atomic
-from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
+from isthmus.protocol.enrolment import WORKERS_FILE
+from isthmus.protocol.secure.certificates import REQUEST_SECONDS, CertificateRequest, WorkerCertificate
 from isthmus.protocol.secure.keyfiles import check_folder, make_folder
 from isthmus.protocol.secure.keys import WORKER_CERT, load_node, make_worker_key
 
@@ -56,11 +57,12 @@ class WorkerHome:
         name, self._cloud = cloud
         self.folder = node_home() / f"{name}-{self._cloud.hex()[:12]}" / f"worker-{number}"
         self._now = now
+        self._node_key = load_node(node_home())  # first of all: without it no worker can run on this node
         make_folder(self.folder)
         check_folder(self.folder)
-        self._node_key = load_node(node_home())
         self.key: Ed25519PrivateKey = make_worker_key(self.folder)
         self._renew_at = 0.0
+        self._request: CertificateRequest | None = None
         self._take_certificate()
 
     @property
@@ -80,7 +82,9 @@ class WorkerHome:
 
     def request(self) -> CertificateRequest:
         """A request for a certificate, which is a proof as well that this key is of a worker on this node."""
-        return CertificateRequest.make(self._node_key, self._cloud, self.public_key, self._now())
+        if self._request is None or abs(self._now() - self._request.asked_at) > REQUEST_SECONDS / 4:
+            self._request = CertificateRequest.make(self._node_key, self._cloud, self.public_key, self._now())
+        return self._request
 
     def write(self, delivery: Delivery) -> None:
         """Write what was delivered, as files. What is there already stays untouched.
@@ -89,13 +93,13 @@ class WorkerHome:
             DiskError: a file cannot be written.
         """
         for name, text in (
-            (WORKER_CERT, delivery.certificate),
+            (WORKER_CERT, delivery.certificate or None),
             (EDGES, delivery.authorized_edges),
+            (WORKERS_FILE, delivery.workers),
             (NEXT_STAGE, delivery.next_stage),
         ):
             path = self.folder / name
-            known = path.read_bytes() if path.exists() else None
-            if (text or name != WORKER_CERT) and text.encode() != known:
+            if text is not None and text.encode() != (path.read_bytes() if path.exists() else None):
                 write_atomic(path, text.encode(), 0o644)
         self._take_certificate()
 
@@ -112,12 +116,3 @@ class WorkerHome:
         if certificate.worker == self.public_key:
             written = path.stat().st_mtime
             self._renew_at = written + RENEW_SHARE * (certificate.not_after - written)
-
-
-def node_fault() -> str | None:
-    """Why no worker can run on this node; None where one can."""
-    try:
-        load_node(node_home())
-    except KeyFileError as error:
-        return str(error)
-    return None

@@ -138,13 +138,13 @@ def test_what_is_no_number_of_workers_is_refused(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("finished", "code"), [(True, 0), (False, 60)])
 def test_stopping_a_cloud_tells_whether_all_calls_were_answered(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path, finished: bool, code: int
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, finished: bool, code: int
 ) -> None:
     calls = given(monkeypatch, "stop", finished)
-    done = in_process(capsys, "cloud", "stop", "--home", tmp_path, "--grace", 5)
+    done = in_process(capsys, "cloud", "stop", "--grace", 5)
     assert done.returncode == code
     assert ("stopped after 5 s with calls unanswered" in done.stderr) is not finished
-    assert calls == [("auto", "cloud", tmp_path, 5.0)]
+    assert calls == [("auto", "cloud", 5.0)]
 
 
 @pytest.mark.parametrize("as_json", [True, False])

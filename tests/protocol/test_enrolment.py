@@ -124,6 +124,15 @@ def test_a_stage_is_enrolled_as_one(tmp_path: Path, quota: Quota | None) -> None
     assert [AuthorizedEdges.load(path).find(raw(line(number, "x"))) for number in (1, 2)] == [stage, edge]
 
 
+def test_edges_are_joined_with_workers_and_a_workers_line_goes_first(tmp_path: Path) -> None:
+    edges, workers = tmp_path / "edges", tmp_path / "workers"
+    alice, both = add_line(edges, line(1, "alice")), add_line(edges, line(2, "bob"))
+    worker = add_line(workers, line(2, "worker-1"), stage=True)
+    joined = AuthorizedEdges.load(edges).joined(AuthorizedEdges.load(workers))
+    assert [joined.find(raw(line(number, "x"))) for number in (1, 2, 3)] == [alice, worker, None]
+    assert AuthorizedEdges.load(edges).find(raw(line(2, "x"))) == both
+
+
 def test_sizes() -> None:
     assert [parse_size(text) for text in ("7", "7B", "2KiB", "64MiB", "1GiB")] == [7, 7, 2048, 64 << 20, 1 << 30]
     for bad in ("", "MiB", "-1", "1.5GiB", "1 GiB", "1TB"):

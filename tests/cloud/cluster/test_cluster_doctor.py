@@ -38,7 +38,7 @@ class Clinic:
 
     Attributes:
         facts: of each node, by its host; an error instead is what asking it raises.
-        cloud: the answer of the controller to `ready`; None where there is none.
+        cloud: the answer of the controller to `state`; None where there is none.
     """
 
     def __init__(self, owner: OwnersFolder, patch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ class Clinic:
         assert name == "isthmus-cloud-controller"
         if self.cloud is None:
             return None
-        actor = FakeActor(name, SimpleNamespace(ready=lambda: self.cloud))
+        actor = FakeActor(name, SimpleNamespace(state=lambda: self.cloud))
         actor.is_silent = self.is_silent
         return actor
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from isthmus.cloud.cluster.cluster_spec import ClusterSpec, controller_name, parse_labels
+from isthmus.cloud.cluster.cluster_spec import Claims, ClusterSpec, controller_name, parse_labels, same_cloud
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.nodes.node_worker import NodeSpec
 from isthmus.common.errors import ConfigError
@@ -24,7 +24,7 @@ def test_workers_differ_in_their_numbers_alone() -> None:
     assert [(spec.inner, spec.last, spec.worker.layers, spec.worker.sites) for spec in specs] == [
         (False, True, "", True)
     ] * 3
-    assert SPEC.front == MAX_WORKERS
+    assert not any(SPEC.is_inner(number) for number in range(MAX_WORKERS))
 
 
 def test_stages_have_layers_and_no_sites_and_edges_talk_to_the_first() -> None:
@@ -36,7 +36,23 @@ def test_stages_have_layers_and_no_sites_and_edges_talk_to_the_first() -> None:
         ("5:6", True, True),
     ]
     assert not any(spec.worker.sites for spec in specs)
-    assert pipeline.front == 1
+    assert [pipeline.is_inner(number) for number in range(3)] == [False, True, True]
+
+
+def test_two_clouds_are_the_same_where_only_counts_and_places_differ() -> None:
+    spec = SPEC
+    beside = dataclasses.replace(spec.worker, worker=dataclasses.replace(spec.worker.worker, beside=9))
+    assert same_cloud(spec, dataclasses.replace(spec, least=1, most=9, places=("a:1",), worker=beside))
+    for changes in (
+        {"cloud": "other"},
+        {"stages": ("2:3", "3:5")},
+        {"hours": 1.0},
+        {"claims": Claims(1)},
+        {"worker": dataclasses.replace(spec.worker, digest="11" * 32)},
+        {"worker": dataclasses.replace(spec.worker, worker=dataclasses.replace(spec.worker.worker, threads=2))},
+        {"environment": {"A": "b"}},
+    ):
+        assert not same_cloud(spec, dataclasses.replace(spec, **changes))
 
 
 @pytest.mark.parametrize("name", ["cloud", "a", "0", "llama-70b", "x" * 32])

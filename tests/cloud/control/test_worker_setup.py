@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud.clouds import Home, served
 from support.models.tiny import tiny_checkpoint
 
@@ -15,10 +16,18 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control import worker_setup
 from isthmus.cloud.control.worker import WorkerSpec
-from isthmus.cloud.control.worker_setup import RESERVE_BYTES, EdgesFile, make_parts, memory_budgets, next_stage_of
+from isthmus.cloud.control.worker_setup import (
+    RESERVE_BYTES,
+    EdgesFile,
+    edges_of,
+    make_parts,
+    memory_budgets,
+    next_stage_of,
+)
 from isthmus.common.errors import ConfigError, PackageError
 from isthmus.emulator.package.package import Package
-from isthmus.protocol.secure.keys import load_edge, load_worker
+from isthmus.protocol.enrolment import STAGE_OPTIONS, WORKERS_FILE
+from isthmus.protocol.secure.keys import format_public_key, load_edge, load_worker
 
 
 def test_two_workers_make_the_parts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +69,20 @@ def test_a_malformed_edges_file_is_refused_at_the_start(tmp_path: Path) -> None:
         file.write("nonsense\n")
     with pytest.raises(ConfigError, match="line 2"):
         EdgesFile(home.folder)
+
+
+def test_other_workers_of_the_cloud_may_open_sessions_where_a_file_names_them(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    spec = WorkerSpec("", "", "2:2", "bf16", "", str(home.folder), "", 1, 1, 1, "")
+    edges = edges_of(spec)
+    assert len(edges()) == 1
+    key = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+    assert edges().find(key) is None
+    (home.folder / WORKERS_FILE).write_text(f"{STAGE_OPTIONS} {format_public_key(key, 'worker-1')}\n")
+    worker = edges().find(key)
+    assert worker is not None
+    assert worker.stage
+    assert len(edges()) == 2
 
 
 def test_what_is_left_of_the_machine_is_shared_out() -> None:

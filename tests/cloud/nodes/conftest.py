@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud.clouds import Home, ThreadServer, served
+from support.cluster.node_workers import FakeWorker
 from support.cluster.owners_folder import OwnersFolder
 from support.models.tiny import tiny_checkpoint
 
+from isthmus.cloud.control import worker as control_worker
+from isthmus.cloud.nodes import node_worker
+from isthmus.cloud.nodes.node_worker import NodeWorker
 from isthmus.cloud.nodes.peers import Peers
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.served_model import Served
@@ -33,6 +37,25 @@ def node(owner: OwnersFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+@pytest.fixture
+def on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray, and without a pause."""
+    monkeypatch.setattr(node_worker, "node_address", lambda: "10.0.0.5")
+    monkeypatch.setattr(node_worker, "_import_heavy", lambda: None)
+    monkeypatch.setattr(node_worker, "WAIT_SECONDS", 0.001)
+    for module in (node_worker, control_worker):  # a process has one log, and these tests have several workers
+        monkeypatch.setattr(module, "log_to", lambda path: None)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
+    """No model is looked for, and nothing is served."""
+    FakeWorker.made.clear()
+    monkeypatch.setattr(node_worker, "Worker", FakeWorker)
+    monkeypatch.setattr(NodeWorker, "_find_model", lambda self, home: Path("/models/found"))
+    return FakeWorker
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("nodes") / "model")
@@ -48,7 +71,7 @@ def cloud(model: Path) -> Served:
 def peers(home: Home) -> Peers:
     """Another worker of the home's cloud, enrolled there as the controller does it."""
     key = Ed25519PrivateKey.generate()
-    line = f"{STAGE_OPTIONS} {format_public_key(key.public_key().public_bytes_raw(), 'worker-1@cloud')}"
+    line = f"{STAGE_OPTIONS} {format_public_key(key.public_key().public_bytes_raw(), 'worker-1')}"
     with (home.folder / "authorized_edges").open("a") as file:
         file.write(f"{line}\n")
     return Peers(home.pin, key)

@@ -13,8 +13,9 @@ from support.cluster.owners_folder import OwnersFolder
 from support.protocol.wire import NOW
 
 from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery
-from isthmus.cloud.nodes.worker_home import WorkerHome, node_fault, node_home
+from isthmus.cloud.nodes.worker_home import WorkerHome, node_home
 from isthmus.common.errors import KeyFileError
+from isthmus.protocol.secure.certificates import REQUEST_SECONDS
 from isthmus.protocol.secure.keys import Issuer, load_issuer, load_node
 
 LIFE = 1000
@@ -80,6 +81,17 @@ def test_a_worker_shows_its_nodes_signature_and_wants_a_certificate_until_it_has
 
 
 @pytest.mark.usefixtures("node")
+def test_a_request_is_signed_anew_long_before_it_is_too_old(owner: OwnersFolder) -> None:
+    clock = Clock()
+    home = opened(owner, clock=clock)
+    first = home.request()
+    assert home.request() is first
+    clock.now += REQUEST_SECONDS / 2
+    assert home.request().asked_at == clock.now
+    home.request().verify(owner.pin.digest, clock.now)
+
+
+@pytest.mark.usefixtures("node")
 def test_a_certificate_is_renewed_when_half_of_its_time_has_passed(owner: OwnersFolder, issuer: Issuer) -> None:
     first = opened(owner)
     first.write(certified(issuer, first))
@@ -140,14 +152,17 @@ def test_a_certificate_of_the_key_before_is_not_taken_for_this_ones(owner: Owner
 @pytest.mark.usefixtures("node")
 def test_a_delivery_becomes_files_and_what_is_the_same_stays_untouched(owner: OwnersFolder, issuer: Issuer) -> None:
     home = opened(owner)
-    whole = dataclasses.replace(certified(issuer, home), authorized_edges="# nobody\n", next_stage="10.0.0.2:7444")
+    whole = dataclasses.replace(
+        certified(issuer, home), authorized_edges="# nobody\n", workers="# none\n", next_stage="10.0.0.2:7444"
+    )
     home.write(whole)
-    read = {name: (home.folder / name).read_text() for name in ("worker_cert", "authorized_edges", "next_stage")}
-    assert read == {
+    read = {
         "worker_cert": whole.certificate,
         "authorized_edges": "# nobody\n",
+        "authorized_workers": "# none\n",
         "next_stage": "10.0.0.2:7444",
     }
+    assert {name: (home.folder / name).read_text() for name in read} == read
     before = {name: (home.folder / name).stat().st_ino for name in read}
     home.write(dataclasses.replace(whole, next_stage="10.0.0.3:7444"))
     after = {name: (home.folder / name).stat().st_ino for name in read}
@@ -155,34 +170,34 @@ def test_a_delivery_becomes_files_and_what_is_the_same_stays_untouched(owner: Ow
 
 
 @pytest.mark.usefixtures("node")
-def test_a_delivery_without_a_certificate_keeps_the_one_that_is_here_and_empties_the_rest(
-    owner: OwnersFolder, issuer: Issuer
-) -> None:
+def test_what_a_delivery_does_not_know_stays_as_it_is(owner: OwnersFolder, issuer: Issuer) -> None:
     home = opened(owner)
-    first = dataclasses.replace(certified(issuer, home), authorized_edges="# somebody\n", next_stage="10.0.0.2:7444")
+    first = dataclasses.replace(
+        certified(issuer, home), authorized_edges="# somebody\n", workers="# some\n", next_stage="10.0.0.2:7444"
+    )
     home.write(first)
     home.write(Delivery())
     assert home.is_certified
     assert (home.folder / "worker_cert").read_text() == first.certificate
-    assert (home.folder / "authorized_edges").read_text() == ""
+    assert (home.folder / "authorized_edges").read_text() == "# somebody\n"
+    assert (home.folder / "authorized_workers").read_text() == "# some\n"
     assert (home.folder / "next_stage").read_text() == ""
+    home.write(Delivery(authorized_edges="", workers=""))
+    assert (home.folder / "authorized_edges").read_text() == ""
+    assert (home.folder / "authorized_workers").read_text() == ""
 
 
-def test_a_node_without_a_key_says_so(
+def test_a_node_without_a_key_of_its_own_is_refused_before_anything_is_made(
     owner: OwnersFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: Path
 ) -> None:
-    assert node_fault() is None
     monkeypatch.setenv("ISTHMUS_NODE_HOME", str(tmp_path / "bare"))
-    fault = node_fault()
-    assert fault is not None
-    assert "bare/node_key does not exist: run `isthmus cloud node-keygen`" in fault
-    with pytest.raises(KeyFileError, match="node_key does not exist"):
+    with pytest.raises(KeyFileError, match=r"bare/node_key does not exist: run `isthmus cloud node-keygen`"):
         opened(owner)
+    assert not (tmp_path / "bare").exists()
     monkeypatch.setenv("ISTHMUS_NODE_HOME", str(node))
     (node / "node_key").chmod(0o644)
-    fault = node_fault()
-    assert fault is not None
-    assert "can be read by others" in fault
+    with pytest.raises(KeyFileError, match="can be read by others"):
+        opened(owner)
 
 
 def test_a_folder_that_others_can_write_is_refused(owner: OwnersFolder, node: Path) -> None:
@@ -205,16 +220,18 @@ def test_the_folder_of_a_node_is_the_users_where_none_is_named(monkeypatch: pyte
 
 
 def test_deliveries_have_the_same_revision_where_they_say_the_same() -> None:
-    one = Delivery("cert", "edges", "next", ("a:1",), (AdapterPlace("aa", 1, "a:1"),))
+    one = Delivery("cert", "edges", "workers", "next", ("a:1",), (AdapterPlace("aa", 1, "a:1"),))
     assert dataclasses.replace(one).revision == one.revision
     others = [
         dataclasses.replace(one, **changes)
         for changes in (
             {"certificate": "other"},
             {"authorized_edges": ""},
+            {"authorized_edges": None},
+            {"workers": ""},
             {"next_stage": ""},
             {"models_at": ("a:1", "b:1")},
             {"adapters": (AdapterPlace("aa", 2, "a:1"),)},
         )
     ]
-    assert len({one.revision, Delivery().revision, *(each.revision for each in others)}) == 7
+    assert len({one.revision, Delivery().revision, *(each.revision for each in others)}) == 9

@@ -13,6 +13,7 @@ from isthmus.cloud.control.ray_cluster import ActorGoneError, MethodError, NoAns
 from isthmus.cloud.directory import Peer, Report, SessionEntry, Update
 from isthmus.cloud.nodes.deliveries import Delivery, NodeReport
 from isthmus.cloud.nodes.node_worker import NodeSpec
+from isthmus.protocol.limits import MAX_WORKERS
 from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
 
 
@@ -98,6 +99,10 @@ class FakeCluster:
         found = self.actors.get(name)
         return None if found is None or found.is_gone else found
 
+    def named_actors(self, name_of: Callable[[int], str]) -> dict[int, FakeActor]:
+        found = {number: self.find_actor(name_of(number)) for number in range(MAX_WORKERS)}
+        return {number: actor for number, actor in found.items() if actor is not None}
+
     def wait_for(self, answers: Iterable[FakeAnswer], seconds: float) -> None:
         for answer in answers:
             answer.is_ready()
@@ -120,7 +125,7 @@ class FakeWorker:
         self.waits, self.failure, self.renews, self.restarts = "", "", False, 0
         self.has_model, self.adapters = True, dict[str, int]()
         self.sessions, self.overdue, self.waiting = 0, 0, 0
-        self.delivery, self.certificate = Delivery(), ""
+        self.delivery, self.revision, self.certificate = Delivery(), "", ""
         self.deliveries: list[Delivery | None] = []
         self.updates: list[Update] = []
         self.drained: list[float] = []
@@ -142,7 +147,8 @@ class FakeWorker:
         self.updates.append(update)
         self.deliveries.append(delivery)
         if delivery is not None:
-            self.delivery, self.certificate = delivery, delivery.certificate or self.certificate
+            self.delivery, self.revision = delivery, delivery.revision
+            self.certificate = delivery.certificate or self.certificate
         if update.restarts is not None:
             self.restarts = update.restarts
         waits = self.waits if self.is_certified else "its certificate"
@@ -154,7 +160,7 @@ class FakeWorker:
             self.place,
             CertificateRequest.make(self.node, self.spec.root, self.raw, self._now()),
             asks,
-            self.delivery.revision,
+            self.revision,
             self.has_model,
             dict(self.adapters),
             waits,
