@@ -9,7 +9,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -44,10 +43,10 @@ class ModelFiles:
         from pathlib import Path
 
         from isthmus.cloud.gateway.file_gateway import FileGateway
-        from isthmus.cloud.session.file_store import FileStore
+        from isthmus.cloud.session.file_store import HashedLater
         from isthmus.protocol.messages import FileSet
 
-        store = cache(lambda: FileStore(Path(worker.checkpoint), FileSet.MODEL))
+        store = HashedLater(Path(worker.checkpoint), FileSet.MODEL)
         gateway = FileGateway(
             worker.model, self._spec.worker.digest, {FileSet.MODEL: store}, self.identity, self._edges
         )

@@ -12,10 +12,10 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.ray_cluster import was_restarted
@@ -28,7 +28,6 @@ from isthmus.protocol.limits import MIB
 if TYPE_CHECKING:
     from isthmus.cloud.gateway.server import ServerTls
 
-T = TypeVar("T")
 
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
@@ -190,9 +189,10 @@ class Worker:
         """Plug in a copy of what another worker has plugged in; see `AdapterStore.take`."""
         self._adapters.take(tenant, plugged_at, files)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the data plane's loop, and wait for it."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    @property
+    def max_adapter_bytes(self) -> int:
+        """Most bytes of one adapter."""
+        return self._adapters.max_bytes
 
     def metrics(self) -> bytes:
         """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""

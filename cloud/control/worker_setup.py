@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from isthmus.cloud.control.worker import CPU, WorkerSpec, no_gpu
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.gateway.pipeline import NextStage
 from isthmus.cloud.gateway.server import ServerTls
-from isthmus.cloud.session.file_store import FileStore
+from isthmus.cloud.session.file_store import FileStore, HashedLater
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.cloud.telemetry.logs import log
@@ -142,7 +141,7 @@ def served_by(spec: WorkerSpec) -> Served:
         None if package is None else FileStore(package.folder, FileSet.EMULATOR),
         spec.sites,
         cache_bytes,
-        functools.cache(lambda: FileStore(checkpoint.folder, FileSet.MODEL)) if spec.shares_model else None,
+        HashedLater(checkpoint.folder, FileSet.MODEL) if spec.shares_model else None,
     )
 
 

@@ -14,6 +14,7 @@ import grpc.aio
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.gateway.admission import Admission
+from isthmus.cloud.gateway.bounded_server import bind, bounded_server
 from isthmus.cloud.gateway.half_open import HalfOpen
 from isthmus.cloud.gateway.hang_up import HangUp
 from isthmus.cloud.gateway.open_sessions import OpenSession, Sessions
@@ -21,12 +22,12 @@ from isthmus.cloud.gateway.stream import SealedStream
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
-from isthmus.common.errors import IsthmusError, MessageError, PortInUseError, RemoteProtocolError, VersionError
+from isthmus.common.errors import IsthmusError, MessageError, RemoteProtocolError, VersionError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import MIB, Limits
 from isthmus.protocol.secure.keys import WorkerIdentity
-from isthmus.protocol.service import METHOD, SERVER_CODING, stream_options
+from isthmus.protocol.service import METHOD, SERVER_CODING
 from isthmus.protocol.session import Oversized
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
@@ -48,7 +49,7 @@ class FileGateway:
         self,
         model: str,
         digest: str,
-        stores: Mapping[m.FileSet, Callable[[], FileStore]],
+        stores: Mapping[m.FileSet, Callable[[], FileStore | m.Status]],
         identity: Callable[[], WorkerIdentity],
         edges: Callable[[], AuthorizedEdges],
     ) -> None:
@@ -66,18 +67,14 @@ class FileGateway:
 
     async def start(self, listen: str) -> int:
         """Listen on `host:port` and return the port. Raises PortInUseError."""
-        options = [("grpc.so_reuseport", 0), *stream_options(self._bounds.stream_window)]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._bounds.max_streams)
+        server = bounded_server(self._bounds)
         _, service, method = METHOD.split("/")
         session = grpc.stream_stream_rpc_method_handler(self._session, **SERVER_CODING)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: session})])
-        try:
-            port = server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise PortInUseError(f"cannot listen on {listen}: {error}") from None
+        port = bind(server, listen)
         await server.start()
         self._server = server  # grpc.aio ends a server that nobody holds
-        return int(port)
+        return port
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
         """One stream: the handshake, then questions until the worker ends it."""
@@ -122,7 +119,10 @@ class FileGateway:
     def _answer(self, message: m.Message) -> m.Message:
         if not isinstance(message, m.FetchList | m.Fetch):
             return m.Status(m.StatusCode.BAD_REQUEST, None, "only files are to be had here")
-        store = self._stores.get(message.file_set)
-        if store is None:
+        make = self._stores.get(message.file_set)
+        if make is None:
             return m.Status(m.StatusCode.BAD_REQUEST, None, "there are no such files here")
-        return store().listing() if isinstance(message, m.FetchList) else store().read(message.name, message.offset)
+        store = make()
+        if isinstance(store, m.Status):
+            return store
+        return store.listing() if isinstance(message, m.FetchList) else store.read(message.name, message.offset)

@@ -25,6 +25,7 @@ from isthmus.backbone.checkpoints.weight_quantization import bytes_of
 from isthmus.backbone.runtime.numerics import VARYING, numerics
 from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
+from isthmus.cloud.gateway.bounded_server import bind, bounded_server
 from isthmus.cloud.gateway.calls import Calls
 from isthmus.cloud.gateway.half_open import HalfOpen
 from isthmus.cloud.gateway.hang_up import HangUp
@@ -35,29 +36,20 @@ from isthmus.cloud.gateway.stream import SealedStream
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
-from isthmus.common.errors import LimitError, PortInUseError, RemoteProtocolError, VersionError
+from isthmus.common.errors import LimitError, RemoteProtocolError, VersionError
 from isthmus.privacy.recording.recorder import Recorder
 from isthmus.privacy.transcript.chain import CloudTranscript, Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
-from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS, Limits
+from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure.keys import WorkerIdentity
 from isthmus.protocol.service import (
     GOODBYE_SECONDS,
     METHOD,
     OLD_METHOD,
     SERVER_CODING,
-    stream_options,
 )
 from isthmus.protocol.session import Oversized
-
-IDLE_MS = 60_000
-"""After which a connection without a stream is closed: it takes one of `max_connections`, and no edge needs it."""
-PING_STRIKES = 2
-"""HTTP/2 pings that come too soon after another, with nothing sent between them, before a connection is closed.
-
-gRPC's own default: an honest peer's timer may be early once.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,38 +129,24 @@ class GatewayServer:
 
     async def start(self, listen: str, tls: ServerTls | None) -> int:
         """Listen on `host:port` and return the port. Raises PortInUseError."""
-        options = [
-            ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
-            *stream_options(self._bounds.stream_window),
-            ("grpc.http2.min_ping_interval_without_data_ms", round(LEAST_KEEPALIVE_SECONDS * 500)),
-            ("grpc.http2.max_ping_strikes", PING_STRIKES),
-            ("grpc.max_allowed_incoming_connections", self._bounds.max_connections),
-            ("grpc.max_concurrent_streams", self._bounds.max_connection_streams),
-            ("grpc.server_handshake_timeout_ms", round(KEEPALIVE_SECONDS * 1000)),
-            ("grpc.max_connection_idle_ms", IDLE_MS),  # without a stream
-        ]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._bounds.max_streams)
+        server = bounded_server(self._bounds)
         for path, coding in ((METHOD, SERVER_CODING), (OLD_METHOD, {})):
             _, service, method = path.split("/")
             session = grpc.stream_stream_rpc_method_handler(self._session, **coding)
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: session})])
         server.add_generic_rpc_handlers([self._health.handlers()])
-        try:
-            if tls is None:
-                port = server.add_insecure_port(listen)
-            else:
-                credentials = grpc.ssl_server_credentials(
-                    [(tls.key, tls.cert)], tls.client_ca, require_client_auth=tls.client_ca is not None
-                )
-                port = server.add_secure_port(listen, credentials)
-        except RuntimeError as error:
-            raise PortInUseError(f"cannot listen on {listen}: {error}") from None
+        credentials = None
+        if tls is not None:
+            credentials = grpc.ssl_server_credentials(
+                [(tls.key, tls.cert)], tls.client_ca, require_client_auth=tls.client_ca is not None
+            )
+        port = bind(server, listen, credentials)
         await server.start()
         self._server = server
         await self._health.serving()
         self._reviewing = asyncio.create_task(self._review(), name="review of sessions")
         log("serving", listen=listen, port=port, model=self._info.model, plan=self._info.plan)
-        return int(port)
+        return port
 
     async def drain(self, grace: float) -> bool:
         """Stop admitting sessions, answer the calls in flight, say goodbye.

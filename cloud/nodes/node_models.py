@@ -21,8 +21,8 @@ from isthmus.common.files import locked
 from isthmus.common.ownership import private_folder
 from isthmus.protocol.messages import FileSet
 
-LOOK_SECONDS = 0.2
-"""Between two looks at which other workers have the model."""
+LOOK_SECONDS, PAUSE_SECONDS = 0.2, 1.0
+"""Between two looks at which other workers have the model, and after a fetch that has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,11 @@ def find_model(
     private_folder(kept.parent)
     with locked(kept):
         if kept.is_dir():
-            return kept
+            say("checking the model")
+            if Checkpoint(kept, model.name).digest() == model.digest:
+                return kept
+            log("kept_model_damaged", logging.WARNING, folder=str(kept))
+            shutil.rmtree(kept)
         if model.hub:
             found_there = _named(model, say)
             if found_there is not None:
@@ -97,6 +101,7 @@ def _fetched(
 ) -> Path:
     part = kept.with_name(f"{kept.name}.part")
     private_folder(part)
+    logged: dict[str, str] = {}  # by address: a worker that hashes a large model refuses for minutes
     while True:
         addresses = models_at()
         if not addresses:
@@ -107,8 +112,10 @@ def _fetched(
             try:
                 asyncio.run(peers.fetch(address, FileSet.MODEL, part, told=_progress(address, say)))
             except IsthmusError as error:
-                log("model_not_fetched", logging.WARNING, at=address, error=str(error))
-                time.sleep(LOOK_SECONDS)
+                if logged.get(address) != str(error):
+                    log("model_not_fetched", logging.WARNING, at=address, error=str(error))
+                logged[address] = str(error)
+                time.sleep(PAUSE_SECONDS)
                 continue
             came = Checkpoint(part, model.name).digest()
             if came != model.digest:

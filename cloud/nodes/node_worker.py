@@ -7,6 +7,7 @@ plane waits for Ray's control store.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -16,7 +17,6 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,7 @@ class NodeWorker:
     def _copy(self, adapters: tuple[AdapterPlace, ...]) -> None:
         """Fetch tenants' adapters that were plugged in elsewhere."""
         from isthmus.cloud.nodes.peers import Peers
+        from isthmus.emulator.package.intake import ADAPTER_FILES
         from isthmus.emulator.package.offered_files import adapter_prefix
         from isthmus.protocol.messages import FileSet
 
@@ -225,12 +226,14 @@ class NodeWorker:
             peers = Peers(Fingerprint(self._spec.root), home.key)
             for place in adapters:
                 prefix = adapter_prefix(place.tenant, place.plugged_at)
+                names = [f"{prefix}{name}" for name in sorted(ADAPTER_FILES)]
                 folder = home.folder / "copies" / f"{place.tenant}-{place.plugged_at}"
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 try:
-                    wanted = partial(_begins, prefix)
-                    fetched = worker.run(peers.fetch(place.address, FileSet.ADAPTERS, folder, wanted))
-                    if fetched:
+                    fetching = peers.fetch_named(
+                        place.address, FileSet.ADAPTERS, names, folder, worker.max_adapter_bytes
+                    )
+                    if fetched := asyncio.run(fetching):  # not on the loop of the data plane, which serves edges
                         worker.take_adapter(
                             place.tenant, place.plugged_at, {name[len(prefix) :]: folder / name for name in fetched}
                         )
@@ -253,10 +256,6 @@ class NodeWorker:
             "pid": os.getpid(),
             "peak_bytes": usage.ru_maxrss * 1024,
         }
-
-
-def _begins(prefix: str, name: str) -> bool:
-    return name.startswith(prefix)
 
 
 def _import_heavy() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,6 +14,9 @@ from isthmus.cloud.telemetry.logs import log
 from isthmus.common.files import sha256_of
 from isthmus.emulator.package.offered_files import belongs
 from isthmus.protocol import messages as m
+
+HASH_SECONDS = 10.0
+"""For which a question for a large file set waits: far less than the 60 s after which whoever asks gives up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +70,39 @@ class FileStore:
             text = f"the file {name!r} cannot be read; the cloud's owner has a log of it"
             return m.Status.saying(m.StatusCode.INTERNAL, None, text)
         return m.Blob(name, offset, found.size, found.sha256, data)
+
+
+class HashedLater:
+    """A file store that is made once somebody asks for it, by one thread of its own: hashing a large model takes long.
+
+    Args:
+        folder: where the files lie.
+        which: the file set.
+        seconds: for which a question waits; a small model is hashed by then.
+    """
+
+    def __init__(self, folder: Path, which: m.FileSet, seconds: float = HASH_SECONDS) -> None:
+        self._folder, self._which, self._seconds = folder, which, seconds
+        self._lock = threading.Lock()
+        self._made: Future[FileStore] | None = None
+
+    def __call__(self) -> FileStore | m.Status:
+        """The store, or the answer to give until there is one."""
+        with self._lock:
+            if self._made is None or (self._made.done() and self._made.exception() is not None):
+                self._made = Future()
+                threading.Thread(target=self._make, args=(self._made,), name="hashing", daemon=True).start()
+            made = self._made
+        try:
+            return made.result(self._seconds)
+        except TimeoutError:
+            return m.Status(m.StatusCode.INTERNAL, None, "the files are being hashed: ask again in a while")
+        except OSError as error:  # its text has a path of this machine
+            log("files_unreadable", logging.ERROR, error=type(error).__name__)
+            return m.Status(m.StatusCode.INTERNAL, None, "the files cannot be read; the cloud's owner has a log of it")
+
+    def _make(self, made: Future[FileStore]) -> None:
+        try:
+            made.set_result(FileStore(self._folder, self._which))
+        except BaseException as error:  # noqa: BLE001  # it is raised where the store is asked for
+            made.set_exception(error)

@@ -88,7 +88,7 @@ class TenantSession:
 
     session_id: bytes
     executor: Executor
-    stores: Mapping[m.FileSet, Callable[[], FileStore]]
+    stores: Mapping[m.FileSet, Callable[[], FileStore | m.Status]]
     adapters: TenantAdapters
     calls: SiteCalls
     decoding: Decoding

@@ -43,7 +43,7 @@ class Served:
     package: FileStore | None = None
     sites: bool = True
     cache_bytes: int = 1 << 30
-    model: Callable[[], FileStore] | None = None
+    model: Callable[[], FileStore | m.Status] | None = None
 
     def decoding(self, rows: int | None = None, options: EngineOptions | None = None) -> Decoding:
         """What the decode calls of several sessions share; see there, and `DecodePass` for `rows`."""
@@ -68,7 +68,7 @@ class Served:
         Its calls with sites run on `threads`, and its decode calls share `decoding` with those of others, if any. One
         that is `of_worker` is with another worker of this cloud, which may fetch more.
         """
-        stores: dict[m.FileSet, Callable[[], FileStore]] = {m.FileSet.PARTS: lambda: self.parts}
+        stores: dict[m.FileSet, Callable[[], FileStore | m.Status]] = {m.FileSet.PARTS: lambda: self.parts}
         package = self.package
         if package is not None:
             stores[m.FileSet.EMULATOR] = lambda: package

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -149,6 +150,10 @@ class AdapterStore:
             fingerprint: digest (hex) of the tenant's.
             plugged_at: when it was plugged in there, in Unix milliseconds.
             files: by name; they are moved.
+
+        Raises:
+            AdapterError: they are no adapter that fits the model. The older one stays.
+            DiskError: they cannot be written.
         """
         folder = self._root / fingerprint
         with self.locked(folder), disk_errors(folder):
@@ -158,7 +163,8 @@ class AdapterStore:
             with new_folder(folder / _PLUGGED) as new:
                 for name, path in files.items():
                     path.replace(new / name)
-            os.utime(folder / _PLUGGED, ns=(plugged_at * 10**6,) * 2)
+                check_adapter(new, self._package, self._parts, self._plan, max_bytes=self.max_bytes)
+                _stamp(new, plugged_at)
         log("adapter_copied", tenant=fingerprint, plugged_at=plugged_at)
 
     def _span(self, compute: Compute, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -299,6 +305,8 @@ class TenantAdapters:
                 for entry in entries:
                     (new / entry.name).hardlink_to(self._unfinished_path(entry))
                 summary = self._store.check(new, compute)
+                held = self._plugged.stat().st_mtime_ns // 10**6 if self._plugged.is_dir() else 0
+                _stamp(new, max(time.time_ns() // 10**6, held + 1))  # newer than the last, whatever the clocks say
         except AdapterError:
             self._remove(entries)
             raise
@@ -314,6 +322,11 @@ class TenantAdapters:
         # Hash and size are in the name, so that nothing is appended to a whole file: after a crash it may be a link to
         # the plugged one.
         return self._incoming / f"{entry.name}.{entry.sha256.hex()}.{entry.size}.part"
+
+
+def _stamp(folder: Path, plugged_at: int) -> None:
+    """Set when an adapter was plugged in, in Unix milliseconds: it is copied to workers that have an older one."""
+    os.utime(folder, ns=(plugged_at * 10**6,) * 2)
 
 
 def _refused(text: str) -> m.Status:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery
 from isthmus.cloud.nodes.node_worker import NodeWorker
 from isthmus.common.errors import ConnectionLostError, NotEnrolledError
 from isthmus.edge.client.link import connect
+from isthmus.emulator.package.intake import ADAPTER_FILES
 from isthmus.emulator.package.offered_files import adapter_prefix
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import STAGE_OPTIONS, ConnectionString
@@ -42,13 +43,16 @@ class FakePeers:
     def __init__(self, pin: Fingerprint, key: object) -> None:
         self.pin = pin
 
-    async def fetch(self, address: str, file_set: m.FileSet, folder: Path, wanted: Callable[[str], bool]) -> list[str]:
+    async def fetch_named(
+        self, address: str, file_set: m.FileSet, names: Iterable[str], folder: Path, most: int
+    ) -> list[str]:
+        assert most == FakeWorker.max_adapter_bytes
         FakePeers.going_on.wait(30)
         FakePeers.asked.append((address, file_set))
         if address in FakePeers.gone:
             raise ConnectionLostError("it is gone")
-        names = [f"{adapter_prefix(TENANT, at)}adapter_config.json" for at in (THEN, THEN + 1)]
-        taken = [name for name in names if wanted(name)]
+        there = [f"{adapter_prefix(TENANT, at)}adapter_config.json" for at in (THEN, THEN + 1)]
+        taken = [name for name in names if name in there]
         for name in taken:
             (folder / name).write_text(name)
         return taken
@@ -144,8 +148,9 @@ def test_a_worker_serves_edges_and_the_next_one_gets_model_and_adapters_from_it(
         package = tiny_package(tmp_path / "package", model)
         adapter = tuned(package, tmp_path / "adapter", on_package=False)
         tenant = Fingerprint.of(load_edge(tmp_path / "id").public_key().public_bytes_raw()).digest.hex()
-        expected = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in adapter.glob("adapter_*")}
-        first._worker.take_adapter(tenant, THEN, {path.name: path for path in adapter.glob("adapter_*")})
+        files = {path.name: path for path in adapter.iterdir() if path.name in ADAPTER_FILES}
+        expected = {name: hashlib.sha256(path.read_bytes()).digest() for name, path in files.items()}
+        first._worker.take_adapter(tenant, THEN, files)
 
         second = NodeWorker(dataclasses.replace(here, worker=without))
         line = f"{STAGE_OPTIONS} {format_public_key(ask(second).key, 'worker-1')}"

@@ -24,7 +24,8 @@ Offering = Callable[[FileStore], str]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_models, "LOOK_SECONDS", 0.0)
+    for name in ("LOOK_SECONDS", "PAUSE_SECONDS"):
+        monkeypatch.setattr(node_models, name, 0.0)
 
 
 @pytest.fixture
@@ -150,6 +151,19 @@ def test_what_came_before_a_fetch_was_cut_off_is_not_fetched_again(
     find_model(wanted, peers, lambda: (address,), lambda text: None)
     assert same_files(kept(node, wanted), model)
     assert set(asked) == {path.name for path in model.iterdir()} - {"model.safetensors"}
+
+
+def test_a_kept_model_that_is_damaged_is_fetched_anew(
+    wanted: NodeModel, peers: Peers, address: str, node: Path, model: Path, log: Callable[[], list[dict[str, object]]]
+) -> None:
+    find_model(wanted, peers, lambda: (address,), lambda text: None)
+    weights = kept(node, wanted) / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    assert find_model(wanted, peers, lambda: (address,), lambda text: None) == kept(node, wanted)
+    assert same_files(kept(node, wanted), model)
+    assert [line["event"] for line in log()].count("kept_model_damaged") == 1
 
 
 # By its name ----------------------------------------------------------------------------------------------------------

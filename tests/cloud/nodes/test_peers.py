@@ -29,6 +29,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import load_edge, load_issuer, load_worker, make_issuer
 
 WEIGHTS = "model.safetensors"
+Offering = Callable[[FileStore], str]
 
 
 @pytest.fixture
@@ -71,15 +72,51 @@ def test_what_is_here_whole_stays_and_what_is_damaged_is_fetched_again(
     damaged = bytearray((folder / WEIGHTS).read_bytes())
     damaged[-1] ^= 1
     (folder / WEIGHTS).write_bytes(damaged)
-    (folder / f".{WEIGHTS}.part").write_bytes(b"of a fetch that was cut off")
     fetch(peers, address, folder)
     assert files(folder) == files(model)
     assert {path.name for path in folder.iterdir() if path.stat().st_ino != inodes[path.name]} == {WEIGHTS}
 
 
-def test_a_worker_may_want_some_of_the_files(peers: Peers, address: str, folder: Path) -> None:
-    assert fetch(peers, address, folder, wanted=lambda name: name == "config.json") == ["config.json"]
-    assert set(files(folder)) == {"config.json"}
+def test_a_fetch_that_was_cut_off_goes_on_where_it_was(
+    peers: Peers, offering: Offering, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.protocol.messages.MAX_FILE_CHUNK", 4096)
+    store = LyingStore(model)
+    address = offering(store)
+    fetch(peers, address, folder)
+    whole = store.read_names.count(WEIGHTS)
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).unlink()
+    (folder / f".{WEIGHTS}.part").write_bytes(data[: 2 * 4096 + 1])
+    fetch(peers, address, folder)
+    assert files(folder) == files(model)
+    assert store.read_names.count(WEIGHTS) - whole == whole - 2
+
+
+def test_what_was_kept_of_another_file_is_found_out_and_fetched_anew(
+    peers: Peers, address: str, folder: Path, model: Path
+) -> None:
+    (folder / f".{WEIGHTS}.part").write_bytes(b"of another model")
+    with pytest.raises(RemoteProtocolError, match="arrived with another hash"):
+        fetch(peers, address, folder)
+    fetch(peers, address, folder)
+    assert files(folder) == files(model)
+
+
+def test_files_are_asked_for_by_name_where_a_list_would_be_too_long(
+    peers: Peers, address: str, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.protocol.messages.MAX_FILE_CHUNK", 4096)
+    names = ["config.json", "gone.json", WEIGHTS]
+    size = sum((model / name).stat().st_size for name in ("config.json", WEIGHTS))
+
+    def named(most: int) -> list[str]:
+        return asyncio.run(peers.fetch_named(address, m.FileSet.MODEL, names, folder, most))
+
+    with pytest.raises(RemoteProtocolError, match=f"offers {size} bytes: at most {size - 1} are taken"):
+        named(size - 1)
+    assert named(size) == ["config.json", WEIGHTS]
+    assert files(folder) == {name: (model / name).read_bytes() for name in ("config.json", WEIGHTS)}
 
 
 def test_a_worker_that_an_issuer_has_certified_is_fetched_from(
@@ -157,9 +194,6 @@ class LyingStore(FileStore):
         return self._chunks(blob) if name == WEIGHTS else blob
 
 
-Offering = Callable[[FileStore], str]
-
-
 @pytest.mark.parametrize("name", ["worker_key", "modeling.py", "authorized_edges", "model.safetensors.part"])
 def test_a_file_that_does_not_belong_is_refused_before_anything_is_fetched(
     peers: Peers, offering: Offering, folder: Path, model: Path, name: str
@@ -173,7 +207,6 @@ def test_a_file_that_does_not_belong_is_refused_before_anything_is_fetched(
         fetch(peers, address, folder)
     assert files(folder) == {}
     assert store.read_names == []
-    assert fetch(peers, address, folder, wanted=lambda each: each == "config.json") == ["config.json"]
 
 
 def flipped(blob: m.Blob) -> m.Blob:

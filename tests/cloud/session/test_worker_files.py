@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from support.cloud.packages import Owner
+from support.cloud.sessions import eventually
 from support.protocol.wire import TENANT
 
 from isthmus.backbone.checkpoints.sources import is_model_file
 from isthmus.cloud.engine.paused_calls import CallThreads
-from isthmus.cloud.session.file_store import FileStore
+from isthmus.cloud.session import file_store
+from isthmus.cloud.session.file_store import FileStore, HashedLater
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
-from isthmus.common.errors import DiskError
+from isthmus.common.errors import AdapterError, DiskError
+from isthmus.common.files import sha256_of
 from isthmus.emulator.package.offered_files import adapter_prefix, belongs
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
@@ -50,6 +55,18 @@ def brought(folder: Path) -> dict[str, Path]:
 def copied(owner: Owner, tmp_path: Path, method: str = "lora") -> dict[str, Path]:
     """The files of an adapter that may be moved away."""
     return brought(Path(shutil.copytree(owner.adapter(method), tmp_path / f"copy-of-{method}", dirs_exist_ok=True)))
+
+
+def plugged(store: AdapterStore, folder: Path) -> None:
+    """Have the tenant return an adapter."""
+    mine = store.of(TENANT)
+    entries = tuple(
+        m.FileEntry(name, path.stat().st_size, hashlib.sha256(path.read_bytes()).digest())
+        for name, path in brought(folder).items()
+    )
+    for entry in entries:
+        mine.put(m.Put(entry.name, 0, entry.size, entry.sha256, (folder / entry.name).read_bytes()))
+    assert mine.plug_in(m.PlugIn(entries)).code == m.StatusCode.OK
 
 
 def contents(files: FileStore | None) -> dict[str, bytes]:
@@ -126,6 +143,38 @@ def test_joined_stores_show_each_file_behind_its_prefix(tmp_path: Path) -> None:
     assert contents(FileStore.joined({})) == {}
 
 
+def test_a_large_store_is_hashed_once_and_meanwhile_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    go_on, hashed = threading.Event(), []
+
+    def slowly(path: Path) -> bytes:
+        hashed.append(path.name)
+        assert go_on.wait(30)
+        return sha256_of(path)
+
+    monkeypatch.setattr(file_store, "sha256_of", slowly)
+    store = HashedLater(tmp_path, m.FileSet.MODEL, seconds=0.01)
+    for _ in range(3):
+        answer = store()
+        assert isinstance(answer, m.Status)
+        assert answer.message == "the files are being hashed: ask again in a while"
+    go_on.set()
+    eventually(lambda: isinstance(store(), FileStore))
+    assert store() is store()
+    assert hashed == ["config.json"]
+
+
+def test_a_large_store_that_cannot_be_read_is_tried_again(tmp_path: Path) -> None:
+    folder = tmp_path / "later"
+    store = HashedLater(folder, m.FileSet.MODEL)
+    answer = store()
+    assert isinstance(answer, m.Status)
+    assert answer.message == "the files cannot be read; the cloud's owner has a log of it"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert isinstance(store(), FileStore)
+
+
 # Copies of adapters ---------------------------------------------------------------------------------------------------
 
 
@@ -152,15 +201,29 @@ def test_an_adapter_that_its_tenant_plugs_in_here_is_newer_than_a_copy(
     owner: Owner, store: AdapterStore, tmp_path: Path
 ) -> None:
     store.take(MINE, THEN, copied(owner, tmp_path))
-    mine, folder = store.of(TENANT), owner.adapter("bottleneck")
-    entries = tuple(
-        m.FileEntry(name, path.stat().st_size, hashlib.sha256(path.read_bytes()).digest())
-        for name, path in brought(folder).items()
-    )
-    for entry in entries:
-        mine.put(m.Put(entry.name, 0, entry.size, entry.sha256, (folder / entry.name).read_bytes()))
-    assert mine.plug_in(m.PlugIn(entries)).code == m.StatusCode.OK
+    plugged(store, owner.adapter("bottleneck"))
     assert store.held()[MINE] > THEN
+
+
+def test_an_adapter_is_newer_than_a_copy_from_a_machine_whose_clock_is_ahead(
+    owner: Owner, store: AdapterStore, tmp_path: Path
+) -> None:
+    ahead = time.time_ns() // 10**6 + 3_600_000
+    store.take(MINE, ahead, copied(owner, tmp_path))
+    plugged(store, owner.adapter("bottleneck"))
+    assert store.held()[MINE] == ahead + 1
+
+
+def test_a_copy_that_is_no_adapter_is_refused_and_the_older_one_stays(
+    owner: Owner, store: AdapterStore, tmp_path: Path
+) -> None:
+    store.take(MINE, THEN, copied(owner, tmp_path))
+    files = copied(owner, tmp_path, "bottleneck")
+    files["adapter_model.safetensors"].write_bytes(b"nonsense")
+    with pytest.raises(AdapterError):
+        store.take(MINE, THEN + 1, files)
+    assert store.held() == {MINE: THEN}
+    assert contents(store.of(TENANT).files()) == hashes(owner.adapter())
 
 
 def test_what_is_shared_is_what_is_plugged_in_of_every_tenant(

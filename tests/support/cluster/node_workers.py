@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,8 +71,7 @@ class FakeWorker:
         self.taken.append((tenant, plugged_at, {name: path.read_bytes() for name, path in files.items()}))
         self.held[tenant] = plugged_at
 
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run(work)
+    max_adapter_bytes = 1 << 20
 
     def metrics(self) -> bytes:
         return b"positions 0\n"
