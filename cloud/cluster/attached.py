@@ -34,7 +34,7 @@ from isthmus.cloud.cluster.worker_counts import forget_counts
 from isthmus.cloud.control.cluster import is_open
 from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, MethodError, find_actor
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
-from isthmus.cloud.control.serve_state import clear_state, write_state
+from isthmus.cloud.control.serve_state import STATE_FILE, clear_state, write_state
 from isthmus.cloud.control.stop_signals import stop_on_signals
 from isthmus.cloud.control.worker_specs import backbone_of, check_device, check_package
 from isthmus.cloud.home.home_lock import occupied
@@ -102,8 +102,7 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
     if options.connection_file is not None:
         write_atomic(options.connection_file, f"{connection}\n".encode())
     ready(connection)
-    if not cluster_options.detach:
-        watched.look_after(stop)
+    if not cluster_options.detach and watched.look_after(stop):
         console.print(_GOES_ON.format(name=cluster_options.name, address=cluster_options.address), highlight=False)
     watched.leave()
 
@@ -243,8 +242,11 @@ class _Watched:
             stop.wait(0.2)
         return None
 
-    def look_after(self, stop: threading.Event) -> None:
-        """Until `stop` is set: say what is wrong, and start the cloud again where its control store has lost it."""
+    def look_after(self, stop: threading.Event) -> bool:
+        """Say what is wrong, and start the cloud again where its control store has lost it.
+
+        Returns when `stop` is set, or somebody has stopped the cloud: True where the cloud goes on.
+        """
         answered = heard = time.monotonic()
         while not stop.wait(POLL_SECONDS):
             now = time.monotonic()
@@ -263,11 +265,20 @@ class _Watched:
                 answered = now
                 self._tell(state["faults"])
             except UnreachableError:
+                if self._was_stopped():
+                    self._console.print(f"the cloud {self._options.name} was stopped", highlight=False)
+                    return False
                 if now - answered > LOST_SECONDS:
                     log("controller_lost", logging.ERROR)
                     self._console.print("the controller does not answer: looking for it anew", highlight=False)
                     self._rejoin(stop)
                     answered = heard = time.monotonic()
+        return True
+
+    def _was_stopped(self) -> bool:
+        """Whether `isthmus cloud stop` has ended the cloud: it removes the file that says where the cloud serves."""
+        home = Path(self._spec.home)
+        return home.is_dir() and not (home / STATE_FILE).exists()
 
     def _tell(self, faults: Iterable[str]) -> None:
         current = list(faults)

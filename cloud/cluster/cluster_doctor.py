@@ -16,7 +16,7 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, ClusterSpec, controller_name
 from isthmus.cloud.cluster.issuing import enrolled_nodes
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, Node
-from isthmus.cloud.cluster.node_probe import NodeFacts, probe
+from isthmus.cloud.cluster.node_probe import NodeFacts, clock, probe
 from isthmus.cloud.cluster.trust import check_trust
 from isthmus.cloud.control.ray_cluster import ActorError, MethodError, find_actor
 from isthmus.common.errors import ConfigError, IsthmusError
@@ -27,7 +27,8 @@ PROBE_SECONDS = 120.0
 """For all nodes to answer: hashing a large model takes a minute."""
 ANSWER_SECONDS = 10.0
 MOST_SKEW = 5.0
-"""Seconds that a node's clock may be off: certificates and the age of adapters go by it."""
+"""Seconds that a node's clock may be off: certificates and the age of adapters go by it, which last for hours. NTP
+keeps a clock within a tenth of one."""
 SOON_DAYS = 7
 DAY = 86_400
 
@@ -93,7 +94,6 @@ def _findings(cluster: JoinedCluster, name: str, home: Path, model: str | None) 
         path, digest = str(checkpoint.folder), checkpoint.digest()
     elif spec is not None:
         path, digest = spec.worker.worker.checkpoint, spec.worker.digest
-    started = time.time()
     asked = [(node, cluster.run_on(node, probe, path if node.workers else "")) for node in nodes]
     deadline = time.monotonic() + PROBE_SECONDS
     here: NodeFacts = probe("")
@@ -109,16 +109,29 @@ def _findings(cluster: JoinedCluster, name: str, home: Path, model: str | None) 
         except ActorError as error:
             yield Finding(label, False, f"it does not answer ({error}): check its raylet and its ports")
             continue
-        yield from _node_findings(label, node, facts[label], here, (started, time.time()), home, digest)
+        yield from _node_findings(label, node, facts[label], here, home, digest)
+        yield from _clock_findings(label, cluster, node)
     if digest and takes and not any(each.digest == digest for each in facts.values()):
-        yield Finding(
-            "the model", model is None or _may_be_fetched(model),
-            f"no node that takes workers has it at {path}: copy it to one of them, and the others fetch it from there",
-        )  # fmt: skip
+        saved = spec is not None and spec.worker.worker.saved_span
+        remedy = (
+            f"it is a saved span, so put it on a path that all of them have at {path}"
+            if saved
+            else "they fetch it from the owner's machine, and then from each other"
+        )
+        yield Finding("the model", not saved, f"no node that takes workers has it at {path}: {remedy}")
 
 
-def _may_be_fetched(model: str) -> bool:
-    return not Path(model).expanduser().exists()
+def _clock_findings(label: str, cluster: JoinedCluster, node: Node) -> Iterator[Finding]:
+    """Whether a node's clock is right. Asked by itself, and last: the first task there starts a process."""
+    begun = time.time()
+    try:
+        there = cluster.run_on(node, clock).result(ANSWER_SECONDS)
+    except ActorError as error:
+        yield Finding(label, False, f"it does not tell its time ({error}): check its raylet")
+        return
+    off = max(begun - there, there - time.time(), 0.0)
+    if off > MOST_SKEW:
+        yield Finding(label, False, f"its clock is off by {off:.0f} s: set it by NTP")
 
 
 def _nodes_finding(nodes: Sequence[Node], takes: Sequence[Node]) -> Finding:
@@ -168,10 +181,10 @@ def _cloud_findings(name: str) -> Iterator[Finding | ClusterSpec]:
 
 
 def _node_findings(
-    label: str, node: Node, facts: NodeFacts, here: NodeFacts, between: tuple[float, float], home: Path, digest: str
+    label: str, node: Node, facts: NodeFacts, here: NodeFacts, home: Path, digest: str
 ) -> Iterator[Finding]:
     """What is wrong on a node, or one line that nothing is."""
-    wrong = [*_differences(facts, here), *_clock_fault(facts.clock, between)]
+    wrong = [*_differences(facts, here)]
     if node.workers:
         wrong += _key_faults(facts, home)
         if digest and facts.digest and facts.digest != digest:
@@ -182,7 +195,7 @@ def _node_findings(
         yield Finding(label, False, each)
     if not wrong:
         has = "; has the model" if digest and facts.digest == digest else ""
-        yield Finding(label, True, f"isthmus {facts.versions['isthmus']}, clock within {MOST_SKEW:g} s{has}")
+        yield Finding(label, True, f"isthmus {facts.versions['isthmus']}{has}")
     if facts.open_ports:
         ports = ", ".join(facts.open_ports)
         yield Finding(label, True, f"other machines can reach {ports}: only the cluster's own should, by a firewall")
@@ -197,13 +210,6 @@ def _differences(facts: NodeFacts, here: NodeFacts) -> Iterator[str]:
         yield f"Ray uses {has} there, and {own} here: set RAY_USE_TLS alike"
     if facts.token != here.token:
         yield "Ray's token authentication is not set as it is here: set RAY_AUTH_MODE alike"
-
-
-def _clock_fault(clock: float, between: tuple[float, float]) -> Iterator[str]:
-    begun, ended = between
-    off = max(begun - clock, clock - ended, 0.0)
-    if off > MOST_SKEW:
-        yield f"its clock is off by {off:.0f} s: set it by NTP"
 
 
 def _key_faults(facts: NodeFacts, home: Path) -> list[str]:

@@ -26,7 +26,6 @@ class NodeFacts:
 
     Attributes:
         versions: of Python and `PACKAGES`.
-        clock: its time, in Unix seconds.
         node_key: the node's raw public key; empty where it has none that can be used.
         key_fault: why not.
         tls: whether Ray uses TLS there, as its environment says.
@@ -34,11 +33,9 @@ class NodeFacts:
         tls_until: when Ray's TLS certificate there expires, in Unix seconds; None without one.
         open_ports: ports of Ray and of workers that other machines can reach: "process port".
         digest: of the model on the path that was asked about; "" where there is none.
-        free_bytes: of the disk with the node's folder.
     """
 
     versions: dict[str, str]
-    clock: float
     node_key: bytes
     key_fault: str
     tls: bool
@@ -46,7 +43,6 @@ class NodeFacts:
     tls_until: float | None
     open_ports: tuple[str, ...]
     digest: str
-    free_bytes: int
 
 
 def probe(model: str) -> NodeFacts:
@@ -59,7 +55,6 @@ def probe(model: str) -> NodeFacts:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return NodeFacts(
         {"python": platform.python_version(), **versions},
-        time.time(),
         key,
         fault,
         uses_tls(),
@@ -67,8 +62,12 @@ def probe(model: str) -> NodeFacts:
         _tls_until(),
         _open_ports(),
         _digest(model),
-        _free_bytes(),
     )
+
+
+def clock() -> float:
+    """This node's time, in Unix seconds."""
+    return time.time()
 
 
 def _tls_until() -> float | None:
@@ -108,11 +107,3 @@ def _digest(model: str) -> str:
         return Checkpoint(Path(model), "").digest()
     except IsthmusError as error:
         return f"unreadable ({error})"
-
-
-def _free_bytes() -> int:
-    home = node_home()
-    while not home.exists():
-        home = home.parent
-    status = os.statvfs(home)
-    return status.f_bavail * status.f_frsize

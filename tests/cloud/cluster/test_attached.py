@@ -71,6 +71,21 @@ def test_a_controller_that_is_lost_is_looked_for_anew(watched: Watched) -> None:
     assert "the controller does not answer: looking for it anew" in watched.said.getvalue()
 
 
+def test_a_cloud_that_somebody_has_stopped_is_not_started_again(watched: Watched) -> None:
+    first, stop = watched.ray.actor, Stop(10**6)
+
+    def then(look: int) -> None:
+        if look == 3:
+            watched.state.unlink()
+            first.kill()
+
+    stop.then = then
+    assert not watched.look_after(stop)
+    assert stop.look == 3
+    assert len(watched.ray.cluster.started) == 1
+    assert "the cloud cloud was stopped" in watched.said.getvalue()
+
+
 def test_a_signal_ends_the_wait_for_a_cluster(watched: Watched) -> None:
     watched.is_up, watched.ray.refusals = False, 10**9
     watched.look_after(Stop(40))
@@ -85,7 +100,7 @@ def test_a_cloud_is_attached_to_and_left(
     ray: Ray, watched: Watched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ray.controller.counts = (7, 7)  # as it was scaled to
-    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: None)
+    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: True)
     attached.attach("auto", "cloud")
     assert "the cloud cloud serves; Ctrl-C leaves it" in capsys.readouterr().err
     assert ray.left == 1

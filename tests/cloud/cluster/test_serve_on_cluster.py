@@ -68,8 +68,9 @@ def test_a_cloud_that_is_not_detached_is_looked_after_until_a_signal_and_goes_on
 ) -> None:
     looks: list[object] = []
 
-    def look_after(self: object, stop: object) -> None:
+    def look_after(self: object, stop: object) -> bool:
         looks.append(stop)
+        return True
 
     monkeypatch.setattr(attached._Watched, "look_after", look_after)
     serve(options, cluster=ClusterOptions("auto"))

@@ -132,15 +132,17 @@ class Watched:
         self.said = io.StringIO()
         worker = WorkerSpec("/models/tiny", "tiny", "2:2", "fp32", "", "", "node:7443", 1, 1, 1, "")
         node = NodeSpec("cloud", owner.pin.digest, worker, "", "tiny", "")
+        self.state = owner.folder / "serving.json"
+        self.state.write_text("{}")
         self.spec = ClusterSpec("cloud", str(owner.folder), node, 2, 4)
         patch.setattr(attached, "is_open", lambda address: self.is_up)
         joined = FakeJoined(ray, "auto")
         console = Console(file=self.said, width=200)
         self.watched = attached._Watched(joined, ClusterOptions("auto"), self.spec, console)
 
-    def look_after(self, stop: Stop) -> None:
+    def look_after(self, stop: Stop) -> bool:
         self._patch.setattr(attached, "time", SimpleNamespace(monotonic=lambda: stop.now))
-        self.watched.look_after(stop)
+        return self.watched.look_after(stop)
 
 
 def serve(options: ServeOptions, **changes: Any) -> ConnectionString:
