@@ -53,3 +53,8 @@ def lines(values: Mapping[str, object], width: int) -> Iterable[str]:
     """A line for each value, after its name in `width` columns."""
     for label, text in (labelled(name, value) for name, value in values.items()):
         yield f"{label:{width}} {text}"
+
+
+def bracketed(host: str) -> str:
+    """A host as it is written before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host

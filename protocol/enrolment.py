@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from isthmus.common.errors import ConfigError, KeyFileError, NotEnrolledError
+from isthmus.common.readable import bracketed
 from isthmus.protocol.limits import GIB, KIB, MIB
 from isthmus.protocol.secure.keyfiles import locked_folder, make_folder, read_text, replace_file
 from isthmus.protocol.secure.keys import Fingerprint, format_public_key, parse_public_key
@@ -318,4 +319,4 @@ def _place(text: str) -> tuple[str, int]:
 
 
 def _written(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{bracketed(host)}:{port}"

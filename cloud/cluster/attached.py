@@ -88,7 +88,7 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
         cluster = JoinedCluster(cluster_options.address)
         nodes = cluster.nodes()
         check_trust(nodes)
-        check_nodes(nodes, options.device)
+        check_nodes(nodes, autoscaled=cluster_options.autoscaled)
         spec = cluster_spec_of(options, cluster_options, backbone, issuer, nodes)
         stop = threading.Event()
         watched = _Watched(cluster, cluster_options, spec, console, fresh=True)

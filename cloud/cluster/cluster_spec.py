@@ -46,6 +46,7 @@ class ClusterSpec:
         metrics: host:port of /status and /metrics on the controller's node; "" for none.
         grace: seconds that calls in flight get when a worker is ended.
         hours: until a worker's certificate expires.
+        model_port: of the controller's node, where workers fetch the model; 0 for a free one.
         environment: variables of the workers' processes.
     """
 
@@ -60,6 +61,7 @@ class ClusterSpec:
     metrics: str = ""
     grace: float = 30.0
     hours: float = 24.0
+    model_port: int = 0
     environment: dict[str, str] = field(default_factory=dict)
 
     def is_inner(self, number: int) -> bool:

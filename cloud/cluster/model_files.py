@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec
 from isthmus.cloud.cluster.issuing import HOUR, IssuingOffice
 from isthmus.cloud.control.ray_cluster import node_address
+from isthmus.common.readable import bracketed
 from isthmus.protocol.enrolment import WORKERS_QUOTA_BYTES, WORKERS_QUOTA_SESSIONS, AuthorizedEdges, Quota, Tenant
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
@@ -36,7 +37,7 @@ class ModelFiles:
         self._identity: WorkerIdentity | None = None
 
     def start(self) -> str:
-        """Listen on a free port of this node's address; returns `host:port`, "" where the model is a saved span."""
+        """Listen on this node's address; returns `host:port`, "" where the model is a saved span."""
         worker = self._spec.worker.worker
         if worker.saved_span:
             return ""
@@ -52,9 +53,8 @@ class ModelFiles:
         )
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="model-files", daemon=True).start()
-        host = node_address()
-        own = f"[{host}]" if ":" in host else host
-        port = asyncio.run_coroutine_threadsafe(gateway.start(f"{own}:0"), loop).result()
+        own = bracketed(node_address())
+        port = asyncio.run_coroutine_threadsafe(gateway.start(f"{own}:{self._spec.model_port}"), loop).result()
         return f"{own}:{port}"
 
     def identity(self) -> WorkerIdentity:

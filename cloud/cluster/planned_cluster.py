@@ -21,6 +21,7 @@ from isthmus.cloud.control.worker_specs import Backbone, count_workers, worker_s
 from isthmus.cloud.engine.freed_memory import wiping
 from isthmus.cloud.nodes.node_worker import ANY_HOST, NODE_HOST, NodeSpec
 from isthmus.common.errors import ConfigError, KeyFileError
+from isthmus.common.readable import bracketed
 from isthmus.protocol.enrolment import MAX_PLACES, AuthorizedEdges, ConnectionString
 from isthmus.protocol.secure.keyfiles import check_folder
 from isthmus.protocol.secure.keys import ROOT_KEY, Issuer, load_issuer
@@ -77,13 +78,13 @@ def check_place(spec: ClusterSpec) -> None:
         )
 
 
-def check_nodes(nodes: Iterable[Node], device: str) -> None:
+def check_nodes(nodes: Iterable[Node], *, autoscaled: bool) -> None:
     """Check that some node takes workers, or may be added. Raises ConfigError."""
-    if not any(node.workers for node in nodes) and not os.environ.get("ISTHMUS_AUTOSCALED"):
+    if not any(node.workers for node in nodes) and not autoscaled:
         raise ConfigError(
             f"no node of the cluster takes workers: start those that should with `ray start --resources='{{"
-            f'"{RESOURCE}": N}}\'`, for N workers each (with an autoscaler that adds such nodes, set '
-            "ISTHMUS_AUTOSCALED=1)"
+            f'"{RESOURCE}": N}}\'`, for N workers each, or give --autoscaled '
+            "where an autoscaler adds them"
         )
 
 
@@ -108,7 +109,7 @@ def cluster_spec_of(
         backbone.checkpoint.digest(),
         _on_the_hub(options.model, backbone),
         parts,
-        _host(options.advertise),
+        bracketed((options.advertise or "").strip("[]")),
     )
     port = parse_address(options.listen)[1]
     stages = tuple(map(str, backbone.plan.cloud.cut(options.pipeline))) if options.pipeline > 1 else ()
@@ -120,10 +121,11 @@ def cluster_spec_of(
         most=count.most,
         stages=stages,
         claims=Claims(cluster.worker_memory, 1 if options.device == CUDA else 0, cluster.labels),
-        places=tuple(_place(node.address, port) for node in takes),
+        places=tuple(f"{bracketed(node.address)}:{port}" for node in takes),
         metrics=options.metrics,
         grace=options.grace,
         hours=cluster.certificate_hours,
+        model_port=cluster.model_port,
         environment=environment,
     )
 
@@ -140,18 +142,8 @@ def connection_of(options: ServeOptions, spec: ClusterSpec, issuer: Issuer, serv
     """The connection string: the workers that serve, and the other nodes, where a worker may come back."""
     port = parse_address(options.listen)[1]
     if options.advertise is not None:
-        found = [f"{_host(options.advertise)}:{port}"]
+        found = [f"{bracketed(options.advertise.strip('[]'))}:{port}"]
     else:
         found = list(dict.fromkeys((*serving, *spec.places)))[:MAX_PLACES]
     host, _, at = found[0].rpartition(":")
     return ConnectionString(host.strip("[]"), int(at), issuer.pin, others=tuple(found[1:]))
-
-
-def _host(advertise: str | None) -> str:
-    """A host for an address, an IPv6 one in brackets; "" where there is none."""
-    bare = (advertise or "").strip("[]")
-    return f"[{bare}]" if ":" in bare else bare
-
-
-def _place(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

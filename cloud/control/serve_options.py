@@ -34,6 +34,8 @@ class ClusterOptions:
         worker_memory: bytes that each worker claims of its node; 0 claims none.
         labels: labels that a worker's node must have, in the order of preference.
         certificate_hours: until a worker's certificate expires.
+        autoscaled: whether the cluster may have no node that takes workers yet.
+        model_port: of this machine, where workers fetch the model; 0 for a free one.
     """
 
     address: str
@@ -42,6 +44,8 @@ class ClusterOptions:
     worker_memory: int = 0
     labels: tuple[dict[str, str], ...] = ()
     certificate_hours: float = 24.0
+    autoscaled: bool = False
+    model_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)

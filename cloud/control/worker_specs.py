@@ -32,6 +32,7 @@ from isthmus.cloud.telemetry.logs import log_file
 from isthmus.common.errors import ConfigError, PackageError
 from isthmus.common.files import disk_errors, sha256_of
 from isthmus.common.ownership import private_folder
+from isthmus.common.readable import bracketed
 from isthmus.emulator.package.verification import check_package_fits, verified
 from isthmus.privacy.recording.file_names import PATTERN
 from isthmus.protocol.enrolment import WORKERS_QUOTA_BYTES, WORKERS_QUOTA_SESSIONS, Quota, add_line
@@ -304,5 +305,4 @@ def advertised_host(options: ServeOptions) -> str:
 
 def _address(host: str, listen: str) -> str:
     """The address of a worker that edges get."""
-    port = parse_address(listen)[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{bracketed(host)}:{parse_address(listen)[1]}"

@@ -29,6 +29,7 @@ from isthmus.cloud.nodes.worker_home import NEXT_STAGE, WorkerHome
 from isthmus.cloud.telemetry.logs import log, log_file, log_to
 from isthmus.common.errors import IsthmusError
 from isthmus.common.machine import threads_each, usable_cores
+from isthmus.common.readable import bracketed
 from isthmus.protocol.secure.keys import Fingerprint
 
 SETTLING = "starting"
@@ -77,7 +78,7 @@ class NodeWorker:
         self._spec, self._number = spec, spec.worker.number
         host, port = parse_address(spec.worker.listen)
         self._node = node_address()
-        own = f"[{self._node}]" if ":" in self._node else self._node
+        own = bracketed(self._node)
         own_port = port if spec.advertise else port + self._number
         self._listen = f"{host if host in ANY_HOST else own}:{own_port}"
         self._place = f"{own}:{own_port}"

@@ -190,8 +190,9 @@ def test_serve_with_an_address_is_on_a_cluster(served: Callable[..., ServeOption
     assert served("--address", "auto").cluster == ClusterOptions("auto")
     words = ["--address", "10.0.0.1:6379", "--name", "llama", "--detach", "--worker-memory", "8GiB"]
     labels = ["--node-labels", "zone=a,disk=ssd", "--node-labels", "zone=b"]
-    assert served(*words, *labels, "--certificate-hours", "2").cluster == ClusterOptions(
-        "10.0.0.1:6379", "llama", True, 8 << 30, ({"zone": "a", "disk": "ssd"}, {"zone": "b"}), 2.0
+    further = ["--certificate-hours", "2", "--autoscaled", "--model-port", "7400"]
+    assert served(*words, *labels, *further).cluster == ClusterOptions(
+        "10.0.0.1:6379", "llama", True, 8 << 30, ({"zone": "a", "disk": "ssd"}, {"zone": "b"}), 2.0, True, 7400
     )
 
 
@@ -203,6 +204,8 @@ def test_serve_with_an_address_is_on_a_cluster(served: Callable[..., ServeOption
         ("--worker-memory", "1GiB"),
         ("--node-labels", "zone=a"),
         ("--certificate-hours", "2"),
+        ("--autoscaled",),
+        ("--model-port", "7400"),
     ],
 )
 def test_options_of_a_cluster_need_its_address(served: Callable[..., ServeOptions], words: tuple[str, ...]) -> None:
@@ -244,5 +247,4 @@ def test_a_cloud_that_cannot_be_on_a_cluster_gives_one_line(
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
     refused(in_process(capsys, *on_nodes), 10, "crosses the network between them in the clear: set RAY_USE_TLS=1")
     nodes[:] = [Node("id1", "10.0.0.1", "head", 0, {})]
-    monkeypatch.delenv("ISTHMUS_AUTOSCALED", raising=False)
     refused(in_process(capsys, *on_nodes), 10, "no node of the cluster takes workers")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.cli import cloud_status_command
+from isthmus.cli import cloud_commands
 from isthmus.cloud.control import serve_state
 from isthmus.common.errors import ConfigError, UnreachableError
 
@@ -31,14 +31,14 @@ def test_watching_goes_on_until_ctrl_c(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(serve_state, "read_status", read)
-    monkeypatch.setattr(cloud_status_command.time, "sleep", sleep)
+    monkeypatch.setattr(cloud_commands.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
-        cloud_status_command.status(tmp_path, as_json=True, watch=True, every=2.0)
+        cloud_commands.status(tmp_path, as_json=True, watch=True, every=2.0)
     assert [json.loads(line)["look"] for line in capsys.readouterr().out.splitlines()] == [0, 1, 2]
     assert pauses == [2.0] * 3
     pauses.clear()
     with pytest.raises(KeyboardInterrupt):
-        cloud_status_command.status(tmp_path, as_json=False, watch=True, every=1.0)
+        cloud_commands.status(tmp_path, as_json=False, watch=True, every=1.0)
     assert "serving" in capsys.readouterr().out
 
 
@@ -55,11 +55,11 @@ def test_watching_outlasts_a_cloud_that_is_away(
         return {"state": "serving", "workers": []}
 
     monkeypatch.setattr(serve_state, "read_status", read)
-    monkeypatch.setattr(cloud_status_command.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(cloud_commands.time, "sleep", lambda _seconds: None)
     for as_json in (True, False):
         looks[:] = [True, False, True]
         with pytest.raises(KeyboardInterrupt):
-            cloud_status_command.status(tmp_path, as_json=as_json, watch=True, every=1.0)
+            cloud_commands.status(tmp_path, as_json=as_json, watch=True, every=1.0)
         told = capsys.readouterr().out
         if as_json:
             lines = [json.loads(line) for line in told.splitlines()]
@@ -67,7 +67,7 @@ def test_watching_outlasts_a_cloud_that_is_away(
             assert (lines[1]["error"], lines[1]["workers"]) == ("it is restarting", [])
         looks[:] = [False]
         with pytest.raises(UnreachableError):
-            cloud_status_command.status(tmp_path, as_json=as_json, watch=True, every=1.0)
+            cloud_commands.status(tmp_path, as_json=as_json, watch=True, every=1.0)
 
 
 @pytest.mark.parametrize(

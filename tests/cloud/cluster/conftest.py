@@ -30,7 +30,7 @@ def cloud(owner: OwnersFolder, clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
-    for name in ("RAY_USE_TLS", "RAY_AUTH_MODE", "ISTHMUS_AUTOSCALED"):
+    for name in ("RAY_USE_TLS", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     return Ray(monkeypatch)
 

@@ -24,11 +24,12 @@ def test_a_controller_is_told_all_that_workers_need(
     ray: Ray, options: ServeOptions, owner: OwnersFolder, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    cluster = ClusterOptions("auto", "llama", True, 1 << 30, ({"zone": "a"}, {"zone": "b"}), 2.0)
+    labels = ({"zone": "a"}, {"zone": "b"})
+    cluster = ClusterOptions("auto", "llama", True, 1 << 30, labels, 2.0, model_port=7400)
     serve(options, cluster=cluster, threads=3, wipe_freed=True, grace=7.0)
     spec: ClusterSpec = ray.cluster.actors["isthmus-llama-controller"].inner.spec
     assert (spec.cloud, spec.home, spec.least, spec.most) == ("llama", str(owner.folder), 2, 4)
-    assert (spec.grace, spec.hours, spec.stages) == (7.0, 2.0, ())
+    assert (spec.grace, spec.hours, spec.model_port, spec.stages) == (7.0, 2.0, 7400, ())
     assert spec.claims == Claims(1 << 30, 0, ({"zone": "a"}, {"zone": "b"}))
     assert spec.places == ("10.0.0.1:7443", "10.0.0.1:7443")
     worker = spec.worker
@@ -174,12 +175,10 @@ def test_several_nodes_without_tls_are_refused(
     assert serve(options).addresses[-1] == "10.0.0.5:7443"
 
 
-def test_nodes_that_take_no_workers_are_refused_unless_an_autoscaler_adds_some(
-    ray: Ray, options: ServeOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_that_take_no_workers_are_refused_unless_an_autoscaler_adds_some(ray: Ray, options: ServeOptions) -> None:
     ray.nodes = [NODES[2]]
     with pytest.raises(ConfigError, match=r"no node of the cluster takes workers: start .*--resources='\{\"isthmus\""):
         serve(options)
     assert ray.cluster.started == []
-    monkeypatch.setenv("ISTHMUS_AUTOSCALED", "1")
-    assert serve(options).addresses == ("10.0.0.2:7443", "10.0.0.1:7444")
+    autoscaled = ClusterOptions("auto", detach=True, autoscaled=True)
+    assert serve(options, cluster=autoscaled).addresses == ("10.0.0.2:7443", "10.0.0.1:7444")
