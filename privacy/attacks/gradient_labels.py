@@ -11,7 +11,9 @@ the uniform distribution, in a share that the attacker knows.
 position t of its output depends on positions up to t. So the gradient at the last position with a label is
 `J_tt^T u_t`, one of V directions, and that at an earlier one is the same and what comes of later labels. A list of
 candidates for each position is compared with what is left once the other positions' best candidates are taken off. This
-is repeated until what is left stays, after as many rounds as there are positions at most. A candidate counts by how
+is repeated until what is left stays, after as many rounds as there are positions at most. The lists go by directions
+whose lengths are estimated; a position that its list does not explain gets another one, by the exact directions of the
+whole vocabulary, which take a Jacobian. A candidate counts by how
 well it explains what is left, given the noise of defence and codec, and by p: where the noise drowns a gradient, it is
 small, so that p is sure of the label.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +36,17 @@ from isthmus.privacy.attacks.model_top import ModelTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
 
 LISTS = (16, 64, 256)
-"""Candidates for a position: the shortest list that held every label of the public texts is taken."""
+"""Candidates for a position: the shortest list that holds every label of the public texts is taken."""
 _PUBLIC_TEXTS = 4
 _SILENT = 0.99  # so many positions without a label stay below the threshold
 _NEIGHBOURS = 16  # public positions, of like norms, whose noise is averaged
 _ROUNDING = 1e-12  # the noise's power at least, of the gradient's
 _LISTINGS = 3  # lists are made anew of what is left; the gradient of later labels hides some at first
+_EXPLAINED = 0.9
+"""Of the public labels that lists give rightly, so many at least count as explained, and all that leave less of the
+gradient than half-way, on a scale of factors, from what right labels leave to what others do. For a position that is
+not explained the whole vocabulary is searched."""
+_COLUMNS = 64  # of a Jacobian, in one backward
 _AT_ONCE = 32  # positions whose norm's Jacobian is held
 _CANDIDATES = 8  # of each position in one backward; with 16 or 32 each takes as long
 _SETTLED = 1e-4  # of the gradient's norm, that a round changes at most where no further one is needed
@@ -122,10 +129,15 @@ class _LabelAttack:
                 )
             for row in _rows(forward, forward.output, backward.gradient):
                 tokens, cosines = self.match(row)
-                shows = (cosines > self.threshold) | self._label_places
-                within = shows.cumsum(0).bool() & shows.flip(0).cumsum(0).flip(0).bool()
-                labels.append(torch.where(within, tokens, UNKNOWN))
+                labels.append(tokens if self._label_places else torch.where(self._shown(cosines), tokens, UNKNOWN))
         return Guess((), self.listed, tuple(labels))
+
+    def _shown(self, cosines: Tensor, beside: int = 0) -> Tensor:
+        """Which positions are between the first and the last that shows a label, or so many beside them, `[S]`."""
+        places, shows = torch.arange(len(cosines)), (cosines > self.threshold).nonzero()
+        if not len(shows):
+            return torch.zeros_like(places, dtype=torch.bool)
+        return (places >= shows.min() - beside) & (places <= shows.max() + beside)
 
     @abstractmethod
     def match(self, row: Row) -> tuple[Tensor, Tensor]:
@@ -151,56 +163,106 @@ class ExactLabels(_LabelAttack):
     knows: ClassVar[str] = "the head and the top layers, or base weights near them; public texts"
 
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
-        """Take the shortest lists that hold all labels of the public texts, or the longest ones; set the threshold."""
+        """Take the shortest lists that hold all labels of the public texts, or the longest ones; set the thresholds."""
         self.threshold = 0.0
         self._noise = _Noise(public)
         labels = torch.cat([each.labels for each in public])
         for self._listed in LISTS:
-            matched = [self._match(each.row) for each in public]
+            self._explained = float("inf")
+            plain = [self._match(each.row, each.labels != UNKNOWN) for each in public]
+            right = torch.cat([each.tokens for each in plain]) == labels
+            if right.any():
+                own, others = (
+                    torch.cat(each)[right] for each in zip(*((e.unexplained, e.others) for e in plain), strict=True)
+                )
+                self._explained = float(max(own.quantile(_EXPLAINED), (own.median() * others.median()).sqrt()))
+            matched = [self._match(each.row, each.labels != UNKNOWN) for each in public]
             self.listed = tuple(
-                (lists == each.labels[:, None]).any(1)[each.labels != UNKNOWN].float()
-                for each, (lists, _, _) in zip(public, matched, strict=True)
+                (found.lists == each.labels[:, None]).any(1)[each.labels != UNKNOWN].float()
+                for each, found in zip(public, matched, strict=True)
             )
             if torch.cat(self.listed).all():
                 break
-        self._set_threshold(torch.cat([cosines for _, _, cosines in matched]), labels)
+        self._set_threshold(torch.cat([each.cosines for each in matched]), labels)
 
     def match(self, row: Row) -> tuple[Tensor, Tensor]:
         """See `_LabelAttack`."""
-        lists, best, cosines = self._match(row)
-        return lists.gather(1, best[:, None])[:, 0], cosines
+        found = self._match(row)
+        return found.tokens, found.cosines
 
-    def _match(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates of each position `[S, candidates]`, the best one's place among them, and its cosine, `[S]`."""
-        top, head = _RowTop(self._top, row, self._smoothing), self._top.head
-        gradient, places = row.gradient[0], torch.arange(row.gradient.shape[1])
+    def _match(self, row: Row, labelled: Tensor | None = None) -> _Matched:
+        """The best candidate of each position, first of lists that are made by a bound, then of exact ones.
+
+        Args:
+            labelled: Where labels are, `[S]`; None for where they show, or beside that.
+        """
+        top, gradient = _RowTop(self._top, row, self._smoothing), row.gradient[0]
         twice, left = 2 * self._noise.power(gradient)[:, None], gradient
         for _ in range(_LISTINGS):
             along = top.along(left)
-            lists = (along.abs() * along / twice + top.prior).topk(min(self._listed, len(head))).indices
-            prior = top.prior.gather(1, lists)
-            directions = top.drawn(lists)
+            lists = (along.abs() * along / twice + top.prior).topk(min(self._listed, top.size)).indices
             listed_of = left
-            for _ in range(len(lists)):
-                cosines = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY)
-                power = left.double().square().sum(-1, keepdim=True)
-                best = (cosines.abs() * cosines * power / twice + prior).argmax(-1)
-                cosines, chosen = cosines[places, best], directions[places, best]
-                scales = (left * chosen).sum(-1) / chosen.square().sum(-1).clamp_min(_TINY)
-                scales = scales.where(cosines > self.threshold, 0)[:, None]
-                together = top.drawn_together(lists[places, best], scales)
-                before, left = left, gradient - (together - scales * chosen)  # without what later labels give
-                if (left - before).norm() <= _SETTLED * gradient.norm():
-                    break
+            found = self._chosen(top, gradient, lists, left, twice)
+            left = found.left
             if (left - listed_of).norm() <= _SETTLED * gradient.norm():
                 break
-        return lists, best, cosines
+        searched = torch.zeros(len(gradient), dtype=torch.bool)
+        for _ in range(len(gradient)):
+            where = self._shown(found.cosines, beside=1) if labelled is None else labelled
+            due = (where & ~searched & (found.unexplained > self._explained)).nonzero()
+            if not len(due):
+                break
+            place = int(due.max())  # the last one first: its label hides those before it
+            searched[place] = True
+            lists = found.lists.clone()
+            lists[place] = top.nearest(place, found.left, twice, lists.shape[1])
+            found = self._chosen(top, gradient, lists, found.left, twice)
+        return found
+
+    def _chosen(self, top: _RowTop, gradient: Tensor, lists: Tensor, left: Tensor, twice: Tensor) -> _Matched:
+        """The best candidates of lists `[S, candidates]`, for what is `left` of the gradient without later labels."""
+        places = torch.arange(len(gradient))
+        prior, directions = top.prior.gather(1, lists), top.drawn(lists)
+        for _ in range(len(lists)):
+            cosines = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY)
+            power = left.double().square().sum(-1, keepdim=True)
+            best = (cosines.abs() * cosines * power / twice + prior).argmax(-1)
+            others = 1 - cosines.double().scatter(1, best[:, None], 0).square().max(1).values
+            cosines, chosen = cosines[places, best], directions[places, best]
+            scales = (left * chosen).sum(-1) / chosen.square().sum(-1).clamp_min(_TINY)
+            scales = scales.where(cosines > self.threshold, 0)[:, None]
+            together = top.drawn_together(lists[places, best], scales)
+            before, left = left, gradient - (together - scales * chosen)  # without what later labels give
+            if (left - before).norm() <= _SETTLED * gradient.norm():
+                break
+        return _Matched(lists, lists[places, best], cosines, 1 - cosines.double().square(), others, left)
+
+
+class _Matched(NamedTuple):
+    """What a row's gradient was matched with.
+
+    Attributes:
+        lists: The candidates of each position, `[S, candidates]`.
+        tokens: The best of each, `[S]`.
+        cosines: What speaks for it, `[S]`.
+        unexplained: The share of the gradient's power that it leaves, `[S]`.
+        others: The share that the others leave at least, `[S]`.
+        left: The gradient without what later labels give, `[S, h]`.
+    """
+
+    lists: Tensor
+    tokens: Tensor
+    cosines: Tensor
+    unexplained: Tensor
+    others: Tensor
+    left: Tensor
 
 
 class _RowTop:
     """The top at a row: what the gradients of labels become on their way through it."""
 
     def __init__(self, top: ModelTop, row: Row, smoothing: float) -> None:
+        self._top, self._row = top, row
         self._head = head = top.head
         self._output = row.output.detach().requires_grad_()
         states = top.through(self._output, row.mask, row.positions)
@@ -221,6 +283,11 @@ class _RowTop:
         squares = squares + self._slopes.square() * (scales @ head.square().T)
         self._lengths = squares.clamp_min(_TINY).sqrt()
 
+    @property
+    def size(self) -> int:
+        """Of the vocabulary."""
+        return len(self._head)
+
     def direction(self, tokens: Tensor) -> Tensor:
         """Of the loss's gradient where the head reads, `[S, width]`, with the labels `[S]`."""
         return self._means - self._slopes.gather(1, tokens[:, None]) * self._head[tokens]
@@ -237,6 +304,28 @@ class _RowTop:
             (own,) = torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True, is_grads_batched=True)
             parts.append(own[:, 0])
         return torch.cat(parts).transpose(0, 1)
+
+    def nearest(self, place: int, gradient: Tensor, twice: Tensor, count: int) -> Tensor:
+        """The best `count` tokens of the whole vocabulary at a position, by the exact directions, the best first.
+
+        Args:
+            gradient: `[S, h]`.
+            twice: Twice the noise's power in each number, `[S, 1]`.
+        """
+        row = self._row
+        own, states = self._top.alone(self._output, row.mask, row.positions, torch.tensor([place]))
+        read = self._top.tail(states)[0]
+        parts = []
+        for chunk in torch.split(torch.eye(read.shape[1]), _COLUMNS):
+            given = chunk[:, None].to(read)
+            (columns,) = torch.autograd.grad(read, own, given, retain_graph=True, is_grads_batched=True)
+            parts.append(columns[:, 0, 0])
+        jacobian = torch.cat(parts)  # [width, h]
+        directions = self._means[place] - self._slopes[place][:, None] * self._head
+        drawn = directions.to(jacobian) @ jacobian
+        along = ((drawn @ gradient[place]) / drawn.norm(dim=-1).clamp_min(_TINY)).double()
+        scores: Tensor = along.abs() * along / twice[place] + self.prior[place]
+        return scores.topk(count).indices
 
     def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
         """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""

@@ -72,7 +72,9 @@ class ModelTop:
         states: Tensor = output.last_hidden_state
         return states
 
-    def alone(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def alone(
+        self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the layers so that each position's result depends on its own state alone; the others are constants.
 
         The keys and values of the sequence are computed first, without a graph. Each position then runs once more, and
@@ -81,26 +83,31 @@ class ModelTop:
 
         Args:
             hidden, mask, positions: As for `through`.
+            places: The positions that are wanted, `[p]`; None for all.
 
         Returns:
-            The states that the result depends on, `[1, S, h]`, and what comes out of the last layer, `[1, S, h]`.
+            The states that the result depends on, `[1, p, h]`, and what comes out of the last layer, `[1, p, h]`.
         """
         length = hidden.shape[1]
-        own = hidden.detach().clone().requires_grad_()
-        places = torch.arange(length)
-        counted = places[None] if positions is None else positions
+        everywhere = torch.arange(length)
+        places = everywhere if places is None else places
+        own = hidden.detach()[:, places].clone().requires_grad_()
+        counted = everywhere[None] if positions is None else positions
         before = torch.ones(length, length, dtype=torch.bool).tril(-1)
         if mask is not None:
             before &= mask.bool()
         itself = torch.eye(length, dtype=torch.bool)
         cache = DynamicCache()  # without windows: the masks say what is seen
         with torch.no_grad():
-            self._run_cached(cache, hidden, counted, before | itself, places)
+            self._run_cached(cache, hidden, counted, before | itself, (everywhere, everywhere))
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative, with which the Jacobian multiplies
-            return own, self._run_cached(cache, own, counted, torch.cat([before, itself], 1), places.repeat(2))
+            sees = torch.cat([before, itself[:, places]], 1)[places]
+            return own, self._run_cached(
+                cache, own, counted[:, places], sees, (places, torch.cat([everywhere, places]))
+            )
 
     def _run_cached(
-        self, cache: DynamicCache, states: Tensor, positions: Tensor, sees: Tensor, key_places: Tensor
+        self, cache: DynamicCache, states: Tensor, positions: Tensor, sees: Tensor, places: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Run the layers after what a cache holds, `c` positions, and append the keys and values to it.
 
@@ -108,7 +115,7 @@ class ModelTop:
             states: `[1, S, h]`.
             positions: Their ids, `[1, S]`.
             sees: Which of the cached positions and of themselves they see where there is no window, `[S, c + S]`.
-            key_places: The places of these in the sequence, `[c + S]`.
+            places: Of these positions in the sequence, `[S]`, and of those that they see, `[c + S]`.
 
         Returns:
             What comes out of the last layer, `[1, S, h]`.
@@ -116,7 +123,7 @@ class ModelTop:
         self._given.states = states
         output = self._base(
             input_ids=torch.zeros(states.shape[:2], dtype=torch.long),
-            attention_mask=self._masks(sees, key_places),
+            attention_mask=self._masks(sees, *places),
             position_ids=positions,
             cache=cache,
             use_cache=True,
@@ -124,9 +131,9 @@ class ModelTop:
         last: Tensor = output.last_hidden_state
         return last
 
-    def _masks(self, sees: Tensor, key_places: Tensor) -> Any:
+    def _masks(self, sees: Tensor, own_places: Tensor, key_places: Tensor) -> Any:
         """What a base model takes for which position sees which: for each kind of layer within its window."""
-        distance = torch.arange(len(sees))[:, None] - key_places[None]
+        distance = own_places[:, None] - key_places[None]
         lowest = torch.finfo(torch.float32).min
         masks = {
             window: torch.zeros(1, 1, *sees.shape).masked_fill(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import DataError
+from isthmus.privacy.attacks import gradient_labels
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, _RowTop, labelled_row
@@ -25,11 +26,11 @@ LENGTH, START = 12, 5
 FAMILIES = ("llama", "qwen2_sliding", "gemma2", "gpt2", "opt_projected")
 
 
-def knowing(model: Any, plan: str = "2:2", codec: str = "fp32") -> Knowledge:
+def knowing(model: Any, plan: str = "2:2", codec: str = "fp32", public: int = 2) -> Knowledge:
     random = torch.Generator().manual_seed(1)
-    public = tuple(torch.randint(3, VOCAB, (LENGTH,), generator=random) for _ in range(2))
+    texts = tuple(torch.randint(3, VOCAB, (LENGTH,), generator=random) for _ in range(public))
     split = SplitPlan.parse(plan, N_LAYERS)
-    return Knowledge(model, tiny_tokenizer(), split, Front(model, split.bottom), public, codec)
+    return Knowledge(model, tiny_tokenizer(), split, Front(model, split.bottom), texts, codec)
 
 
 def sent(knowledge: Knowledge, rows: int = 3, texts: Tensor | None = None) -> tuple[Traffic, list[Tensor]]:
@@ -76,6 +77,40 @@ def test_candidates_that_go_back_together_give_what_each_gives_alone(family: str
     assert not torch.allclose(drawn[:, 0], drawn[:, 1])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_vocabulary_is_searched_by_the_directions_that_candidates_have(family: str) -> None:
+    knowledge = knowing(tiny_model(family))
+    labelled = labelled_row(knowledge, knowledge.public[0], START)
+    top, places = _RowTop(ModelTop(knowledge.model, knowledge.plan), labelled.row, 0.0), [START, LENGTH - 2]
+    twice, gradient = torch.full((LENGTH, 1), 1e-9), labelled.row.gradient[0]
+    found = torch.stack([top.nearest(place, gradient, twice, VOCAB) for place in places])
+    drawn = top.drawn(torch.arange(VOCAB).expand(LENGTH, -1))[places]
+    along = torch.cosine_similarity(gradient[places][:, None], drawn, dim=-1).double()
+    power = gradient[places].double().square().sum(-1, keepdim=True)
+    scores = along.abs() * along * power / twice[places] + top.prior[places]
+    torch.testing.assert_close(scores.gather(1, found), scores.sort(descending=True).values, rtol=1e-3, atol=1e-3)
+    assert found[1, 0] == labelled.labels[LENGTH - 2]  # of the last label nothing is hidden
+
+
+def test_a_label_that_is_in_no_list_is_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = _RowTop.along
+
+    def along(top: _RowTop, gradient: Tensor) -> Tensor:
+        found = honest(top, gradient)
+        found[::2] = torch.rand(found[::2].shape, generator=torch.Generator().manual_seed(3)).double()
+        return found
+
+    monkeypatch.setattr(gradient_labels, "LISTS", (1,))
+    knowledge = knowing(tiny_model("llama"))
+    traffic, labels = sent(knowledge)
+    assert accuracy(ExactLabels(), knowledge, traffic, labels) == 1
+    monkeypatch.setattr(_RowTop, "along", along)
+    found = accuracy(ExactLabels(), knowledge, traffic, labels)
+    monkeypatch.setattr(_RowTop, "nearest", lambda top, place, *_: torch.zeros(1, dtype=torch.long))
+    assert found == 1
+    assert accuracy(ExactLabels(), knowledge, traffic, labels) < 0.7
+
+
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 def test_a_coarse_wire_hides_few_labels(codec: str) -> None:
     knowledge = knowing(tiny_model("llama"), codec=codec)
@@ -90,7 +125,7 @@ def test_most_labels_come_out_of_the_gradient_as_it_is() -> None:
 
 
 def test_positions_without_a_label_are_mostly_left_alone() -> None:
-    knowledge = knowing(tiny_model("llama"))
+    knowledge = knowing(tiny_model("llama"), public=4)
     traffic, labels = sent(knowledge)
     attack = ExactLabels()
     attack.prepare(knowledge)
