@@ -2,174 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Final
 
 import psutil
 
-from isthmus.common.errors import IsthmusError, UnreachableError
-from isthmus.experiments.rigs.cluster.cluster_cloud import ClusterCloud
-from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished, run_options
-from isthmus.experiments.rigs.cluster.machine_pool import (
-    HEAD_ID,
-    HEAD_TYPE,
-    SCALING,
-    WORKER_TYPE,
-    Provisioner,
-    autoscaling_config,
-)
-from isthmus.experiments.rigs.cluster.net_machines import Machine, Machines
-from isthmus.experiments.rigs.cluster.packets import Packets
-from isthmus.experiments.rigs.cluster.ray_nodes import FAST_SETTINGS, RayCluster
+from isthmus.common.errors import IsthmusError
+from isthmus.experiments.rigs.cluster.cluster_world import Shape, World
+from isthmus.experiments.rigs.cluster.edge_runs import Finished
+from isthmus.experiments.rigs.cluster.machine_pool import WORKER_TYPE, Provisioner
+from isthmus.experiments.rigs.cluster.machine_processes import end_ray, has_ray, outer_pid
+from isthmus.experiments.rigs.cluster.net_machines import Machine
+from isthmus.protocol.enrolment import ConnectionString
 
-WORKERS_EACH: Final = 4
-"""Workers that each machine takes."""
-CUT_SECONDS, HEAD_SECONDS = 8.0, 10.0
-BACK_SECONDS = 120.0
-"""For a worker, or a machine, to be there again."""
-OWNER, HEAD, FIRST, SECOND = "owner", "head", "first", "second"
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What all cases have in common.
-
-    Attributes:
-        model: folder of the model, which the machine `second` does not see.
-        data: the edge's texts.
-        layers: the split plan.
-        steps: of each run.
-        at: the step after which something happens.
-        threads: of workers and edges.
-    """
-
-    model: Path
-    data: Path
-    layers: str
-    steps: int
-    at: int
-    threads: int
-
-
-class World:
-    """Machines with a Ray cluster and a cloud that is yet to serve.
-
-    Attributes:
-        setting: see there.
-        machines: by name: the owner's, the head, two that take workers.
-        ray: the cluster.
-        cloud: on it.
-        key: the edge's.
-    """
-
-    def __init__(self, setting: Setting, machines: Machines, ray: RayCluster, cloud: ClusterCloud, key: Path) -> None:
-        self.setting, self.machines, self.ray, self.cloud, self.key = setting, machines, ray, cloud, key
-        self._runs = 0
-        self._packets: Packets | None = None
-
-    def start_node(self, machine: Machine) -> None:
-        """Switch a machine on, and start its Ray."""
-        takes = machine.name in (FIRST, SECOND)
-        self.machines.switch_on(machine, [self.setting.model.parent] if machine.name == SECOND else [])
-        self.ray.start(machine, WORKERS_EACH if takes else 0)
-
-    def watch_packets(self) -> None:
-        """Write down all that crosses from now on."""
-        self._packets = Packets(self.machines, self.machines.root / "packets.bin").__enter__()
-
-    def end_packets(self) -> Packets:
-        """Write down no more. Raises IsthmusError where nothing was written down."""
-        if self._packets is None:
-            raise IsthmusError("no packets were written down")
-        self._packets.__exit__()
-        return self._packets
-
-    def start_head(self, most: int = 0) -> None:
-        """Switch the head on, with an autoscaler where it may have up to `most` machines."""
-        head = self.ray.head
-        if not most:
-            self.start_node(head)
-            return
-        folder = head.folder / "autoscaler"
-        folder.mkdir(mode=0o700)
-        config = head.folder / "autoscaling.json"
-        config.write_text(json.dumps(autoscaling_config(folder, most, 1)))
-        self.machines.switch_on(head)
-        names = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_NODE_TYPE_NAME": HEAD_TYPE}
-        self.ray.start(head, options=[f"--autoscaling-config={config}"], settings=names)
-
-    @contextlib.contextmanager
-    def edge(self) -> Iterator[EdgeRun]:
-        """A run of the edge on the owner's machine."""
-        self._runs += 1
-        setting, owner = self.setting, self.cloud.owner
-        options = run_options(self.cloud.connection, self.key, setting.data, setting.steps, setting.threads)
-        out = owner.folder / f"run-{self._runs}"
-        with EdgeRun(owner, self.ray.environment(owner), out, options) as run:
-            yield run
-
-    def wait(self, what: str, holds: Callable[[], bool], seconds: float = BACK_SECONDS) -> float:
-        """Wait until something holds; returns the seconds that it took. Raises UnreachableError."""
-        begun = time.monotonic()
-        while True:
-            with contextlib.suppress(IsthmusError):
-                if holds():
-                    return time.monotonic() - begun
-            if time.monotonic() - begun > seconds:
-                raise UnreachableError(f"{what}: not within {seconds:.0f} s")
-            time.sleep(0.2)
-
-    def serves(self, number: int) -> bool:
-        """Whether a worker serves now."""
-        return self.cloud.workers().get(number, {}).get("state") == "serving"
-
-    def place_of(self, number: int) -> tuple[str, int]:
-        """Where a worker is, and the process that it is there."""
-        worker = self.cloud.workers().get(number, {})
-        return str(worker.get("address", "")), int(worker.get("pid", 0))
-
-    def session_machine(self) -> Machine:
-        """Where the edge's session is. Raises IsthmusError where there is none."""
-        for number, worker in self.cloud.workers().items():
-            if worker.get("sessions"):
-                return self.cloud.machine_of(number)
-        raise IsthmusError("no worker has a session")
-
-
-@contextlib.contextmanager
-def world(setting: Setting, root: Path, case: str) -> Iterator[World]:
-    """Machines that are on, in one Ray cluster, with keys. All of it is gone behind the context.
-
-    Args:
-        setting: see there.
-        root: folder for it, new.
-        case: name of the case, for which the control store has a disk, packets are written down, or Ray has an
-            autoscaler that switches machines on.
-    """
-    autoscaled = case in AUTOSCALED
-    with Machines(root) as machines:
-        owner, head, first, second = (machines.add(name) for name in (OWNER, HEAD, FIRST, SECOND))
-        ray = RayCluster(
-            head, storage=case in WITH_STORAGE, settings={**FAST_SETTINGS, **(SCALING if autoscaled else {})}
-        )
-        cloud = ClusterCloud(machines, owner, ray, setting.model, setting.layers, setting.threads)
-        cloud.make_keys([first, second])
-        made = World(setting, machines, ray, cloud, cloud.enroll_edge("edge"))
-        if case in WATCHED:
-            made.watch_packets()
-        made.start_head(most=2 if autoscaled else 0)
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(made.start_node, (owner,) if autoscaled else (owner, first, second)))
-        yield made
-
-
-# Cases ----------------------------------------------------------------------------------------------------------------
+HEAD_SECONDS, LONG_HEAD_SECONDS = 10.0, 90.0
+"""For which the head is away; the second is more than Ray's processes wait for it by default (60)."""
+LONG_RUN_SECONDS: Final = LONG_HEAD_SECONDS + 30.0
+"""For which an edge trains where a usual run would end before the case has."""
+LONG_WAIT: Final = {"RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
+"""Of all nodes: how long Ray's processes wait for the head."""
+DATAGRAMS: Final = 10
+"""That are sent each way to see whether a link carries them."""
+SHORT_STEPS: Final = 4
+"""Of a run that shows that a worker answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,38 +37,53 @@ class Happened:
     """What a case has shown.
 
     Attributes:
-        run: the edge's, which went through it.
-        recovery: seconds until all was well: what the edge lost, where it lost something, and else what the case says.
+        runs: of the edges that went through it.
         more: further figures.
     """
 
-    run: Finished
-    recovery: float
+    runs: list[Finished]
     more: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A case.
+
+    Attributes:
+        happens: what happens; it stops the cloud in the end, and leaves machines and Ray on.
+        shape: of its world.
+        at_most: seconds that an edge may lose; None where nothing is promised.
+        seconds: for which an edge has to train, from the step at which something happens; 0 for the setting's steps.
+
+    `happens` raises IsthmusError where what should happen did not, or the cloud does not come back.
+    """
+
+    happens: Callable[[World], Happened]
+    shape: Shape = dataclasses.field(default_factory=Shape)
+    at_most: float | None = None
+    seconds: float = 0.0
+
+
 def two_nodes(world: World) -> Happened:
-    """An edge trains over two machines' workers; another machine has fetched the model from the first."""
-    with world.cloud.serving("--workers", "2"), world.edge() as run:
-        machines = {world.cloud.machine_of(number).name for number in (0, 1)}
-        done = run.finish()
-        return Happened(done, done.lost, {"machines": sorted(machines)})
+    """Two edges train at once, over two machines' workers; one machine has fetched the model from the owner's."""
+    with world.cloud.serving("--workers", "2"), world.edge() as one, world.edge() as other:
+        runs = [one.finish(), other.finish()]
+        answered = {machine.name: world.calls_on(machine) for machine in world.takers}
+    if not all(answered.values()):
+        raise IsthmusError(f"the edges' calls were answered on one machine alone: {answered}")
+    return Happened(runs, {"calls_answered": answered})
 
 
 def worker_killed(world: World) -> Happened:
     """The power of the machine that has the edge's session is cut; a second worker is up elsewhere."""
-    with world.cloud.serving("--workers", "2"):
-        with world.edge() as run:
-            run.wait_for_step(world.setting.at)
-            machine = world.session_machine()
-            (number,) = (each for each in (0, 1) if world.cloud.machine_of(each) is machine)
-            before = world.place_of(number)
-            machine.cut_power()
-            back = world.wait(
-                "the worker, elsewhere", lambda: world.serves(number) and world.place_of(number) != before
-            )
-            done = run.finish()
-        return Happened(done, done.lost, {"worker_back_s": round(back, 1), "killed": machine.name})
+    with world.cloud.serving("--workers", "2"), world.edge() as run:
+        run.wait_for_step(world.setting.at)
+        number = world.session_worker()
+        machine, before = world.cloud.machine_of(number), world.place_of(number)
+        machine.cut_power()
+        run.check_trains("the machine lost its power")
+        back = world.wait("the worker, elsewhere", lambda: world.serves(number) and world.place_of(number) != before)
+        return Happened([run.finish()], {"worker_back_s": round(back, 1), "killed": machine.name})
 
 
 def stage_killed(world: World) -> Happened:
@@ -217,155 +92,163 @@ def stage_killed(world: World) -> Happened:
         run.wait_for_step(world.setting.at)
         machine = world.cloud.machine_of(1)
         machine.cut_power()
+        run.check_trains("the machine lost its power")
         done = run.finish()
-        return Happened(done, done.lost, {"killed": machine.name, "now_on": world.cloud.machine_of(1).name})
+        return Happened([done], {"killed": machine.name, "now_on": world.cloud.machine_of(1).name})
 
 
 def link_cut(world: World) -> Happened:
-    """The link of the machine that has the edge's session loses all packets for a while, and heals."""
-    with world.cloud.serving("--workers", "2"), world.edge() as run:
-        run.wait_for_step(world.setting.at)
-        machine = world.session_machine()
-        with world.machines.link_cut(machine):
-            time.sleep(CUT_SECONDS)
-        done = run.finish()
-        return Happened(done, done.lost, {"cut": machine.name, "cut_s": CUT_SECONDS})
+    """The link of the machine that has the edge's session loses all packets until Ray gives the machine up, and heals.
 
-
-def head_killed(world: World) -> Happened:
-    """The head's power is cut for ten seconds, its control store is on its disk; a worker is killed meanwhile."""
-    cloud = world.cloud
+    The machine then joins with a new Ray, a third worker has room on it alone, and an edge trains over that one.
+    """
+    cloud, (first, second) = world.cloud, world.takers
     with cloud.serving("--workers", "2"), world.edge() as run:
         run.wait_for_step(world.setting.at)
-        busy = world.session_machine()
-        idle = next(number for number in (0, 1) if cloud.machine_of(number) is not busy)
+        number = world.session_worker()
+        machine = cloud.machine_of(number)
+        other = second if machine is first else first
+        (elsewhere,) = (each for each in (0, 1) if each != number)
+        if _lost(world, machine):
+            raise IsthmusError(f"the link of {machine.name} loses packets before it is cut")
+        with world.machines.link_cut(machine):
+            cut = time.monotonic()
+            lost = _lost(world, machine)
+            if lost != 2 * DATAGRAMS:
+                raise IsthmusError(f"the link of {machine.name} is cut, and lost {lost} of {2 * DATAGRAMS} datagrams")
+            world.wait("the edge's session, elsewhere", lambda: bool(cloud.workers()[elsewhere].get("sessions")))
+            run.wait_for_step(run.steps() + 1)
+            world.wait("the worker, elsewhere", lambda: number in world.serves_on(other))
+            cut = time.monotonic() - cut
+            run.check_trains("the link was healed")
+        if _lost(world, machine):
+            raise IsthmusError(f"the link of {machine.name} loses packets after it has healed")
+        ended = world.wait("the end of the Ray that was given up", lambda: not has_ray(machine))
+        world.start_ray(machine)
+        cloud.run("scale", "3")
+        world.wait("a worker behind the healed link", lambda: world.serves_on(machine) == [2])
+        done, before = run.finish(), world.calls_on(machine)
+        there = dataclasses.replace(ConnectionString.parse(cloud.connection), host=machine.address, others=())
+        port = int(world.place_of(2)[0].rpartition(":")[2])
+        with world.edge(str(dataclasses.replace(there, port=port)), SHORT_STEPS) as short:
+            again = short.finish()
+        answered = world.calls_on(machine) - before
+    if again.failure or not answered:
+        raise IsthmusError(f"the worker behind the healed link answers no calls: {again.failure or 'none came'}")
+    seen = {"cut": machine.name, "cut_s": round(cut, 1), "datagrams_lost": lost, "ray_ended_s": round(ended, 1)}
+    return Happened([done], {**seen, "calls_over_healed_link": answered})
+
+
+def _lost(world: World, machine: Machine) -> int:
+    """How many of `DATAGRAMS` from the owner's machine to another one, and of as many back, are lost."""
+    owner, sent = world.cloud.owner, [os.urandom(64) for _ in range(DATAGRAMS)]
+    there, back = world.machines.delivered(owner, machine, sent), world.machines.delivered(machine, owner, sent)
+    return 2 * DATAGRAMS - there - back
+
+
+def head_away(world: World, seconds: float) -> Happened:
+    """The head's power is cut for a while, its control store is on its disk; a worker is killed meanwhile."""
+    cloud, head = world.cloud, world.ray.head
+    with cloud.serving("--workers", "2"), world.edge() as run:
+        run.wait_for_step(world.setting.at)
+        busy = world.session_worker()
+        (idle,) = (number for number in (0, 1) if number != busy)
         killed = world.place_of(idle)
-        pid = _inside(cloud.machine_of(idle), killed[1])
-        cloud.ray.head.cut_power()
+        pid = outer_pid(cloud.machine_of(idle), killed[1])
+        head.cut_power()
         psutil.Process(pid).kill()
         during = run.steps()
-        time.sleep(HEAD_SECONDS)
+        time.sleep(seconds)
         trained = run.steps() - during
-        world.start_node(cloud.ray.head)
+        world.start_node(head)
+        run.check_trains("the head was back")
         back = world.wait("another worker", lambda: world.serves(idle) and world.place_of(idle) != killed)
-        done = run.finish()
-        return Happened(done, done.lost, {"steps_meanwhile": trained, "worker_back_s": round(back, 1)})
+        return Happened([run.finish()], {"steps_meanwhile": trained, "worker_back_s": round(back, 1)})
 
 
-def head_lost(world: World) -> Happened:
-    """The head's power is cut, and its control store is lost; the operator starts all of Ray again."""
+def head_lost(world: World, *, attached: bool = False) -> Happened:
+    """The head's power is cut, and its control store is lost; the operator starts all of Ray again.
+
+    `serve`, or `attach` in its place, then starts the cloud again.
+    """
     cloud = world.cloud
-    with cloud.serving("--workers", "2"), world.edge() as run:
-        run.wait_for_step(world.setting.at)
-        for machine in world.machines.all.values():
-            if machine is not cloud.owner:
+    nodes = [world.ray.head, *world.takers]
+    with cloud.serving("--workers", "2"):
+        if attached:
+            cloud.end_serve()
+            cloud.attach()
+        with world.edge() as run:
+            run.wait_for_step(world.setting.at)
+            for machine in nodes:
                 machine.cut_power()
-        _end_ray(cloud.owner)
-        for machine in (
-            cloud.ray.head,
-            *(each for each in world.machines.all.values() if each.name in (FIRST, SECOND)),
-        ):
-            world.start_node(machine)
-        world.ray.start(cloud.owner)
-        done = run.finish()
-        return Happened(done, done.lost, {})
+            end_ray(cloud.owner)
+            run.check_trains("the head was lost")
+            for machine in nodes:
+                world.start_node(machine)
+            world.start_ray(cloud.owner)
+            return Happened([run.finish()], {})
 
 
 def serve_ended(world: World) -> Happened:
-    """`serve` is ended, and started again; then the number of workers is changed."""
+    """`serve` is ended, and `attach` takes its place: it says what is wrong; then the number of workers is changed."""
     cloud = world.cloud
+    edges = cloud.home / "authorized_edges"
     with cloud.serving("--workers", "2"), world.edge() as run:
         run.wait_for_step(world.setting.at)
         cloud.end_serve()
-        before = run.steps()
-        run.wait_for_step(before + 1)
-        cloud.serve("--workers", "2")
-        cloud.run("scale", "3", "--address", cloud.ray.address)
+        run.wait_for_step(run.steps() + 1)
+        cloud.attach()
+        run.check_trains("`attach` looked after the cloud")
+        good, said = edges.read_text(), len(cloud.said())
+        edges.write_text(f"{good}no-such-key\n")
+        told = world.wait("a fault that `attach` tells", lambda: "no-such-key" in cloud.said()[said:])
+        edges.write_text(good)
+        world.wait("the fault's end", lambda: "faults" not in cloud.status())
+        cloud.run("scale", "3")
         grown = world.wait("a third worker", lambda: world.serves(2))
-        cloud.run("scale", "2", "--address", cloud.ray.address)
+        cloud.run("scale", "2")
         world.wait("two workers", lambda: set(cloud.workers()) == {0, 1})
-        done = run.finish()
-        return Happened(done, done.lost, {"third_worker_s": round(grown, 1)})
+        cloud.end_serve()
+        return Happened([run.finish()], {"fault_told_s": round(told, 1), "third_worker_s": round(grown, 1)})
 
 
 def machine_added(world: World) -> Happened:
-    """Calls wait, so the cloud wants a worker more and Ray's autoscaler a machine for it; both are ended again."""
-    cloud, folder = world.cloud, world.cloud.ray.head.folder / "autoscaler"
-    first = world.machines.all[FIRST]
+    """The cloud is to have a worker more, and Ray's autoscaler adds a machine for it; both are ended again."""
+    cloud = world.cloud
 
     def start(machine: Machine, name: str) -> None:
-        world.machines.switch_on(machine, [world.setting.model.parent] if machine is not first else [])
+        world.switch_on(machine)
         world.ray.start(machine, 1, settings={"RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": WORKER_TYPE})
 
-    with Provisioner(folder, [first, world.machines.all[SECOND]], start) as provisioner:
-        with cloud.serving("--workers", "1"), world.edge() as run:
+    with Provisioner(world.ray.head.folder / "autoscaler", world.takers, start) as provisioner:
+        with cloud.serving("--workers", "1", "--autoscaled"), world.edge() as run:
             run.wait_for_step(world.setting.at)
-            cloud.run("scale", "2", "--address", cloud.ray.address)
+            cloud.run("scale", "2")
             added = world.wait("a second worker", lambda: world.serves(1))
+            run.check_trains("the machine was added")
             machines = len(provisioner.on)
-            cloud.run("scale", "1", "--address", cloud.ray.address)
+            cloud.run("scale", "1")
             ended = world.wait("one machine", lambda: len(provisioner.on) == 1)
             done = run.finish()
         world.wait("no machine", lambda: not provisioner.on)
-    return Happened(done, done.lost, {"machines": machines, "added_s": round(added, 1), "ended_s": round(ended, 1)})
+        world.left = provisioner.left
+    return Happened([done], {"machines": machines, "added_s": round(added, 1), "ended_s": round(ended, 1)})
 
 
-CASES: Final[dict[str, Callable[[World], Happened]]] = {
-    "two nodes": two_nodes,
-    "worker's machine killed": worker_killed,
-    "stage's machine killed": stage_killed,
-    "link cut and healed": link_cut,
-    "head killed, with storage": head_killed,
-    "head lost, without storage": head_lost,
-    "serve ended and attached": serve_ended,
-    "machine added and ended": machine_added,
+CASES: Final[dict[str, Case]] = {
+    "two nodes": Case(two_nodes),
+    "worker's machine killed": Case(worker_killed, at_most=3.0),
+    "stage's machine killed": Case(stage_killed, at_most=12.0),
+    "link cut and healed": Case(link_cut),
+    "head away for 10 s": Case(partial(head_away, seconds=HEAD_SECONDS), Shape(storage=True)),
+    "head away for 90 s": Case(
+        partial(head_away, seconds=LONG_HEAD_SECONDS),
+        Shape(storage=True, settings=LONG_WAIT),
+        seconds=LONG_RUN_SECONDS,
+    ),
+    "head lost": Case(head_lost),
+    "head lost while attached": Case(partial(head_lost, attached=True)),
+    "serve ended and attached": Case(serve_ended),
+    "machine added and ended": Case(machine_added, Shape(autoscaled=True), seconds=LONG_RUN_SECONDS),
 }
 """By the name that the table has for them."""
-WATCHED: Final = ("secrets",)
-WITH_STORAGE: Final = ("head killed, with storage", *WATCHED)
-AUTOSCALED: Final = ("machine added and ended",)
-
-
-def _inside(machine: Machine, pid: int) -> int:
-    """The id that this process knows a machine's process by."""
-    for process in processes_of(machine):
-        with contextlib.suppress(psutil.Error, OSError):
-            ids = Path(f"/proc/{process.pid}/status").read_text().split("NSpid:")[1].split("\n")[0].split()
-            if int(ids[-1]) == pid and len(ids) > 1:
-                return int(ids[0])
-    raise UnreachableError(f"the machine {machine.name} has no process {pid}")
-
-
-def processes_of(machine: Machine) -> list[psutil.Process]:
-    """All processes of a machine; those that were started there from outside are no children of its first one."""
-    own = Path(f"/proc/{machine.first_pid}/ns/pid").readlink()
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{process.pid}/ns/pid").readlink() == own:
-                found.append(process)
-    return found
-
-
-def _end_ray(machine: Machine) -> None:
-    """Kill a machine's Ray, as `ray stop --force` would, and nothing else."""
-    for process in processes_of(machine):
-        with contextlib.suppress(psutil.Error):
-            words = " ".join(process.cmdline())
-            if "raylet" in process.name() or "ray start" in words or "ray::" in words:
-                process.kill()
-
-
-def processes_left(root: Path) -> int:
-    """Processes that have a machine's folder in their command or environment still."""
-    left = 0
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            data = Path(f"/proc/{process.pid}/environ").read_bytes() + Path(f"/proc/{process.pid}/cmdline").read_bytes()
-            if (
-                str(root).encode() in data
-                and process.status() != psutil.STATUS_ZOMBIE
-                and process.pid != psutil.Process().pid
-            ):
-                left += 1
-    return left

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -14,17 +15,20 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.common.errors import ConfigError
+from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.rig_settings import ClusterSettings
-from isthmus.experiments.rigs.cluster.cases import CASES, Setting, processes_left, world
-from isthmus.experiments.rigs.cluster.cluster_canaries import WATCHED, secrets_kept
+from isthmus.experiments.rigs.cluster.cases import CASES
+from isthmus.experiments.rigs.cluster.cluster_canaries import SECRETS, SHAPE, nothing_secret, secrets_kept
+from isthmus.experiments.rigs.cluster.cluster_world import Setting, world
 from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, run_options
 from isthmus.experiments.rigs.faults.faults import write_texts
 
 CELLS: Final = "cells.jsonl"
 BATCH: Final = 2
+SPARE: Final = 1.5
+"""How many times the steps that a usual run makes in a case's seconds: a step may be shorter than the usual one."""
 
 
 def run_cluster(settings: ClusterSettings, folder: Path) -> dict[str, Any]:
@@ -32,35 +36,51 @@ def run_cluster(settings: ClusterSettings, folder: Path) -> dict[str, Any]:
 
     Returns:
         `runs`: for each case `case`, `adapter_identical` (to that of a run over a cloud on one machine),
-        `calls_failed` (which got no answer), `calls_repeated`, `recovery_s`, `processes_left`, and figures of the case.
-        `secrets`: see `Looked`. `identical`, `none_failed`, `none_left` and `nothing_secret` sum them up.
+        `calls_failed` (which got no answer), `calls_repeated`, `recovery_s` (what the edge lost in all, see
+        `Finished.lost_after`; None where a call failed), `at_most_s` (what it may lose; None where nothing is
+        promised), `longest_step_s`, `usual_step_s`, `processes_left` (of the cloud, after its own `stop`),
+        `processes_serving` (before it), and figures of the case.
+        `secrets`: see `look_for`. `identical`, `none_failed`, `none_left`, `in_time` and `nothing_secret` sum them up.
 
     Raises:
         ConfigError: this machine cannot make namespaces, or there is no such case.
-        IsthmusError: a cloud does not start, or an edge got no answer.
+        IsthmusError: a cloud does not start or come back, or what a case is about did not happen.
     """
-    wanted = [name.strip() for name in settings.cases.split(",")] if settings.cases else [*CASES, WATCHED]
-    if unknown := [name for name in wanted if name not in (*CASES, WATCHED)]:
-        raise ConfigError(f"there is no case {unknown[0]!r}: choose among {', '.join((*CASES, WATCHED))}")
+    wanted = [name.strip() for name in settings.cases.split(",")] if settings.cases else [*CASES, SECRETS]
+    if unknown := [name for name in wanted if name not in (*CASES, SECRETS)]:
+        raise ConfigError(f"there is no case {unknown[0]!r}: choose among {', '.join((*CASES, SECRETS))}")
     setting = _setting(settings, folder)
     cells = Cells(folder / CELLS, Console(stderr=True))
-    cells.expect(len(wanted) + 1)
-    about = {name: value for name, value in asdict(settings).items() if name != "cases"}
-    reference = cells.get("one machine", about, partial(_reference, setting, folder))
-    runs = [
-        {"case": name, **cells.get(name, about, partial(_case, name, setting, folder, reference))}
-        for name in wanted
-        if name != WATCHED
-    ]
-    secrets = cells.get(WATCHED, about, partial(_secrets, setting, folder)) if WATCHED in wanted else None
+    cells.expect(len(wanted) + 1 + any(CASES[name].seconds for name in wanted if name != SECRETS))
+    about = {name: value for name, value in asdict(settings).items() if name not in ("cases", "steps")}
+
+    def reference(steps: int) -> dict[str, Any]:
+        alike = replace(setting, steps=steps)
+        return cells.get("one machine", {**about, "steps": steps}, partial(_reference, alike, folder))
+
+    usual = reference(settings.steps)
+    runs = []
+    for name in (each for each in wanted if each != SECRETS):
+        seconds = CASES[name].seconds
+        steps = max(settings.steps, settings.at + math.ceil(SPARE * seconds / usual["step_s"])) if seconds else 0
+        alike = reference(steps) if steps else usual
+        setting_here = replace(setting, steps=steps or settings.steps)
+        make = partial(_case, name, setting_here, folder, alike["adapter"])
+        runs.append({"case": name, **cells.get(name, {**about, "steps": setting_here.steps}, make)})
+    secrets = cells.get(SECRETS, about, partial(_secrets, setting, folder)) if SECRETS in wanted else None
+    return {"runs": runs, "secrets": secrets, **summed_up(runs, secrets), **asdict(settings)}
+
+
+def summed_up(runs: Sequence[Mapping[str, Any]], secrets: Mapping[str, Any] | None) -> dict[str, bool]:
+    """Whether all is well: in the runs of all cases, and with the secrets, where these were looked for."""
+    lost = [(run["recovery_s"], run["at_most_s"]) for run in runs]
     return {
-        "runs": runs,
-        "secrets": secrets,
         "identical": all(run["adapter_identical"] for run in runs),
         "none_failed": not any(run["calls_failed"] for run in runs),
-        "none_left": not any(run["processes_left"] for run in runs),
-        "nothing_secret": secrets is None or (not secrets["found"] and all(secrets["controls"].values())),
-        **asdict(settings),
+        # A count that sees no process while the cloud serves sees none that is left either.
+        "none_left": all(run["processes_left"] == 0 and run["processes_serving"] > 0 for run in runs),
+        "in_time": all(most is None or (lost is not None and lost <= most) for lost, most in lost),
+        "nothing_secret": secrets is None or nothing_secret(secrets),
     }
 
 
@@ -93,31 +113,40 @@ def _reference(setting: Setting, folder: Path) -> dict[str, Any]:
         about = run_options(cloud.connection, cloud.edge_key, setting.data, setting.steps, setting.threads)
         with EdgeRun(None, os.environ, place / "run", about) as run:
             done = run.finish()
+    if done.failure:
+        raise IsthmusError(f"the edge of a cloud on one machine failed: {done.failure}")
     return {"adapter": done.adapter, "step_s": done.usual}
 
 
-def _case(name: str, setting: Setting, folder: Path, reference: Mapping[str, Any]) -> dict[str, Any]:
-    place = _place(folder, name)
-    with world(setting, place, name) as made:
-        happened = CASES[name](made)
-    run = happened.run
-    left = processes_left(place)
+def _case(name: str, setting: Setting, folder: Path, adapter: str) -> dict[str, Any]:
+    place, case = _place(folder, name), CASES[name]
+    with world(setting, place, case.shape) as made:
+        happened = case.happens(made)
+        left = made.cloud.processes_left() + made.left
+        serving = made.cloud.processes_serving
     shutil.rmtree(place, ignore_errors=True)
+    runs = happened.runs
+    lost = [run.lost_after(setting.at) for run in runs]
+    failures = [run.failure for run in runs if run.failure]
     return {
-        "adapter_identical": run.adapter == reference["adapter"],
-        "calls_failed": int(bool(run.failure)),  # the first call without an answer ends a run
-        "failure": run.failure,
-        "calls_repeated": run.repeated,
-        "recovery_s": round(happened.recovery, 2),
+        "adapter_identical": all(run.adapter == adapter for run in runs),
+        "calls_failed": len(failures),  # the first call without an answer ends a run
+        "failures": failures,
+        "calls_repeated": sum(run.repeated for run in runs),
+        "recovery_s": None if failures else round(max(each or 0.0 for each in lost), 2),
+        "at_most_s": case.at_most,
+        "longest_step_s": round(max(max(run.seconds) for run in runs), 3),
+        "usual_step_s": round(max(run.usual for run in runs), 3),
         "processes_left": left,
-        "step_s": round(run.usual, 3),
+        "processes_serving": serving,
+        "steps": setting.steps,
         **happened.more,
     }
 
 
 def _secrets(setting: Setting, folder: Path) -> dict[str, Any]:
-    place = _place(folder, WATCHED)
-    with world(setting, place, WATCHED) as made:
+    place = _place(folder, SECRETS)
+    with world(setting, place, SHAPE) as made:
         looked = secrets_kept(made)
     shutil.rmtree(place, ignore_errors=True)
     return looked
@@ -125,7 +154,7 @@ def _secrets(setting: Setting, folder: Path) -> dict[str, Any]:
 
 def _place(folder: Path, name: str) -> Path:
     """A new folder for a case; paths of Ray's sockets have to be short."""
-    place = folder / f"c{[*CASES, WATCHED].index(name)}"
+    place = folder / f"c{[*CASES, SECRETS].index(name)}"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     return place
@@ -138,13 +167,14 @@ def show(result: Mapping[str, Any]) -> RenderableType:
         table.add_column(name, justify="left" if name == "case" else "right")
     for run in result["runs"]:
         same = "identical" if run["adapter_identical"] else "DIFFERS"
-        lost = f"{run['recovery_s']:.1f} s"
+        lost = "does not go on" if run["recovery_s"] is None else f"{run['recovery_s']:.1f} s"
         table.add_row(run["case"], same, str(run["calls_repeated"]), lost, str(run["processes_left"]))
     secrets = result["secrets"]
     if secrets is not None:
         places = ", ".join(secrets["found"]) or "nowhere"
-        controls = all(secrets["controls"].values())
+        controls = "found" if all(secrets["controls"].values()) else "NOT FOUND"
+        dropped = secrets["packets_dropped"]
         table.caption = (
-            f"{secrets['canaries']} canaries found: {places}; controls {'found' if controls else 'NOT FOUND'}"
+            f"{secrets['canaries']} canaries found: {places}; controls {controls}; {dropped} packets not captured"
         )
     return table

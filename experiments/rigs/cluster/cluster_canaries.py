@@ -6,30 +6,31 @@ import base64
 import contextlib
 import json
 import os
-import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.network.net_space import within
 from isthmus.experiments.rigs.cluster import canary_edge
-from isthmus.experiments.rigs.cluster.cases import FIRST, SECOND, World, processes_of
-from isthmus.experiments.rigs.cluster.net_machines import Machine
+from isthmus.experiments.rigs.cluster.cluster_world import Shape, World
+from isthmus.experiments.rigs.cluster.machine_processes import processes_of
 from isthmus.experiments.rigs.cluster.packets import Packets
 from isthmus.experiments.rigs.cluster.ray_nodes import SESSIONS
-from isthmus.experiments.rigs.secrets.memory_scan import WINDOW, Scanner, canaries_of
+from isthmus.experiments.rigs.secrets.memory_scan import WINDOW, Scanner
 from isthmus.protocol.secure.keys import Fingerprint
 
 STORE, FILES, ENVIRONMENTS, NETWORK = "control store", "logs and other files", "environments", "network"
-WATCHED: Final = "secrets"
+SECRETS: Final = "secrets"
 """The name of the case in which they are looked for."""
+SHAPE: Final = Shape(storage=True, captured=True)
+"""Of its world."""
 PLACES: Final = (STORE, FILES, ENVIRONMENTS, NETWORK)
 CONTROL: Final = "control"
 _KEY_FILES: Final = ("issuer_key", "worker_key", "node_key", "edge.key", "ray_tls_key.pem", "ray_ca_key.pem", "token")
@@ -37,88 +38,96 @@ SETTLE_SECONDS = 1.0
 """For packets under way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """What was found where.
-
-    Attributes:
-        found: kinds of secrets, by place; empty where all is well.
-        controls: whether what must be found was, by place.
-        canaries: how many were looked for, of `kinds` kinds.
-        scanned: bytes, by place.
-    """
-
-    found: dict[str, dict[str, int]]
-    controls: dict[str, bool]
-    canaries: int
-    kinds: list[str]
-    scanned: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "found": self.found,
-            "controls": self.controls,
-            "canaries": self.canaries,
-            "kinds": self.kinds,
-            "scanned": self.scanned,
-        }
-
-
-def send_control(sender: Machine, receiver: Machine) -> bytes:
-    """Send some random bytes from a machine to another as they are; returns them."""
-    content = os.urandom(WINDOW)
-    with within(sender.namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
-        plain.sendto(content, (receiver.address, 9))  # the discard service
-    return content
-
-
-def look_for(world: World, sent: Mapping[str, str], packets: Packets, control: bytes) -> Looked:
-    """Look for the secrets of a world whose cloud serves, or has served until now.
+def look_for(world: World, sent: Mapping[str, str], packets: Packets, control: bytes) -> dict[str, Any]:
+    """Look for the secrets of a world whose cloud serves.
 
     Args:
         world: with its machines on.
         sent: what an edge has sent and got, and its session keys: kinds by hex, of `canary_edge`.
         packets: all that has crossed; they have ended.
-        control: what `send_control` has sent.
+        control: what has crossed as it is.
+
+    Raises:
+        IsthmusError: a key or a token is not where it is expected, or not in a known format.
+
+    Returns:
+        `found`, kinds of secrets by place, empty where all is well; `controls`, by place whether what must be found
+        was; `canaries`, how many were looked for, of `kinds`; `scanned`, bytes by place; `packets`, `packets_dropped`.
     """
-    canaries = {bytes.fromhex(each): kind for each, kind in sent.items()} | secrets_of(world)
+    canaries = {bytes.fromhex(each): kind for each, kind in sent.items()} | secrets_of(_key_files(world))
+    if missing := set(_KEY_FILES) - set(canaries.values()):
+        raise IsthmusError(f"no machine has the file {missing.pop()}: what is to be looked for has another name")
     root = json.loads((world.cloud.home / "issuer_cert").read_text())["root"]
-    session = (world.cloud.ray.head.folder / SESSIONS / "session_latest").readlink().name
-    digest = Fingerprint.of(base64.b64decode(root)).digest
-    controls = {
-        STORE: digest[:WINDOW],
+    session = (world.ray.head.folder / SESSIONS / "session_latest").readlink().name
+    planted = {
+        STORE: Fingerprint.of(base64.b64decode(root)).digest[:WINDOW],
         FILES: session.encode()[-WINDOW:],
         ENVIRONMENTS: str(world.cloud.owner.folder / "ray" / "token").encode()[-WINDOW:],
         NETWORK: control,
     }
-    found, seen, scanned = {}, {}, {}
+    found, controls, scanned = {}, {}, {}
     for where in PLACES:
-        scanner = Scanner({**canaries, controls[where]: CONTROL})
+        scanner = Scanner({**canaries, planted[where]: CONTROL})
         counted: Counter[str] = scanner.count(_parts(where, world, packets))
-        seen[where] = bool(counted.pop(CONTROL, 0))
+        controls[where] = bool(counted.pop(CONTROL, 0))
         scanned[where] = scanner.scanned
         if counted:
             found[where] = dict(counted)
-    return Looked(found, seen, len(canaries), sorted(set(canaries.values())), scanned)
+    return {
+        "found": found,
+        "controls": controls,
+        "canaries": len(canaries),
+        "kinds": sorted(set(canaries.values())),
+        "scanned": scanned,
+        "packets": packets.count,
+        "packets_dropped": packets.dropped,
+    }
 
 
-def secrets_of(world: World) -> dict[bytes, str]:
-    """Private keys and tokens on all machines' disks: as they are, in hex, and in the text of their files."""
+def nothing_secret(looked: Mapping[str, Any]) -> bool:
+    """Whether nothing was found where none may be, every control was, and the capture has missed no packet."""
+    return not looked["found"] and all(looked["controls"].values()) and not looked["packets_dropped"]
+
+
+def secrets_of(paths: Iterable[Path]) -> dict[bytes, str]:
+    """What to look for of files with a private key or a token: kinds by window, the kind being the file's name.
+
+    Raises:
+        IsthmusError: a file has none of the forms that its secret is looked for in, so that a copy would not be found.
+    """
     canaries: dict[bytes, str] = {}
-    for path in _key_files(world):
+    for path in paths:
         text = path.read_bytes()
-        body = b"".join(line for line in text.splitlines() if not line.startswith(b"-----"))
-        # The beginning of a file is alike in all files of its format.
-        canaries |= dict.fromkeys(canaries_of(body[len(body) // 3 :], 4), path.name)
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            load = load_ssh_private_key if b"OPENSSH" in text else load_pem_private_key
-            seed = load(text, password=None).private_bytes_raw()  # type: ignore[union-attr]
-            canaries |= {seed[:WINDOW]: path.name, seed.hex().encode()[:WINDOW]: path.name}
-    kinds = set(canaries.values())
-    if missing := [name for name in _KEY_FILES if name not in kinds]:
-        raise IsthmusError(f"no machine has the file {missing[0]}: what is to be looked for has another name")
+        own = dict.fromkeys(_forms_of(_secret_of(text)), path.name)
+        if not Scanner(own).count([text]):
+            raise IsthmusError(f"{path} would not be found if it were somewhere else: its format has changed")
+        canaries |= own
     return canaries
+
+
+def _secret_of(text: bytes) -> bytes:
+    """The secret number in a private key's file, without the public key that is in there too; a token as it is."""
+    if not text.startswith(b"-----"):
+        return text.strip()
+    load = load_ssh_private_key if b"OPENSSH" in text else load_pem_private_key
+    key = load(text, password=None)
+    if isinstance(key, EllipticCurvePrivateKey):
+        return key.private_numbers().private_value.to_bytes(key.key_size // 8, "big")
+    return key.private_bytes_raw()  # type: ignore[union-attr]  # all others are Ed25519
+
+
+def _forms_of(secret: bytes) -> Iterator[bytes]:
+    """Windows of a secret as it is, in hex, and in base64, wherever it begins in a group of three bytes.
+
+    Two of each: a line of base64 may end inside one of them.
+    """
+    forms = [secret, secret.hex().encode()]
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + secret)
+        forms.append(text[4 if before else 0 : -4])  # what has bits of what lies before, or behind
+    for form in forms:
+        yield form[:WINDOW]
+        yield form[-WINDOW:]
 
 
 def _key_files(world: World) -> list[Path]:
@@ -126,7 +135,7 @@ def _key_files(world: World) -> list[Path]:
 
 
 def _parts(where: str, world: World, packets: Packets) -> Iterator[bytes]:
-    store = world.cloud.ray.environment(world.cloud.ray.head)["RAY_gcs_storage_path"]
+    store = world.ray.environment(world.ray.head)["RAY_gcs_storage_path"]
     if where == NETWORK:
         yield from packets.parts()
     elif where == ENVIRONMENTS:
@@ -148,15 +157,21 @@ def secrets_kept(world: World) -> dict[str, Any]:
     """Have an edge send what can be looked for, through a pipeline over two machines, and look for it.
 
     Returns:
-        `Looked`, as JSON, and `packets` with `packets_dropped`.
+        What `look_for` returns.
+
+    Raises:
+        IsthmusError: the world's packets are not written down, or the control was lost.
     """
-    cloud = world.cloud
+    cloud, packets, (first, second) = world.cloud, world.packets, world.takers
+    if packets is None:
+        raise IsthmusError("nobody writes down what crosses the network")
     with cloud.serving("--pipeline", "2"):
-        task = {"cloud": cloud.connection, "key": str(world.key)}
+        task = {"cloud": cloud.connection, "key": str(world.keys[0])}
         with within(cloud.owner.namespace), TaskProcess("the edge", canary_edge.__name__, task) as edge:
             sent = edge.answer()
-        control = send_control(*(world.machines.all[name] for name in (FIRST, SECOND)))
+        control = os.urandom(WINDOW)
+        if not world.machines.delivered(first, second, [control]):
+            raise IsthmusError("the control did not cross the network")
         time.sleep(SETTLE_SECONDS)
-        packets = world.end_packets()
-        looked = look_for(world, sent, packets, control)
-    return {**looked.as_dict(), "packets": packets.count, "packets_dropped": packets.dropped}
+        packets.end()
+        return look_for(world, sent, packets, control)

@@ -19,7 +19,7 @@ from isthmus.edge.training.edge_steps import COSTS_FILE
 from isthmus.experiments.harness.processes import isthmus, train_flags
 from isthmus.experiments.rigs.cluster.net_machines import Machine
 
-RUN_SECONDS: Final = 600.0
+RUN_SECONDS: Final = 900.0
 """For a run, whatever happens in it."""
 KEEPALIVE: Final = 1.0
 """Seconds: the fast setting of an edge."""
@@ -30,23 +30,32 @@ class Finished:
     """A run that has ended.
 
     Attributes:
-        adapter: SHA-256 (hex) of its weights.
+        adapter: SHA-256 (hex) of its weights; "" where it failed.
         repeated: calls that were made again.
-        longest: seconds of its longest step.
-        usual: the median of its steps' seconds.
+        seconds: of each of its steps.
         failure: why it has ended before its last step; "" where it has not.
     """
 
     adapter: str
     repeated: int
-    longest: float
-    usual: float
+    seconds: tuple[float, ...]
     failure: str = ""
 
     @property
-    def lost(self) -> float:
-        """Seconds that its longest step took beyond a usual one."""
-        return max(0.0, self.longest - self.usual)
+    def usual(self) -> float:
+        """Seconds of a usual step: the median of all."""
+        return statistics.median(self.seconds)
+
+    def lost_after(self, step: int) -> float | None:
+        """Seconds by which the run ended later than it would have, had all steps behind a step been usual ones.
+
+        It is the sum over these steps of what each took beyond a usual one. So several pauses add up, and slow steps
+        until the run's end count as well; a single longest step would show neither. Steps that were faster than usual
+        are counted too, or the sum would grow with the steps' spread. None for a run that failed: it never went on.
+        """
+        if self.failure:
+            return None
+        return max(0.0, sum(each - self.usual for each in self.seconds[step:]))
 
 
 class EdgeRun:
@@ -60,7 +69,7 @@ class EdgeRun:
     """
 
     def __init__(self, machine: Machine | None, environment: Mapping[str, str], out: Path, options: Mapping[str, Any]):
-        self._out, self._log = out, out.with_suffix(".txt")
+        self._machine, self._out, self._log = machine, out, out.with_suffix(".txt")
         command = isthmus("edge", "train", *train_flags({**options, "out": out}), "--json")
         if machine is not None:
             self._process = machine.start(command, environment, self._log, stdout=subprocess.PIPE)
@@ -80,12 +89,21 @@ class EdgeRun:
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGKILL)
+            if self._machine is not None:
+                self._machine.signal(self._process, signal.SIGKILL)
+            else:
+                self._process.kill()
         self._process.communicate()
 
     def steps(self) -> int:
         """Optimizer steps that it has made."""
-        return len(self._seconds())
+        costs = self._out / COSTS_FILE
+        return costs.read_bytes().count(b"\n") if costs.exists() else 0
+
+    def check_trains(self, when: str) -> None:
+        """Check that it trains still, or has failed. Raises IsthmusError where it has made all steps by `when`."""
+        if self._process.poll() == 0:
+            raise IsthmusError(f"the edge had made all its steps when {when}: give it more --steps")
 
     def wait_for_step(self, step: int) -> None:
         """Wait until it has made so many steps.
@@ -103,16 +121,24 @@ class EdgeRun:
             time.sleep(0.02)
 
     def finish(self) -> Finished:
-        """Wait for its end. Raises IsthmusError where it has made no step."""
-        said, _ = self._process.communicate(timeout=RUN_SECONDS)
-        seconds, why = self._seconds(), f"exit code {self._process.returncode}: {self._last_line()}"
+        """Wait for its end.
+
+        Raises:
+            IsthmusError: it has made no step.
+            UnreachableError: it takes too long.
+        """
+        try:
+            said, _ = self._process.communicate(timeout=RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise UnreachableError(f"the edge has made {self.steps()} steps in {RUN_SECONDS:.0f} s") from None
+        seconds, why = tuple(self._seconds()), f"exit code {self._process.returncode}: {self._last_line()}"
         if self._process.returncode and not seconds:
             raise IsthmusError(f"the edge ended with {why}")
         if self._process.returncode:  # a call has got no answer
-            return Finished("", 0, max(seconds), statistics.median(seconds), why)
+            return Finished("", 0, seconds, why)
         report = json.loads(said)
         weights = (self._out / "adapter" / ADAPTER_WEIGHTS).read_bytes()
-        return Finished(sha256(weights).hexdigest(), report["retries"], max(seconds), statistics.median(seconds))
+        return Finished(sha256(weights).hexdigest(), report["retries"], seconds)
 
     def _seconds(self) -> list[float]:
         path = self._out / COSTS_FILE

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from isthmus.cloud.cluster.cluster_spec import RESOURCE
+from isthmus.experiments.rigs.cluster.machine_processes import cloud_processes
 from isthmus.experiments.rigs.cluster.net_machines import Machine
 
 HEAD_ID, HEAD_TYPE, WORKER_TYPE = "head", "head", "worker"
@@ -21,9 +22,8 @@ LOOK_SECONDS = 0.2
 SCALING: Final = {
     "RAY_enable_autoscaler_v2": "1",
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-    "ISTHMUS_AUTOSCALED": "1",
 }
-"""Variables of all nodes: the autoscaler looks every second, and `serve` expects nodes that are not there yet."""
+"""Variables of all nodes: the autoscaler looks every second."""
 
 
 def autoscaling_config(folder: Path, most: int, workers_each: int) -> dict[str, Any]:
@@ -74,11 +74,16 @@ class Provisioner:
         folder: where the provider leaves its files.
         spare: machines that may be switched on.
         start: switches one on, and starts its Ray as the node of a name.
+
+    Attributes:
+        on: the machines that are on, by the autoscaler's name.
+        left: processes of the cloud that were on machines when the autoscaler ended them.
     """
 
     def __init__(self, folder: Path, spare: list[Machine], start: Callable[[Machine, str], None]) -> None:
         self._folder, self._spare, self._start = folder, spare, start
         self.on: dict[str, Machine] = {}
+        self.left = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -98,8 +103,10 @@ class Provisioner:
                     machine = self.on[name] = self._spare.pop(0)
                     self._start(machine, name)
             for name in sorted(set(self.on) - wanted):
-                machine = self.on.pop(name)
+                machine = self.on[name]
+                self.left += len(cloud_processes(machine))
                 machine.cut_power()
+                del self.on[name]
                 self._spare.append(machine)
 
 

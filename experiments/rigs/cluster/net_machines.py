@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ NETWORK = "10.78.0"
 HERE = Path("/mnt")
 """A machine's own folder, as it is called there: a short path, which sockets need."""
 _DISABLED, _FORWARDING = "0", "3"  # states of a bridge's port (bridge(8))
+DATAGRAM_SECONDS = 1.0
+"""For a datagram to cross the switch, which takes microseconds; longer, it counts as lost."""
 
 
 class Machine:
@@ -88,6 +91,14 @@ class Machine:
             )
         self._programs.append(process)
         return process
+
+    @staticmethod
+    def signal(process: subprocess.Popen[bytes], number: int) -> None:
+        """Send a signal to a program that `start` has started; none where it has ended."""
+        # The process that was started is nsenter's, which waits for the one inside.
+        with contextlib.suppress(OSError):
+            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(child), number)
 
     def cut_power(self) -> None:
         """Kill its first process, and so all others."""
@@ -169,6 +180,23 @@ class Machines:
             yield
         finally:
             self._set_port(machine, _FORWARDING)
+
+    def delivered(self, sender: Machine, receiver: Machine, contents: Sequence[bytes]) -> int:
+        """Send datagrams from a machine to another, as they are; returns how many arrive."""
+        with contextlib.ExitStack() as stack:
+            with within(receiver.namespace):
+                there = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            with within(sender.namespace):
+                here = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            there.bind((receiver.address, 0))
+            there.settimeout(DATAGRAM_SECONDS)
+            for content in contents:
+                here.sendto(content, there.getsockname())
+            arrived = 0
+            with contextlib.suppress(TimeoutError):
+                while arrived < len(contents):
+                    arrived += there.recv(1 << 16) in contents
+            return arrived
 
     @contextlib.contextmanager
     def on_the_switch(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ FAST_SETTINGS = {
     "RAY_health_check_failure_threshold": "3",
 }
 """Of the head: a node that died is noticed after a second and a half, and by default after ten."""
-KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "ISTHMUS_CACHE")
+KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,6 @@ class RayCluster:
             "RAY_AUTH_TOKEN_PATH": str(ray / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
             "ISTHMUS_NODE_HOME": str(machine.folder / "node"),
             "ISTHMUS_CACHE": str(machine.folder / "cache"),
             "HF_HUB_OFFLINE": "1",
@@ -94,7 +93,6 @@ class RayCluster:
         machine: Machine,
         workers: int = 0,
         *,
-        labels: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         settings: Mapping[str, str] | None = None,
     ) -> None:
@@ -103,7 +101,6 @@ class RayCluster:
         Args:
             machine: which.
             workers: that it takes.
-            labels: of the node.
             options: further ones of `ray start`.
             settings: further variables of its processes.
 
@@ -126,8 +123,6 @@ class RayCluster:
             "--include-log-monitor=false",
             *place,
         ]
-        if labels:
-            command.append("--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()))
         command.append(f"--temp-dir={HERE / SESSIONS}")  # paths of sockets have to be short
         log = machine.folder / "ray.log"
         log.write_bytes(b"")

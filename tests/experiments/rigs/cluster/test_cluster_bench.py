@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
-from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.rig_settings import ClusterSettings
 from isthmus.experiments.network.net_space import missing
-from isthmus.experiments.rigs.cluster.cases import Setting, World, processes_left, processes_of, world
-from isthmus.experiments.rigs.cluster.cluster_bench import run_cluster, show
-from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished, run_options
+from isthmus.experiments.rigs.cluster.cluster_bench import run_cluster, show, summed_up
+from isthmus.experiments.rigs.cluster.cluster_world import Setting, World, world
+from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished
+from isthmus.experiments.rigs.cluster.machine_processes import processes_of
 from isthmus.experiments.rigs.faults.faults import write_texts
 
-STEPS, MEANWHILE = 300, 30
-CASE = "worker's machine killed"
+STEPS, MEANWHILE = 200, 30
+RUN: dict[str, Any] = {
+    "case": "worker's machine killed",
+    "adapter_identical": True,
+    "calls_failed": 0,
+    "calls_repeated": 1,
+    "recovery_s": 2.14,
+    "at_most_s": 3.0,
+    "processes_left": 0,
+    "processes_serving": 4,
+}
+SECRETS: dict[str, Any] = {
+    "canaries": 9,
+    "found": {},
+    "controls": {"network": True, "environments": True},
+    "packets_dropped": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +47,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(model, data, "1:1", STEPS, 10, 1)
 
 
-def over_one_machine(setting: Setting, folder: Path, steps: int = STEPS) -> Finished:
-    (folder / f"{steps}").mkdir()
-    with LocalCloud(
-        folder / f"{steps}", str(setting.model), "--edge-layers", setting.layers, "--threads", "1"
-    ) as cloud:
-        options = run_options(cloud.connection, cloud.edge_key, setting.data, steps, setting.threads)
-        with EdgeRun(None, os.environ, folder / f"run-{steps}", options) as run:
-            return run.finish()
-
-
 def silent_store(made: World, run: EdgeRun) -> int:
     """Steps that the edge makes while Ray's control store answers nobody."""
-    (store,) = [each for each in processes_of(made.cloud.ray.head) if each.name() == "gcs_server"]
+    (store,) = [each for each in processes_of(made.ray.head) if each.name() == "gcs_server"]
     store.send_signal(signal.SIGSTOP)
     try:
         before = run.steps()
@@ -61,19 +66,28 @@ def silent_store(made: World, run: EdgeRun) -> int:
 def test_an_edge_outlives_a_machine_and_a_silent_control_store(setting: Setting, tmp_path: Path) -> None:
     root = tmp_path / "c"
     root.mkdir()
-    with (
-        world(setting, root, CASE) as made,
-        made.cloud.serving("--workers", "2"),
-        made.edge() as run,
-    ):
-        run.wait_for_step(setting.at)
-        assert silent_store(made, run) >= MEANWHILE
-        made.session_machine().cut_power()
-        done = run.finish()
-    assert done.repeated >= 1
-    assert done.adapter == over_one_machine(setting, tmp_path).adapter
-    assert done.adapter != over_one_machine(setting, tmp_path, STEPS // 2).adapter  # the control of that comparison
-    assert processes_left(root) == 0
+    with world(setting, root) as made:
+        cloud = made.cloud
+        with cloud.serving("--workers", "2"), made.edge() as one, made.edge() as other, made.edge(steps=4) as short:
+            one.wait_for_step(setting.at)
+            assert silent_store(made, one) >= MEANWHILE
+            made.session_machine().cut_power()
+            runs = [one.finish(), other.finish()]
+            different = short.finish()
+        assert cloud.processes_serving >= 3  # a worker, the controller, and another one that may be starting
+        assert cloud.processes_left() == 0
+        cloud.owner.start(["sleep", "60"], {}, tmp_path / "sleep.txt")
+        assert cloud.processes_left() == 1  # the control
+    assert not any(run.failure for run in runs)
+    assert sum(run.repeated for run in runs) >= 1
+    assert runs[0].adapter == runs[1].adapter != different.adapter
+
+
+def test_what_a_run_lost_is_the_sum_of_all_its_pauses() -> None:
+    steps = (9.0, 1.0, 1.0, 3.0, 1.0, 4.0, 1.0, 0.9, 1.1)
+    assert Finished("", 2, steps).lost_after(1) == pytest.approx(5.0)
+    assert Finished("", 2, steps).lost_after(4) == pytest.approx(3.0)
+    assert Finished("", 0, steps, "exit code 40").lost_after(1) is None
 
 
 def test_a_case_that_there_is_not_is_refused(tmp_path: Path) -> None:
@@ -81,11 +95,45 @@ def test_a_case_that_there_is_not_is_refused(tmp_path: Path) -> None:
         run_cluster(ClusterSettings(cases="two nodes, flood"), tmp_path)
 
 
+def test_all_is_well_where_nothing_was_seen() -> None:
+    assert all(summed_up([RUN, {**RUN, "at_most_s": None, "recovery_s": 99.0}], SECRETS).values())
+    assert summed_up([RUN], None)["nothing_secret"]
+
+
+@pytest.mark.parametrize(
+    ("name", "differs"),
+    [
+        ("identical", {"adapter_identical": False}),
+        ("none_failed", {"calls_failed": 1}),
+        ("none_left", {"processes_left": 1}),
+        ("none_left", {"processes_serving": 0}),
+        ("in_time", {"recovery_s": 3.01}),
+        ("in_time", {"recovery_s": None}),
+    ],
+)
+def test_one_case_that_goes_wrong_is_seen(name: str, differs: dict[str, Any]) -> None:
+    sums = summed_up([RUN, {**RUN, **differs}], SECRETS)
+    assert [each for each, holds in sums.items() if not holds] == [name]
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"found": {"network": {"token": 1}}},
+        {"controls": {"network": True, "environments": False}},
+        {"packets_dropped": 1},
+    ],
+)
+def test_secrets_are_kept_only_where_all_was_looked_at(differs: dict[str, Any]) -> None:
+    sums = summed_up([RUN], {**SECRETS, **differs})
+    assert [each for each, holds in sums.items() if not holds] == ["nothing_secret"]
+
+
 def test_the_table_says_what_differs_and_what_was_found() -> None:
-    run = {"case": CASE, "adapter_identical": True, "calls_repeated": 1, "recovery_s": 2.14, "processes_left": 0}
-    secrets = {"canaries": 9, "found": {"network": {"token": 1}}, "controls": {"network": True, "environments": False}}
-    table = show({"runs": [run, {**run, "adapter_identical": False}], "secrets": secrets})
+    secrets = {**SECRETS, "found": {"network": {"token": 1}}, "controls": {"network": False}, "packets_dropped": 3}
+    failed = {**RUN, "adapter_identical": False, "recovery_s": None}
+    table = show({"runs": [RUN, failed], "secrets": secrets})
     cells = [list(column.cells) for column in table.columns]  # type: ignore[union-attr]
     assert cells[1] == ["identical", "DIFFERS"]
-    assert cells[3] == ["2.1 s", "2.1 s"]
-    assert table.caption == "9 canaries found: network; controls NOT FOUND"  # type: ignore[union-attr]
+    assert cells[3] == ["2.1 s", "does not go on"]
+    assert table.caption == "9 canaries found: network; controls NOT FOUND; 3 packets not captured"  # type: ignore[union-attr]
