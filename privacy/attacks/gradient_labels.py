@@ -47,6 +47,7 @@ _EXPLAINED = 0.9
 gradient than half-way, on a scale of factors, from what right labels leave to what others do. For a position that is
 not explained the whole vocabulary is searched."""
 _COLUMNS = 64  # of a Jacobian, in one backward
+_TOKENS = 2048  # whose gradients are held at once
 _AT_ONCE = 32  # positions whose norm's Jacobian is held
 _CANDIDATES = 8  # of each position in one backward; with 16 or 32 each takes as long
 _SETTLED = 1e-4  # of the gradient's norm, that a round changes at most where no further one is needed
@@ -202,7 +203,7 @@ class ExactLabels(_LabelAttack):
             along = top.along(left)
             lists = (along.abs() * along / twice + top.prior).topk(min(self._listed, top.size)).indices
             listed_of = left
-            found = self._chosen(top, gradient, lists, left, twice)
+            found = self._chosen(top, gradient, lists, top.drawn(lists), left, twice)
             left = found.left
             if (left - listed_of).norm() <= _SETTLED * gradient.norm():
                 break
@@ -214,15 +215,22 @@ class ExactLabels(_LabelAttack):
                 break
             place = int(due.max())  # the last one first: its label hides those before it
             searched[place] = True
-            lists = found.lists.clone()
-            lists[place] = top.nearest(place, found.left, twice, lists.shape[1])
-            found = self._chosen(top, gradient, lists, found.left, twice)
+            lists, directions = found.lists.clone(), found.directions.clone()
+            lists[place], directions[place] = top.nearest(place, found.left, twice, lists.shape[1])
+            found = self._chosen(top, gradient, lists, directions, found.left, twice)
         return found
 
-    def _chosen(self, top: _RowTop, gradient: Tensor, lists: Tensor, left: Tensor, twice: Tensor) -> _Matched:
-        """The best candidates of lists `[S, candidates]`, for what is `left` of the gradient without later labels."""
+    def _chosen(
+        self, top: _RowTop, gradient: Tensor, lists: Tensor, directions: Tensor, left: Tensor, twice: Tensor
+    ) -> _Matched:
+        """The best candidates of lists, for what is `left` of the gradient without later labels.
+
+        Args:
+            lists: `[S, candidates]`.
+            directions: The gradient of each candidate, `[S, candidates, h]`.
+        """
         places = torch.arange(len(gradient))
-        prior, directions = top.prior.gather(1, lists), top.drawn(lists)
+        prior = top.prior.gather(1, lists)
         for _ in range(len(lists)):
             cosines = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY)
             power = left.double().square().sum(-1, keepdim=True)
@@ -235,7 +243,8 @@ class ExactLabels(_LabelAttack):
             before, left = left, gradient - (together - scales * chosen)  # without what later labels give
             if (left - before).norm() <= _SETTLED * gradient.norm():
                 break
-        return _Matched(lists, lists[places, best], cosines, 1 - cosines.double().square(), others, left)
+        unexplained = 1 - cosines.double().square()
+        return _Matched(lists, directions, lists[places, best], cosines, unexplained, others, left)
 
 
 class _Matched(NamedTuple):
@@ -243,6 +252,7 @@ class _Matched(NamedTuple):
 
     Attributes:
         lists: The candidates of each position, `[S, candidates]`.
+        directions: Their gradients, `[S, candidates, h]`.
         tokens: The best of each, `[S]`.
         cosines: What speaks for it, `[S]`.
         unexplained: The share of the gradient's power that it leaves, `[S]`.
@@ -251,6 +261,7 @@ class _Matched(NamedTuple):
     """
 
     lists: Tensor
+    directions: Tensor
     tokens: Tensor
     cosines: Tensor
     unexplained: Tensor
@@ -305,12 +316,15 @@ class _RowTop:
             parts.append(own[:, 0])
         return torch.cat(parts).transpose(0, 1)
 
-    def nearest(self, place: int, gradient: Tensor, twice: Tensor, count: int) -> Tensor:
-        """The best `count` tokens of the whole vocabulary at a position, by the exact directions, the best first.
+    def nearest(self, place: int, gradient: Tensor, twice: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The best tokens of the whole vocabulary at a position, by the exact directions, the best first.
 
         Args:
             gradient: `[S, h]`.
             twice: Twice the noise's power in each number, `[S, 1]`.
+
+        Returns:
+            So many tokens, `[count]`, and the gradient of each at that position, `[count, h]`.
         """
         row = self._row
         own, states = self._top.alone(self._output, row.mask, row.positions, torch.tensor([place]))
@@ -321,11 +335,18 @@ class _RowTop:
             (columns,) = torch.autograd.grad(read, own, given, retain_graph=True, is_grads_batched=True)
             parts.append(columns[:, 0, 0])
         jacobian = torch.cat(parts)  # [width, h]
-        directions = self._means[place] - self._slopes[place][:, None] * self._head
-        drawn = directions.to(jacobian) @ jacobian
-        along = ((drawn @ gradient[place]) / drawn.norm(dim=-1).clamp_min(_TINY)).double()
-        scores: Tensor = along.abs() * along / twice[place] + self.prior[place]
-        return scores.topk(count).indices
+        means, slopes = self._means[place].to(jacobian) @ jacobian, self._slopes[place, :, None].to(jacobian)
+
+        def drawn(slopes: Tensor, head: Tensor) -> Tensor:
+            return torch.addcmul(means, slopes, head.to(jacobian) @ jacobian, value=-1)
+
+        along = []
+        for some in zip(torch.split(slopes, _TOKENS), torch.split(self._head, _TOKENS), strict=True):
+            directions = drawn(*some)
+            along.append((directions @ gradient[place]) / directions.norm(dim=-1).clamp_min(_TINY))
+        lengths = torch.cat(along).double()
+        tokens = (lengths.abs() * lengths / twice[place] + self.prior[place]).topk(count).indices
+        return tokens, drawn(slopes[tokens], self._head[tokens])
 
     def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
         """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""

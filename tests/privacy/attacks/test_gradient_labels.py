@@ -83,8 +83,11 @@ def test_the_whole_vocabulary_is_searched_by_the_directions_that_candidates_have
     labelled = labelled_row(knowledge, knowledge.public[0], START)
     top, places = _RowTop(ModelTop(knowledge.model, knowledge.plan), labelled.row, 0.0), [START, LENGTH - 2]
     twice, gradient = torch.full((LENGTH, 1), 1e-9), labelled.row.gradient[0]
-    found = torch.stack([top.nearest(place, gradient, twice, VOCAB) for place in places])
+    nearest = [top.nearest(place, gradient, twice, VOCAB) for place in places]
+    found = torch.stack([tokens for tokens, _ in nearest])
     drawn = top.drawn(torch.arange(VOCAB).expand(LENGTH, -1))[places]
+    for place, (tokens, directions) in enumerate(nearest):
+        torch.testing.assert_close(directions, drawn[place, tokens], rtol=1e-4, atol=1e-5)
     along = torch.cosine_similarity(gradient[places][:, None], drawn, dim=-1).double()
     power = gradient[places].double().square().sum(-1, keepdim=True)
     scores = along.abs() * along * power / twice[places] + top.prior[places]
@@ -106,7 +109,11 @@ def test_a_label_that_is_in_no_list_is_searched_for(monkeypatch: pytest.MonkeyPa
     assert accuracy(ExactLabels(), knowledge, traffic, labels) == 1
     monkeypatch.setattr(_RowTop, "along", along)
     found = accuracy(ExactLabels(), knowledge, traffic, labels)
-    monkeypatch.setattr(_RowTop, "nearest", lambda top, place, *_: torch.zeros(1, dtype=torch.long))
+
+    def first(top: _RowTop, place: int, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.tensor([0]), top.drawn(torch.zeros(LENGTH, 1, dtype=torch.long))[place]
+
+    monkeypatch.setattr(_RowTop, "nearest", first)
     assert found == 1
     assert accuracy(ExactLabels(), knowledge, traffic, labels) < 0.7
 
