@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,9 +37,10 @@ def run_cluster(settings: ClusterSettings, folder: Path) -> dict[str, Any]:
     Returns:
         `runs`: for each case `case`, `adapter_identical` (to that of a run over a cloud on one machine),
         `calls_failed` (which got no answer), `calls_repeated`, `recovery_s` (what the edge lost in all, see
-        `Finished.lost_after`; None where a call failed), `at_most_s` (what it may lose; None where nothing is
-        promised), `longest_step_s`, `usual_step_s`, `processes_left` (of the cloud, after its own `stop`),
-        `processes_serving` (before it), and figures of the case.
+        `Finished.lost_after`; of `two nodes`, where nothing breaks, how much steps vary; None where a call failed),
+        `at_most_s` (what it may lose; None where nothing is promised), `longest_step_s`, `usual_step_s`,
+        `processes_left` (of the cloud, after its own `stop`), `processes_serving` (before it), and figures of the
+        case.
         `secrets`: see `look_for`. `identical`, `none_failed`, `none_left`, `in_time` and `nothing_secret` sum them up.
 
     Raises:
@@ -52,21 +53,19 @@ def run_cluster(settings: ClusterSettings, folder: Path) -> dict[str, Any]:
     setting = _setting(settings, folder)
     cells = Cells(folder / CELLS, Console(stderr=True))
     cells.expect(len(wanted) + 1 + any(CASES[name].seconds for name in wanted if name != SECRETS))
-    about = {name: value for name, value in asdict(settings).items() if name not in ("cases", "steps")}
+    about = {name: value for name, value in asdict(settings).items() if name != "cases"}
 
+    @cache
     def reference(steps: int) -> dict[str, Any]:
-        alike = replace(setting, steps=steps)
-        return cells.get("one machine", {**about, "steps": steps}, partial(_reference, alike, folder))
+        make = partial(_reference, replace(setting, steps=steps), folder)
+        return cells.get("one machine", {**about, "run_steps": steps}, make)
 
     usual = reference(settings.steps)
     runs = []
     for name in (each for each in wanted if each != SECRETS):
-        seconds = CASES[name].seconds
-        steps = max(settings.steps, settings.at + math.ceil(SPARE * seconds / usual["step_s"])) if seconds else 0
-        alike = reference(steps) if steps else usual
-        setting_here = replace(setting, steps=steps or settings.steps)
-        make = partial(_case, name, setting_here, folder, alike["adapter"])
-        runs.append({"case": name, **cells.get(name, {**about, "steps": setting_here.steps}, make)})
+        steps = max(settings.steps, settings.at + math.ceil(SPARE * CASES[name].seconds / usual["step_s"]))
+        make = partial(_case, name, replace(setting, steps=steps), folder, reference(steps)["adapter"])
+        runs.append({"case": name, **cells.get(name, {**about, "run_steps": steps}, make)})
     secrets = cells.get(SECRETS, about, partial(_secrets, setting, folder)) if SECRETS in wanted else None
     return {"runs": runs, "secrets": secrets, **summed_up(runs, secrets), **asdict(settings)}
 
@@ -126,14 +125,13 @@ def _case(name: str, setting: Setting, folder: Path, adapter: str) -> dict[str, 
         serving = made.cloud.processes_serving
     shutil.rmtree(place, ignore_errors=True)
     runs = happened.runs
-    lost = [run.lost_after(setting.at) for run in runs]
     failures = [run.failure for run in runs if run.failure]
     return {
         "adapter_identical": all(run.adapter == adapter for run in runs),
         "calls_failed": len(failures),  # the first call without an answer ends a run
         "failures": failures,
         "calls_repeated": sum(run.repeated for run in runs),
-        "recovery_s": None if failures else round(max(each or 0.0 for each in lost), 2),
+        "recovery_s": None if failures else round(max(run.lost_after(setting.at) for run in runs), 2),
         "at_most_s": case.at_most,
         "longest_step_s": round(max(max(run.seconds) for run in runs), 3),
         "usual_step_s": round(max(run.usual for run in runs), 3),
@@ -171,7 +169,7 @@ def show(result: Mapping[str, Any]) -> RenderableType:
         table.add_row(run["case"], same, str(run["calls_repeated"]), lost, str(run["processes_left"]))
     secrets = result["secrets"]
     if secrets is not None:
-        places = ", ".join(secrets["found"]) or "nowhere"
+        places = ", ".join(secrets["found_in"]) or "nowhere"
         controls = "found" if all(secrets["controls"].values()) else "NOT FOUND"
         dropped = secrets["packets_dropped"]
         table.caption = (

@@ -51,8 +51,9 @@ def look_for(world: World, sent: Mapping[str, str], packets: Packets, control: b
         IsthmusError: a key or a token is not where it is expected, or not in a known format.
 
     Returns:
-        `found`, kinds of secrets by place, empty where all is well; `controls`, by place whether what must be found
-        was; `canaries`, how many were looked for, of `kinds`; `scanned`, bytes by place; `packets`, `packets_dropped`.
+        `found`, kinds of secrets by place, empty where all is well; `found_in`, the files, processes and packets with
+        them; `controls`, by place whether what must be found was; `canaries`, how many were looked for, of `kinds`;
+        `scanned`, bytes by place; `packets`, `packets_dropped`.
     """
     canaries = {bytes.fromhex(each): kind for each, kind in sent.items()} | secrets_of(_key_files(world))
     if missing := set(_KEY_FILES) - set(canaries.values()):
@@ -66,15 +67,21 @@ def look_for(world: World, sent: Mapping[str, str], packets: Packets, control: b
         NETWORK: control,
     }
     found, controls, scanned = {}, {}, {}
+    found_in: set[str] = set()
     for where in PLACES:
         scanner = Scanner({**canaries, planted[where]: CONTROL})
-        counted: Counter[str] = scanner.count(_parts(where, world, packets))
+        counted: Counter[str] = Counter()
+        for name, part in _parts(where, world, packets):
+            here = scanner.count([part])
+            counted += here
+            found_in |= {name} if here.keys() - {CONTROL} else set()
         controls[where] = bool(counted.pop(CONTROL, 0))
         scanned[where] = scanner.scanned
         if counted:
             found[where] = dict(counted)
     return {
         "found": found,
+        "found_in": sorted(found_in),
         "controls": controls,
         "canaries": len(canaries),
         "kinds": sorted(set(canaries.values())),
@@ -134,23 +141,24 @@ def _key_files(world: World) -> list[Path]:
     return [path for path in sorted(world.machines.root.rglob("*")) if path.name in _KEY_FILES and path.is_file()]
 
 
-def _parts(where: str, world: World, packets: Packets) -> Iterator[bytes]:
-    store = world.ray.environment(world.ray.head)["RAY_gcs_storage_path"]
+def _parts(where: str, world: World, packets: Packets) -> Iterator[tuple[str, bytes]]:
+    """What there is in a place to look through, each with a name that tells a reader where it is."""
+    root, store = world.machines.root, world.ray.environment(world.ray.head)["RAY_gcs_storage_path"]
     if where == NETWORK:
-        yield from packets.parts()
+        yield from (("packets", part) for part in packets.parts())
     elif where == ENVIRONMENTS:
         for machine in world.machines.all.values():
             for process in processes_of(machine):
                 with contextlib.suppress(OSError):
-                    yield Path(f"/proc/{process.pid}/environ").read_bytes()
+                    yield f"process {process.pid}", Path(f"/proc/{process.pid}/environ").read_bytes()
     else:
         keys = set(_key_files(world))
-        for path in sorted(world.machines.root.rglob("*")):
+        for path in sorted(root.rglob("*")):
             if path in keys or not path.is_file() or path.is_symlink() or path == packets.path:
                 continue
             if (Path(store) in path.parents) == (where == STORE):
                 with contextlib.suppress(OSError):
-                    yield path.read_bytes()
+                    yield str(path.relative_to(root)), path.read_bytes()
 
 
 def secrets_kept(world: World) -> dict[str, Any]:

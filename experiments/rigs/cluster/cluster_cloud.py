@@ -129,7 +129,7 @@ class ClusterCloud:
         self.serve(*options)
         yield
         self.end_serve()
-        self.processes_serving = self._processes()
+        self.processes_serving = self.processes()
         self.run("stop", "--grace", str(GRACE_SECONDS))
 
     # How it is ----------------------------------------------------------------------------------------------------
@@ -171,11 +171,12 @@ class ClusterCloud:
         """Processes of the stopped cloud on the machines that are on: they should have ended by themselves."""
         time.sleep(SETTLE_SECONDS)
         deadline = time.monotonic() + LEAVE_SECONDS
-        while (left := self._processes()) and time.monotonic() < deadline:
+        while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return left
 
-    def _processes(self) -> int:
+    def processes(self) -> int:
+        """Processes of the cloud, and of its owner's commands and edges, on the machines that are on."""
         return sum(len(cloud_processes(machine)) for machine in self.machines.all.values() if machine.is_on)
 
     @property

@@ -46,15 +46,13 @@ class Finished:
         """Seconds of a usual step: the median of all."""
         return statistics.median(self.seconds)
 
-    def lost_after(self, step: int) -> float | None:
+    def lost_after(self, step: int) -> float:
         """Seconds by which the run ended later than it would have, had all steps behind a step been usual ones.
 
         It is the sum over these steps of what each took beyond a usual one. So several pauses add up, and slow steps
         until the run's end count as well; a single longest step would show neither. Steps that were faster than usual
-        are counted too, or the sum would grow with the steps' spread. None for a run that failed: it never went on.
+        are counted too, or the sum would grow with the steps' spread. Of a run that failed it says nothing.
         """
-        if self.failure:
-            return None
         return max(0.0, sum(each - self.usual for each in self.seconds[step:]))
 
 
@@ -137,8 +135,7 @@ class EdgeRun:
         if self._process.returncode:  # a call has got no answer
             return Finished("", 0, seconds, why)
         report = json.loads(said)
-        weights = (self._out / "adapter" / ADAPTER_WEIGHTS).read_bytes()
-        return Finished(sha256(weights).hexdigest(), report["retries"], seconds)
+        return Finished(weights_digest(self._out), report["retries"], seconds)
 
     def _seconds(self) -> list[float]:
         path = self._out / COSTS_FILE
@@ -148,6 +145,11 @@ class EdgeRun:
     def _last_line(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it says nothing"
+
+
+def weights_digest(out: Path) -> str:
+    """SHA-256 (hex) of the weights of the adapter in a run's folder."""
+    return sha256((out / "adapter" / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
 
 
 def run_options(connection: str, key: Path, data: Path, steps: int, threads: int) -> dict[str, Any]:
