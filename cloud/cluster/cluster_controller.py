@@ -47,6 +47,7 @@ DRAIN_SLACK_SECONDS = 10.0
 PLACE_SECONDS = 120.0
 """For Ray to place a worker that there need not be: an autoscaler's machine has started by then, or there is none."""
 ISSUER_CHECK_SECONDS = 30.0
+"""Between two looks at when the issuer's certificate runs out, which the controller says a day before."""
 DAY = 86_400
 
 

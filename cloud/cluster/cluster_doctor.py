@@ -26,10 +26,12 @@ from isthmus.protocol.secure.keys import Fingerprint, load_issuer
 PROBE_SECONDS = 120.0
 """For all nodes to answer: hashing a large model takes a minute."""
 ANSWER_SECONDS = 10.0
+"""For a node or the controller: a busy machine answers late."""
 MOST_SKEW = 5.0
 """Seconds that a node's clock may be off: certificates and the age of adapters go by it, which last for hours. NTP
 keeps a clock within a tenth of one."""
 SOON_DAYS = 7
+"""Before a certificate runs out, to tell its owner: somebody who looks once a week still sees it."""
 DAY = 86_400
 
 

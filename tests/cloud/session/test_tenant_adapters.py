@@ -26,17 +26,6 @@ OTHER = Tenant("hospital-b", Fingerprint.of(bytes(32)))
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> Owner:
-    torch.set_num_threads(1)
-    return Owner(tmp_path_factory.mktemp("owner"))
-
-
-@pytest.fixture
-def store(owner: Owner, tmp_path: Path) -> AdapterStore:
-    return owner.store(tmp_path / "adapters")
-
-
 @pytest.fixture
 def mine(store: AdapterStore) -> TenantAdapters:
     return store.of(TENANT)

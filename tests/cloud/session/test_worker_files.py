@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from support.cloud.packages import Owner
 from support.cloud.sessions import eventually
 from support.protocol.wire import TENANT
@@ -34,17 +33,6 @@ THREADS = CallThreads(1, 16)
 MINE, THEIRS = (tenant.fingerprint.digest.hex() for tenant in (TENANT, OTHER))
 THEN = 1_700_000_000_123
 """Unix milliseconds."""
-
-
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> Owner:
-    torch.set_num_threads(1)
-    return Owner(tmp_path_factory.mktemp("owner"))
-
-
-@pytest.fixture
-def store(owner: Owner, tmp_path: Path) -> AdapterStore:
-    return owner.store(tmp_path / "adapters")
 
 
 def brought(folder: Path) -> dict[str, Path]:
