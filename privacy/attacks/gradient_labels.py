@@ -209,8 +209,10 @@ class ExactLabels(_LabelAttack):
                 break
         searched = torch.zeros(len(gradient), dtype=torch.bool)
         for _ in range(len(gradient)):
-            where = self._shown(found.cosines, beside=1) if labelled is None else labelled
-            due = (where & ~searched & (found.unexplained > self._explained)).nonzero()
+            explained = found.unexplained <= self._explained
+            shown = found.cosines.where(explained | ~searched, -1)  # where a search explains nothing is no label
+            where = self._shown(shown, beside=1) if labelled is None else labelled
+            due = (where & ~searched & ~explained).nonzero()
             if not len(due):
                 break
             place = int(due.max())  # the last one first: its label hides those before it

@@ -17,7 +17,7 @@ from isthmus.common.errors import DataError
 from isthmus.privacy.attacks import gradient_labels
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, _RowTop, labelled_row
+from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, _Matched, _RowTop, labelled_row
 from isthmus.privacy.attacks.model_top import ModelTop
 from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
 
@@ -116,6 +116,32 @@ def test_a_label_that_is_in_no_list_is_searched_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_RowTop, "nearest", first)
     assert found == 1
     assert accuracy(ExactLabels(), knowledge, traffic, labels) < 0.7
+
+
+def test_the_search_ends_where_it_explains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary some token fits a position without a label well enough to show, and so would the next."""
+    knowledge = knowing(tiny_model("llama"))
+    attack, searched = ExactLabels(), []
+    attack.prepare(knowledge)
+    row = labelled_row(knowledge, knowledge.public[0], START).row
+
+    def nearest(_: _RowTop, place: int, left: Tensor, __: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        searched.append(place)
+        return torch.arange(count), torch.zeros(count, left.shape[1])
+
+    def chosen(_: ExactLabels, __: _RowTop, left: Tensor, lists: Tensor, directions: Tensor, *___: Tensor) -> _Matched:
+        cosines = torch.zeros(LENGTH)
+        cosines[searched] = 0.8
+        cosines[START - 1 : -1] = 1
+        unexplained = 1 - cosines
+        return _Matched(lists, directions, lists[:, 0], cosines, unexplained, unexplained, left)
+
+    monkeypatch.setattr(_RowTop, "nearest", nearest)
+    monkeypatch.setattr(ExactLabels, "_chosen", chosen)
+    monkeypatch.setattr(attack, "threshold", 0.5)
+    monkeypatch.setattr(attack, "_explained", 0.1)
+    attack.match(row)
+    assert searched == [LENGTH - 1, START - 2]  # beside the last label and the first
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
