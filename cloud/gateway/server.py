@@ -277,7 +277,7 @@ class GatewayServer:
         transcript = None
         if session.transcript:
             described = Session.of(replace(self._info, session_id=session.id.hex()))
-            transcript = CloudTranscript(described, self._identity(), self._numerics)
+            transcript = CloudTranscript(described, self._identity, self._numerics)
         calls = self._calls.of(session, limits, stage, transcript)
         pings = Allowance(self._bounds.pings_per_minute, self._clock())
         try:

@@ -8,6 +8,7 @@ something else; a signature that is missing leaves the exchanges since the last 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any
@@ -158,11 +159,12 @@ class CloudTranscript:
 
     Args:
         session: Whose.
-        identity: The worker's key and certificate.
+        identity: Returns the worker's key and its certificate; called for each signature, as a session may outlive a
+            certificate.
         numerics: What the bits of an answer depend on.
     """
 
-    def __init__(self, session: Session, identity: WorkerIdentity, numerics: str) -> None:
+    def __init__(self, session: Session, identity: Callable[[], WorkerIdentity], numerics: str) -> None:
         self._chain, self._identity, self._numerics = Chain(session), identity, numerics
         self._signed: m.SignedTranscript | None = None
 
@@ -182,14 +184,15 @@ class CloudTranscript:
             text = f"the edge counts {asked.exchanges} exchanges in this session, and the cloud {chain.exchanges}"
             return m.Status(m.StatusCode.BAD_REQUEST, None, text)
         if self._signed is None or self._signed.exchanges != chain.exchanges:  # so an exchange pays for each signature
-            certificate = self._identity.certificate
+            worker = self._identity()
+            certificate = worker.certificate
             statement = Statement(chain.session.id, chain.exchanges, chain.head, int(now), self._numerics)
             self._signed = m.SignedTranscript(
                 statement.exchanges,
                 statement.head,
                 statement.signed_at,
                 statement.numerics,
-                self._identity.key.sign(statement.signed()),
+                worker.key.sign(statement.signed()),
                 certificate.root,
                 certificate.worker,
                 certificate.not_after,

@@ -32,7 +32,7 @@ def _folder() -> Path:
     folder = scratch()
     (folder / "adapter").mkdir()
     (folder / "audit").mkdir()
-    log, cloud = TranscriptLog(folder / TRANSCRIPT_FILE), CloudTranscript(_SESSION, identity(), "fp32")
+    log, cloud = TranscriptLog(folder / TRANSCRIPT_FILE), CloudTranscript(_SESSION, identity, "fp32")
     exchange = Exchange("Forward", m.CallId(1, 2), b"a" * 32, b"b" * 32, bytes(32))
     cloud._chain.head, cloud._chain.exchanges = exchange.after(_SESSION.head), 1
     signed = cloud.sign(m.SignTranscript(1), NOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 from support.protocol.example_messages import MESSAGES
@@ -84,7 +85,7 @@ def test_statuses_are_no_exchanges_and_adapters_count_once_they_are_taken() -> N
 
 
 def signed(exchanges: int = 1) -> m.SignedTranscript:
-    transcript = CloudTranscript(SESSION, identity(not_after=NOW * 2), "fp32, here")
+    transcript = CloudTranscript(SESSION, partial(identity, not_after=NOW * 2), "fp32, here")
     transcript.answered(FORWARD, digest(FORWARD), REPLY)
     found = transcript.sign(m.SignTranscript(exchanges), NOW)
     assert isinstance(found, m.SignedTranscript), found
@@ -118,6 +119,24 @@ def test_another_root_and_a_certificate_that_had_expired_are_refused() -> None:
         late.verify(found.signature, certificate_of(found), PIN)
 
 
+def test_a_session_that_outlives_a_certificate_is_signed_under_the_renewed_one() -> None:
+    shown = [identity(not_after=NOW + 10)]
+    transcript = CloudTranscript(SESSION, lambda: shown[-1], "fp32, here")
+
+    def verified_at(now: int) -> int:
+        transcript.answered(FORWARD, digest(FORWARD), REPLY)
+        found = transcript.sign(m.SignTranscript(transcript._chain.exchanges), now)
+        assert isinstance(found, m.SignedTranscript)
+        statement_of(SESSION.id, found).verify(found.signature, certificate_of(found), PIN)
+        return found.not_after
+
+    assert verified_at(NOW) == NOW + 10
+    with pytest.raises(FingerprintError, match="expired"):
+        verified_at(NOW + 20)
+    shown.append(identity(not_after=NOW + 40))
+    assert verified_at(NOW + 20) == NOW + 40
+
+
 def test_a_cloud_signs_for_its_own_count_alone() -> None:
     with pytest.raises(AssertionError, match="counts 2 exchanges"):
         signed(exchanges=2)
@@ -126,7 +145,7 @@ def test_a_cloud_signs_for_its_own_count_alone() -> None:
 def test_what_a_side_holds_of_a_session_does_not_grow_with_it() -> None:
     """A chain has its head and the digests of as many lists as the cloud keeps; a signature is made once for a head."""
     assert isinstance(SITES, m.Sites)
-    cloud = CloudTranscript(SESSION, identity(), "fp32")
+    cloud = CloudTranscript(SESSION, identity, "fp32")
     for number in range(3 * m.MAX_LISTS):
         cloud.answered(dataclasses.replace(SITES, number=number + 1), bytes(32), TAKEN)
         cloud.answered(FORWARD, bytes(32), REPLY)

@@ -35,7 +35,7 @@ def certified(by: Ed25519PrivateKey = ISSUER, until: int = NOW + 1000) -> Worker
 
 
 def signed_by(worker: WorkerIdentity) -> m.SignedTranscript:
-    cloud = CloudTranscript(SESSION, worker, "fp32, here")
+    cloud = CloudTranscript(SESSION, lambda: worker, "fp32, here")
     cloud._chain.head, cloud._chain.exchanges = EXCHANGE.after(SESSION.head), 1
     signed = cloud.sign(m.SignTranscript(1), NOW)
     assert isinstance(signed, m.SignedTranscript)

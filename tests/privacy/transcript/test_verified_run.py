@@ -24,7 +24,7 @@ EXCHANGE = Exchange("Forward", m.CallId(1, 2), b"a" * 32, b"b" * 32, bytes(32))
 
 def signed_by(worker: WorkerIdentity, path: Path) -> None:
     """A transcript of one exchange."""
-    cloud = CloudTranscript(SESSION, worker, "fp32")
+    cloud = CloudTranscript(SESSION, lambda: worker, "fp32")
     cloud._chain.head, cloud._chain.exchanges = EXCHANGE.after(SESSION.head), 1
     signed = cloud.sign(m.SignTranscript(1), NOW)
     assert isinstance(signed, m.SignedTranscript)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -133,7 +134,9 @@ class _MemoryStream:
             self._work = served.session(session_id, self._session.tenant, self._cloud.threads)
             if message.transcript:
                 described = Session.of(replace(served.info, session_id=session_id.hex()))
-                self._transcript = CloudTranscript(described, identity(not_after=NOW * 2), self._cloud.numerics)
+                self._transcript = CloudTranscript(
+                    described, partial(identity, not_after=NOW * 2), self._cloud.numerics
+                )
             return m.Status(m.StatusCode.OK, None, "attached")
         if self._work is None:
             raise AssertionError("the link spoke before it attached")
