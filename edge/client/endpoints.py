@@ -5,6 +5,9 @@ its own is gone. All workers show the same root key, the one that the edge has p
 
 On a cloud of several machines a worker keeps its port and changes its machine. So where none of the addresses answers,
 the edge tries each of their ports on each of their machines.
+
+An edge that has had no session yet knows the places of its connection string alone, and tries each of them before it
+gives up: one may show a certificate that has expired, or drain, and the next one serve.
 """
 
 from __future__ import annotations
@@ -42,12 +45,16 @@ class Endpoints:
         self._address = self._at = address
         self._told = (address, *further)
         self._known: tuple[str, ...] = self._told
+        # Of a connection string that names several: its places, and those that are still to be tried, in its order.
+        self._places = dict.fromkeys(self._told) if further and reach is not None else {}
+        self._untried = dict(self._places)
         self._first = self._transport = first
         self._reach = reach
         self.settled = False
 
     async def open(self) -> Stream:
         """Open a new stream. Raises ConnectionLostError where that is not possible at present."""
+        self._untried.pop(self._at, None)
         return await self._transport.open()
 
     async def close(self) -> None:
@@ -62,6 +69,8 @@ class Endpoints:
     async def send_to(self, address: str) -> None:
         """Go where the worker says. An edge that cannot go anywhere else settles where it is."""
         self.settled = True
+        if self._at in self._places:  # it has not refused, and may take the edge where the other does not
+            self._untried[self._at] = None
         await self._go(address)
 
     def attached(self) -> None:
@@ -73,6 +82,17 @@ class Endpoints:
         tried = self._to_try()
         place = tried.index(self._at) if self._at in tried else -1
         await self._go(tried[(place + 1) % len(tried)])
+
+    async def go_on(self) -> bool:
+        """Go to a place of the connection string that has not been tried yet; False where there is none.
+
+        There is none in a connection string of one place, or where the edge cannot go anywhere else.
+        """
+        place = next(iter(self._untried), None)
+        if place is None:
+            return False
+        await self._go(place)
+        return True
 
     def _to_try(self) -> list[str]:
         """The known addresses, then each of their ports on each of their machines."""

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from isthmus.emulator.package.package import Package
 
 PEAK_SECONDS = 5.0  # a figure of the report is not worth a longer wait
+CONNECT_SECONDS = 10.0
+"""How long the start may take by default, at least."""
+PLACE_SECONDS = 5.0
+"""How long one place of a connection string may take to answer."""
 
 
 def connect(
@@ -59,7 +63,7 @@ def connect(
     key: str | Path | None = None,
     codec: str = "fp32",
     tls: Tls | None = None,
-    connect_timeout: float = 10.0,
+    connect_timeout: float = CONNECT_SECONDS,
     give_up_after: float = 600.0,
     call_timeout: float = 600.0,
     keepalive: float = KEEPALIVE_SECONDS,
@@ -70,12 +74,15 @@ def connect(
     """Connect to a cloud.
 
     Args:
-        address: the connection string that `isthmus cloud serve` prints: `isthmus://host:port#SHA256:…`.
+        address: the connection string that `isthmus cloud serve` prints: `isthmus://host:port#SHA256:…`. Of several
+            places each is tried.
         key: the edge's private key file; by default ~/.isthmus/edge/id_ed25519, as `isthmus edge keygen` makes it.
         codec: how activations and gradients cross the wire: one of fp32, bf16, fp16, int8, int4, int4-outliers, or one
             for each direction; see `isthmus.edge.codecs.wire_codecs.WireCodecs.parse`.
         tls: the outer TLS layer, for `isthmus+tls://` addresses; by default the system's certificates.
-        connect_timeout: seconds to wait for the cloud at first.
+        connect_timeout: seconds to wait for the cloud at first. The default, 10, becomes 5 for each place of a
+            connection string that names more than two, so that each is tried even where none answers; any other number
+            holds as it is, however many places there are.
         give_up_after: seconds that a cloud may stay away later.
         call_timeout: seconds that one call may take before the connection counts as lost.
         keepalive: seconds without a sign of the cloud until it is asked for one; the connection counts as lost after as
@@ -93,16 +100,20 @@ def connect(
     Raises:
         ConfigError: the address, the codec, the keepalive or the deadline does not make sense.
         KeyFileError: there is no usable key.
-        FingerprintError: the server is not the pinned one.
+        FingerprintError: the server is not the pinned one, or its certificate has expired.
+        RefusedError: the cloud takes no session: it drains, or the quota is used up.
+        VersionError, RemoteProtocolError: the server does not speak as this release does.
         NotEnrolledError: the cloud does not know the key.
         UnreachableError: nobody answers.
+
+        Of several places that give no session, the first that says why has the word.
     """
     where = ConnectionString.parse(address)
     private = load_edge(Path(key or DEFAULT_KEY).expanduser())
 
     def reach(address: str) -> GrpcTransport:
         outer = (tls or Tls()) if where.tls else None
-        return GrpcTransport(address, outer, min(connect_timeout, 5.0), keepalive)
+        return GrpcTransport(address, outer, min(connect_timeout, PLACE_SECONDS), keepalive)
 
     if keepalive < LEAST_KEEPALIVE_SECONDS:
         raise ConfigError(f"a keepalive of {keepalive:g} s is too short: {LEAST_KEEPALIVE_SECONDS:g} at least")
@@ -120,8 +131,11 @@ def connect(
         further=where.others,
         max_fetch_bytes=max_fetch_bytes,
     )
+    patience = connect_timeout
+    if connect_timeout == CONNECT_SECONDS:  # commands give a number in any case: the default's own stands for no choice
+        patience = max(connect_timeout, PLACE_SECONDS * len(where.addresses))
     try:
-        link.open(connect_timeout)
+        link.open(patience)
     except BaseException:
         link.close()
         raise

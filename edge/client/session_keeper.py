@@ -3,7 +3,7 @@
 A broken stream, a draining worker, a frame that was changed on its way: each ends one session. The next one has new
 keys, and the same question goes out with a higher attempt. It also goes out again, a few times, where the cloud says
 that it failed. What cannot be helped by asking again (a refusal, another model behind the same address, a server that
-is not the pinned one) is raised.
+is not the pinned one) is raised; for the first session, once each place of the connection string was tried.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from isthmus.common.errors import (
     ConfigError,
     ConnectionLostError,
     FingerprintError,
+    IsthmusError,
     LocalProtocolError,
     RefusedError,
     RemoteProtocolError,
@@ -131,7 +132,14 @@ class SessionKeeper:
         return self._info
 
     def open(self, timeout: float) -> None:
-        """Open the first session, within `timeout` seconds."""
+        """Open the first session, within `timeout` seconds, with whichever place of the connection string gives one.
+
+        Raises:
+            FingerprintError, RefusedError, VersionError, RemoteProtocolError: what a place said, the first that said
+                anything, where none gave a session.
+            NotEnrolledError: a place said so. The others have the same list, and are not asked.
+            UnreachableError: nobody answered.
+        """
         with self._lock:
             self._repeated(lambda attempt: self._session(), timeout, since=time.monotonic())
 
@@ -225,35 +233,53 @@ class SessionKeeper:
         return answer
 
     def _repeated(self, work: Callable[[int], T], patience: float, since: float | None = None) -> T:
-        """Do `work` until it succeeds, for `patience` seconds from the first failure (or from `since`) on."""
+        """Do `work` until it succeeds, for `patience` seconds from the first failure (or from `since`) on.
+
+        Before there has been a session, each place of the connection string has its turn, and then counts what the
+        first one said that said anything: it tells more than a connection that was lost.
+        """
         name = self._options.name
         if self._closed:
             raise LocalProtocolError(f"the link to {name} is closed: use its model inside `with connect(…) as link:`")
         deadline = None if since is None else since + patience
+        said: IsthmusError | None = None
         faults = 0
         for attempt, pause in enumerate(pauses(LONGEST_PAUSE, self._jitter)):
             try:
                 return work(attempt)
             except ConnectionLostError as error:
                 reason, faults = str(error), 0
-            except (RemoteProtocolError, FingerprintError, VersionError, CloudFailedError) as error:
-                # Once a cloud has been reached, a hello that does not fit may as well be one that was changed on its
-                # way; before, it is most likely another server's, or of another version.
-                if self._info is None and not isinstance(error, RemoteProtocolError):
-                    raise
+            except (RemoteProtocolError, FingerprintError, VersionError, RefusedError) as error:
                 reason, faults = str(error), faults + 1
-                if faults == PROTOCOL_FAULTS:
-                    raise
+                if faults == PROTOCOL_FAULTS or not self._may_pass(error):
+                    if self._info is not None:
+                        raise
+                    said, faults = said or error, 0
             now = time.monotonic()
             self.drop()
             deadline = deadline or now + patience
             if now >= deadline:
                 break
-            self._pause(min(pause, deadline - now))
+            had_turn = self._info is None and not faults
+            # A place that has not been asked yet needs no pause.
+            if not (had_turn and run(self._endpoints.go_on())):
+                if had_turn and said is not None:
+                    break
+                self._pause(min(pause, deadline - now))
             self.traffic.retries += 1
+        if said is not None and self._info is None:
+            raise said
         raise UnreachableError(
             f"the cloud at {name} stayed away for {patience:.0f} s ({reason}): check that it runs and can be reached"
         )
+
+    def _may_pass(self, error: IsthmusError) -> bool:
+        """Whether asking the same place again may help."""
+        # Once a cloud has been reached, a hello that does not fit may as well be one that was changed on its way;
+        # before, it is most likely another server's, or of another version.
+        if self._info is None:
+            return isinstance(error, RemoteProtocolError)
+        return isinstance(error, CloudFailedError) or not isinstance(error, RefusedError)
 
     def _pause(self, seconds: float) -> None:
         """Sleep, and check now and then whether there is still something to wait for."""

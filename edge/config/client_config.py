@@ -34,7 +34,12 @@ class ClientConfig(Settings):
         "FORWARD,BACKWARD; one for each of forward_up=, forward_down=, backward_up=, backward_down=; or auto, "
         "auto:0.99, for the narrowest that keep the gradient's cosine (`edge train`; elsewhere fp32).",
     )
-    connect_timeout: float = Field(10.0, gt=0, description="Seconds to wait for the cloud at the start.")
+    connect_timeout: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds to wait for the cloud at the start; the default becomes 5 for each place of a connection "
+        "string that names more than two.",
+    )
     give_up_after: float = Field(
         600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
     )

@@ -48,6 +48,7 @@ class MemoryCloud:
     threads: CallThreads = field(default_factory=lambda: CallThreads(1, 16))
     streams: list[_MemoryStream] = field(default_factory=list)  # in the order of their opening
     numerics: str = "fp32, here"
+    not_after: int = NOW * 2  # when its certificate expires, in Unix seconds
     signs: Callable[[m.Message], m.Message] = lambda signed: signed  # what becomes of its signature
 
     def describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
@@ -78,7 +79,7 @@ class _MemoryStream:
     def __init__(self, cloud: MemoryCloud) -> None:
         self._cloud = cloud
         self._session = CloudSession(
-            identity=identity(not_after=NOW * 2), authorize=cloud.authorize, info=cloud.describe
+            identity=identity(not_after=cloud.not_after), authorize=cloud.authorize, info=cloud.describe
         )
         self._work: TenantSession | None = None
         self._transcript: CloudTranscript | None = None
