@@ -195,6 +195,10 @@ class AuthorizedEdges:
         """These edges and others; of a key that is in both, what the others say."""
         return AuthorizedEdges({**self._tenants, **others._tenants})
 
+    def has_all_of(self, others: AuthorizedEdges) -> bool:
+        """Whether all keys of others are among these."""
+        return self._tenants.keys() >= others._tenants.keys()
+
     def __len__(self) -> int:
         return len(self._tenants)
 

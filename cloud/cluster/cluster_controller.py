@@ -12,12 +12,14 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec
 from isthmus.cloud.cluster.issuing import HOUR, IssuingOffice, TenantsText
 from isthmus.cloud.cluster.joined_cluster import named_actors, start_anywhere
+from isthmus.cloud.cluster.known_workers import KnownWorkers
 from isthmus.cloud.cluster.model_files import ModelFiles
 from isthmus.cloud.cluster.worker_counts import forget_counts, read_counts, write_counts
 from isthmus.cloud.control.autoscaler import Scaler
@@ -25,14 +27,11 @@ from isthmus.cloud.control.controller import Directory, metrics_of, serve_pages
 from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, wait_for
 from isthmus.cloud.directory import Update
 from isthmus.cloud.nodes.deliveries import Delivery, NodeReport, newer_adapters
-from isthmus.cloud.nodes.node_worker import NodeWorker
+from isthmus.cloud.nodes.node_worker import NodeWorker, spec_digest
 from isthmus.cloud.telemetry.logs import log, log_to
 from isthmus.common.errors import IsthmusError, NotEnrolledError, PortInUseError
 from isthmus.common.readable import date
-from isthmus.protocol.enrolment import STAGE_OPTIONS
 from isthmus.protocol.limits import MAX_WORKERS
-from isthmus.protocol.secure.certificates import CertificateRequest
-from isthmus.protocol.secure.keys import format_public_key
 
 TICK_SECONDS, SETTLING_SECONDS = 0.5, 0.1
 """Between two rounds of questions to the workers, and while one of them settles, which takes it a few rounds."""
@@ -66,8 +65,8 @@ class ClusterController:
         self._asked: dict[int, Answer] = {}  # by worker: the report that was asked for and has not come
         self._reports: dict[int, NodeReport] = {}  # the last one of each
         self._silent: set[int] = set()  # workers that have not answered in the last round
-        self._certificates: dict[int, str] = {}
-        self._known: dict[int, CertificateRequest] = {}  # of workers on enrolled nodes, whose keys the others let in
+        self._known = KnownWorkers(self._office, spec.worker.root)
+        self._adopted = False  # the workers of an earlier controller
         self._retry_at: dict[int, float] = {}
         self._wanted_since: dict[int, float] = {}
         self._begun = time.monotonic()
@@ -81,14 +80,17 @@ class ClusterController:
         self._failure: PortInUseError | None = None
         self._issuer_until: int | None = None
         self._files_at = ""
-        self._files = ModelFiles(spec, self._office, self._known_keys)
+        self._files = ModelFiles(spec, self._office, self._known.keys)
         try:
             self._files_at = self._files.start()
             serve_pages(spec.metrics, self.metrics, self.status)
         except PortInUseError as error:
             self._failure = error  # raised by `state`: of an actor that dies in its constructor, Ray keeps only a text
             return
-        threading.Thread(target=self._run, name="controller", daemon=True).start()
+        rounds = (self._round, self._scale, self._look_at_the_issuer)
+        threading.Thread(target=self._run, args=rounds, name="rounds", daemon=True).start()
+        # Beside the rounds: while Ray's head is away, Ray answers late.
+        threading.Thread(target=self._run, args=(self._adopt, self._start_missing), name="starts", daemon=True).start()
 
     # What the owner's commands ask ------------------------------------------------------------------------------------
 
@@ -132,11 +134,11 @@ class ClusterController:
 
         The stages of a pipeline end one after the other: the first one's calls need those behind it.
         """
+        named = named_actors(self._spec.worker_name)  # before anything is changed: Ray may not answer
         with self._lock:
             self._stopped = True
             self._wanted = set()
-            # Those that a restarted controller has not got to yet, too.
-            actors = {**named_actors(self._spec.worker_name), **self._actors}
+            actors = {**named, **self._actors}
         inner = [[number] for number in sorted(actors) if self._spec.is_inner(number)]
         finished = True
         for turn in ([number for number in actors if not self._spec.is_inner(number)], *inner):
@@ -172,20 +174,28 @@ class ClusterController:
 
     # What it does by itself -------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, *steps: Callable[[], None]) -> None:
         while not self._stopped:
-            try:
-                self._start_missing()
-                self._round()
-                self._scale()
-                self._look_at_the_issuer()
-            except Exception as error:  # noqa: BLE001  # nobody would see it, and the next round may do better
-                log("round_failed", logging.ERROR, error=f"{type(error).__name__}: {error}")
+            for step in steps:
+                try:
+                    step()
+                except Exception as error:  # noqa: BLE001  # nobody would see it, and the next round may do better
+                    log("round_failed", logging.ERROR, step=step.__name__, error=f"{type(error).__name__}: {error}")
             settling = any(self._waits(number) for number in list(self._wanted))
             time.sleep(SETTLING_SECONDS if settling else TICK_SECONDS)
 
+    def _adopt(self) -> None:
+        """Take up the workers of an earlier controller. Those above the largest number will be drained."""
+        if self._adopted:
+            return
+        found = named_actors(self._spec.worker_name)
+        with self._lock:
+            self._actors = {**found, **self._actors}
+            self._wanted |= {number for number in found if number < self._most}
+            self._adopted = True
+
     def _start_missing(self) -> None:
-        """Start the workers that there should be and are not; actors of an earlier controller may stand already."""
+        """Start the workers that there should be and are not."""
         spec, now = self._spec, time.monotonic()
         with self._lock:
             missing = [
@@ -210,7 +220,7 @@ class ClusterController:
     def _round(self) -> None:
         """Send every worker its update and what is new for it, and take the workers' reports."""
         with self._lock:
-            self._forget_revoked()
+            self._known.forget_revoked()
             tenants = self._tenants()
             self._fault("authorized_edges", self._tenants.fault)
             self._fault("authorized_nodes", self._office.fault)
@@ -247,10 +257,11 @@ class ClusterController:
         self._actors.pop(number, None)
         self._asked.pop(number, None)
         self._reports.pop(number, None)
-        self._known.pop(number, None)
+        self._known.forget(number)
         self._silent.discard(number)
         self._draining.pop(number, None)
         self._directory.gone(number)
+        self._fault(f"worker {number}'s disk", "")
 
     def _took(self, number: int, report: NodeReport) -> None:
         self._reports[number] = report
@@ -261,36 +272,15 @@ class ClusterController:
             self._fault(what, f"{what} on {report.node} cannot serve: {report.failure}")
             self._start_again(number)
             return
-        if report.request is None:
-            return
+        self._fault(f"{what}'s disk", f"{what} on {report.node}: {report.fault}" if report.fault else "")
         try:
-            if report.request != self._known.get(number):
-                self._office.check(report.request, self._spec.worker.root)
-                if report.request.worker != report.key:
-                    raise NotEnrolledError("it asks for another key than its own")
-                self._known[number] = report.request
-            granted = self._office.grant(report.request).to_json() if report.wants_certificate else ""
-            if granted not in ("", self._certificates.get(number)):  # the same again where the issuer's ends soon
-                self._certificates[number] = granted
-                log("certificate_issued", worker=number, node=report.node)
+            self._known.take(number, report)
             self._fault(what, "")
         except NotEnrolledError as error:  # or not any more
-            self._known.pop(number, None)
             self._fault(what, f"{what} on {report.node} may not serve: {error}")
             self._start_again(number)
-        except IsthmusError as error:  # the issuer's certificate has expired, say: what the worker has may be good yet
+        except IsthmusError as error:
             self._fault(what, f"{what} on {report.node} gets no certificate: {error}")
-
-    def _known_keys(self) -> tuple[bytes, ...]:
-        """Keys of the workers that may fetch the model. May be called from any thread."""
-        return tuple(request.worker for request in self._known.copy().values())
-
-    def _forget_revoked(self) -> None:
-        """Take from the lists the keys of workers whose node is enrolled no more, whether or not they answer."""
-        nodes = self._office.nodes()
-        for number, request in list(self._known.items()):
-            if nodes is not None and nodes.find(request.node) is None:
-                del self._known[number]
 
     def _is_due(self, number: int, delivery: Delivery) -> bool:
         """Whether a worker is sent a delivery now.
@@ -301,7 +291,8 @@ class ClusterController:
         report = self._reports.get(number)
         if report is None or report.revision == delivery.revision:
             return False
-        heard = self._wanted <= set(self._reports) or time.monotonic() - self._begun > HEAR_SECONDS
+        all_heard = self._adopted and self._wanted <= set(self._reports)
+        heard = all_heard or time.monotonic() - self._begun > HEAR_SECONDS
         return heard or not report.revision
 
     def _look_at_the_issuer(self) -> None:
@@ -339,21 +330,27 @@ class ClusterController:
         report = self._reports.get(number)
         if report is None:
             return self._faults.get(f"worker {number}") or "a node with room for it"
+        if self._is_outdated(number):
+            return "the end of a worker from before"
         return "an answer" if number in self._silent else report.failure or report.waits
+
+    def _is_outdated(self, number: int) -> bool:
+        """Whether a wanted worker takes no sessions any more, or serves something else: an earlier controller's."""
+        report = self._reports[number]
+        drains = report.report.status.get("state") == "draining"
+        return drains or report.spec not in ("", spec_digest(self._spec.worker_spec(number)))
 
     def _delivery(self, number: int, tenants: str | None) -> Delivery:
         """What a worker needs now."""
         # A stage that is silent for a moment keeps its place: its neighbours need neither its key nor its address anew.
         serving = {n: r for n, r in self._reports.items() if not r.waits and not r.failure}
         own = self._reports.get(number)
-        others = [(n, request.worker) for n, request in sorted(self._known.items()) if n != number]
-        lines = [f"{STAGE_OPTIONS} {format_public_key(key, f'worker-{n}')}\n" for n, key in others]
         behind = serving.get(number + 1) if self._spec.stages else None
         having = [n for n in sorted(serving) if serving[n].has_model and n != number and n not in self._silent]
         return Delivery(
-            self._certificates.get(number, ""),
+            self._known.certificate(number),
             "" if self._spec.is_inner(number) else tenants,
-            None if self._office.fault and not self._known else "".join(lines),
+            self._known.lines_beside(number),
             "" if behind is None else behind.place,
             (*([self._files_at] if self._files_at else []), *(serving[n].place for n in having)),
             newer_adapters(serving, own, tenants or "") if own is not None and not self._spec.stages else (),
@@ -370,12 +367,17 @@ class ClusterController:
                     self._forget(number)
                     if actor is not None:
                         actor.kill()
+                    self._retry_at[number] = time.monotonic() + ANSWER_SECONDS  # Ray has forgotten its name by then
                     log("worker_ended", worker=number)
             self._give_up_unplaced()
             for number in set(range(MAX_WORKERS)) - self._wanted - set(self._actors):
                 self._fault(f"worker {number}", "")
             for number in sorted(set(self._actors) - self._wanted - set(self._draining), reverse=True):
                 self._draining[number] = self._actors[number].ask("drain", self._spec.grace)
+            outdated = [n for n in sorted(self._wanted & self._reports.keys()) if self._is_outdated(n)]
+            if outdated and not self._draining:  # one after another, so that the others serve meanwhile
+                log("worker_outdated", logging.WARNING, worker=outdated[0])
+                self._draining[outdated[0]] = self._actors[outdated[0]].ask("drain", self._spec.grace)
             if self._spec.stages or self._draining or any(self._waits(number) for number in self._wanted):
                 return  # one thing at a time
             change = self._scaler.decide(self._directory.loads())
@@ -394,4 +396,4 @@ class ClusterController:
                 self._forget(number)
                 if actor is not None:
                     actor.kill()
-        self._wanted_since = {n: since for n, since in self._wanted_since.items() if n in self._wanted}
+        self._wanted_since = {n: at for n, at in self._wanted_since.items() if n in self._wanted - self._reports.keys()}

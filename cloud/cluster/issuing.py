@@ -15,6 +15,8 @@ from isthmus.protocol.secure.keys import Fingerprint, Issuer, load_issuer
 NODES_FILE = "authorized_nodes"
 """The nodes whose workers are certified, one line each, as in `authorized_edges`."""
 HOUR = 3600
+SETTLED_SECONDS = 1.0
+"""Between two readings of a list that is shorter than before, to tell that nobody is still writing it."""
 
 
 class IssuingOffice:
@@ -32,6 +34,7 @@ class IssuingOffice:
     def __init__(self, home: Path, hours: float, now: Callable[[], float] = time.time) -> None:
         self._home, self._hours, self._now = home, hours, now
         self._nodes: AuthorizedEdges | None = None
+        self._fewer: tuple[AuthorizedEdges, float] | None = None  # a list without some of these, and when it was read
         self.fault = ""
 
     def grant(self, request: CertificateRequest) -> WorkerCertificate:
@@ -40,13 +43,14 @@ class IssuingOffice:
         Raises:
             KeyFileError: the issuer's key or certificate cannot be used: it has expired, say.
             NotEnrolledError: the node's key is not enrolled, or has not signed this.
+            IsthmusError: it has not signed it lately.
         """
         issuer = load_issuer(self._home, self._now)
         self.check(request, issuer.pin.digest)
         return issuer.issue(request.worker, self._now() + self._hours * HOUR)
 
     def check(self, request: CertificateRequest, cloud: bytes) -> None:
-        """Check that an enrolled node has signed a request to a cloud, lately. Raises NotEnrolledError."""
+        """Check that an enrolled node has signed a request to a cloud, lately. Raises what `grant` raises."""
         nodes = self.nodes()
         if nodes is None:
             raise KeyFileError(self.fault)
@@ -60,12 +64,20 @@ class IssuingOffice:
     def nodes(self) -> AuthorizedEdges | None:
         """The nodes that are enrolled now: the last good list where the file is malformed; None where there was none.
 
-        Sets `fault`.
+        A list that some nodes are missing from counts once it has been read again a second later: an editor that is
+        writing the file leaves it short, or away, for a moment. Sets `fault`.
         """
         try:
-            self._nodes, self.fault = enrolled_nodes(self._home), ""
+            read, self.fault = enrolled_nodes(self._home), ""
         except (ConfigError, KeyFileError) as error:
             self.fault = str(error)
+            return self._nodes
+        if self._nodes is None or read.has_all_of(self._nodes):
+            self._nodes, self._fewer = read, None
+        elif self._fewer is None or self._fewer[0] != read:
+            self._fewer = read, self._now()
+        elif abs(self._now() - self._fewer[1]) >= SETTLED_SECONDS:
+            self._nodes, self._fewer = read, None
         return self._nodes
 
     def issuer(self) -> Issuer:

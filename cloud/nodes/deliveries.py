@@ -69,11 +69,13 @@ class NodeReport:
         place: `host:port` where other workers reach it.
         request: signed by its node, whether or not it wants a certificate: it proves which node the key belongs to.
         wants_certificate: whether it has none, or one that should be renewed.
-        revision: of the delivery that it has; "" where it has none.
+        revision: of the delivery that it has; "" where it has none, and no delivery's where it has only a part of one.
         has_model: whether others may fetch the model there.
         adapters: when each tenant's adapter was plugged in, by the digest of the fingerprint.
         waits: what it waits for before it can serve, for the operator; "" once it serves.
         failure: why it cannot serve; "" while it may.
+        fault: why it cannot keep what is delivered, in one line for the operator; "" where all is well.
+        spec: digest of what it was made with; see `isthmus.cloud.nodes.node_worker.spec_digest`.
     """
 
     report: Report
@@ -87,6 +89,8 @@ class NodeReport:
     adapters: dict[str, int] = field(default_factory=dict)
     waits: str = ""
     failure: str = ""
+    fault: str = ""
+    spec: str = ""
 
 
 def newer_adapters(serving: Mapping[int, NodeReport], own: NodeReport, tenants: str) -> tuple[AdapterPlace, ...]:

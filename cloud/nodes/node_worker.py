@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import os
 import resource
@@ -17,6 +18,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ SETTLING = "starting"
 """The state of a worker that is not serving yet, for the operator."""
 WAIT_SECONDS = 0.05
 """Between two looks at what was delivered, while a worker settles."""
+COPY_PAUSE_SECONDS = 10.0
+"""Between two attempts to copy an adapter: a full disk lasts, and so does a source that is busy or does not answer."""
+IN_PART = "in part"
+"""The revision where a delivery was kept in part: no delivery's, so that even the one before it is sent again."""
 ANY_HOST, NODE_HOST = ("0.0.0.0", "[::]"), "node"  # noqa: S104  # compared only
 """Hosts of `--listen` on a cluster: every interface of a node, or its address in the cluster alone."""
 
@@ -70,6 +76,18 @@ class NodeSpec:
     last: bool = True
 
 
+def spec_digest(spec: NodeSpec) -> str:
+    """SHA-256 (hex) of a specification, by which a controller tells workers that were made with another one.
+
+    It leaves out what may differ where the same is served: `beside`, which follows from the nodes that were alive, and
+    the owner's paths, in whose place a worker has its node's own. What is in the checkpoint is in `digest`.
+    """
+    fields = dataclasses.asdict(spec)
+    for name in ("beside", "checkpoint", "parts", "home", "log_file"):
+        del fields["worker"][name]
+    return sha256(json.dumps(fields, sort_keys=True, default=bytes.hex).encode()).hexdigest()
+
+
 class NodeWorker:
     """One worker on some node. Made into an actor by `isthmus.cloud.cluster.cluster_controller`."""
 
@@ -90,7 +108,9 @@ class NodeWorker:
         self._worker: Worker | None = None
         self._waits, self._failure = "its certificate", ""
         self._has_model = False
-        self._copying = False
+        self._fault, self._digest = "", spec_digest(spec)
+        self._copying = self._draining = False
+        self._tried: dict[AdapterPlace, float] = {}  # when the copy of an adapter was tried last
         try:
             self._home = WorkerHome((spec.cloud, spec.root), self._number)
             log_to(log_file(self._home.folder, "worker", self._number))
@@ -111,8 +131,10 @@ class NodeWorker:
         home = self._home
         worker = self._worker
         report = worker.exchange(update) if worker is not None else Report(self._settling_status(), None)
+        if home is not None and worker is not None:
+            self._copy_adapters(home, worker)
         with self._lock:
-            revision = self._revision
+            revision, fault = self._revision, self._fault
         return NodeReport(
             report,
             b"" if home is None else home.public_key,
@@ -125,6 +147,8 @@ class NodeWorker:
             {} if worker is None else worker.adapters_held(),
             "" if worker is not None else self._waits,
             self._failure,
+            fault,
+            self._digest,
         )
 
     def metrics(self) -> bytes:
@@ -133,6 +157,7 @@ class NodeWorker:
 
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight and stop listening."""
+        self._draining = True
         return self._worker is None or self._worker.drain(grace)
 
     # What it does by itself -------------------------------------------------------------------------------------------
@@ -144,13 +169,14 @@ class NodeWorker:
         try:
             home.write(delivery)
         except IsthmusError as error:
-            log("delivery_not_written", logging.ERROR, error=str(error))
+            fault = f"what the controller sends cannot be kept: {error}"
+            if fault != self._fault:  # it is sent again at every round
+                log("delivery_not_written", logging.ERROR, error=str(error))
+            with self._lock:
+                self._fault, self._revision = fault, self._revision and IN_PART
             return
         with self._lock:
-            self._delivery, self._revision = delivery, delivery.revision
-        if delivery.adapters and self._worker is not None and not self._copying:
-            self._copying = True
-            threading.Thread(target=self._copy, args=(delivery.adapters,), name="adapters", daemon=True).start()
+            self._delivery, self._revision, self._fault = delivery, delivery.revision, ""
 
     def _settle(self) -> None:
         """Get everything that a worker of one machine has in its home, then serve."""
@@ -213,24 +239,43 @@ class NodeWorker:
             shares_model=self._has_model,
         )
 
-    def _copy(self, adapters: tuple[AdapterPlace, ...]) -> None:
-        """Fetch tenants' adapters that were plugged in elsewhere."""
+    def _copy_adapters(self, home: WorkerHome, worker: Worker) -> None:
+        """Have a thread copy what is newer elsewhere, where there is something to try now and no thread does it yet.
+
+        Each round asks, not each delivery: a worker may have got the delivery while it settled, or have failed to copy.
+        """
+        with self._lock:  # a controller and the one that takes its place may ask at a time
+            if self._copying or self._next_copy(worker) is None:
+                return
+            self._copying = True
+        threading.Thread(target=self._copy, args=(home, worker), name="adapters", daemon=True).start()
+
+    def _next_copy(self, worker: Worker) -> AdapterPlace | None:
+        """The adapter to copy now: delivered as one that is newer than that here, and not tried of late."""
+        places = self._delivery.adapters
+        if self._draining or not places:
+            return None
+        held, now = worker.adapters_held(), time.monotonic()
+        tried = {place: self._tried.get(place, float("-inf")) for place in places}
+        newer = [place for place in places if place.plugged_at > held.get(place.tenant, 0)]
+        due = [place for place in newer if tried[place] + COPY_PAUSE_SECONDS <= now]
+        return min(due, key=lambda place: tried[place], default=None)  # one that fails keeps no other waiting
+
+    def _copy(self, home: WorkerHome, worker: Worker) -> None:
+        """Fetch tenants' adapters that were plugged in elsewhere, one after the other, until there is none to try."""
         from isthmus.cloud.nodes.peers import Peers
         from isthmus.emulator.package.intake import ADAPTER_FILES
         from isthmus.emulator.package.offered_files import adapter_prefix
         from isthmus.protocol.messages import FileSet
 
-        home, worker = self._home, self._worker
         try:
-            if home is None or worker is None:
-                return
             peers = Peers(Fingerprint(self._spec.root), home.key)
-            for place in adapters:
+            while (place := self._next_copy(worker)) is not None:
                 prefix = adapter_prefix(place.tenant, place.plugged_at)
                 names = [f"{prefix}{name}" for name in sorted(ADAPTER_FILES)]
                 folder = home.folder / "copies" / f"{place.tenant}-{place.plugged_at}"
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 try:
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                     fetching = peers.fetch_named(
                         place.address, FileSet.ADAPTERS, names, folder, worker.max_adapter_bytes
                     )
@@ -242,6 +287,9 @@ class NodeWorker:
                     log("adapter_not_copied", logging.WARNING, at=place.address, error=str(error))
                 finally:
                     shutil.rmtree(folder, ignore_errors=True)
+                    delivered = self._delivery.adapters
+                    self._tried = {each: at for each, at in self._tried.items() if each in delivered}
+                    self._tried[place] = time.monotonic()
         finally:
             self._copying = False
 

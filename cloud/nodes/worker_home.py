@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isthmus.cloud.nodes.deliveries import Delivery
 from isthmus.common.errors import ConfigError, FingerprintError
-from isthmus.common.files import write_atomic
+from isthmus.common.files import disk_errors, write_atomic
 from isthmus.protocol.enrolment import WORKERS_FILE
 from isthmus.protocol.secure.certificates import REQUEST_SECONDS, CertificateRequest, WorkerCertificate
 from isthmus.protocol.secure.keyfiles import check_folder, make_folder
@@ -90,7 +90,7 @@ class WorkerHome:
         """Write what was delivered, as files. What is there already stays untouched.
 
         Raises:
-            DiskError: a file cannot be written.
+            DiskError: a file cannot be read or written; those before it are written.
         """
         for name, text in (
             (WORKER_CERT, delivery.certificate or None),
@@ -99,8 +99,9 @@ class WorkerHome:
             (NEXT_STAGE, delivery.next_stage),
         ):
             path = self.folder / name
-            if text is not None and text.encode() != (path.read_bytes() if path.exists() else None):
-                write_atomic(path, text.encode(), 0o644)
+            with disk_errors(path):
+                if text is not None and text.encode() != (path.read_bytes() if path.exists() else None):
+                    write_atomic(path, text.encode(), 0o644)
         self._take_certificate()
 
     def _take_certificate(self) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from isthmus.common.errors import ConfigError, FingerprintError, NotEnrolledError
+from isthmus.common.errors import ConfigError, FingerprintError, IsthmusError, NotEnrolledError
 
 _WORKER_LABEL = b"isthmus v1 worker certificate\0"
 _ISSUER_LABEL = b"isthmus v1 issuer certificate\0"
@@ -183,20 +183,20 @@ class CertificateRequest:
         """Check that the node has signed this for a cloud, and lately. Whether it is enrolled is the caller's question.
 
         Raises:
-            NotEnrolledError: it has not.
+            NotEnrolledError: it has not signed this for that cloud.
+            IsthmusError: it has, but not lately.
         """
         if self.cloud != cloud:
             raise NotEnrolledError("a worker asks for a certificate of another cloud")
-        if abs(now - self.asked_at) > REQUEST_SECONDS:
-            raise NotEnrolledError(
-                f"a worker asks for a certificate with a request of {_date(self.asked_at)}: set its node's clock"
-            )
         try:
             Ed25519PublicKey.from_public_bytes(self.node).verify(
                 self.signature, _request(cloud, self.worker, self.asked_at)
             )
         except (InvalidSignature, ValueError) as error:
             raise NotEnrolledError("a worker asks for a certificate, and its node has not signed that") from error
+        if abs(now - self.asked_at) > REQUEST_SECONDS:
+            here = _date(int(now))
+            raise IsthmusError(f"its request is of {_date(self.asked_at)}, and here it is {here}: set the wrong clock")
 
 
 def _request(cloud: bytes, worker: bytes, asked_at: int) -> bytes:

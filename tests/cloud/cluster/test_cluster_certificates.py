@@ -11,6 +11,7 @@ import pytest
 from support.cluster.controlled_cloud import Cloud, names
 
 from isthmus.cloud.cluster.cluster_controller import RETRY_SECONDS
+from isthmus.cloud.cluster.issuing import SETTLED_SECONDS
 from isthmus.protocol.enrolment import add_line
 from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
 from isthmus.protocol.secure.keys import (
@@ -53,6 +54,8 @@ def test_a_worker_whose_node_is_not_enrolled_any_more_is_ended(cloud: Cloud) -> 
     cloud.turn()
     assert cloud.alive() == [0, 1]
     nodes.write_text(enrolled)  # without the second node
+    cloud.turn()
+    cloud.later(SETTLED_SECONDS)
     cloud.turn(2)
     assert cloud.alive() == [0]
     assert names(cloud.worker(0).delivery) == {}
@@ -68,22 +71,56 @@ def test_a_silent_worker_whose_node_is_not_enrolled_any_more_is_forgotten_by_the
     cloud.turn(2)
     assert names(cloud.worker(0).delivery) == {"worker-1": True}  # its own node's key has signed for it
     nodes.write_text("# none\n")
+    cloud.turn()
+    cloud.later(SETTLED_SECONDS)
     cloud.turn(2)
     assert names(cloud.worker(0).delivery) == {}
     assert cloud.may_fetch() == ()
     nodes.write_text(enrolled)
 
 
-def test_a_worker_whose_nodes_clock_is_wrong_is_ended(cloud: Cloud) -> None:
+def test_a_worker_whose_nodes_clock_is_wrong_gets_no_certificate_until_it_is_right(cloud: Cloud) -> None:
     cloud.now = lambda: time.time() - 3600
     cloud.begin()
-    assert cloud.alive() == []
-    assert all("may not serve" in fault and "set its node's clock" in fault for fault in cloud.faults())
+    assert cloud.alive() == [0, 1]
+    assert not cloud.worker(0).is_certified
+    assert all("gets no certificate" in fault and "set the wrong clock" in fault for fault in cloud.faults())
     assert len(cloud.faults()) == 2
+    assert cloud.may_fetch() == ()
     cloud.now = time.time
-    cloud.clock.now += RETRY_SECONDS
-    cloud.turn(3)
+    cloud.turn(2)
     assert cloud.worker(0).is_certified
+    assert cloud.faults() == []
+
+
+def test_workers_go_on_while_the_owners_clock_is_wrong(cloud: Cloud) -> None:
+    cloud.begin()
+    cloud.now = lambda: time.time() + 200  # so that requests are new ones
+    cloud.later(4000)
+    cloud.turn(2)
+    assert len(cloud.faults()) == 2
+    assert cloud.alive() == [0, 1]
+    assert names(cloud.worker(0).delivery) == {"worker-1": True}
+    assert cloud.controller.state()["ready"]
+    cloud.later(-4000)
+    cloud.turn(2)
+    assert cloud.faults() == []
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_list_of_nodes_that_is_short_or_away_for_a_moment_ends_nobody(cloud: Cloud, text: str | None) -> None:
+    """An editor that is writing it."""
+    cloud.begin()
+    nodes = cloud.owner.folder / "authorized_nodes"
+    good = nodes.read_text()
+    nodes.unlink() if text is None else nodes.write_text(text)
+    cloud.now = lambda: time.time() + 200  # with new requests, which are checked anew
+    cloud.turn(2)
+    nodes.write_text(good)
+    cloud.later(SETTLED_SECONDS)
+    cloud.turn(2)
+    assert cloud.alive() == [0, 1]
+    assert names(cloud.worker(0).delivery) == {"worker-1": True}
     assert cloud.faults() == []
 
 

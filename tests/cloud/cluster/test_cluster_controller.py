@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.cluster.controlled_cloud import Cloud, names, pipeline
 
-from isthmus.cloud.cluster.cluster_controller import HEAR_SECONDS, RETRY_SECONDS
+from isthmus.cloud.cluster import cluster_controller as controller_module
+from isthmus.cloud.cluster.cluster_controller import ANSWER_SECONDS, HEAR_SECONDS, RETRY_SECONDS
 from isthmus.cloud.cluster.cluster_spec import Claims
 from isthmus.cloud.control import controller as pages
 from isthmus.cloud.nodes.deliveries import Delivery
@@ -78,11 +81,9 @@ def test_a_controller_that_cannot_serve_its_status_says_so(cloud: Cloud, monkeyp
     assert not cloud.begin(0, metrics="").state()["ready"]
 
 
-def test_a_round_that_fails_is_logged_and_the_next_one_goes_on(
-    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, log: Log
-) -> None:
+def test_a_step_that_fails_is_logged_and_the_others_go_on(cloud: Cloud, log: Log) -> None:
     controller = cloud.begin(0)
-    turns = itertools.count(1)
+    turns, others = itertools.count(1), itertools.count(1)
 
     def rounds() -> None:
         if (turn := next(turns)) == 1:
@@ -90,10 +91,25 @@ def test_a_round_that_fails_is_logged_and_the_next_one_goes_on(
         if turn == 3:
             controller.stop(0.0)
 
-    monkeypatch.setattr(controller, "_round", rounds)
-    controller._run()
-    assert next(turns) == 4
-    assert [line["error"] for line in log() if line["event"] == "round_failed"] == ["RuntimeError: Ray is away"]
+    def other() -> None:
+        next(others)
+
+    controller._run(rounds, other)
+    assert (next(turns), next(others)) == (4, 4)
+    failed = [(line["step"], line["error"]) for line in log() if line["event"] == "round_failed"]
+    assert failed == [("rounds", "RuntimeError: Ray is away")]
+
+
+def test_workers_are_asked_while_none_can_be_started(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits a minute for its head, and workers' certificates and lists cannot."""
+    threads: list[set[str]] = []
+
+    def thread(*, args: tuple[Callable[[], None], ...], **_: object) -> Any:
+        return SimpleNamespace(start=lambda: threads.append({step.__name__ for step in args}))
+
+    monkeypatch.setattr(controller_module, "threading", SimpleNamespace(RLock=threading.RLock, Thread=thread))
+    cloud.begin(0)
+    assert [("_round" in each, "_start_missing" in each) for each in threads] == [(True, False), (False, True)]
 
 
 # Workers that go ------------------------------------------------------------------------------------------------------
@@ -184,6 +200,62 @@ def test_a_controller_that_is_restarted_finds_its_workers_again(cloud: Cloud) ->
     assert cloud.controller.status()["restarts"] == 1
 
 
+def test_a_controller_that_is_restarted_finds_workers_that_there_need_not_be(cloud: Cloud) -> None:
+    """Nobody else would renew their certificates, take their tenants from their lists, or end them."""
+    cloud.begin(3, least=1, most=4)
+    cloud.controller._wanted |= {1, 2, 3}
+    cloud.turn(3)
+    before = [cloud.worker(number) for number in range(4)]
+    cloud.begin(1)
+    assert len(cloud.controller.state()["places"]) == 4
+    assert [cloud.worker(number) for number in range(4)] == before
+    cloud.controller.scale(1, 2)
+    cloud.turn(3)
+    assert cloud.alive() == [0, 1]
+
+
+def test_workers_that_an_earlier_cloud_has_left_are_drained(cloud: Cloud) -> None:
+    cloud.begin(3, least=4, most=4)
+    left = cloud.worker(3)
+    cloud.begin(4, least=2, most=3)
+    assert cloud.alive() == [0, 1, 2]
+    assert left.drained == [cloud.spec.grace]
+
+
+def test_a_worker_that_an_earlier_controller_has_drained_is_started_anew(cloud: Cloud) -> None:
+    """It would count as serving, and take no session for ever."""
+    cloud.begin(3)
+    drained = cloud.worker(1)
+    assert drained.drain(1.0)
+    cloud.begin(1)
+    assert cloud.controller.state()["waits"] == ["worker 1: the end of a worker from before"]
+    cloud.turn(2)
+    cloud.clock.now += ANSWER_SECONDS
+    cloud.turn(3)
+    assert cloud.worker(1) is not drained
+    assert cloud.controller.state()["ready"]
+
+
+def test_workers_that_serve_something_else_are_replaced_one_after_another(cloud: Cloud, log: Log) -> None:
+    """Their controller was lost, and the owner serves with other options."""
+    cloud.begin(3)
+    before = [cloud.worker(number) for number in range(2)]
+    other = dataclasses.replace(cloud.spec.worker.worker, plan="3:3")
+    cloud.begin(1, worker=dataclasses.replace(cloud.spec.worker, worker=other))
+    assert not cloud.controller.state()["ready"]
+    assert [bool(each.drained) for each in before] == [True, False]
+    for _ in range(6):
+        cloud.clock.now += ANSWER_SECONDS
+        cloud.turn()
+    assert [cloud.worker(number).spec.worker.plan for number in range(2)] == ["3:3", "3:3"]
+    assert [each.drained for each in before] == [[cloud.spec.grace]] * 2
+    assert [line["worker"] for line in log() if line["event"] == "worker_outdated"] == [0, 1]
+    assert cloud.controller.state()["ready"]
+    beside = dataclasses.replace(other, beside=7)
+    cloud.begin(3, worker=dataclasses.replace(cloud.spec.worker, worker=beside))
+    assert not cloud.worker(0).drained
+
+
 def test_a_controller_that_is_restarted_takes_nothing_from_its_workers(cloud: Cloud, tmp_path: Path) -> None:
     """A worker keeps the certificate that is not sent again; a stage that was not known would be sent away."""
     add_line(cloud.owner.folder / "authorized_edges", generate_edge(tmp_path / "id", "alice"))
@@ -258,6 +330,23 @@ def test_the_status_names_the_nodes_and_what_is_wrong(cloud: Cloud) -> None:
     cloud.turn(2)
     assert cloud.controller.status()["faults"] == ["worker 1 on gpu-1 (10.0.0.2) cannot serve: no GPU"]
     json.dumps(cloud.controller.status())
+
+
+def test_a_worker_that_keeps_no_delivery_is_told_of_and_not_ended(cloud: Cloud, log: Log) -> None:
+    cloud.begin()
+    cloud.worker(1).fault, cloud.worker(1).renews = "it keeps no delivery: no space left", True
+    cloud.turn(5)
+    assert cloud.faults() == ["worker 1 on gpu-1 (10.0.0.2): it keeps no delivery: no space left"]
+    assert cloud.alive() == [0, 1]
+    assert cloud.controller.state()["ready"]
+    cloud.later(60.0)
+    cloud.turn(3)
+    issued = [line["worker"] for line in log() if line["event"] == "certificate_issued"]
+    assert issued == [0, 1]  # and not one in every round
+    cloud.worker(1).fault = ""
+    cloud.turn()
+    assert cloud.faults() == []
+    assert [line["worker"] for line in log() if line["event"] == "certificate_issued"] == [0, 1, 1]
 
 
 def test_the_metrics_are_those_of_the_workers_that_answer(cloud: Cloud) -> None:

@@ -11,8 +11,9 @@ from support.cluster.controlled_cloud import Cloud, names, pipeline
 from support.cluster.fake_actors import FakeActor
 
 from isthmus.cloud.cluster import cluster_controller as controller_module
-from isthmus.cloud.cluster.cluster_controller import PLACE_SECONDS
+from isthmus.cloud.cluster.cluster_controller import ANSWER_SECONDS, PLACE_SECONDS, RETRY_SECONDS
 from isthmus.cloud.control.autoscaler import GROW_SECONDS, PAUSE_SECONDS, SHRINK_SECONDS
+from isthmus.common.errors import UnreachableError
 from isthmus.protocol.secure.keys import (
     make_issuer,
 )
@@ -55,7 +56,9 @@ def test_more_workers_are_started_and_one_that_is_being_drained_is_started_again
     assert not ending.was_killed
     assert cloud.alive() == [0, 1, 2]
     ending.is_silent = False
-    cloud.turn(4)
+    cloud.turn(2)
+    cloud.clock.now += ANSWER_SECONDS
+    cloud.turn(3)
     assert ending.was_killed
     assert cloud.actor(1) is not ending
     assert cloud.alive() == [0, 1, 2]
@@ -122,6 +125,25 @@ def test_a_worker_that_finds_no_place_is_given_up_and_never_one_that_there_is_at
     assert cloud.alive() == [0]
 
 
+def test_a_worker_that_falls_after_hours_has_its_time_to_come_back(cloud: Cloud) -> None:
+    cloud.begin(3, least=1, most=2)
+    cloud.worker(0).waiting = 1  # so that the other one is not too many
+    cloud.controller._wanted.add(1)
+    cloud.controller._start_missing()
+    cloud.actor(1).is_silent = True  # Ray looks for a node with room
+    cloud.turn()
+    cloud.actor(1).is_silent = False
+    cloud.turn(3)
+    cloud.clock.now += 10 * PLACE_SECONDS
+    cloud.turn(2)
+    cloud.worker(1).failure = "its GPU is gone"
+    cloud.turn()
+    cloud.clock.now += RETRY_SECONDS
+    cloud.turn(3)
+    assert cloud.alive() == [0, 1]
+    assert not cloud.worker(1).failure
+
+
 def test_the_fault_of_a_worker_that_is_not_wanted_any_more_goes_with_it(cloud: Cloud) -> None:
     cloud.prepare = lambda worker: setattr(worker, "failure", "no GPU" if worker.number == 2 else "")
     cloud.begin(3, least=3, most=3)
@@ -155,6 +177,24 @@ def test_a_cloud_ends_once_its_calls_are_answered(cloud: Cloud) -> None:
     assert [cloud.worker(number).drained for number in range(2)] == [[4.0], [4.0]]
     assert not (cloud.owner.folder / "cluster-cloud.json").exists()
     cloud.controller._run()  # has nothing to do any more
+    assert cloud.alive() == []
+
+
+def test_a_cloud_that_cannot_be_stopped_now_goes_on(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's head is away: the owner gives the command again."""
+    cloud.begin()
+
+    def away(name_of: Callable[[int], str]) -> dict[int, FakeActor]:
+        raise UnreachableError("Ray does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(controller_module, "named_actors", away)
+        with pytest.raises(UnreachableError):
+            cloud.controller.stop(1.0)
+    cloud.actor(1).is_gone = True
+    cloud.turn(3)
+    assert cloud.alive() == [0, 1]
+    assert cloud.controller.stop(1.0)
     assert cloud.alive() == []
 
 

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cluster.owners_folder import OwnersFolder
 from support.protocol.wire import NOW, PIN
 
-from isthmus.cloud.cluster.issuing import HOUR, NODES_FILE, IssuingOffice, TenantsText, enrolled_nodes
-from isthmus.common.errors import ConfigError, KeyFileError, NotEnrolledError
+from isthmus.cloud.cluster.issuing import HOUR, NODES_FILE, SETTLED_SECONDS, IssuingOffice, TenantsText, enrolled_nodes
+from isthmus.common.errors import ConfigError, IsthmusError, KeyFileError, NotEnrolledError
 from isthmus.protocol.enrolment import add_line
 from isthmus.protocol.secure.certificates import REQUEST_SECONDS, CertificateRequest
 from isthmus.protocol.secure.keys import DAY, generate_edge, load_edge, load_node, make_issuer
@@ -55,6 +55,36 @@ def test_a_node_that_is_not_enrolled_gets_none_until_it_is(owner: OwnersFolder) 
         office(owner).grant(request)
 
 
+def test_a_node_is_taken_off_once_the_shorter_list_has_been_read_twice(owner: OwnersFolder) -> None:
+    clock = [NOW]
+    running, path = IssuingOffice(owner.folder, 24, lambda: clock[0]), owner.folder / NODES_FILE
+
+    def enrolled() -> int:
+        found = running.nodes()
+        assert found is not None
+        return len(found)
+
+    owner.new_node()
+    owner.new_node("gpu-2")
+    both = path.read_text()
+    assert enrolled() == 2
+    path.write_text("")
+    assert enrolled() == 2
+    clock[0] += SETTLED_SECONDS / 2
+    assert enrolled() == 2
+    path.write_text(both.splitlines(keepends=True)[0])  # the next look finds another one
+    clock[0] += SETTLED_SECONDS
+    assert enrolled() == 2
+    clock[0] += SETTLED_SECONDS
+    assert enrolled() == 1
+    path.write_text(both)
+    assert enrolled() == 2  # more are known at once
+    path.unlink()
+    assert enrolled() == 2
+    clock[0] += SETTLED_SECONDS
+    assert enrolled() == 0
+
+
 def test_an_enrolled_edge_is_no_node(owner: OwnersFolder, tmp_path: Path) -> None:
     add_line(owner.folder / "authorized_edges", generate_edge(tmp_path / "id", "alice"))
     with pytest.raises(NotEnrolledError, match="is not enrolled"):
@@ -73,9 +103,10 @@ def test_a_request_that_its_node_has_not_signed_lately_for_this_cloud_gets_none(
         (dataclasses.replace(good, worker=bytes(32)), NOW),
         (dataclasses.replace(good, node=other_node), NOW),
     ):
-        with pytest.raises(NotEnrolledError):
+        error = NotEnrolledError if now == NOW else IsthmusError
+        with pytest.raises(error):
             office(owner, now=now).grant(request)
-        with pytest.raises(NotEnrolledError):
+        with pytest.raises(error):
             office(owner, now=now).check(request, owner.pin.digest)
 
 

@@ -123,6 +123,106 @@ def test_adapters_are_copied_by_one_thread_at_a_time(
     eventually(lambda: len(serving.taken) == 2)
 
 
+def test_an_adapter_that_was_delivered_while_the_model_loads_is_copied_then(
+    owner: OwnersFolder, fake: type[FakeWorker], others: type[FakePeers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = threading.Event()
+
+    def find_model(self: NodeWorker, home: object) -> Path:
+        assert loads.wait(30)
+        return Path("/models/found")
+
+    monkeypatch.setattr(NodeWorker, "_find_model", find_model)
+    worker = NodeWorker(spec_of(owner))
+    delivery = Delivery(certificate(owner, worker), adapters=(AdapterPlace(TENANT, THEN, "10.0.0.6:7444"),))
+    assert ask(worker, delivery).revision == delivery.revision  # so that it is not sent again
+    loads.set()
+    settled(worker)
+    eventually(lambda: ask(worker).adapters == {TENANT: THEN})
+
+
+@pytest.mark.parametrize("trouble", ["source", "disk"])
+def test_a_copy_that_failed_is_tried_again_after_a_pause(
+    owner: OwnersFolder,
+    fake: type[FakeWorker],
+    others: type[FakePeers],
+    node: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(node_worker, "log", lambda event, *_, **fields: said.append(event))
+    monkeypatch.setattr(node_worker, "COPY_PAUSE_SECONDS", 1e9)
+    worker, serving = serving_worker(owner, fake)
+    (folder,) = node.glob("cloud-*/worker-0")
+    if trouble == "source":
+        others.gone.add("10.0.0.6:7444")
+    else:
+        (folder / "copies").write_text("no folder can be made here")
+    ask(worker, Delivery(adapters=(AdapterPlace(TENANT, THEN, "10.0.0.6:7444"),)))
+    eventually(lambda: bool(said) and not worker._copying)
+    others.gone.clear()
+    if trouble == "disk":
+        (folder / "copies").unlink()
+    ask(worker)
+    assert not worker._copying
+    assert (said, serving.taken) == (["adapter_not_copied"], [])
+    monkeypatch.setattr(node_worker, "COPY_PAUSE_SECONDS", 0.0)
+    eventually(lambda: ask(worker).adapters == {TENANT: THEN})
+
+
+def test_a_copy_from_elsewhere_does_not_wait_for_one_that_failed(
+    owner: OwnersFolder, fake: type[FakeWorker], others: type[FakePeers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_worker, "COPY_PAUSE_SECONDS", 1e9)
+    worker, _ = serving_worker(owner, fake)
+    others.gone.add("10.0.0.6:7444")
+    ask(worker, Delivery(adapters=(AdapterPlace(TENANT, THEN, "10.0.0.6:7444"),)))
+    eventually(lambda: bool(others.asked) and not worker._copying)
+    ask(worker, Delivery(adapters=(AdapterPlace(TENANT, THEN, "10.0.0.7:7445"),)))
+    eventually(lambda: ask(worker).adapters == {TENANT: THEN} and not worker._copying)
+    assert list(worker._tried) == [AdapterPlace(TENANT, THEN, "10.0.0.7:7445")]  # no more than was delivered last
+
+
+def test_one_that_always_fails_takes_turns_with_others_until_the_worker_ends(
+    owner: OwnersFolder, fake: type[FakeWorker], others: type[FakePeers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempts that take longer than the pause: the first one is due again when the next one's turn comes."""
+    monkeypatch.setattr(node_worker, "COPY_PAUSE_SECONDS", 0.0)
+    worker, serving = serving_worker(owner, fake)
+    others.gone.add("10.0.0.6:7444")
+    places = (AdapterPlace("cd" * 32, THEN, "10.0.0.6:7444"), AdapterPlace(TENANT, THEN, "10.0.0.7:7445"))
+    ask(worker, Delivery(adapters=places))
+    eventually(lambda: bool(serving.taken))
+    worker.drain(0.0)
+    eventually(lambda: not worker._copying)
+    ask(worker, Delivery(adapters=places[::-1]))
+    assert not worker._copying
+
+
+def test_what_is_delivered_during_a_copy_is_copied_after_it(
+    owner: OwnersFolder, fake: type[FakeWorker], others: type[FakePeers]
+) -> None:
+    worker, _ = serving_worker(owner, fake)
+    others.going_on.clear()
+    ask(worker, Delivery(adapters=(AdapterPlace(TENANT, THEN, "10.0.0.6:7444"),)))
+    ask(worker, Delivery(adapters=(AdapterPlace(TENANT, THEN + 1, "10.0.0.7:7445"),)))
+    others.going_on.set()
+    eventually(lambda: ask(worker).adapters == {TENANT: THEN + 1})
+
+
+@pytest.mark.parametrize("held", [THEN, THEN + 1])
+def test_an_adapter_that_is_here_already_is_not_fetched(
+    owner: OwnersFolder, fake: type[FakeWorker], others: type[FakePeers], held: int
+) -> None:
+    """A controller that has heard nothing of a worker that settles delivers all adapters that there are."""
+    worker, serving = serving_worker(owner, fake)
+    serving.held[TENANT] = held
+    ask(worker, Delivery(adapters=(AdapterPlace(TENANT, THEN, "10.0.0.6:7444"),)))
+    assert not worker._copying
+    assert others.asked == []
+
+
 # Two real workers -----------------------------------------------------------------------------------------------------
 
 

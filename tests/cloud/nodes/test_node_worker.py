@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import os
+import pickle
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +20,78 @@ from support.cluster.node_workers import FakeWorker, ask, certificate, settled, 
 from support.cluster.owners_folder import OwnersFolder
 
 from isthmus.backbone.checkpoints.sources import default_cache
+from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.directory import Peer, Update
-from isthmus.cloud.nodes import node_worker
+from isthmus.cloud.nodes import node_worker, worker_home
 from isthmus.cloud.nodes.deliveries import Delivery
-from isthmus.cloud.nodes.node_worker import NodeWorker
+from isthmus.cloud.nodes.node_worker import NodeSpec, NodeWorker, spec_digest
 from isthmus.common.errors import PortInUseError
+from isthmus.common.files import disk_errors, write_atomic
 
 pytestmark = pytest.mark.usefixtures("node", "on_a_node")
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch, *, but_for: str = "") -> Iterator[None]:
+    """No file can be written, but for those of a name."""
+
+    def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+        with disk_errors(path):
+            if path.name != but_for:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomic(path, data, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker_home, "write_atomic", write)
+        yield
+
+
+# What it was made with ------------------------------------------------------------------------------------------------
+
+
+def changed(spec: NodeSpec, **changes: Any) -> NodeSpec:
+    return dataclasses.replace(spec, worker=dataclasses.replace(spec.worker, **changes))
+
+
+def test_a_digest_tells_of_whatever_is_served_otherwise(owner: OwnersFolder) -> None:
+    spec = spec_of(owner)
+    bounds = dataclasses.replace(spec.worker.bounds, engine=EngineOptions(max_wait=1.0))
+    others = [
+        *(changed(spec, **{name: value}) for name, value in (("model", "other"), ("plan", "1:1"), ("number", 1))),
+        *(changed(spec, **{name: value}) for name, value in (("quantize", "int8"), ("wipe_freed", True))),
+        changed(spec, saved_span="/shared/span"),
+        changed(spec, bounds=bounds),
+        dataclasses.replace(spec, digest="11" * 32),
+        dataclasses.replace(spec, root=bytes(32)),
+        dataclasses.replace(spec, advertise="lb"),
+    ]
+    assert len({spec_digest(each) for each in (spec, *others)}) == 1 + len(others)
+
+
+def test_a_digest_is_of_what_is_served_wherever_the_owner_is_and_whichever_nodes_are_alive(
+    owner: OwnersFolder,
+) -> None:
+    spec = spec_of(owner)
+    assert spec_digest(changed(spec, beside=9)) == spec_digest(spec)
+    elsewhere = {name: f"/home/bob/{name}" for name in ("checkpoint", "parts", "home", "log_file")}
+    assert spec_digest(changed(spec, **elsewhere)) == spec_digest(spec)
+
+
+def test_a_digest_is_the_same_in_every_process_and_reported(owner: OwnersFolder, fake: type[FakeWorker]) -> None:
+    spec = spec_of(owner)
+    code = (
+        "import pickle, sys; from isthmus.cloud.nodes.node_worker import spec_digest; "
+        "print(spec_digest(pickle.load(sys.stdin.buffer)))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps(spec),
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert other.stdout.decode().strip() == spec_digest(spec) == ask(NodeWorker(spec)).spec
 
 
 # Settling -------------------------------------------------------------------------------------------------------------
@@ -192,6 +263,45 @@ def test_a_delivery_that_cannot_be_written_is_not_reported_as_taken(
     assert ask(worker, delivery).revision == delivery.revision
     settled(worker)
     assert len(fake.made) == 1
+
+
+def test_a_full_disk_is_told_to_the_operator_until_a_delivery_is_kept(
+    owner: OwnersFolder, fake: type[FakeWorker], node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(node_worker, "log", lambda event, *_, **fields: said.append(event))
+    worker = NodeWorker(spec_of(owner))
+    assert ask(worker).fault == ""
+    edges = node / f"cloud-{owner.pin.digest.hex()[:12]}" / "worker-0" / "authorized_edges"
+    with full_disk(monkeypatch):
+        for _ in range(2):
+            assert ask(worker, Delivery(authorized_edges="# nobody\n")).fault == (
+                f"what the controller sends cannot be kept: {edges} cannot be written (No space left on device): "
+                "free some space or choose another folder; what was saved before is untouched."
+            )
+        assert said == ["delivery_not_written"]
+        assert ask(worker).fault  # nothing new came, so nothing is better
+    assert ask(worker, Delivery(authorized_edges="# nobody\n")).fault == ""
+    with full_disk(monkeypatch):
+        assert ask(worker, Delivery(authorized_edges="# somebody\n")).fault
+    assert said == ["delivery_not_written"] * 2
+
+
+def test_after_a_delivery_that_was_kept_in_part_the_one_before_it_is_sent_again(
+    owner: OwnersFolder, fake: type[FakeWorker], node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = NodeWorker(spec_of(owner))
+    before = Delivery(authorized_edges="# alice\n", workers="# one\n")
+    after = Delivery(authorized_edges="# bob\n", workers="# two\n")
+    assert ask(worker, before).revision == before.revision
+    home = node / f"cloud-{owner.pin.digest.hex()[:12]}" / "worker-0"
+    with full_disk(monkeypatch, but_for="authorized_edges"):
+        assert ask(worker, after).fault
+    assert [(home / name).read_text() for name in ("authorized_edges", "authorized_workers")] == ["# bob\n", "# one\n"]
+    assert ask(worker).revision not in ("", before.revision, after.revision)
+    report = ask(worker, before)
+    assert (report.revision, report.fault) == (before.revision, "")
+    assert (home / "authorized_edges").read_text() == "# alice\n"
 
 
 def test_updates_metrics_and_drains_reach_what_serves(owner: OwnersFolder, fake: type[FakeWorker]) -> None:

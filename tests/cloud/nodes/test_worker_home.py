@@ -14,7 +14,7 @@ from support.protocol.wire import NOW
 
 from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery
 from isthmus.cloud.nodes.worker_home import WorkerHome, node_home
-from isthmus.common.errors import KeyFileError
+from isthmus.common.errors import DiskError, KeyFileError
 from isthmus.protocol.secure.certificates import REQUEST_SECONDS
 from isthmus.protocol.secure.keys import Issuer, load_issuer, load_node
 
@@ -185,6 +185,14 @@ def test_what_a_delivery_does_not_know_stays_as_it_is(owner: OwnersFolder, issue
     home.write(Delivery(authorized_edges="", workers=""))
     assert (home.folder / "authorized_edges").read_text() == ""
     assert (home.folder / "authorized_workers").read_text() == ""
+
+
+@pytest.mark.usefixtures("node")
+def test_what_cannot_be_read_is_an_error_that_names_it(owner: OwnersFolder) -> None:
+    home = opened(owner)
+    (home.folder / "authorized_edges").mkdir()
+    with pytest.raises(DiskError, match=r"worker-0/authorized_edges .*Is a directory"):
+        home.write(Delivery(authorized_edges="# nobody\n"))
 
 
 def test_a_node_without_a_key_of_its_own_is_refused_before_anything_is_made(

@@ -77,9 +77,15 @@ class Cloud:
 
     def turn(self, rounds: int = 1) -> None:
         for _ in range(rounds):
+            self.controller._adopt()
             self.controller._start_missing()
             self.controller._round()
             self.controller._scale()
+
+    def later(self, seconds: float) -> None:
+        """Put the clock of the owner's machine on, beside that which counts seconds."""
+        now = self.controller._office._now
+        self.controller._office._now = lambda: now() + seconds
 
     def actor(self, number: int) -> FakeActor:
         return self.ray.actors[f"isthmus-cloud-worker-{number}"]

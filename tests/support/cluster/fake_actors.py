@@ -12,7 +12,7 @@ from isthmus.cloud.cluster.cluster_spec import Claims
 from isthmus.cloud.control.ray_cluster import ActorGoneError, MethodError, NoAnswerError
 from isthmus.cloud.directory import Peer, Report, SessionEntry, Update
 from isthmus.cloud.nodes.deliveries import Delivery, NodeReport
-from isthmus.cloud.nodes.node_worker import NodeSpec
+from isthmus.cloud.nodes.node_worker import NodeSpec, spec_digest
 from isthmus.protocol.limits import MAX_WORKERS
 from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
 
@@ -113,6 +113,7 @@ class FakeWorker:
 
     Attributes:
         waits: what else it waits for, once it is certified.
+        fault: why it keeps no delivery.
         renews: whether it asks for a new certificate although it has one.
         sessions: how many sessions it reports; `overdue` and `waiting` calls beside them.
     """
@@ -122,7 +123,7 @@ class FakeWorker:
         self.number = spec.worker.number
         self.key = Ed25519PrivateKey.generate()
         self.host, self.pid = f"10.0.0.{self.number + 1}", 100 + self.number
-        self.waits, self.failure, self.renews, self.restarts = "", "", False, 0
+        self.waits, self.failure, self.fault, self.renews, self.restarts = "", "", "", False, 0
         self.has_model, self.adapters = True, dict[str, int]()
         self.sessions, self.overdue, self.waiting = 0, 0, 0
         self.delivery, self.revision, self.certificate = Delivery(), "", ""
@@ -146,7 +147,7 @@ class FakeWorker:
     def exchange(self, update: Update, delivery: Delivery | None) -> NodeReport:
         self.updates.append(update)
         self.deliveries.append(delivery)
-        if delivery is not None:
+        if delivery is not None and not self.fault:
             self.delivery, self.revision = delivery, delivery.revision
             self.certificate = delivery.certificate or self.certificate
         if update.restarts is not None:
@@ -165,6 +166,8 @@ class FakeWorker:
             dict(self.adapters),
             waits,
             self.failure,
+            self.fault,
+            spec_digest(self.spec),
         )
 
     def metrics(self) -> bytes:
@@ -179,10 +182,17 @@ class FakeWorker:
             **{"worker": self.number, "address": self.place, "pid": self.pid, "restarts": self.restarts},
             "positions": 0.0,
         }
+        state = "draining" if self.drained else "serving"
         if not serving:
             return Report({**status, "state": "starting", "waits": self.waits}, None)
         status |= {
-            **{"span": "2:4", "state": "serving", "model": "tiny", "plan": "2:2", "span_dtype": "fp32"},
+            **{
+                "span": "2:4",
+                "state": "draining" if self.drained else "serving",
+                "model": "tiny",
+                "plan": "2:2",
+                "span_dtype": "fp32",
+            },
             **{"uptime_s": 1.0, "certificate_not_after": 2000, "sessions": {}, "waiting": {}, "deadlines": {}},
             **{"queue_depth": self.waiting, "overdue": self.overdue, "in_flight": 0},
             **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
@@ -190,4 +200,4 @@ class FakeWorker:
             **{"caches": 0, "cache_bytes": 0, "cache_budget_bytes": 0, "caches_evicted": 0, "caches_lost": 0},
         }
         entries = tuple(SessionEntry("alice", f"link{at}", float(at)) for at in range(self.sessions))
-        return Report(status, None if self.spec.inner else Peer(self.place, "serving", entries))
+        return Report(status, None if self.spec.inner else Peer(self.place, state, entries))
