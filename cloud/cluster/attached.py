@@ -12,12 +12,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 
+from isthmus.cloud.cluster.cloud_records import CloudNote, clear_serving, note_of, read_note, write_note, write_serving
 from isthmus.cloud.cluster.cluster_controller import DRAIN_SLACK_SECONDS, ClusterController
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec, controller_name, same_cloud, worker_name
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, named_actors, start_here
@@ -34,12 +34,12 @@ from isthmus.cloud.cluster.worker_counts import forget_counts
 from isthmus.cloud.control.cluster import is_open
 from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, MethodError, find_actor
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
-from isthmus.cloud.control.serve_state import STATE_FILE, clear_state, write_state
+from isthmus.cloud.control.serve_state import write_state
 from isthmus.cloud.control.stop_signals import stop_on_signals
 from isthmus.cloud.control.worker_specs import backbone_of, check_device, check_package
 from isthmus.cloud.home.home_lock import occupied
 from isthmus.cloud.telemetry.logs import log, log_file, log_to
-from isthmus.common.errors import ConfigError, IsthmusError, UnreachableError
+from isthmus.common.errors import ConfigError, DiskError, IsthmusError, UnreachableError
 from isthmus.common.files import write_atomic
 from isthmus.protocol.limits import MAX_WORKERS
 
@@ -88,7 +88,7 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
         log_to(log_file(home, "serve"))
         cluster = JoinedCluster(cluster_options.address)
         nodes = cluster.nodes()
-        check_trust(nodes)
+        check_trust([node.address for node in nodes], autoscaled=cluster_options.autoscaled)
         check_nodes(nodes, autoscaled=cluster_options.autoscaled)
         spec = cluster_spec_of(options, cluster_options, backbone, issuer, nodes)
         stop = threading.Event()
@@ -121,12 +121,14 @@ def attach(address: str, name: str) -> None:
         UnreachableError: the cluster does not answer, or there is no cloud of that name.
     """
     console = Console(stderr=True)
-    options = ClusterOptions(address, name)
     cluster = JoinedCluster(address)
-    spec: ClusterSpec = _ask(_found(name), "state")["spec"]
+    state = _ask(_found(name), "state")
+    note = read_note(cluster, name) or CloudNote()
+    options = ClusterOptions(address, name, autoscaled=note.autoscaled)
     stop = threading.Event()
     stop_on_signals(stop)
-    watched = _Watched(cluster, options, spec, console)
+    watched = _Watched(cluster, options, state["spec"], console)
+    watched.tell_where(state)
     console.print(f"the cloud {name} serves; Ctrl-C leaves it", highlight=False)
     watched.look_after(stop)
     watched.leave()
@@ -153,7 +155,8 @@ def scale(address: str, name: str, least: int, most: int) -> None:
 def stop(address: str, name: str, grace: float) -> bool:
     """Finish the calls in flight, for at most `grace` seconds, and end the cloud; True if all were answered.
 
-    Workers are ended, too, where the controller is away; their calls are cut off then.
+    Workers are ended, too, where the controller is away; their calls are cut off then. The control store keeps that the
+    cloud was stopped: a `serve` or `attach` that looks after it, wherever it runs, ends and does not start it again.
 
     Raises:
         UnreachableError: the cluster does not answer, or there is no cloud of that name.
@@ -164,18 +167,23 @@ def stop(address: str, name: str, grace: float) -> bool:
     if controller is None and not workers:
         cluster.leave()
         raise _no_cloud(name)
+    spec: ClusterSpec | None = None
+    if controller is not None:
+        with contextlib.suppress(IsthmusError):  # or its port was taken when it started anew
+            spec = _ask(controller, "state")["spec"]
+    note = dataclasses.replace(read_note(cluster, name) or CloudNote(), stopped=True)
+    write_note(cluster, name, note)  # before anything ends: what looks after the cloud would start it again
     finished = False
     if controller is not None:
-        with contextlib.suppress(UnreachableError):
-            spec: ClusterSpec = _ask(controller, "state")["spec"]
+        if spec is not None:
             turns = max(1, len(spec.stages))
-            finished = bool(
-                _ask(controller, "stop", grace, seconds=(grace + DRAIN_SLACK_SECONDS) * turns + STOP_SECONDS)
-            )
-            clear_state(Path(spec.home))
+            seconds = (grace + DRAIN_SLACK_SECONDS) * turns + STOP_SECONDS
+            with contextlib.suppress(UnreachableError):
+                finished = bool(_ask(controller, "stop", grace, seconds=seconds))
         controller.kill()
     for worker in named_actors(lambda number: worker_name(name, number)).values():
         worker.kill()
+    clear_serving(note)
     cluster.leave()
     return finished
 
@@ -195,6 +203,7 @@ class _Watched:
         self._cluster, self._options, self._spec, self._console = cluster, options, spec, console
         self._controller = self._find_or_start(fresh=fresh)
         self._faults: list[str] = []
+        self._told_where = fresh  # `serve` does so itself, with the connection string that it prints
 
     def _find_or_start(self, *, fresh: bool = False) -> Actor:
         """The cloud's controller; where it is `fresh`, with as many workers as this command says."""
@@ -218,6 +227,7 @@ class _Watched:
         check_place(self._spec)
         if fresh:
             forget_counts(self._spec)  # of an earlier cloud, which nobody stopped
+        write_note(self._cluster, self._options.name, note_of(self._spec, autoscaled=self._options.autoscaled))
         environment = {"OMP_NUM_THREADS": "1"}
         started = start_here(ClusterController, self._spec, name=name, environment=environment)
         try:
@@ -256,7 +266,8 @@ class _Watched:
             elif now - heard > SILENT_SECONDS:
                 log("control_store_lost", logging.ERROR)
                 self._console.print("Ray's control store does not answer: waiting for the cluster", highlight=False)
-                self._rejoin(stop)
+                if not self._rejoin(stop):
+                    return False
                 answered = heard = time.monotonic()
                 continue
             else:
@@ -264,22 +275,45 @@ class _Watched:
             try:
                 state = _ask(self._controller, "state", seconds=POLL_SECONDS)
                 answered = now
-                self._tell(state["faults"])
+                self.tell_where(state)
+                self._tell([*state["faults"], *self._distrust()])
             except UnreachableError:
-                if self._was_stopped():
-                    self._console.print(f"the cloud {self._options.name} was stopped", highlight=False)
-                    return False
+                with contextlib.suppress(UnreachableError):  # the next look asks again
+                    if self._was_stopped():
+                        return False
                 if now - answered > LOST_SECONDS:
                     log("controller_lost", logging.ERROR)
                     self._console.print("the controller does not answer: looking for it anew", highlight=False)
-                    self._rejoin(stop)
+                    if not self._rejoin(stop):
+                        return False
                     answered = heard = time.monotonic()
         return True
 
     def _was_stopped(self) -> bool:
-        """Whether `isthmus cloud stop` has ended the cloud: it removes the file that says where the cloud serves."""
-        home = Path(self._spec.home)
-        return home.is_dir() and not (home / STATE_FILE).exists()
+        """Whether `isthmus cloud stop` has ended the cloud, which is said then. Raises UnreachableError."""
+        note = read_note(self._cluster, self._options.name)
+        if note is None or not note.stopped:
+            return False
+        self._console.print(f"the cloud {self._options.name} was stopped", highlight=False)
+        return True
+
+    def _distrust(self) -> list[str]:
+        """What `check_trust` finds wrong now, as machines join later, too. Raises UnreachableError."""
+        try:
+            check_trust(self._cluster.addresses(), autoscaled=self._options.autoscaled)
+        except ConfigError as error:
+            return [str(error)]
+        return []
+
+    def tell_where(self, state: Mapping[str, Any]) -> None:
+        """Write where the cloud serves, once it does, for `isthmus cloud status`."""
+        if self._told_where or not state["ready"]:
+            return
+        self._told_where = True
+        try:
+            write_serving(self._spec, state["places"])
+        except DiskError as error:  # the cloud serves all the same
+            self._console.print(str(error), highlight=False, markup=False)
 
     def _tell(self, faults: Iterable[str]) -> None:
         current = list(faults)
@@ -288,14 +322,19 @@ class _Watched:
                 self._console.print(line, highlight=False, markup=False)
         self._faults = current
 
-    def _rejoin(self, stop: threading.Event) -> None:
-        """Leave the cluster, join it again once it answers, and start what it has not. Errors are tried again."""
+    def _rejoin(self, stop: threading.Event) -> bool:
+        """Leave the cluster, join it again once it answers, and start what it has not. Errors are tried again.
+
+        Returns False where somebody has stopped the cloud meanwhile.
+        """
         self._cluster.leave()
         said = ""
         while not stop.is_set():
             try:
                 self._cluster = JoinedCluster(self._options.address)
                 stop_on_signals(stop)  # joining sets handlers of Ray's own
+                if self._was_stopped():
+                    return False
                 self._controller = self._find_or_start()
             except IsthmusError as error:
                 self._cluster.leave()
@@ -306,7 +345,8 @@ class _Watched:
                 continue
             self._console.print("the cluster answers again", highlight=False)
             log("cluster_joined_again")
-            return
+            break
+        return True
 
     def leave(self) -> None:
         """Leave the cluster, which goes on."""

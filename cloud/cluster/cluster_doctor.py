@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.backbone.checkpoints.sources import resolve
+from isthmus.cloud.cluster.cloud_records import CloudNote, read_note
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, ClusterSpec, controller_name
 from isthmus.cloud.cluster.issuing import enrolled_nodes
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, Node
@@ -78,11 +79,7 @@ def _findings(cluster: JoinedCluster, name: str, home: Path, model: str | None) 
     nodes = cluster.nodes()
     takes = [node for node in nodes if node.workers]
     yield _nodes_finding(nodes, takes)
-    try:
-        check_trust(nodes)
-        yield Finding("Ray's TLS and token", True, "on" if len(nodes) > 1 else "not needed on one node")
-    except ConfigError as error:
-        yield Finding("Ray's TLS and token", False, str(error))
+    yield _trust_finding(nodes, read_note(cluster, name))
     yield from _home_findings(home)
     spec = None
     for found in _cloud_findings(name):
@@ -145,6 +142,20 @@ def _nodes_finding(nodes: Sequence[Node], takes: Sequence[Node]) -> Finding:
         )  # fmt: skip
     room = int(sum(node.workers for node in takes))
     return Finding("nodes", True, f"{len(nodes)} nodes; {len(takes)} of them take {room} workers")
+
+
+def _trust_finding(nodes: Sequence[Node], note: CloudNote | None) -> Finding:
+    about, addresses = "Ray's TLS and token", {node.address for node in nodes}
+    grows = note is not None and note.autoscaled and not note.stopped
+    try:
+        check_trust(addresses, autoscaled=grows)
+    except ConfigError as error:
+        return Finding(about, False, str(error))
+    try:
+        check_trust(addresses, autoscaled=True)
+    except ConfigError:
+        return Finding(about, True, "not needed on one node; turn both on before another one joins")
+    return Finding(about, True, "on")
 
 
 def _home_findings(home: Path) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""A Ray cluster that exists, as this process has joined it: its nodes, detached actors, tasks on a node.
+"""A Ray cluster that exists, as this process has joined it: its nodes, detached actors, tasks on a node, what it keeps.
 
 Nothing secret passes through Ray. What actors are made with, and variables of their processes, lie in the control store
 and in logs; arguments and results of methods do not, and still have no key and no activation in them.
@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.cloud.cluster.cluster_spec import RESOURCE, Claims
-from isthmus.cloud.control.ray_cluster import NAMESPACE, Actor, Answer, find_actor
+from isthmus.cloud.control.ray_cluster import NAMESPACE, Actor, Answer, find_actor, first_line, ray_errors
 from isthmus.common.errors import UnreachableError
 from isthmus.protocol.limits import MAX_WORKERS
+
+STORE_SECONDS = 5.0
+"""For the control store to answer, which takes it milliseconds: whoever looks after a cloud must not hang with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +48,33 @@ class JoinedCluster:
         control_store: host and port of its control store.
 
     Raises:
-        UnreachableError: no cluster answers there, or this machine is no node of it.
+        UnreachableError: no cluster answers there, this machine is no node of it, or its token is not here.
     """
 
     def __init__(self, address: str) -> None:
         import ray
 
-        try:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UnreachableError(
-                f"this machine is no node of a Ray cluster at {address}: start one here (`ray start --head`, or "
-                f"`ray start --address HOST:PORT`), and check --address ({why})"
-            ) from None
+        with ray_errors():
+            try:
+                ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise UnreachableError(
+                    f"this machine is no node of a Ray cluster at {address}: start one here (`ray start --head`, or "
+                    f"`ray start --address HOST:PORT`), and check --address ({first_line(error)})"
+                ) from None
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self.control_store = (host.strip("[]"), int(port))
 
     def nodes(self) -> list[Node]:
-        """The nodes that are alive, by address. Asks the control store, and waits for it."""
+        """The nodes that are alive, by address. Asks the control store, and waits for it.
+
+        Raises:
+            UnreachableError: it does not answer.
+        """
         import ray
 
+        with ray_errors():
+            known = ray.nodes()
         found = [
             Node(
                 each["NodeID"],
@@ -74,18 +83,52 @@ class JoinedCluster:
                 float(each.get("Resources", {}).get(RESOURCE, 0)),
                 dict(each.get("Labels", {})),
             )
-            for each in ray.nodes()
+            for each in known
             if each["Alive"]
         ]
         return sorted(found, key=lambda node: node.address)
 
+    def addresses(self) -> set[str]:
+        """The addresses of the nodes that are alive.
+
+        Raises:
+            UnreachableError: the control store does not answer within `STORE_SECONDS`; `nodes` waits without an end.
+        """
+        with ray_errors():
+            known = _control_store().get_all_node_info(timeout=STORE_SECONDS)
+        return {node.node_manager_address for node in known.values() if node.state == node.ALIVE}
+
+    def keep(self, name: str, value: bytes) -> None:
+        """Have the control store keep a value under a name, in the place of an older one. Nothing secret may be in it.
+
+        Raises:
+            UnreachableError: it does not answer within `STORE_SECONDS`.
+        """
+        with ray_errors():
+            _control_store().internal_kv_put(
+                name.encode(), value, overwrite=True, namespace=NAMESPACE.encode(), timeout=STORE_SECONDS
+            )
+
+    def kept(self, name: str) -> bytes | None:
+        """What `keep` was given; None where the control store has nothing, or has lost it.
+
+        Raises:
+            UnreachableError: it does not answer within `STORE_SECONDS`.
+        """
+        with ray_errors():
+            found: bytes | None = _control_store().internal_kv_get(
+                name.encode(), namespace=NAMESPACE.encode(), timeout=STORE_SECONDS
+            )
+        return found
+
     def run_on(self, node: Node, task: Callable[..., object], *arguments: object) -> Answer:
-        """Run a function on a node."""
+        """Run a function on a node. Raises UnreachableError where the control store does not answer."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        return Answer(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(task).remote(*arguments))
+        with ray_errors():
+            return Answer(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(task).remote(*arguments))
 
     def leave(self) -> None:
         """Leave the cluster, which goes on."""
@@ -94,17 +137,33 @@ class JoinedCluster:
         ray.shutdown()
 
 
+def _control_store() -> Any:
+    """Ray's client of its control store: only there can a question have an end."""
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    return internal_kv_get_gcs_client()
+
+
 def named_actors(name_of: Callable[[int], str]) -> dict[int, Actor]:
-    """The actors of this cluster that have the name of a number, by number. Asks the control store."""
+    """The actors of this cluster that have the name of a number, by number.
+
+    Raises:
+        UnreachableError: the control store does not answer.
+    """
     import ray
 
-    names = set(ray.util.list_named_actors())
+    with ray_errors():
+        names = set(ray.util.list_named_actors())
     found = {number: find_actor(name_of(number)) for number in range(MAX_WORKERS) if name_of(number) in names}
     return {number: actor for number, actor in found.items() if actor is not None}
 
 
 def start_here(kind: type, argument: object, *, name: str, environment: Mapping[str, str]) -> Actor:
-    """Start a detached actor on this node, which Ray restarts here whenever its process dies."""
+    """Start a detached actor on this node, which Ray restarts here whenever its process dies.
+
+    Raises:
+        UnreachableError: the control store does not answer.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -121,6 +180,9 @@ def start_anywhere(kind: type, argument: object, *, name: str, environment: Mapp
         name: its name in the cluster; an actor that has it already is returned.
         environment: variables of its process.
         claims: of the node.
+
+    Raises:
+        UnreachableError: the control store does not answer.
     """
     options: dict[str, Any] = {"resources": {RESOURCE: 1}, "scheduling_strategy": "SPREAD"}
     if claims.memory:
@@ -148,5 +210,6 @@ def _started(
         runtime_env={"env_vars": dict(environment)},
         **options,
     )(kind)
-    handle = made.options(name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(argument)
-    return Actor(handle)
+    named = made.options(name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True)
+    with ray_errors():
+        return Actor(named.remote(argument))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from isthmus.cloud.cluster.joined_cluster import Node
 from isthmus.cloud.cluster.ray_tls import NODE_FILES
 from isthmus.common.errors import ConfigError
 
@@ -15,22 +14,28 @@ def uses_tls() -> bool:
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
-def check_trust(nodes: Sequence[Node]) -> None:
+def check_trust(addresses: Iterable[str], *, autoscaled: bool = False) -> None:
     """Check that a cluster of several nodes uses Ray's TLS, and asks for a token.
+
+    Args:
+        addresses: of its nodes.
+        autoscaled: whether nodes are added by themselves; there may be one yet.
 
     Raises:
         ConfigError: it does not.
     """
-    if len({node.address for node in nodes}) < 2:
+    several = len(set(addresses)) > 1
+    if not several and not autoscaled:
         return
+    which = "the cluster has several nodes" if several else "an --autoscaled cluster gets several nodes"
     if not uses_tls():
         raise ConfigError(
-            f"the cluster has {len(nodes)} nodes, and Ray's token crosses the network between them in the clear: set "
-            f"RAY_USE_TLS=1 and {', '.join(NODE_FILES)} for `ray start` on every node and for this command "
-            "(`isthmus cloud ray-certificate` makes the files)"
+            f"{which}, and Ray's token crosses the network between them in the clear: set RAY_USE_TLS=1 and "
+            f"{', '.join(NODE_FILES)} for `ray start` on every node and for this command (`isthmus cloud "
+            "ray-certificate` makes the files)"
         )
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise ConfigError(
-            "the cluster has several nodes and asks for no token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH for "
-            "`ray start` on every node and for this command"
+            f"{which}, and Ray asks for no token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH for `ray start` on "
+            "every node and for this command"
         )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from isthmus.common.errors import ConfigError
+from isthmus.common.errors import ConfigError, UnreachableError
 from isthmus.common.files import write_atomic
 from isthmus.protocol.secure.keyfiles import read_private
 
@@ -103,14 +104,43 @@ def wait_for(answers: Iterable[Answer], seconds: float) -> None:
         ray.wait(references, num_returns=len(references), timeout=seconds)
 
 
-def find_actor(name: str) -> Actor | None:
-    """The actor of a name in this process's cluster; None where there is none at present."""
+@contextmanager
+def ray_errors() -> Iterator[None]:
+    """Turn errors of Ray's own into `UnreachableError`: its control store is silent, say, or wants a token."""
     import ray
 
     try:
-        return Actor(ray.get_actor(name, namespace=NAMESPACE))
-    except ValueError:
-        return None
+        yield
+    except ray.exceptions.AuthenticationError as error:
+        raise UnreachableError(
+            f"Ray wants the cluster's token and has none from here ({error.message}): name the file that has it in "
+            "RAY_AUTH_TOKEN_PATH, or put it into ~/.ray/auth_token"
+        ) from None
+    except ray.exceptions.RayError as error:
+        raise UnreachableError(
+            f"Ray does not answer ({first_line(error)}): its head is away, busy or starting; run the command again "
+            "once `ray status` answers"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that Ray adds; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def find_actor(name: str) -> Actor | None:
+    """The actor of a name in this process's cluster; None where there is none at present.
+
+    Raises:
+        UnreachableError: the control store does not answer.
+    """
+    import ray
+
+    with ray_errors():
+        try:
+            return Actor(ray.get_actor(name, namespace=NAMESPACE))
+        except ValueError:
+            return None
 
 
 def node_address() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.request
 from http.client import HTTPException
@@ -21,8 +22,12 @@ def write_state(home: Path, state: dict[str, Any]) -> None:
     write_atomic(home / STATE_FILE, json.dumps(state, indent=1).encode(), 0o600)
 
 
-def clear_state(home: Path) -> None:
-    """Remove it."""
+def clear_state(home: Path, pin: str = "") -> None:
+    """Remove it; where a `pin` is given, not that of a cloud with another root key's fingerprint."""
+    if pin:
+        with contextlib.suppress(UnreachableError, ConfigError):  # there is none, or it is damaged and so nobody's
+            if not str(_read_state(home)["connection"]).endswith(f"#{pin}"):
+                return
     (home / STATE_FILE).unlink(missing_ok=True)
 
 

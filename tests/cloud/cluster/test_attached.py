@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.cluster.fake_actors import FakeActor
-from support.cluster.joined import Ray, Stop, Watched
+from support.cluster.joined import Ray, Stop, Watched, serve
 from support.cluster.owners_folder import OwnersFolder
 
-from isthmus.cloud.cluster import attached
+from isthmus.cloud.cluster import attached, cloud_records
 from isthmus.cloud.cluster.attached import LOST_SECONDS, SILENT_SECONDS
-from isthmus.common.errors import ConfigError, UnreachableError
+from isthmus.cloud.cluster.joined_cluster import Node
+from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
+from isthmus.cloud.control.serve_state import write_state
+from isthmus.common.errors import ConfigError, DiskError, UnreachableError
+from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.limits import MAX_WORKERS
+from isthmus.protocol.secure.keys import Fingerprint
 
 # Looking after a cloud ------------------------------------------------------------------------------------------------
 
@@ -35,7 +44,7 @@ def test_a_cluster_whose_control_store_is_lost_is_joined_again_and_the_cloud_sta
     def then(look: int) -> None:
         watched.is_up = not 3 <= look <= 20
         if look == 3:
-            watched.ray.cluster.actors.clear()  # it comes back with nothing in it
+            watched.ray.lose()
 
     stop.then = then
     watched.look_after(stop)
@@ -71,19 +80,93 @@ def test_a_controller_that_is_lost_is_looked_for_anew(watched: Watched) -> None:
     assert "the controller does not answer: looking for it anew" in watched.said.getvalue()
 
 
-def test_a_cloud_that_somebody_has_stopped_is_not_started_again(watched: Watched) -> None:
-    first, stop = watched.ray.actor, Stop(10**6)
+@pytest.mark.parametrize("folder", ["here", "of another machine"])
+@pytest.mark.parametrize("controller", ["answers", "is silent", "is gone"])
+def test_a_cloud_that_somebody_has_stopped_is_not_started_again(
+    watched: Watched, owner: OwnersFolder, folder: str, controller: str
+) -> None:
+    stop = Stop(10**3)
+    watched.ray.cluster.actors["isthmus-cloud-worker-0"] = FakeActor("isthmus-cloud-worker-0", None)
+    if folder == "of another machine":
+        shutil.rmtree(owner.folder)
 
     def then(look: int) -> None:
         if look == 3:
-            watched.state.unlink()
-            first.kill()
+            watched.ray.actor.is_silent = controller == "is silent"
+            watched.ray.actor.is_gone = controller == "is gone"
+            attached.stop("auto", "cloud", 1.0)
 
     stop.then = then
     assert not watched.look_after(stop)
     assert stop.look == 3
     assert len(watched.ray.cluster.started) == 1
     assert "the cloud cloud was stopped" in watched.said.getvalue()
+
+
+def test_a_cloud_that_was_stopped_behind_a_link_that_was_cut_is_not_started_again(watched: Watched) -> None:
+    stop = Stop(10**3)
+
+    def then(look: int) -> None:
+        watched.is_up = look < 3
+        if look == 3:
+            attached.stop("auto", "cloud", 1.0)  # on another machine, whose link is not cut
+
+    stop.then = then
+    assert not watched.look_after(stop)
+    assert len(watched.ray.cluster.started) == 1
+    said = watched.said.getvalue()
+    assert "the cloud cloud was stopped" in said
+    assert "answers again" not in said
+
+
+def test_a_cloud_that_was_stopped_is_served_and_looked_after_again(
+    watched: Watched, options: ServeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached.stop("auto", "cloud", 1.0)
+    monkeypatch.setattr(attached, "threading", SimpleNamespace(Event=lambda: slow))
+    monkeypatch.setattr(attached, "time", SimpleNamespace(monotonic=lambda: slow.now))
+    slow = Stop(5)
+    slow.then = lambda look: setattr(watched.ray.actor, "is_silent", look == 2)
+    serve(options, cluster=ClusterOptions("auto"))
+    assert slow.look == 5  # one answer that is late does not end it
+    assert len(watched.ray.cluster.started) == 2
+
+
+def test_a_control_store_that_does_not_say_whether_the_cloud_was_stopped_is_asked_again(watched: Watched) -> None:
+    stop = Stop(10**3)
+
+    def then(look: int) -> None:
+        watched.ray.is_mute = 3 <= look < 6
+        if look == 2:
+            attached.stop("auto", "cloud", 1.0)
+            watched.ray.is_mute = True
+
+    stop.then = then
+    assert not watched.look_after(stop)
+    assert stop.look == 6
+
+
+def test_an_answer_that_is_late_ends_nothing_though_no_file_says_where_the_cloud_serves(watched: Watched) -> None:
+    """A start that was broken off has written none."""
+    watched.state.unlink()
+    stop = Stop(5)
+    stop.then = lambda look: setattr(watched.ray.actor, "is_silent", look == 2)
+    assert watched.look_after(stop)
+    assert stop.look == 5
+
+
+def test_machines_that_join_a_cluster_without_tls_are_told_of_once_and_the_cloud_goes_on(watched: Watched) -> None:
+    stop = Stop(9)
+
+    def then(look: int) -> None:
+        if look in (3, 5):
+            watched.ray.nodes.append(Node(f"id{look}", f"10.0.0.{look}", f"gpu-{look}", 1, {}))
+
+    stop.then = then
+    assert watched.look_after(stop)
+    said = watched.said.getvalue()
+    assert said.count("the cluster has several nodes, and Ray's token crosses the network") == 1
+    assert not watched.ray.actor.was_killed
 
 
 def test_a_signal_ends_the_wait_for_a_cluster(watched: Watched) -> None:
@@ -100,6 +183,7 @@ def test_a_cloud_is_attached_to_and_left(
     ray: Ray, watched: Watched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ray.controller.counts = (7, 7)  # as it was scaled to
+    watched.state.unlink()
     monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: True)
     attached.attach("auto", "cloud")
     assert "the cloud cloud serves; Ctrl-C leaves it" in capsys.readouterr().err
@@ -125,13 +209,82 @@ def test_a_cloud_is_scaled(ray: Ray) -> None:
 @pytest.mark.parametrize("how", ["in time", "unanswered", "silent"])
 def test_a_cloud_is_stopped_and_its_state_removed(ray: Ray, owner: OwnersFolder, how: str) -> None:
     state = owner.folder / "serving.json"
-    state.write_text("{}")
+    state.write_text("{}")  # damaged, which tells nobody to leave it
     actor = ray.actor
     actor.is_silent = how == "silent"
     ray.controller.finishes = how != "unanswered"
     assert attached.stop("auto", "cloud", 4.0) is (how == "in time")
     assert actor.was_killed
-    assert state.exists() is (how == "silent")  # nobody says where the owner's folder is
+    assert not state.exists()
+    assert ray.left == 1
+
+
+@pytest.mark.parametrize("how", ["in time", "silent"])
+def test_a_cloud_that_is_stopped_leaves_the_file_of_another_cloud_at_the_same_path(
+    ray: Ray, watched: Watched, owner: OwnersFolder, how: str
+) -> None:
+    """As on a machine that is not the owner's, where `~/.isthmus/cloud` is a cloud of its own."""
+    state = {"connection": f"isthmus://h:7443#{Fingerprint(bytes(32))}", "metrics": "", "pid": 1}
+    write_state(owner.folder, state)
+    ray.actor.is_silent = how == "silent"
+    attached.stop("auto", "cloud", 4.0)
+    assert watched.state.exists()
+    state["connection"] = f"isthmus://h:7443#{owner.pin}"
+    write_state(owner.folder, state)
+    ray.cluster.actors["isthmus-cloud-worker-0"] = FakeActor("isthmus-cloud-worker-0", None)
+    attached.stop("auto", "cloud", 4.0)
+    assert not watched.state.exists()
+
+
+# Where the cloud serves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("watched")
+def test_what_attaches_on_the_owners_machine_says_where_the_cloud_serves_once_it_does(
+    ray: Ray, owner: OwnersFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = owner.folder / "serving.json"
+    state.unlink()
+    ray.controller.spec = dataclasses.replace(ray.controller.spec, metrics="127.0.0.1:9100", places=("10.0.0.9:7443",))
+    ray.controller.states = [{"ready": False, "places": []}] * 4
+    stop, existed = Stop(6), list[bool]()
+    stop.then = lambda look: existed.append(state.exists())
+    monkeypatch.setattr(attached, "threading", SimpleNamespace(Event=lambda: stop))
+    attached.attach("auto", "cloud")
+    assert existed == [False] * 3 + [True] * 3
+    written = json.loads(state.read_text())
+    connection = ConnectionString.parse(written["connection"])
+    assert connection.addresses == ("10.0.0.2:7443", "10.0.0.1:7444", "10.0.0.9:7443")
+    assert connection.pin == owner.pin
+    assert (written["metrics"], written["pid"]) == ("127.0.0.1:9100", os.getpid())
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("folder", ["none", "of another cloud"])
+def test_what_attaches_on_another_machine_writes_nothing(
+    ray: Ray, owner: OwnersFolder, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    shutil.rmtree(owner.folder)
+    if folder == "of another cloud":
+        OwnersFolder(owner.folder.parent)
+    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: True)
+    attached.attach("auto", "cloud")
+    assert not (owner.folder / "serving.json").exists()
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_disk_that_is_full_does_not_end_what_attaches(
+    ray: Ray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("serving.json cannot be written")
+
+    monkeypatch.setattr(cloud_records, "write_state", full)
+    looked: list[object] = []
+    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: looked.append(stop))
+    attached.attach("auto", "cloud")
+    assert len(looked) == 1
+    assert "serving.json cannot be written" in capsys.readouterr().err
     assert ray.left == 1
 
 

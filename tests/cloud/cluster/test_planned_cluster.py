@@ -175,10 +175,17 @@ def test_several_nodes_without_tls_are_refused(
     assert serve(options).addresses[-1] == "10.0.0.5:7443"
 
 
-def test_nodes_that_take_no_workers_are_refused_unless_an_autoscaler_adds_some(ray: Ray, options: ServeOptions) -> None:
+def test_nodes_that_take_no_workers_are_refused_unless_an_autoscaler_adds_some(
+    ray: Ray, options: ServeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray.nodes = [NODES[2]]
     with pytest.raises(ConfigError, match=r"no node of the cluster takes workers: start .*--resources='\{\"isthmus\""):
         serve(options)
     assert ray.cluster.started == []
     autoscaled = ClusterOptions("auto", detach=True, autoscaled=True)
+    with pytest.raises(ConfigError, match=r"Ray's token crosses the network between them in the clear"):
+        serve(options, cluster=autoscaled)
+    assert ray.cluster.started == []
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert serve(options, cluster=autoscaled).addresses == ("10.0.0.2:7443", "10.0.0.1:7444")

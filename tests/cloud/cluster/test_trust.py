@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.cloud.cluster.joined_cluster import Node
 from isthmus.cloud.cluster.trust import check_trust, uses_tls
 from isthmus.common.errors import ConfigError
 
-ONE = Node("1", "10.0.0.1", "gpu-1", 1, {})
-TWO = Node("2", "10.0.0.2", "gpu-2", 1, {})
-BESIDE = Node("3", "10.0.0.1", "gpu-1", 1, {})
+ONE, TWO = "10.0.0.1", "10.0.0.2"
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +18,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_node_needs_no_tls() -> None:
     check_trust([ONE])
-    check_trust([ONE, BESIDE])
+    check_trust([ONE, ONE])
     with pytest.raises(ConfigError):
         check_trust([ONE, TWO])
 
@@ -31,7 +28,7 @@ def test_several_nodes_without_tls_give_one_clear_line() -> None:
         check_trust([ONE, TWO])
     text = str(refused.value)
     assert "\n" not in text
-    assert text.startswith("the cluster has 2 nodes, and Ray's token crosses the network between them in the clear")
+    assert text.startswith("the cluster has several nodes, and Ray's token crosses the network between them in the cl")
     for name in ("RAY_USE_TLS=1", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT", "ray-certificate"):
         assert name in text
 
@@ -53,3 +50,13 @@ def test_what_ray_does_not_take_for_tls_is_none(value: str, monkeypatch: pytest.
     assert not uses_tls()
     with pytest.raises(ConfigError, match="in the clear"):
         check_trust([ONE, TWO])
+
+
+def test_a_cluster_that_grows_by_itself_needs_both_while_it_has_one_node_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"an --autoscaled cluster gets several nodes, and Ray's token crosses"):
+        check_trust([ONE], autoscaled=True)
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with pytest.raises(ConfigError, match=r"an --autoscaled cluster gets several nodes, and Ray asks for no token"):
+        check_trust([ONE], autoscaled=True)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check_trust([ONE], autoscaled=True)

@@ -71,15 +71,28 @@ class FakeJoined:
     def nodes(self) -> list[Node]:
         return self._ray.nodes
 
+    def addresses(self) -> set[str]:
+        return {node.address for node in self._ray.nodes}
+
+    def keep(self, name: str, value: bytes) -> None:
+        self._ray.kept[name] = value
+
+    def kept(self, name: str) -> bytes | None:
+        if self._ray.is_mute:
+            raise UnreachableError("Ray does not answer")
+        return self._ray.kept.get(name)
+
     def leave(self) -> None:
         self._ray.left += 1
 
 
 class Ray:
-    """The cluster, its nodes, and who has joined and left it."""
+    """The cluster, its nodes, what its control store keeps, and who has joined and left it."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.nodes, self.left, self.refusals = list(NODES), 0, 0
+        self.kept: dict[str, bytes] = {}
+        self.is_mute = False  # whether the control store does not tell what it keeps
         self.joined: list[str] = []
         self.cluster = FakeCluster(self._make)
         self.prepare: Callable[[FakeController], object] = lambda controller: None
@@ -95,6 +108,11 @@ class Ray:
         controller = FakeController(spec)
         self.prepare(controller)
         return controller
+
+    def lose(self) -> None:
+        """Lose the control store, which comes back with nothing in it."""
+        self.cluster.actors.clear()
+        self.kept.clear()
 
     @property
     def actor(self) -> FakeActor:
