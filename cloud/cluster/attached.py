@@ -53,9 +53,8 @@ LOST_SECONDS = 60.0
 """For which the controller may be silent, while the control store answers, before it is looked for anew.
 
 Ray starts it again within seconds, and a machine that only is busy should not lose it."""
-START_SECONDS = 180.0
-"""For a new controller to answer first: Ray starts a process, which imports torch. Where other work takes the node's
-cores that has taken more than a minute; an operator can stop waiting with Ctrl-C."""
+START_SECONDS = 60.0
+"""For a new controller to answer first: its process imports torch, on a machine that may be busy."""
 REJOIN_SECONDS = 1.0
 """Between two attempts to join a cluster: each is a connection that is refused, or waited for."""
 STOP_SECONDS = 10.0

@@ -32,7 +32,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge
-from isthmus.privacy.attacks.model_top import ModelTop
+from isthmus.privacy.attacks.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
 
 LISTS = (16, 64, 256)
@@ -46,10 +46,6 @@ _EXPLAINED = 0.9
 """Of the public labels that lists give rightly, so many at least count as explained, and all that leave less of the
 gradient than half-way, on a scale of factors, from what right labels leave to what others do. For a position that is
 not explained the whole vocabulary is searched."""
-_COLUMNS = 64  # of a Jacobian, in one backward
-_TOKENS = 2048  # whose gradients are held at once
-_AT_ONCE = 32  # positions whose norm's Jacobian is held
-_CANDIDATES = 8  # of each position in one backward; with 16 or 32 each takes as long
 _SETTLED = 1e-4  # of the gradient's norm, that a round changes at most where no further one is needed
 _TINY = 1e-30
 
@@ -197,7 +193,7 @@ class ExactLabels(_LabelAttack):
         Args:
             labelled: Where labels are, `[S]`; None for where they show, or beside that.
         """
-        top, gradient = _RowTop(self._top, row, self._smoothing), row.gradient[0]
+        top, gradient = RowTop(self._top, (row.output, row.mask, row.positions), self._smoothing), row.gradient[0]
         twice, left = 2 * self._noise.power(gradient)[:, None], gradient
         for _ in range(_LISTINGS):
             along = top.along(left)
@@ -223,7 +219,7 @@ class ExactLabels(_LabelAttack):
         return found
 
     def _chosen(
-        self, top: _RowTop, gradient: Tensor, lists: Tensor, directions: Tensor, left: Tensor, twice: Tensor
+        self, top: RowTop, gradient: Tensor, lists: Tensor, directions: Tensor, left: Tensor, twice: Tensor
     ) -> _Matched:
         """The best candidates of lists, for what is `left` of the gradient without later labels.
 
@@ -269,104 +265,6 @@ class _Matched(NamedTuple):
     unexplained: Tensor
     others: Tensor
     left: Tensor
-
-
-class _RowTop:
-    """The top at a row: what the gradients of labels become on their way through it."""
-
-    def __init__(self, top: ModelTop, row: Row, smoothing: float) -> None:
-        self._top, self._row = top, row
-        self._head = head = top.head
-        self._output = row.output.detach().requires_grad_()
-        states = top.through(self._output, row.mask, row.positions)
-        self._read = top.tail(states)[0]
-        self._own, states_alone = top.alone(self._output, row.mask, row.positions)
-        self._read_alone = top.tail(states_alone)[0]
-        logits, self._slopes = top.logit_slopes(self._read.detach().double() @ head.T)
-        self._means = (self._slopes * (logits.softmax(-1) - smoothing / len(head))) @ head
-        self._slopes = (1 - smoothing) * self._slopes  # now the factors of the label's own row alone
-        self.prior = logits.log_softmax(-1)  # of each token, in the model's view
-        # Backward is linear in what is given: the backward of that is the product with the Jacobian itself.
-        self._given = torch.zeros_like(self._read_alone, requires_grad=True)
-        (self._pulled,) = torch.autograd.grad(self._read_alone, self._own, self._given, create_graph=True)
-        sizes = torch.func.vmap(lambda x: torch.func.jacrev(top.tail)(x).square().sum(-1), chunk_size=_AT_ONCE)
-        scales = sizes(states.detach()[0]).double()
-        squares = (scales * self._means.square()).sum(-1, keepdim=True)
-        squares = squares - 2 * self._slopes * ((scales * self._means) @ head.T)
-        squares = squares + self._slopes.square() * (scales @ head.square().T)
-        self._lengths = squares.clamp_min(_TINY).sqrt()
-
-    @property
-    def size(self) -> int:
-        """Of the vocabulary."""
-        return len(self._head)
-
-    def direction(self, tokens: Tensor) -> Tensor:
-        """Of the loss's gradient where the head reads, `[S, width]`, with the labels `[S]`."""
-        return self._means - self._slopes.gather(1, tokens[:, None]) * self._head[tokens]
-
-    def drawn(self, lists: Tensor) -> Tensor:
-        """The gradient of each position's own loss at that position, `[S, candidates, h]`, were its label a candidate.
-
-        Args:
-            lists: The candidates of each position, `[S, candidates]`.
-        """
-        parts = []
-        for chunk in torch.split(lists.T, _CANDIDATES):
-            given = torch.stack([self.direction(tokens) for tokens in chunk]).to(self._read_alone)
-            (own,) = torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True, is_grads_batched=True)
-            parts.append(own[:, 0])
-        return torch.cat(parts).transpose(0, 1)
-
-    def nearest(self, place: int, gradient: Tensor, twice: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The best tokens of the whole vocabulary at a position, by the exact directions, the best first.
-
-        Args:
-            gradient: `[S, h]`.
-            twice: Twice the noise's power in each number, `[S, 1]`.
-
-        Returns:
-            So many tokens, `[count]`, and the gradient of each at that position, `[count, h]`.
-        """
-        row = self._row
-        own, states = self._top.alone(self._output, row.mask, row.positions, torch.tensor([place]))
-        read = self._top.tail(states)[0]
-        parts = []
-        for chunk in torch.split(torch.eye(read.shape[1]), _COLUMNS):
-            given = chunk[:, None].to(read)
-            (columns,) = torch.autograd.grad(read, own, given, retain_graph=True, is_grads_batched=True)
-            parts.append(columns[:, 0, 0])
-        jacobian = torch.cat(parts)  # [width, h]
-        means, slopes = self._means[place].to(jacobian) @ jacobian, self._slopes[place, :, None].to(jacobian)
-
-        def drawn(slopes: Tensor, head: Tensor) -> Tensor:
-            return torch.addcmul(means, slopes, head.to(jacobian) @ jacobian, value=-1)
-
-        along = []
-        for some in zip(torch.split(slopes, _TOKENS), torch.split(self._head, _TOKENS), strict=True):
-            directions = drawn(*some)
-            along.append((directions @ gradient[place]) / directions.norm(dim=-1).clamp_min(_TINY))
-        lengths = torch.cat(along).double()
-        tokens = (lengths.abs() * lengths / twice[place] + self.prior[place]).topk(count).indices
-        return tokens, drawn(slopes[tokens], self._head[tokens])
-
-    def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
-        """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""
-        given = (scales * self.direction(tokens)).to(self._read)
-        (together,) = torch.autograd.grad(self._read, self._output, given, retain_graph=True)
-        return together[0]
-
-    def along(self, gradient: Tensor) -> Tensor:
-        """How far `[S, h]` goes in the direction of what each label would give to its own position, `[S, V]`.
-
-        Its lengths are those that the norm alone would leave, with N N^T of its Jacobian N taken for diagonal, as it
-        nearly is.
-        """
-        (along,) = torch.autograd.grad(self._pulled, self._given, gradient[None], retain_graph=True)
-        along = along.double()
-        products = (along * self._means).sum(-1, keepdim=True) - self._slopes * (along @ self._head.T)
-        lengths: Tensor = products / self._lengths
-        return lengths
 
 
 class _Noise:

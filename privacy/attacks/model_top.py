@@ -14,6 +14,12 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import LayerStandIn, arrange_layers, sharing_copy
 from isthmus.backbone.split.split_cache import window_of
 
+_COLUMNS = 64  # of a Jacobian, in one backward
+_TOKENS = 2048  # whose gradients are held at once
+_AT_ONCE = 32  # positions whose norm's Jacobian is held
+_CANDIDATES = 8  # of each position in one backward; with 16 or 32 each takes as long
+_TINY = 1e-30
+
 
 class ModelTop:
     """The layers above the span, then what leads to the logits: final norm, and OPT's projection.
@@ -157,6 +163,113 @@ class ModelTop:
             return logits, torch.ones_like(logits)
         bent = torch.tanh(logits / self._cap)
         return bent * self._cap, 1 - bent.square()
+
+
+class RowTop:
+    """The top at a row: what the gradients of labels become on their way through it.
+
+    Args:
+        top: Of the model.
+        row: What `ModelTop.through` takes: states, mask and positions.
+        smoothing: Share of label smoothing.
+
+    Attributes:
+        prior: The log probability of each token in the model's view, `[S, V]`.
+    """
+
+    def __init__(self, top: ModelTop, row: tuple[Tensor, Tensor | None, Tensor | None], smoothing: float) -> None:
+        output, mask, positions = row
+        self._top, self._where = top, (mask, positions)
+        self._head = head = top.head
+        self._output = output.detach().requires_grad_()
+        states = top.through(self._output, *self._where)
+        self._read = top.tail(states)[0]
+        self._own, states_alone = top.alone(self._output, *self._where)
+        self._read_alone = top.tail(states_alone)[0]
+        logits, self._slopes = top.logit_slopes(self._read.detach().double() @ head.T)
+        self._means = (self._slopes * (logits.softmax(-1) - smoothing / len(head))) @ head
+        self._slopes = (1 - smoothing) * self._slopes  # now the factors of the label's own row alone
+        self.prior = logits.log_softmax(-1)
+        # Backward is linear in what is given: the backward of that is the product with the Jacobian itself.
+        self._given = torch.zeros_like(self._read_alone, requires_grad=True)
+        (self._pulled,) = torch.autograd.grad(self._read_alone, self._own, self._given, create_graph=True)
+        sizes = torch.func.vmap(lambda x: torch.func.jacrev(top.tail)(x).square().sum(-1), chunk_size=_AT_ONCE)
+        scales = sizes(states.detach()[0]).double()
+        squares = (scales * self._means.square()).sum(-1, keepdim=True)
+        squares = squares - 2 * self._slopes * ((scales * self._means) @ head.T)
+        squares = squares + self._slopes.square() * (scales @ head.square().T)
+        self._lengths = squares.clamp_min(_TINY).sqrt()
+
+    @property
+    def size(self) -> int:
+        """Of the vocabulary."""
+        return len(self._head)
+
+    def direction(self, tokens: Tensor) -> Tensor:
+        """Of the loss's gradient where the head reads, `[S, width]`, with the labels `[S]`."""
+        return self._means - self._slopes.gather(1, tokens[:, None]) * self._head[tokens]
+
+    def drawn(self, lists: Tensor) -> Tensor:
+        """The gradient of each position's own loss at that position, `[S, candidates, h]`, were its label a candidate.
+
+        Args:
+            lists: The candidates of each position, `[S, candidates]`.
+        """
+        parts = []
+        for chunk in torch.split(lists.T, _CANDIDATES):
+            given = torch.stack([self.direction(tokens) for tokens in chunk]).to(self._read_alone)
+            (own,) = torch.autograd.grad(self._read_alone, self._own, given, retain_graph=True, is_grads_batched=True)
+            parts.append(own[:, 0])
+        return torch.cat(parts).transpose(0, 1)
+
+    def nearest(self, place: int, gradient: Tensor, twice: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The best tokens of the whole vocabulary at a position, by the exact directions, the best first.
+
+        Args:
+            gradient: `[S, h]`.
+            twice: Twice the noise's power in each number, `[S, 1]`.
+
+        Returns:
+            So many tokens, `[count]`, and the gradient of each at that position, `[count, h]`.
+        """
+        own, states = self._top.alone(self._output, *self._where, torch.tensor([place]))
+        read = self._top.tail(states)[0]
+        parts = []
+        for chunk in torch.split(torch.eye(read.shape[1]), _COLUMNS):
+            given = chunk[:, None].to(read)
+            (columns,) = torch.autograd.grad(read, own, given, retain_graph=True, is_grads_batched=True)
+            parts.append(columns[:, 0, 0])
+        jacobian = torch.cat(parts)  # [width, h]
+        means, slopes = self._means[place].to(jacobian) @ jacobian, self._slopes[place, :, None].to(jacobian)
+
+        def drawn(slopes: Tensor, head: Tensor) -> Tensor:
+            return torch.addcmul(means, slopes, head.to(jacobian) @ jacobian, value=-1)
+
+        along = []
+        for some in zip(torch.split(slopes, _TOKENS), torch.split(self._head, _TOKENS), strict=True):
+            directions = drawn(*some)
+            along.append((directions @ gradient[place]) / directions.norm(dim=-1).clamp_min(_TINY))
+        lengths = torch.cat(along).double()
+        tokens = (lengths.abs() * lengths / twice[place] + self.prior[place]).topk(count).indices
+        return tokens, drawn(slopes[tokens], self._head[tokens])
+
+    def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
+        """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""
+        given = (scales * self.direction(tokens)).to(self._read)
+        (together,) = torch.autograd.grad(self._read, self._output, given, retain_graph=True)
+        return together[0]
+
+    def along(self, gradient: Tensor) -> Tensor:
+        """How far `[S, h]` goes in the direction of what each label would give to its own position, `[S, V]`.
+
+        Its lengths are those that the norm alone would leave, with N N^T of its Jacobian N taken for diagonal, as it
+        nearly is.
+        """
+        (along,) = torch.autograd.grad(self._pulled, self._given, gradient[None], retain_graph=True)
+        along = along.double()
+        products = (along * self._means).sum(-1, keepdim=True) - self._slopes * (along @ self._head.T)
+        lengths: Tensor = products / self._lengths
+        return lengths
 
 
 class _Given(LayerStandIn):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -81,12 +81,14 @@ def test_a_digest_is_of_what_is_served_wherever_the_owner_is_and_whichever_nodes
 def test_a_digest_is_the_same_in_every_process_and_reported(owner: OwnersFolder, fake: type[FakeWorker]) -> None:
     spec = spec_of(owner)
     code = (
-        "import pickle, sys; from isthmus.cloud.nodes.node_worker import spec_digest; "
-        "print(spec_digest(pickle.load(sys.stdin.buffer)))"
+        "import json, sys; from isthmus.cloud.control.worker import WorkerSpec; "
+        "from isthmus.cloud.nodes.node_worker import NodeSpec, spec_digest; "
+        "given = json.load(sys.stdin); given |= {'root': bytes.fromhex(given['root'])}; "
+        "print(spec_digest(NodeSpec(**(given | {'worker': WorkerSpec(**given['worker'])}))))"
     )
     other = subprocess.run(
         [sys.executable, "-c", code],
-        input=pickle.dumps(spec),
+        input=json.dumps(dataclasses.asdict(spec), default=bytes.hex).encode(),
         env={**os.environ, "PYTHONHASHSEED": "7"},
         stdout=subprocess.PIPE,
         check=True,

@@ -17,8 +17,8 @@ from isthmus.common.errors import DataError
 from isthmus.privacy.attacks import gradient_labels
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, _Matched, _RowTop, labelled_row
-from isthmus.privacy.attacks.model_top import ModelTop
+from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, Row, _Matched, labelled_row
+from isthmus.privacy.attacks.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
 
 LENGTH, START = 12, 5
@@ -63,11 +63,15 @@ def test_all_labels_come_out_where_the_top_is_known(family: str) -> None:
     assert accuracy(ExactLabels(), knowledge, traffic, labels) == 1
 
 
+def row_top(knowledge: Knowledge, row: Row) -> RowTop:
+    return RowTop(ModelTop(knowledge.model, knowledge.plan), (row.output, row.mask, row.positions), 0.0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_that_go_back_together_give_what_each_gives_alone(family: str) -> None:
     knowledge = knowing(tiny_model(family))
     row = labelled_row(knowledge, knowledge.public[0], START).row
-    top = _RowTop(ModelTop(knowledge.model, knowledge.plan), row, 0.0)
+    top = row_top(knowledge, row)
     lists = torch.randint(VOCAB, (LENGTH, 11), generator=torch.Generator().manual_seed(3))  # no multiple of a chunk
     drawn = top.drawn(lists)
     for place, tokens in enumerate(lists.T):
@@ -81,7 +85,7 @@ def test_candidates_that_go_back_together_give_what_each_gives_alone(family: str
 def test_the_whole_vocabulary_is_searched_by_the_directions_that_candidates_have(family: str) -> None:
     knowledge = knowing(tiny_model(family))
     labelled = labelled_row(knowledge, knowledge.public[0], START)
-    top, places = _RowTop(ModelTop(knowledge.model, knowledge.plan), labelled.row, 0.0), [START, LENGTH - 2]
+    top, places = row_top(knowledge, labelled.row), [START, LENGTH - 2]
     twice, gradient = torch.full((LENGTH, 1), 1e-9), labelled.row.gradient[0]
     nearest = [top.nearest(place, gradient, twice, VOCAB) for place in places]
     found = torch.stack([tokens for tokens, _ in nearest])
@@ -96,9 +100,9 @@ def test_the_whole_vocabulary_is_searched_by_the_directions_that_candidates_have
 
 
 def test_a_label_that_is_in_no_list_is_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = _RowTop.along
+    honest = RowTop.along
 
-    def along(top: _RowTop, gradient: Tensor) -> Tensor:
+    def along(top: RowTop, gradient: Tensor) -> Tensor:
         found = honest(top, gradient)
         found[::2] = torch.rand(found[::2].shape, generator=torch.Generator().manual_seed(3)).double()
         return found
@@ -107,13 +111,13 @@ def test_a_label_that_is_in_no_list_is_searched_for(monkeypatch: pytest.MonkeyPa
     knowledge = knowing(tiny_model("llama"))
     traffic, labels = sent(knowledge)
     assert accuracy(ExactLabels(), knowledge, traffic, labels) == 1
-    monkeypatch.setattr(_RowTop, "along", along)
+    monkeypatch.setattr(RowTop, "along", along)
     found = accuracy(ExactLabels(), knowledge, traffic, labels)
 
-    def first(top: _RowTop, place: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def first(top: RowTop, place: int, *_: Any) -> tuple[Tensor, Tensor]:
         return torch.tensor([0]), top.drawn(torch.zeros(LENGTH, 1, dtype=torch.long))[place]
 
-    monkeypatch.setattr(_RowTop, "nearest", first)
+    monkeypatch.setattr(RowTop, "nearest", first)
     assert found == 1
     assert accuracy(ExactLabels(), knowledge, traffic, labels) < 0.7
 
@@ -125,18 +129,18 @@ def test_the_search_ends_where_it_explains_nothing(monkeypatch: pytest.MonkeyPat
     attack.prepare(knowledge)
     row = labelled_row(knowledge, knowledge.public[0], START).row
 
-    def nearest(_: _RowTop, place: int, left: Tensor, __: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def nearest(_: RowTop, place: int, left: Tensor, __: Tensor, count: int) -> tuple[Tensor, Tensor]:
         searched.append(place)
         return torch.arange(count), torch.zeros(count, left.shape[1])
 
-    def chosen(_: ExactLabels, __: _RowTop, left: Tensor, lists: Tensor, directions: Tensor, *___: Tensor) -> _Matched:
+    def chosen(_: ExactLabels, __: RowTop, left: Tensor, lists: Tensor, directions: Tensor, *___: Tensor) -> _Matched:
         cosines = torch.zeros(LENGTH)
         cosines[searched] = 0.8
         cosines[START - 1 : -1] = 1
         unexplained = 1 - cosines
         return _Matched(lists, directions, lists[:, 0], cosines, unexplained, unexplained, left)
 
-    monkeypatch.setattr(_RowTop, "nearest", nearest)
+    monkeypatch.setattr(RowTop, "nearest", nearest)
     monkeypatch.setattr(ExactLabels, "_chosen", chosen)
     monkeypatch.setattr(attack, "threshold", 0.5)
     monkeypatch.setattr(attack, "_explained", 0.1)
