@@ -265,3 +265,44 @@ def _strict(schema: Any) -> Any:
     if isinstance(schema.get("x-kubernetes-list-map-keys"), list):
         closed["keys"] = schema["x-kubernetes-list-map-keys"]
     return closed
+
+
+def named(kind: str) -> dict[str, dict[str, Any]]:
+    """The objects of a kind, by name."""
+    return {thing["metadata"]["name"]: thing for thing in manifests() if thing["kind"] == kind}
+
+
+def volumes(kind: str) -> list[dict[str, Any]]:
+    """The volumes of a kind of all of the cluster's pods."""
+    return [v[kind] for template in templates(ray_cluster()) for v in template["spec"]["volumes"] if kind in v]
+
+
+def group_of(name: str, cluster: dict[str, Any]) -> dict[str, Any]:
+    """A group's entry, its pod's specification, and the one container that runs in it."""
+    (group,) = (each for each in cluster["spec"]["workerGroupSpecs"] if each["groupName"] == name)
+    pod = group["template"]["spec"]
+    (container,) = pod["containers"]
+    return {"group": group, "container": container, "pod": pod}
+
+
+def cloud_group(cluster: dict[str, Any]) -> dict[str, Any]:
+    """The group of the machines that take workers, as `group_of` gives it."""
+    return group_of("cloud", cluster)
+
+
+def owner_group(cluster: dict[str, Any]) -> dict[str, Any]:
+    """The group of the owner's machine."""
+    return group_of("owner", cluster)
+
+
+def environments_of(cluster: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The variables of each of Ray's containers, the autoscaler's among them."""
+    ours = [template["spec"]["containers"][0]["env"] for template in templates(cluster)]
+    return [*ours, cluster["spec"]["autoscalerOptions"]["env"]]
+
+
+def environment_of(cluster: dict[str, Any]) -> dict[str, str]:
+    """What all of Ray's containers have in common."""
+    first, *others = environments_of(cluster)
+    assert all(other == first for other in others)
+    return {entry["name"]: entry.get("value", "") for entry in first}
