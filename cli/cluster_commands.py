@@ -59,8 +59,8 @@ def enroll_node(
 ) -> None:
     """Let a node's workers get certificates: add its public key to `authorized_nodes`. A running cloud notices.
 
-    A line that is removed ends the node's workers; the cloud's other workers refuse them at once. Their certificates
-    run out within --certificate-hours.
+    A line that is removed ends the node's workers, and the cloud's other workers refuse them, within seconds. Their
+    certificates run out within --certificate-hours.
 
     Example: isthmus cloud enroll-node node_key.pub --name gpu-1
     """

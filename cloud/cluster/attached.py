@@ -127,7 +127,7 @@ def attach(address: str, name: str) -> None:
     stop = threading.Event()
     stop_on_signals(stop)
     watched = _Watched(cluster, options, state["spec"], console)
-    watched.tell_where(state)
+    watched.write_where(state)
     console.print(f"the cloud {name} serves; Ctrl-C leaves it", highlight=False)
     watched.look_after(stop)
     watched.leave()
@@ -202,31 +202,36 @@ class _Watched:
         self._cluster, self._options, self._spec, self._console = cluster, options, spec, console
         self._controller = self._find_or_start(fresh=fresh)
         self._faults: list[str] = []
-        self._told_where = fresh  # `serve` does so itself, with the connection string that it prints
+        self._wrote_where = fresh  # `serve` does so itself, with the connection string that it prints
 
     def _find_or_start(self, *, fresh: bool = False) -> Actor:
         """The cloud's controller; where it is `fresh`, with as many workers as this command says."""
         name = controller_name(self._options.name)
+        note = note_of(self._spec, autoscaled=self._options.autoscaled)
         found = find_actor(name)
         if found is not None:
-            try:
+            state = None
+            with contextlib.suppress(UnreachableError):
                 state = _ask(found, "state")
-                running, counts = state["spec"], state["counts"]
-            except UnreachableError:
-                found.kill()  # its node is gone, or it hangs: another one asks the workers for all that it has known
+            if state is None or (fresh and state["stopped"]):
+                # Its node is gone, it hangs, or a `stop` that was broken off has left it without workers: another one
+                # asks the workers that there are for all that it has known.
+                found.kill()
+            elif not same_cloud(state["spec"], self._spec):
+                raise ConfigError(
+                    f"a cloud {self._options.name!r} runs with other options: stop it first (`isthmus cloud stop`), or "
+                    "give this one another --name"
+                )
             else:
-                if not same_cloud(running, self._spec):
-                    raise ConfigError(
-                        f"a cloud {self._options.name!r} runs with other options: stop it first (`isthmus cloud "
-                        "stop`), or give this one another --name"
-                    )
-                if counts != (self._spec.least, self._spec.most) and fresh:
-                    _ask(found, "scale", self._spec.least, self._spec.most)
+                if fresh:
+                    write_note(self._cluster, self._options.name, note)
+                    if state["counts"] != (self._spec.least, self._spec.most):
+                        _ask(found, "scale", self._spec.least, self._spec.most)
                 return found
         check_place(self._spec)
         if fresh:
             forget_counts(self._spec)  # of an earlier cloud, which nobody stopped
-        write_note(self._cluster, self._options.name, note_of(self._spec, autoscaled=self._options.autoscaled))
+        write_note(self._cluster, self._options.name, note)
         environment = {"OMP_NUM_THREADS": "1"}
         started = start_here(ClusterController, self._spec, name=name, environment=environment)
         try:
@@ -274,8 +279,8 @@ class _Watched:
             try:
                 state = _ask(self._controller, "state", seconds=POLL_SECONDS)
                 answered = now
-                self.tell_where(state)
-                self._tell([*state["faults"], *self._distrust()])
+                self.write_where(state)
+                self._tell([*state["faults"], *self._trust_faults()])
             except UnreachableError:
                 with contextlib.suppress(UnreachableError):  # the next look asks again
                     if self._was_stopped():
@@ -296,7 +301,7 @@ class _Watched:
         self._console.print(f"the cloud {self._options.name} was stopped", highlight=False)
         return True
 
-    def _distrust(self) -> list[str]:
+    def _trust_faults(self) -> list[str]:
         """What `check_trust` finds wrong now, as machines join later, too. Raises UnreachableError."""
         try:
             check_trust(self._cluster.addresses(), autoscaled=self._options.autoscaled)
@@ -304,11 +309,11 @@ class _Watched:
             return [str(error)]
         return []
 
-    def tell_where(self, state: Mapping[str, Any]) -> None:
+    def write_where(self, state: Mapping[str, Any]) -> None:
         """Write where the cloud serves, once it does, for `isthmus cloud status`."""
-        if self._told_where or not state["ready"]:
+        if self._wrote_where or not state["ready"]:
             return
-        self._told_where = True
+        self._wrote_where = True
         try:
             write_serving(self._spec, state["places"])
         except DiskError as error:  # the cloud serves all the same

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class ClusterController:
         self._silent: set[int] = set()  # workers that have not answered in the last round
         self._known = KnownWorkers(self._office, spec.worker.root)
         self._adopted = False  # the workers of an earlier controller
+        self._digest_of = cache(lambda number: spec_digest(spec.worker_spec(number)))
         self._retry_at: dict[int, float] = {}
         self._wanted_since: dict[int, float] = {}
         self._begun = time.monotonic()
@@ -100,7 +102,7 @@ class ClusterController:
         Returns:
             `ready`, whether all workers that there are at least serve; `waits`, a line for each that does not;
             `faults`, lines for the operator; `places`, addresses of the workers that serve; `counts`, the least and the
-            largest number of workers; `spec`, what it was made with.
+            largest number of workers; `spec`, what it was made with; `stopped`, whether `stop` has begun.
 
         Raises:
             PortInUseError: it cannot serve `/status`.
@@ -118,6 +120,7 @@ class ClusterController:
                 "places": [self._reports[number].place for number in front],
                 "counts": (self._least, self._most),
                 "spec": self._spec,
+                "stopped": self._stopped,
             }
 
     def scale(self, least: int, most: int) -> None:
@@ -181,7 +184,8 @@ class ClusterController:
                     step()
                 except Exception as error:  # noqa: BLE001  # nobody would see it, and the next round may do better
                     log("round_failed", logging.ERROR, step=step.__name__, error=f"{type(error).__name__}: {error}")
-            settling = any(self._waits(number) for number in list(self._wanted))
+            with self._lock:
+                settling = any(self._waits(number) for number in self._wanted)
             time.sleep(SETTLING_SECONDS if settling else TICK_SECONDS)
 
     def _adopt(self) -> None:
@@ -330,15 +334,14 @@ class ClusterController:
         report = self._reports.get(number)
         if report is None:
             return self._faults.get(f"worker {number}") or "a node with room for it"
-        if self._is_outdated(number):
+        if self._is_outdated(number, report):
             return "the end of a worker from before"
         return "an answer" if number in self._silent else report.failure or report.waits
 
-    def _is_outdated(self, number: int) -> bool:
+    def _is_outdated(self, number: int, report: NodeReport) -> bool:
         """Whether a wanted worker takes no sessions any more, or serves something else: an earlier controller's."""
-        report = self._reports[number]
         drains = report.report.status.get("state") == "draining"
-        return drains or report.spec not in ("", spec_digest(self._spec.worker_spec(number)))
+        return drains or report.spec not in ("", self._digest_of(number))
 
     def _delivery(self, number: int, tenants: str | None) -> Delivery:
         """What a worker needs now."""
@@ -374,10 +377,10 @@ class ClusterController:
                 self._fault(f"worker {number}", "")
             for number in sorted(set(self._actors) - self._wanted - set(self._draining), reverse=True):
                 self._draining[number] = self._actors[number].ask("drain", self._spec.grace)
-            outdated = [n for n in sorted(self._wanted & self._reports.keys()) if self._is_outdated(n)]
-            if outdated and not self._draining:  # one after another, so that the others serve meanwhile
-                log("worker_outdated", logging.WARNING, worker=outdated[0])
-                self._draining[outdated[0]] = self._actors[outdated[0]].ask("drain", self._spec.grace)
+            for number in sorted((self._wanted & self._reports.keys()) - self._draining.keys()):
+                if self._is_outdated(number, self._reports[number]):
+                    log("worker_outdated", logging.WARNING, worker=number)
+                    self._draining[number] = self._actors[number].ask("drain", self._spec.grace)
             if self._spec.stages or self._draining or any(self._waits(number) for number in self._wanted):
                 return  # one thing at a time
             change = self._scaler.decide(self._directory.loads())

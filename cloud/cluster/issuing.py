@@ -34,7 +34,7 @@ class IssuingOffice:
     def __init__(self, home: Path, hours: float, now: Callable[[], float] = time.time) -> None:
         self._home, self._hours, self._now = home, hours, now
         self._nodes: AuthorizedEdges | None = None
-        self._fewer: tuple[AuthorizedEdges, float] | None = None  # a list without some of these, and when it was read
+        self._shorter: tuple[AuthorizedEdges, float] | None = None  # a list without some of these, and when it was read
         self.fault = ""
 
     def grant(self, request: CertificateRequest) -> WorkerCertificate:
@@ -73,11 +73,11 @@ class IssuingOffice:
             self.fault = str(error)
             return self._nodes
         if self._nodes is None or read.has_all_of(self._nodes):
-            self._nodes, self._fewer = read, None
-        elif self._fewer is None or self._fewer[0] != read:
-            self._fewer = read, self._now()
-        elif abs(self._now() - self._fewer[1]) >= SETTLED_SECONDS:
-            self._nodes, self._fewer = read, None
+            self._nodes, self._shorter = read, None
+        elif self._shorter is None or self._shorter[0] != read:
+            self._shorter = read, self._now()
+        elif abs(self._now() - self._shorter[1]) >= SETTLED_SECONDS:
+            self._nodes, self._shorter = read, None
         return self._nodes
 
     def issuer(self) -> Issuer:

@@ -40,6 +40,8 @@ WAIT_SECONDS = 0.05
 """Between two looks at what was delivered, while a worker settles."""
 COPY_PAUSE_SECONDS = 10.0
 """Between two attempts to copy an adapter: a full disk lasts, and so does a source that is busy or does not answer."""
+COPY_DOUBLINGS = 6
+"""How often that pause is doubled, up to eleven minutes: an adapter that is refused each time is fetched each time."""
 IN_PART = "in part"
 """The revision where a delivery was kept in part: no delivery's, so that even the one before it is sent again."""
 ANY_HOST, NODE_HOST = ("0.0.0.0", "[::]"), "node"  # noqa: S104  # compared only
@@ -88,6 +90,11 @@ def spec_digest(spec: NodeSpec) -> str:
     return sha256(json.dumps(fields, sort_keys=True, default=bytes.hex).encode()).hexdigest()
 
 
+def _pause(times: int) -> float:
+    """Seconds until an adapter whose copy was tried so often is tried again."""
+    return COPY_PAUSE_SECONDS * 2.0 ** min(max(times - 1, 0), COPY_DOUBLINGS)
+
+
 class NodeWorker:
     """One worker on some node. Made into an actor by `isthmus.cloud.cluster.cluster_controller`."""
 
@@ -110,7 +117,7 @@ class NodeWorker:
         self._has_model = False
         self._fault, self._digest = "", spec_digest(spec)
         self._copying = self._draining = False
-        self._tried: dict[AdapterPlace, float] = {}  # when the copy of an adapter was tried last
+        self._tried: dict[AdapterPlace, tuple[float, int]] = {}  # when a copy was tried last, and how often in all
         try:
             self._home = WorkerHome((spec.cloud, spec.root), self._number)
             log_to(log_file(self._home.folder, "worker", self._number))
@@ -256,10 +263,10 @@ class NodeWorker:
         if self._draining or not places:
             return None
         held, now = worker.adapters_held(), time.monotonic()
-        tried = {place: self._tried.get(place, float("-inf")) for place in places}
+        tried = {place: self._tried.get(place, (float("-inf"), 0)) for place in places}
         newer = [place for place in places if place.plugged_at > held.get(place.tenant, 0)]
-        due = [place for place in newer if tried[place] + COPY_PAUSE_SECONDS <= now]
-        return min(due, key=lambda place: tried[place], default=None)  # one that fails keeps no other waiting
+        due = [place for place in newer if tried[place][0] + _pause(tried[place][1]) <= now]
+        return min(due, key=lambda place: tried[place][0], default=None)  # one that fails keeps no other waiting
 
     def _copy(self, home: WorkerHome, worker: Worker) -> None:
         """Fetch tenants' adapters that were plugged in elsewhere, one after the other, until there is none to try."""
@@ -289,7 +296,7 @@ class NodeWorker:
                     shutil.rmtree(folder, ignore_errors=True)
                     delivered = self._delivery.adapters
                     self._tried = {each: at for each, at in self._tried.items() if each in delivered}
-                    self._tried[place] = time.monotonic()
+                    self._tried[place] = time.monotonic(), self._tried.get(place, (0.0, 0))[1] + 1
         finally:
             self._copying = False
 

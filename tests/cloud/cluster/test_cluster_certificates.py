@@ -55,7 +55,7 @@ def test_a_worker_whose_node_is_not_enrolled_any_more_is_ended(cloud: Cloud) -> 
     assert cloud.alive() == [0, 1]
     nodes.write_text(enrolled)  # without the second node
     cloud.turn()
-    cloud.later(SETTLED_SECONDS)
+    cloud.shift_owners_clock(SETTLED_SECONDS)
     cloud.turn(2)
     assert cloud.alive() == [0]
     assert names(cloud.worker(0).delivery) == {}
@@ -72,7 +72,7 @@ def test_a_silent_worker_whose_node_is_not_enrolled_any_more_is_forgotten_by_the
     assert names(cloud.worker(0).delivery) == {"worker-1": True}  # its own node's key has signed for it
     nodes.write_text("# none\n")
     cloud.turn()
-    cloud.later(SETTLED_SECONDS)
+    cloud.shift_owners_clock(SETTLED_SECONDS)
     cloud.turn(2)
     assert names(cloud.worker(0).delivery) == {}
     assert cloud.may_fetch() == ()
@@ -96,13 +96,13 @@ def test_a_worker_whose_nodes_clock_is_wrong_gets_no_certificate_until_it_is_rig
 def test_workers_go_on_while_the_owners_clock_is_wrong(cloud: Cloud) -> None:
     cloud.begin()
     cloud.now = lambda: time.time() + 200  # so that requests are new ones
-    cloud.later(4000)
+    cloud.shift_owners_clock(4000)
     cloud.turn(2)
     assert len(cloud.faults()) == 2
     assert cloud.alive() == [0, 1]
     assert names(cloud.worker(0).delivery) == {"worker-1": True}
     assert cloud.controller.state()["ready"]
-    cloud.later(-4000)
+    cloud.shift_owners_clock(-4000)
     cloud.turn(2)
     assert cloud.faults() == []
 
@@ -117,7 +117,7 @@ def test_a_list_of_nodes_that_is_short_or_away_for_a_moment_ends_nobody(cloud: C
     cloud.now = lambda: time.time() + 200  # with new requests, which are checked anew
     cloud.turn(2)
     nodes.write_text(good)
-    cloud.later(SETTLED_SECONDS)
+    cloud.shift_owners_clock(SETTLED_SECONDS)
     cloud.turn(2)
     assert cloud.alive() == [0, 1]
     assert names(cloud.worker(0).delivery) == {"worker-1": True}

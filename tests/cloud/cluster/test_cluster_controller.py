@@ -102,6 +102,30 @@ def test_a_step_that_fails_is_logged_and_the_others_go_on(cloud: Cloud, log: Log
 
 def test_workers_are_asked_while_none_can_be_started(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray waits a minute for its head, and workers' certificates and lists cannot."""
+    controller = cloud.begin()
+    asked, is_away, is_back = len(cloud.actor(0).calls), threading.Event(), threading.Event()
+
+    def away(*arguments: Any, **options: Any) -> Any:
+        is_away.set()
+        is_back.wait()
+        return cloud.ray.start_anywhere(*arguments, **options)
+
+    monkeypatch.setattr(controller_module, "start_anywhere", away)
+    cloud.actor(1).is_gone = True
+    controller._round()
+    starts = threading.Thread(target=controller._start_missing, daemon=True)
+    starts.start()
+    assert is_away.wait(60.0)
+    rounds = threading.Thread(target=controller._round, daemon=True)
+    rounds.start()
+    rounds.join(60.0)
+    assert not rounds.is_alive()
+    assert len(cloud.actor(0).calls) > asked + 1
+    is_back.set()
+    starts.join()
+
+
+def test_rounds_and_starts_have_threads_of_their_own(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[set[str]] = []
 
     def thread(*, args: tuple[Callable[[], None], ...], **_: object) -> Any:
@@ -236,17 +260,17 @@ def test_a_worker_that_an_earlier_controller_has_drained_is_started_anew(cloud: 
     assert cloud.controller.state()["ready"]
 
 
-def test_workers_that_serve_something_else_are_replaced_one_after_another(cloud: Cloud, log: Log) -> None:
+def test_workers_that_serve_something_else_are_replaced(cloud: Cloud, log: Log) -> None:
     """Their controller was lost, and the owner serves with other options."""
     cloud.begin(3)
     before = [cloud.worker(number) for number in range(2)]
     other = dataclasses.replace(cloud.spec.worker.worker, plan="3:3")
     cloud.begin(1, worker=dataclasses.replace(cloud.spec.worker, worker=other))
     assert not cloud.controller.state()["ready"]
-    assert [bool(each.drained) for each in before] == [True, False]
-    for _ in range(6):
-        cloud.clock.now += ANSWER_SECONDS
-        cloud.turn()
+    assert [each.drained for each in before] == [[cloud.spec.grace]] * 2
+    cloud.turn()
+    cloud.clock.now += ANSWER_SECONDS
+    cloud.turn(3)
     assert [cloud.worker(number).spec.worker.plan for number in range(2)] == ["3:3", "3:3"]
     assert [each.drained for each in before] == [[cloud.spec.grace]] * 2
     assert [line["worker"] for line in log() if line["event"] == "worker_outdated"] == [0, 1]
@@ -339,7 +363,7 @@ def test_a_worker_that_keeps_no_delivery_is_told_of_and_not_ended(cloud: Cloud, 
     assert cloud.faults() == ["worker 1 on gpu-1 (10.0.0.2): it keeps no delivery: no space left"]
     assert cloud.alive() == [0, 1]
     assert cloud.controller.state()["ready"]
-    cloud.later(60.0)
+    cloud.shift_owners_clock(60.0)
     cloud.turn(3)
     issued = [line["worker"] for line in log() if line["event"] == "certificate_issued"]
     assert issued == [0, 1]  # and not one in every round

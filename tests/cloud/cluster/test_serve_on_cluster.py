@@ -121,6 +121,32 @@ def test_a_controller_that_does_not_answer_makes_room_for_another(ray: Ray, opti
     assert first.is_gone
 
 
+def test_a_controller_that_a_broken_off_stop_has_left_makes_room_for_another(ray: Ray, options: ServeOptions) -> None:
+    """It has no workers, and would start none."""
+    serve(options)
+    first = ray.actor
+    ray.controller.states = [{"stopped": True}]
+    assert serve(options)
+    assert ray.actor is not first
+    assert first.is_gone
+
+
+def test_a_cloud_that_is_served_again_is_noted_as_it_is_served_now(
+    ray: Ray, options: ServeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a later loss would be taken for its stop, and nobody would ask for TLS where machines are added."""
+    serve(options)
+    (name,) = ray.kept
+    ray.kept[name] = ray.kept[name].replace(b'"stopped": false', b'"stopped": true')
+    first = ray.actor
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    serve(options, cluster=ClusterOptions("auto", "cloud", detach=True, autoscaled=True))
+    assert ray.actor is first
+    note = json.loads(ray.kept[name])
+    assert (note["autoscaled"], note["stopped"]) == (True, False)
+
+
 def test_a_new_cloud_does_not_take_the_counts_of_one_that_nobody_stopped(
     ray: Ray, options: ServeOptions, owner: OwnersFolder
 ) -> None:

@@ -171,6 +171,12 @@ def test_a_copy_that_failed_is_tried_again_after_a_pause(
     eventually(lambda: ask(worker).adapters == {TENANT: THEN})
 
 
+def test_an_adapter_that_is_refused_again_and_again_is_fetched_ever_more_rarely() -> None:
+    pauses = [node_worker._pause(times) for times in range(1, 10)]
+    assert pauses[:3] == [10.0, 20.0, 40.0]
+    assert pauses[-1] == pauses[-2] == 640.0
+
+
 def test_a_copy_from_elsewhere_does_not_wait_for_one_that_failed(
     owner: OwnersFolder, fake: type[FakeWorker], others: type[FakePeers], monkeypatch: pytest.MonkeyPatch
 ) -> None:

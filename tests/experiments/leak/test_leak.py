@@ -117,7 +117,7 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert noisy["task_loss_ratio"] != noisy["loss_ratio_without_defence"]  # the noise is in one of them
     assert exact["loss_ratio_without_defence"] is None
     assert noisy["real_row_found"] is not None
-    assert of(result, "noise", "averaged_matching")["token_accuracy"] > 0
+    assert of(result, "noise", "averaged_matching")["front"] == "known"
     assert averaged == [8]  # each of four texts in both passes that the run makes
     assert "averaged_matching" not in {run["attack"] for run in result["runs"] if run["row"] == "undefended"}
     assert exact["real_row_found"] is None

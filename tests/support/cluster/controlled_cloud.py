@@ -82,7 +82,7 @@ class Cloud:
             self.controller._round()
             self.controller._scale()
 
-    def later(self, seconds: float) -> None:
+    def shift_owners_clock(self, seconds: float) -> None:
         """Put the clock of the owner's machine on, beside that which counts seconds."""
         now = self.controller._office._now
         self.controller._office._now = lambda: now() + seconds

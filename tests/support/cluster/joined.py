@@ -47,7 +47,7 @@ class FakeController:
         if self.failure is not None:
             raise self.failure
         usual = {"ready": True, "waits": [], "faults": self.faults, "places": ["10.0.0.2:7443", "10.0.0.1:7444"]}
-        known = {"spec": self.spec, "counts": self.counts}
+        known = {"spec": self.spec, "counts": self.counts, "stopped": False}
         return {**usual, **known, **(self.states.pop(0) if self.states else {})}
 
     def scale(self, least: int, most: int) -> None:
