@@ -162,12 +162,13 @@ def audit(
 ) -> None:
     """Have sampled calls of a run computed again elsewhere, and say where the first answer differs.
 
-    Whoever computes them sees the activations, and so the text. Ends with exit code 71 where an answer differs.
+    Whoever computes them sees the activations, and so the text. Ends with exit code 71 where an answer differs, and
+    with 10 where bits differ that only a --threshold could judge.
 
     Example: isthmus edge audit --run run --cloud other-cloud.txt
     """
     settings = read_settings(AuditCommandConfig, None, flags)
-    from isthmus.common.errors import AuditError
+    from isthmus.common.errors import AuditError, ConfigError
     from isthmus.edge.audit.audit_command import lines, run_audit
 
     with interruptible():
@@ -179,6 +180,11 @@ def audit(
             f"{len(report.lies)} of {report.replayed} replayed calls are others elsewhere, first call {lie.call} of "
             f"step {lie.step} (exchange {lie.exchange} of session {lie.session[:16]}): keep {run}, and ask the cloud's "
             "owner"
+        )
+    if report.undecided:
+        raise ConfigError(
+            f"{report.undecided} of {report.replayed} replayed calls have other bits, where those of honest clouds may "
+            "differ, too: replay where the cloud's numerics are the same, or state a distance with --threshold"
         )
 
 

@@ -463,7 +463,7 @@ class Lease(_message.Message):
     def __init__(self, number: _Optional[int] = ..., sites: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[LeasedWeights, _Mapping]]] = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "model", "digest", "family", "n_layers", "plan", "hidden_size", "attn_implementation", "span_dtype", "codecs", "limits", "server_version")
+    __slots__ = ("session_id", "model", "digest", "family", "n_layers", "plan", "hidden_size", "attn_implementation", "span_dtype", "codecs", "limits", "server_version", "numerics")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -476,6 +476,7 @@ class SessionInfo(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     digest: str
@@ -488,7 +489,8 @@ class SessionInfo(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[str]
     limits: SpanLimits
     server_version: str
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., n_layers: _Optional[int] = ..., plan: _Optional[str] = ..., hidden_size: _Optional[int] = ..., attn_implementation: _Optional[str] = ..., span_dtype: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[SpanLimits, _Mapping]] = ..., server_version: _Optional[str] = ...) -> None: ...
+    numerics: str
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., n_layers: _Optional[int] = ..., plan: _Optional[str] = ..., hidden_size: _Optional[int] = ..., attn_implementation: _Optional[str] = ..., span_dtype: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[SpanLimits, _Mapping]] = ..., server_version: _Optional[str] = ..., numerics: _Optional[str] = ...) -> None: ...
 
 class SpanLimits(_message.Message):
     __slots__ = ("max_tokens_per_call", "max_message_bytes", "activation_cache_bytes")
@@ -539,11 +541,10 @@ class SignTranscript(_message.Message):
     def __init__(self, exchanges: _Optional[int] = ...) -> None: ...
 
 class SignedTranscript(_message.Message):
-    __slots__ = ("exchanges", "head", "signed_at", "numerics", "signature", "root", "worker", "not_after", "root_signature", "issuer")
+    __slots__ = ("exchanges", "head", "signed_at", "signature", "root", "worker", "not_after", "root_signature", "issuer")
     EXCHANGES_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     SIGNED_AT_FIELD_NUMBER: _ClassVar[int]
-    NUMERICS_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -553,14 +554,13 @@ class SignedTranscript(_message.Message):
     exchanges: int
     head: bytes
     signed_at: int
-    numerics: str
     signature: bytes
     root: bytes
     worker: bytes
     not_after: int
     root_signature: bytes
     issuer: bytes
-    def __init__(self, exchanges: _Optional[int] = ..., head: _Optional[bytes] = ..., signed_at: _Optional[int] = ..., numerics: _Optional[str] = ..., signature: _Optional[bytes] = ..., root: _Optional[bytes] = ..., worker: _Optional[bytes] = ..., not_after: _Optional[int] = ..., root_signature: _Optional[bytes] = ..., issuer: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, exchanges: _Optional[int] = ..., head: _Optional[bytes] = ..., signed_at: _Optional[int] = ..., signature: _Optional[bytes] = ..., root: _Optional[bytes] = ..., worker: _Optional[bytes] = ..., not_after: _Optional[int] = ..., root_signature: _Optional[bytes] = ..., issuer: _Optional[bytes] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ("nonce",)

@@ -60,7 +60,6 @@ from isthmus.protocol.limits import MAX_NAME as MAX_NAME, Size
 from isthmus.protocol.session_info import MAX_INFO as MAX_INFO, SessionInfo as SessionInfo, SpanLimits as SpanLimits
 from isthmus.protocol.session_messages import (
     LINK_BYTES as LINK_BYTES,
-    MAX_NUMERICS as MAX_NUMERICS,
     MAX_TEXT as MAX_TEXT,
     Account as Account,
     Attach as Attach,

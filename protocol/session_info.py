@@ -44,6 +44,7 @@ class SessionInfo:
         codecs: names of the codecs that the cloud accepts and sends.
         limits: what the cloud accepts of this edge.
         server_version: the cloud's version of Isthmus.
+        numerics: what the bits of an answer depend on, as the cloud says: dtype, attention, torch, processor, threads.
     """
 
     session_id: Annotated[str, Text(re.compile(r"[0-9a-f]{32}"), "32 hexadecimal digits are needed")]
@@ -58,11 +59,12 @@ class SessionInfo:
     codecs: tuple[str, ...]
     limits: SpanLimits
     server_version: str
+    numerics: str
 
     def check(self) -> None:
         """Check the texts that people read."""
-        texts = (self.model, self.family, self.attn_implementation, self.span_dtype, *self.codecs, self.server_version)
-        for text in texts:
+        names = (self.model, self.family, self.attn_implementation, self.span_dtype, self.server_version)
+        for text in (*names, self.numerics, *self.codecs):
             if len(text) > MAX_INFO_TEXT or not text.isprintable():
                 raise MessageError(
                     f"session information has the text {text[:80]!r}: at most {MAX_INFO_TEXT} printable characters "

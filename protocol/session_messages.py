@@ -102,9 +102,6 @@ class Workers:
             raise MessageError(f"{self.go_to[:MAX_NAME]!r} is refused: the edge is sent to a worker that is not listed")
 
 
-MAX_NUMERICS = 256
-
-
 @dataclass(frozen=True, slots=True)
 class SignTranscript:
     """Ask for the cloud's signature under the session's transcript so far: of `exchanges`, by the edge's count."""
@@ -116,15 +113,13 @@ class SignTranscript:
 class SignedTranscript:
     """The cloud's word for what it was sent and what it answered in a session (`isthmus.privacy.transcript`).
 
-    `head`: of the hash chain after so many `exchanges`. `signed_at`: Unix seconds. `numerics`: what the bits of an
-    answer depend on: dtype, attention, torch, processor, threads. `signature`: by the worker's key. The others are the
-    worker's certificate; `issuer` is that of who has signed it, empty where that is the root.
+    `head`: of the hash chain after so many `exchanges`. `signed_at`: Unix seconds. `signature`: by the worker's key.
+    The others are the worker's certificate; `issuer` is that of who has signed it, empty where that is the root.
     """
 
     exchanges: int
     head: Annotated[bytes, Size(32, 32)]
     signed_at: int
-    numerics: Annotated[str, Size(1, MAX_NUMERICS)]
     signature: Annotated[bytes, Size(64, 64)]
     root: Annotated[bytes, Size(32, 32)]
     worker: Annotated[bytes, Size(32, 32)]

@@ -8,9 +8,11 @@ import torch
 
 VARYING = ", bits vary with the batch"
 """The note of a worker on whose machine a call's bits depend on what else is computed with it."""
+FURTHER_STAGES = ", first of several stages"
+"""The note of a worker that has some of the cloud's layers: the bits depend on the numerics of the others, too."""
 _CPU_INFO = Path("/proc/cpuinfo")
 _MOST = 256
-"""Characters: a transcript carries no more (`isthmus.protocol.session_messages.MAX_NUMERICS`)."""
+"""Characters: a session's information has no more in a text (`isthmus.protocol.session_info.MAX_INFO_TEXT`)."""
 
 
 def numerics(span_dtype: str, attention: str, device: torch.device, threads: int, note: str = "") -> str:
@@ -29,6 +31,11 @@ def numerics(span_dtype: str, attention: str, device: torch.device, threads: int
         where, end = processor_name(), f", {threads} threads{note}"
     said = f"{span_dtype}, {attention}, torch {torch.__version__}, {where}".encode("ascii", "replace").decode()
     return said[: _MOST - len(end)] + end  # a long name is cut, and nothing behind it
+
+
+def tell_all(numerics: str) -> bool:
+    """Whether the bits depend on nothing else."""
+    return not numerics.endswith((VARYING, FURTHER_STAGES))
 
 
 def processor_name() -> str:

@@ -120,6 +120,7 @@ def served_by(spec: WorkerSpec) -> Served:
         codecs=ACTIVATION_CODECS,
         limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), stash_bytes),
         server_version=importlib.metadata.version("isthmus"),
+        numerics="",  # the gateway says it: it depends on the engine
     )
     executor = Executor(host, dtype, stash_bytes, compute_bytes, count_graphs=spec.bounds.engine.count_graphs)
     package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_batch_invariance
+from isthmus.backbone.runtime.numerics import VARYING
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
@@ -135,6 +136,20 @@ class Engine:
         """How many requests of each tenant have shared a batch with another one."""
         with self._changed:
             return dict(self._shared)
+
+    @property
+    def threads_note(self) -> str:
+        """Which calls have fewer than all threads, and which bits depend on the batch; see `numerics`."""
+        found, part = self.invariance, self._torch_threads // len(self._threads)
+        if found is None:
+            return ""
+        if found.rows is None:
+            return VARYING
+        if part == self._torch_threads:
+            return ""
+        if found.threads is None:
+            return f", {part} from {found.rows} positions on"
+        return f", {part} from {found.rows} to {found.threads - 1} positions" if found.threads > found.rows else ""
 
     @property
     def threads_of_a_call(self) -> int:

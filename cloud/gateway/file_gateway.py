@@ -57,7 +57,7 @@ class FileGateway:
         limits = m.SpanLimits(1, MESSAGE_BYTES, 0)
         version = importlib.metadata.version("isthmus")
         info = m.SessionInfo(
-            "", model, digest, "files", 1, "0:1", 1, "none", "fp32", ACTIVATION_CODECS, limits, version
+            "", model, digest, "files", 1, "0:1", 1, "none", "fp32", ACTIVATION_CODECS, limits, version, ""
         )
         self._metrics = Metrics()
         self._sessions = Sessions(self._metrics)

@@ -22,7 +22,7 @@ import grpc
 import grpc.aio
 
 from isthmus.backbone.checkpoints.weight_quantization import bytes_of
-from isthmus.backbone.runtime.numerics import VARYING, numerics
+from isthmus.backbone.runtime.numerics import FURTHER_STAGES, numerics
 from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
 from isthmus.cloud.gateway.bounded_server import bind, bounded_server
@@ -106,16 +106,14 @@ class GatewayServer:
         self._bounds = bounds or Bounds()
         self._edges = edges
         self._clock = clock
-        self._info, self._executor = served.info, served.executor
-        self._next_stage = next_stage
+        self._executor, self._next_stage = served.executor, next_stage
         half_open = HalfOpen(self._bounds)
-        self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
         fraction, engine = self.sessions.fraction_of, self._bounds.engine
         self._calls = Calls(served, threads, fraction, self.metrics, engine, clock, recorder)
-        info, invariance = served.info, self._calls.engine.invariance
-        varying = VARYING if invariance is not None and invariance.rows is None else ""
-        where = (info.span_dtype, info.attn_implementation, served.executor.device)
-        self._numerics = numerics(*where, threads, varying)
+        note = self._calls.engine.threads_note if next_stage is None else FURTHER_STAGES
+        where = (served.info.span_dtype, served.info.attn_implementation, served.executor.device)
+        self._info = replace(served.info, numerics=numerics(*where, threads, note))
+        self._admission = Admission(self._info, identity, edges, self.sessions, self.metrics, half_open, clock)
         caches = self._calls.caches
         self.metrics.cache_bytes.set_function(lambda: caches.used)
         self.metrics.caches_evicted.set_function(lambda: caches.counters.evicted)
@@ -277,7 +275,7 @@ class GatewayServer:
         transcript = None
         if session.transcript:
             described = Session.of(replace(self._info, session_id=session.id.hex()))
-            transcript = CloudTranscript(described, self._identity, self._numerics)
+            transcript = CloudTranscript(described, self._identity)
         calls = self._calls.of(session, limits, stage, transcript)
         pings = Allowance(self._bounds.pings_per_minute, self._clock())
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import torch
 
 from isthmus.common.errors import ConfigError
+from isthmus.common.terminal import printable
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.audit.audit_run import AuditReport, audit
 from isthmus.edge.audit.replay import CloudReplayer, LocalReplayer
@@ -43,22 +45,28 @@ def run_audit(run: Path, config: AuditCommandConfig) -> AuditReport:
 
 def lines(report: AuditReport) -> str:
     """The report for a person, within 80 columns."""
-    close = report.replayed - report.identical - len(report.lies)
+    close = report.replayed - report.identical - len(report.lies) - report.undecided
     which = " without adapters" if report.skipped else ""
     said = [
         f"replayed {report.replayed} of {report.calls} calls",
         f"  {report.identical:6} have the same bits",
-        f"  {close:6} are within the threshold",
+        *([f"  {close:6} are within the threshold"] if close else []),
+        *([f"  {report.undecided:6} have others, and no threshold is stated"] if report.undecided else []),
         f"  {len(report.lies):6} are others",
         "probability that such an audit finds a cloud that alters",
         *(f"  {float(share):6.1%} of the calls{which}: {caught:.1%}" for share, caught in report.caught.items()),
     ]
-    if not close:
-        del said[2]
+    if report.too_large:
+        said.append(f"{report.too_large} calls were larger than --audit-sample, and had no chance to be kept")
     if report.skipped:
         said.append(f"{report.skipped} calls of the sample could not be replayed here: ask a cloud, with --cloud")
     if report.unsigned:
         said.append(f"{report.unsigned} exchanges are without the cloud's signature: their sessions broke")
+    for ours, theirs in report.numerics:
+        said.extend(("the cloud says of its bits", *_wrapped(ours)))
+        said.extend(
+            ("and the replay the same",) if ours == theirs else ("the replay says of its bits", *_wrapped(theirs))
+        )
     if report.first_lie is not None:
         lie = report.first_lie
         signed = "signed by the cloud" if lie.signed else "not signed"
@@ -67,3 +75,7 @@ def lines(report: AuditReport) -> str:
         said.append(f"  expected {lie.expected}")
         said.append(f"  found    {lie.found}")
     return "\n".join(said)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(printable(text), 80, initial_indent="  ", subsequent_indent="  ")

@@ -1,9 +1,9 @@
 """The audit of a run: its sampled calls, computed again elsewhere, and where the first answer differs.
 
 Bits are compared first. Where they differ and both sides name the same numerics (`isthmus.backbone.runtime.numerics`),
-the answer is a lie. Where the numerics differ, or say that bits vary with the batch, honest answers differ a little,
-too: then an answer is a lie if its distance is over a threshold that the caller states. The distance of two answers is
-the largest, over their tensors, of |a - b| / |b| in Euclidean norms.
+the answer is a lie. Where the numerics differ, or do not tell all, honest answers differ a little, too: then an answer
+is a lie if its distance is over a threshold that the caller states, and undecided where none is stated. The distance of
+two answers is the largest, over their tensors, of |a - b| / |b| in Euclidean norms.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from isthmus.backbone.runtime.numerics import VARYING
-from isthmus.common.errors import ConfigError, TranscriptError, UnsupportedCallError
+from isthmus.backbone.runtime.numerics import tell_all
+from isthmus.common.errors import TranscriptError, UnsupportedCallError
 from isthmus.edge.audit.replay import Replayer
-from isthmus.edge.witness.audit_sample import SampledCall, read_sample
+from isthmus.edge.witness.audit_sample import SampledCall, read_sample, too_large
 from isthmus.privacy.transcript.chain import NOTHING, Exchange, adapters_digest, digest
 from isthmus.privacy.transcript.detection import probability_of_catching
 from isthmus.privacy.transcript.transcript_file import SessionTranscript, Transcript
@@ -61,23 +61,30 @@ class AuditReport:
     """What an audit has found.
 
     Attributes:
-        calls: Calls of the run that could be sampled.
+        calls: Calls of the run that somebody else can compute.
+        too_large: How many of them were larger than the whole sample may be, and had no chance.
         replayed: How many were computed again.
         skipped: How many of the sample could not be.
         identical: Of those replayed, how many had the same bits.
         lies: Those that were others, in the order of the run.
+        undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
+        numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
         largest_distance: Of the answers that were no lies.
         threshold: By which they were judged; None for bits.
         unsigned: Exchanges of the run that the cloud has not signed.
-        caught: For shares of altered calls, one call at least, how likely this audit was to meet one. Where calls were
-            skipped, they are shares of the calls without adapters: of the others none had a chance to be replayed.
+        caught: For shares of altered calls, one call at least, how likely this audit was to meet one. They are shares
+            of the calls that were not too large and, where calls were skipped, had no adapters: of the others none had
+            a chance to be replayed.
     """
 
     calls: int
+    too_large: int
     replayed: int
     skipped: int
     identical: int
     lies: tuple[Lie, ...]
+    undecided: int
+    numerics: tuple[tuple[str, str], ...]
     largest_distance: float
     threshold: float | None
     unsigned: int
@@ -106,16 +113,15 @@ def audit(
         threshold: The distance up to which answers of other numerics are honest; None where bits must be the same.
 
     Raises:
-        ConfigError: There is no sample; or bits differ, numerics too, and there is no threshold.
+        ConfigError: There is no sample.
         TranscriptError: A call of the sample is not one of the transcript.
         IsthmusError: Whatever the replayer raises.
     """
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
-    chosen = list(islice(read_sample(folder), calls))
-    skipped = identical = 0
-    largest, lies, replayed = 0.0, [], list[Exchange]()
-    for call in sorted(chosen, key=lambda each: (places.get(each.session, 0), each.exchange)):
+    skipped = identical = undecided = 0
+    largest, lies, replayed, numerics = 0.0, [], list[Exchange](), set[tuple[str, str]]()
+    for call in islice(read_sample(folder), calls):
         of = sessions.get(call.session)
         exchange = _exchange(of, call)
         try:
@@ -124,15 +130,20 @@ def audit(
             skipped += 1
             continue
         replayed.append(exchange)
+        both = (sessions[call.session].session.numerics, replayer.numerics())
+        numerics.add(both)
         if digest(answer) == exchange.answered:
             identical += 1
             continue
         apart = distance(answer, call.answer)
-        judged = _judged_by(of, replayer, threshold)
-        if apart is not None and judged is not None and apart <= judged:
+        exact = both[0] == both[1] and tell_all(both[0])
+        if not exact and threshold is None:
+            undecided += 1
+            continue
+        if not exact and apart is not None and threshold is not None and apart <= threshold:
             largest = max(largest, apart)
             continue
-        signed = of is not None and call.exchange <= of.signed
+        signed = call.exchange <= sessions[call.session].signed
         lies.append(
             Lie(
                 call.session.hex(),
@@ -146,14 +157,22 @@ def audit(
                 signed,
             )
         )
+    lies.sort(key=lambda lie: (places[bytes.fromhex(lie.session)], lie.exchange))
     eligible = [exchange for each in transcript.sessions for exchange in auditable(each.exchanges)]
-    n, drawn = (len(_without_adapters(part) if skipped else part) for part in (eligible, replayed))
+    without_room = too_large(folder)
+    if skipped:
+        n, drawn = (len(_without_adapters(part)) for part in (eligible, replayed))
+    else:
+        n, drawn = len(eligible) - without_room, len(replayed)
     return AuditReport(
         len(eligible),
+        without_room,
         len(replayed),
         skipped,
         identical,
         tuple(lies),
+        undecided,
+        tuple(sorted(numerics)),
         largest,
         threshold,
         transcript.unsigned,
@@ -212,17 +231,3 @@ def _adapters(call: SampledCall) -> bytes:
         return NOTHING
     sites, lease = ([digest(each) for each in call.adapters if isinstance(each, kind)] for kind in (m.Sites, m.Lease))
     return adapters_digest(b"".join(sites), b"".join(lease))
-
-
-def _judged_by(of: SessionTranscript | None, replayer: Replayer, threshold: float | None) -> float | None:
-    """The threshold for an answer whose bits differ; None where the numerics are the same, and bits must be."""
-    signed = None if of is None else of.statement
-    ours, theirs = "not signed" if signed is None else signed.numerics, replayer.numerics()
-    if ours == theirs and not ours.endswith(VARYING):
-        return None
-    if threshold is None:
-        raise ConfigError(
-            f"the run was computed by [{ours}], and the replay by [{theirs}]: honest bits may differ between the two. "
-            "Replay where the first is the same, or state a distance with --threshold"
-        )
-    return threshold

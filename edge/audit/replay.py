@@ -29,7 +29,7 @@ class Replayer(Protocol):
     """Computes sampled calls again."""
 
     def numerics(self) -> str:
-        """What the bits of its answers depend on; known after the first answer."""
+        """What the bits of its newest answer depend on."""
 
     def answer(self, call: SampledCall) -> m.Message:
         """What it makes of a call.
@@ -71,8 +71,7 @@ class CloudReplayer:
 
     def numerics(self) -> str:
         """See `Replayer`."""
-        self._link.sign_transcript()
-        return self._link.signed_numerics
+        return self._link.info.numerics  # another worker may have taken the place of the first
 
     def answer(self, call: SampledCall) -> m.Message:
         """See `Replayer`."""
@@ -85,7 +84,8 @@ class LocalReplayer:
     Args:
         folder: The model's.
         session: What the run was made with.
-        threads: torch threads that it computes with; with 1 it has the bits of a worker with 1.
+        threads: torch threads that it computes with, all of them for each call, as a worker does with 1 thread, or
+            without batching.
 
     Raises:
         CheckpointError: It is another model.
@@ -105,9 +105,7 @@ class LocalReplayer:
         self._dtype = DTYPES[dtype]
         quantizer = quantizer_of(quantize or "none")
         self._span: FrozenSpan = load_span(checkpoint, plan.cloud, dtype=self._dtype, quantizer=quantizer)
-        # A worker with several threads gives small calls fewer of them; this process does not.
-        note = "" if threads == 1 else ", one process"
-        self._numerics = numerics(session.span_dtype, attention, self._span.device, threads, note)
+        self._numerics = numerics(session.span_dtype, attention, self._span.device, threads)
 
     def numerics(self) -> str:
         """See `Replayer`."""

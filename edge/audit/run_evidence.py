@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from isthmus.common.files import disk_errors
 from isthmus.edge.client.link import Link
 from isthmus.edge.config.client_config import DEFAULT_KEY
 from isthmus.edge.config.training_config import TrainConfig
@@ -28,10 +29,12 @@ class RunEvidence:
         self._links, self._config, self._tell = links, config, tell
 
     def begin(self) -> None:
-        """Note what crosses from now on."""
+        """Note what crosses from now on. A certificate of what there was before is removed: it is not of the whole."""
         config = self._config
         if not config.transcript:
             return
+        with disk_errors(config.out / CERTIFICATE_FILE):
+            (config.out / CERTIFICATE_FILE).unlink(missing_ok=True)
         log = TranscriptLog(config.out / TRANSCRIPT_FILE, resume=config.resume)
         sample = None
         if config.audit_sample is not None:

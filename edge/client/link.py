@@ -357,12 +357,6 @@ class Link:
         """Have the cloud sign all that has crossed. Raises TranscriptError where it signs something else."""
         self._keeper.sign()
 
-    @property
-    def signed_numerics(self) -> str:
-        """What the cloud has said that the bits of its answers depend on; empty before it has signed a transcript."""
-        witness = self._keeper.witness
-        return "" if witness is None else witness.numerics
-
     def ask_again(
         self, adapters: Sequence[m.Sites | m.Lease], call: m.Forward | m.Backward, answer: m.Message
     ) -> m.Message:

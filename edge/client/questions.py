@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -21,6 +21,14 @@ from isthmus.protocol import messages as m
 R = TypeVar("R", bound=m.Message)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the cloud has asked about: in which phase, and which sites."""
+
+    phase: m.SitePhase
+    sites: tuple[int, ...]
+
+
 class Answerer(Protocol):
     """Answers what the cloud asks in the middle of a call."""
 
@@ -30,6 +38,9 @@ class Answerer(Protocol):
 
     def answer(self, question: m.SiteQuestion) -> m.SiteAnswer:
         """The answer."""
+
+    def check_asked(self, reply: m.ForwardReply | m.BackwardReply, asked: Sequence[Asked]) -> None:
+        """Raises RemoteProtocolError where the cloud has left out a site that the reply depends on."""
 
 
 @dataclass(frozen=True, slots=True)

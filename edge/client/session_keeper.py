@@ -32,7 +32,7 @@ from isthmus.common.errors import (
     VersionError,
 )
 from isthmus.edge.client.endpoints import Endpoints
-from isthmus.edge.client.questions import Attempt, Question, refusal
+from isthmus.edge.client.questions import Asked, Attempt, Question, refusal
 from isthmus.edge.witness.session_witness import Witness
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
@@ -165,8 +165,8 @@ class SessionKeeper:
                 return
             try:
                 # Without `check`: an interrupted run is ended by what it says about going on, not by this.
-                self.witness.sign(lambda said: run(stream.ask(said, SIGN_SECONDS, 0)).message)
-            except (ConnectionLostError, RemoteProtocolError):
+                self.witness.sign(lambda said: _in_session(run(stream.ask(said, SIGN_SECONDS, 0)).message))
+            except (ConnectionLostError, RemoteProtocolError, RefusedError, FingerprintError):
                 self.drop()
 
     def be_witnessed(self, witness: Witness) -> None:
@@ -212,17 +212,25 @@ class SessionKeeper:
             attempt = Attempt(number, self.traffic.sessions, lambda said: self._ask(stream, said, timeout, 0))
             message = question.message(attempt)
             answer = self._ask(stream, message, timeout, question.answer_bytes)
-            answerer, asked = question.answerer, 0
+            answerer, asked = question.answerer, list[Asked]()
             while answerer is not None and isinstance(answer, m.SiteQuestion) and _same_call(answer, message):
-                if asked == answerer.questions:
-                    raise RemoteProtocolError(f"the cloud asks about sites more than {asked} times in one call")
-                asked += 1
+                if len(asked) == answerer.questions:
+                    raise RemoteProtocolError(f"the cloud asks about sites more than {len(asked)} times in one call")
+                asked.append(Asked(answer.phase, tuple(answer.sites)))
                 begun = time.perf_counter_ns()
                 reply = answerer.answer(answer)
                 self.traffic.sites_ns += time.perf_counter_ns() - begun
                 answer = self._ask(stream, reply, timeout, question.answer_bytes)
+            if answerer is not None and isinstance(answer, m.ForwardReply | m.BackwardReply):
+                answerer.check_asked(answer, asked)
             if self.witness is not None:
-                self.witness.settle(attempt.ask, message, answer, question.whole)
+                self.witness.settle(
+                    lambda said: _in_session(attempt.ask(said)),
+                    message,
+                    answer,
+                    question.whole,
+                    asked_sites=bool(asked),
+                )
         except BaseException:
             self.drop()
             raise
@@ -369,6 +377,13 @@ class SessionKeeper:
 
     def _observe(self, question: str, phase: str) -> None:
         self.observer(question, phase)  # looked up each time: it may be replaced while a session is open
+
+
+def _in_session(answer: m.Message) -> m.Message:
+    """An answer, unless it is a status that ends the session."""
+    if isinstance(answer, m.Status) and answer.code != m.StatusCode.BAD_REQUEST:
+        raise refusal(answer)
+    return answer
 
 
 def _same_call(answer: m.Message, message: m.Message) -> bool:

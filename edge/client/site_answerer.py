@@ -20,7 +20,7 @@ from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import PlanError, RefusedError, RemoteProtocolError
 from isthmus.common.terminal import printable
-from isthmus.edge.client.questions import Attempt
+from isthmus.edge.client.questions import Asked, Attempt
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import body_bytes
@@ -30,6 +30,9 @@ from isthmus.protocol.tensor_codecs import Role, check_codec, decode, decode_as,
 QUESTIONS_PER_SITE = 2
 """A backward may ask about a site twice: for its contribution once more, where the forward has to be computed again,
 and for the input's gradient."""
+
+_FORWARDS = (m.SitePhase.FORWARD, m.SitePhase.AGAIN)
+_BACKWARDS = (m.SitePhase.BACKWARD, m.SitePhase.BACKWARD_ONLY)
 
 
 class SentLists:
@@ -143,7 +146,7 @@ class SiteAnswerer:
         Raises:
             RemoteProtocolError: The cloud asks about what is not there.
         """
-        backward = question.phase in (m.SitePhase.BACKWARD, m.SitePhase.BACKWARD_ONLY)
+        backward = question.phase in _BACKWARDS
         for payload in question.tensors:
             check_codec(payload, self.codecs.backward_down if backward else self.codecs.forward_down)
         specs = self.sites.specs
@@ -156,6 +159,21 @@ class SiteAnswerer:
         except PlanError as error:
             raise RemoteProtocolError(f"the cloud asks what it cannot: {error}") from None
         return m.SiteAnswer(question.id, tuple(encode(answer, codec, role) for answer in answers))
+
+    def check_asked(self, reply: m.ForwardReply | m.BackwardReply, asked: Sequence[Asked]) -> None:
+        """Make sure that every site which the edge runs was asked about: a cloud may not leave an adapter out.
+
+        Raises:
+            RemoteProtocolError: It has.
+        """
+        phases = _FORWARDS if isinstance(reply, m.ForwardReply) else _BACKWARDS
+        known = {site for each in asked if each.phase in phases for site in each.sites}
+        left_out = [site for number, site in enumerate(self.sites.sites) if site.spec.asks and number not in known]
+        if left_out:
+            raise RemoteProtocolError(
+                f"the cloud has answered a call without asking for the adapter at {left_out[0].spec}: it computes "
+                "another model than the one that is trained"
+            )
 
     def _answers(self, question: m.SiteQuestion, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], str, Role]:
         if question.phase in (m.SitePhase.FORWARD, m.SitePhase.AGAIN):

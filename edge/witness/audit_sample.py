@@ -1,21 +1,23 @@
 """A random sample of calls, with inputs and answers, that can be computed again elsewhere.
 
-Each call draws a random number after its answer came, and the calls with the lowest ones that fit the budget are kept.
-So the cloud cannot know which calls are kept, and each has the same chance, however many there are. Once a call has
-been dropped for want of room, none with a higher number is taken any more.
+Each call draws a random number after its answer came, and those with the lowest are kept: as many as the budget has
+room for if all were as large as the largest. So the cloud cannot know which calls are kept, and each has the same
+chance, however many there are and however large it is. A call that is larger than the whole budget is counted and never
+kept.
 
     RUN/audit/NUMBER-SESSION-N.call   the call: its sites and lease if any, the question, the answer
-    RUN/audit/limit                   the lowest number that was dropped
+    RUN/audit/sample.json             the lowest number that was dropped, the largest call, those that were too large
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from isthmus.common.errors import ConfigError, RemoteProtocolError, TranscriptError
@@ -23,10 +25,10 @@ from isthmus.common.files import disk_errors, write_atomic
 from isthmus.common.ownership import private_folder
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
-from isthmus.protocol.limits import GIB, Limits
+from isthmus.protocol.limits import GIB, Buffer, Limits
 
 AUDIT_FOLDER = "audit"
-_LIMIT_FILE = "limit"
+_STATE_FILE = "sample.json"
 _SUFFIX = ".call"
 _SIZES = struct.Struct("!IQ")  # of a header and a body
 _NUMBERS = 1 << 64
@@ -52,6 +54,15 @@ class SampledCall:
     answer: m.ForwardReply | m.BackwardReply
 
 
+@dataclass(slots=True)
+class _State:
+    """What a sample has seen: the lowest number that was dropped, bytes of the largest call, calls above the budget."""
+
+    limit: int = _NUMBERS
+    largest: int = 1
+    too_large: int = 0
+
+
 class AuditSample:
     """Keeps a sample in a folder. Several links may share one.
 
@@ -71,17 +82,15 @@ class AuditSample:
     ) -> None:
         self._folder, self._budget, self._random = private_folder(folder), budget, random
         self._lock = threading.Lock()
-        self._kept: list[tuple[int, int, Path]] = []  # a heap of negated numbers, sizes and files: the highest first
-        self._limit = _NUMBERS
+        self._kept: list[tuple[int, Path]] = []  # a heap of negated numbers and files: the highest first
+        self._state = _read_state(folder) if resume else _State()
         with disk_errors(folder):
             for path in sorted(folder.iterdir()):
                 if not resume:
                     path.unlink()
                 elif path.suffix == _SUFFIX:
-                    number = _number(path, path.name.partition("-")[0])
-                    heapq.heappush(self._kept, (-number, path.stat().st_size, path))
-                elif path.name == _LIMIT_FILE:
-                    self._limit = _number(path, path.read_text(encoding="ascii", errors="replace"))
+                    heapq.heappush(self._kept, (-_number(path), path))
+            self._drop()  # where the budget is smaller now
 
     def offer(
         self,
@@ -103,30 +112,68 @@ class AuditSample:
         """
         if not isinstance(call, m.Forward | m.Backward):  # a decode call depends on a cache
             return
-        number = int.from_bytes(self._random(8))
+        parts = [*adapters, *_parts(whole(call)), *_parts(answer)]
+        size, number = sum(map(len, parts)), int.from_bytes(self._random(8))
         with self._lock:
-            if number >= self._limit:
+            state = self._state
+            if size > self._budget:
+                state.too_large += 1
+                self._note()
                 return
-            data = b"".join((*adapters, packed(whole(call)), packed(answer)))
+            if size > state.largest:
+                state.largest = size
+                self._drop()
+                self._note()
+            if number >= state.limit:
+                return
             path = self._folder / f"{number:016x}-{session.hex()}-{exchange}{_SUFFIX}"
-            write_atomic(path, data, 0o600)
-            heapq.heappush(self._kept, (-number, len(data), path))
+            write_atomic(path, b"".join(parts), 0o600)
+            heapq.heappush(self._kept, (-number, path))
             self._drop()
 
     def _drop(self) -> None:
-        """Drop the highest numbers until the rest fits."""
-        while sum(size for _, size, _ in self._kept) > self._budget:
-            negated, _, path = heapq.heappop(self._kept)
-            self._limit = -negated
-            write_atomic(self._folder / _LIMIT_FILE, f"{self._limit:016x}".encode(), 0o600)
+        """Drop the highest numbers until there is room for as many calls as large as the largest."""
+        while len(self._kept) > self._budget // self._state.largest:
+            negated, path = heapq.heappop(self._kept)
+            self._state.limit = -negated
+            self._note()
             path.unlink()
 
+    def _note(self) -> None:
+        write_atomic(self._folder / _STATE_FILE, json.dumps(asdict(self._state)).encode(), 0o600)
 
-def _number(path: Path, text: str) -> int:
+
+def _number(path: Path) -> int:
     try:
-        return int(text, 16)
+        return int(path.name.partition("-")[0], 16)
     except ValueError:
-        raise TranscriptError(f"{path} is none of a sample of calls: remove it, or begin with another --out") from None
+        raise _foreign(path) from None
+
+
+def _read_state(folder: Path) -> _State:
+    path = folder / _STATE_FILE
+    try:
+        state = _State(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return _State()
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise _foreign(path) from None
+    if any(type(each) is not int or each < 0 for each in asdict(state).values()) or not state.largest:
+        raise _foreign(path)
+    return state
+
+
+def _foreign(path: Path) -> TranscriptError:
+    return TranscriptError(f"{path} is none of a sample of calls: remove it, or begin with another --out")
+
+
+def too_large(folder: Path) -> int:
+    """How many calls of the run were larger than the whole budget of its sample.
+
+    Raises:
+        TranscriptError: The file that says it is none.
+    """
+    return _read_state(folder).too_large
 
 
 def read_sample(folder: Path) -> Iterator[SampledCall]:
@@ -164,8 +211,12 @@ def _call(session: bytes, exchange: int, messages: Sequence[m.Message]) -> Sampl
 
 def packed(message: m.Message) -> bytes:
     """A message as a file of the sample has it: the sizes of header and body, and both."""
+    return b"".join(_parts(message))
+
+
+def _parts(message: m.Message) -> Sequence[Buffer]:
     header, body = pack(message)
-    return b"".join((_SIZES.pack(len(header), sum(map(len, body))), header, *body))
+    return _SIZES.pack(len(header), sum(map(len, body))), header, *body
 
 
 def _unpacked(data: bytes) -> Sequence[m.Message]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 from isthmus.common.errors import TranscriptError
 from isthmus.common.terminal import printable
@@ -13,10 +15,14 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 
 SIGN_EVERY = 64
-"""Exchanges between two signatures: a session that breaks leaves at most so many unsigned, and a signature costs a
-round trip."""
+"""Exchanges after which a signature is asked for, at the end of the call: it costs a round trip. So a session that
+breaks leaves at most one less unsigned, and those of a call."""
+
+CLOCK_SECONDS = 3600
+"""Between the time that a cloud signs for and the edge's: clocks differ, and a handshake needs no closer."""
 
 Ask = Callable[[m.Message], m.Message]
+"""Asks something in the session; raises what ends the session. Other statuses it returns."""
 
 
 class Witness:
@@ -26,23 +32,25 @@ class Witness:
         log: Where it is written.
         root: Fingerprint of the cloud's root key.
         sample: Which calls are kept whole; None for none.
-
-    Attributes:
-        numerics: What the bits of an answer depend on, as the cloud has signed it last; empty before.
+        clock: Unix seconds.
     """
 
-    def __init__(self, log: TranscriptLog, root: Fingerprint, sample: AuditSample | None = None) -> None:
-        self.numerics = ""
-        self._log, self._root, self._sample = log, root, sample
+    def __init__(
+        self,
+        log: TranscriptLog,
+        root: Fingerprint,
+        sample: AuditSample | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._log, self._root, self._sample, self._clock = log, root, sample, clock
         self._chain: Chain | None = None
         self._signed = 0  # exchanges of the session that are signed
-        self._questions = 0  # about sites, in the call that is asked
         self._adapters: dict[tuple[type, int], bytes] = {}  # what crossed of sites and the newest lease, for the sample
 
     def opened(self, info: m.SessionInfo) -> None:
         """A session was opened."""
         session = Session.of(info)
-        self._chain, self._signed, self._questions = Chain(session), 0, 0
+        self._chain, self._signed = Chain(session), 0
         self._adapters.clear()
         self._log.begin(session)
 
@@ -60,9 +68,16 @@ class Witness:
             if len(known) >= (1 if kind is m.Lease else m.MAX_LISTS):  # as many as the cloud keeps
                 del self._adapters[known[0]]
             self._adapters[kind, question.number] = packed(question)  # its weights change in their places
-        self._questions += isinstance(answer, m.SiteQuestion)
 
-    def settle(self, ask: Ask, call: m.Message, answer: m.Message, whole: Callable[[m.Message], m.Message]) -> None:
+    def settle(
+        self,
+        ask: Ask,
+        call: m.Message,
+        answer: m.Message,
+        whole: Callable[[m.Message], m.Message],
+        *,
+        asked_sites: bool = False,
+    ) -> None:
         """A call was answered: sample it, and have the cloud sign when it is time.
 
         Args:
@@ -70,11 +85,12 @@ class Witness:
             call: What was asked first.
             answer: What came back in the end.
             whole: Makes of the call one that needs nothing of its session.
+            asked_sites: Whether the cloud has asked about sites in between.
 
         Raises:
             TranscriptError: The cloud signs another transcript, or none.
         """
-        chain, asked_sites, self._questions = self._chain, self._questions, 0
+        chain = self._chain
         if chain is None:
             return
         # A call that asks about sites is no function of what it brought: it cannot be asked of somebody else.
@@ -90,7 +106,8 @@ class Witness:
         """Have the cloud sign what is not signed yet.
 
         Raises:
-            TranscriptError: It signs another transcript, or none.
+            TranscriptError: It signs another transcript, or none, or at another time.
+            FingerprintError: The certificate under its signature does not verify, or has expired.
         """
         chain = self._chain
         if chain is None or chain.exchanges == self._signed:
@@ -101,6 +118,16 @@ class Witness:
             raise TranscriptError(
                 f"the cloud does not sign the {chain.exchanges} exchanges of session {chain.session.id.hex()} ({said})"
             )
-        self._log.signature(chain.session, signed)  # first of all: what it has signed is its own word
-        check_head(check_signature(chain.session, signed, self._root), chain.exchanges, chain.head)
-        self._signed, self.numerics = chain.exchanges, signed.numerics
+        statement = check_signature(chain.session, signed, self._root)
+        if abs(statement.signed_at - self._clock()) > CLOCK_SECONDS:  # a stolen key signs for the time it was good
+            raise TranscriptError(
+                f"the cloud signs for {_date(statement.signed_at)}, and here it is {_date(self._clock())}: set the "
+                "clock that is wrong"
+            )
+        self._log.signature(chain.session, signed)  # whatever it is of: what the cloud has signed is its own word
+        check_head(statement, chain.exchanges, chain.head)
+        self._signed = chain.exchanges
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")

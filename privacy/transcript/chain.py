@@ -56,6 +56,7 @@ class Session:
         plan: The split plan.
         span_dtype: What the cloud's layers compute in, with their quantization.
         attention: Their implementation of attention.
+        numerics: What else the bits of an answer depend on, as the cloud says before it answers anything.
     """
 
     id: bytes
@@ -63,17 +64,19 @@ class Session:
     plan: str
     span_dtype: str
     attention: str
+    numerics: str
 
     @classmethod
     def of(cls, info: m.SessionInfo) -> Session:
         """That of a session's information."""
         session = bytes.fromhex(info.session_id)
-        return cls(session, info.digest, info.plan, info.span_dtype, info.attn_implementation)
+        said = (info.digest, info.plan, info.span_dtype, info.attn_implementation, info.numerics)
+        return cls(session, *said)
 
     @property
     def head(self) -> bytes:
         """The head of its chain before the first exchange."""
-        said = (each.encode() for each in (self.model, self.plan, self.span_dtype, self.attention))
+        said = (each.encode() for each in (self.model, self.plan, self.span_dtype, self.attention, self.numerics))
         return _hash(b"isthmus v1 transcript begins", self.id, *said)
 
 
@@ -161,11 +164,10 @@ class CloudTranscript:
         session: Whose.
         identity: Returns the worker's key and its certificate; called for each signature, as a session may outlive a
             certificate.
-        numerics: What the bits of an answer depend on.
     """
 
-    def __init__(self, session: Session, identity: Callable[[], WorkerIdentity], numerics: str) -> None:
-        self._chain, self._identity, self._numerics = Chain(session), identity, numerics
+    def __init__(self, session: Session, identity: Callable[[], WorkerIdentity]) -> None:
+        self._chain, self._identity = Chain(session), identity
         self._signed: m.SignedTranscript | None = None
 
     def answered(self, question: m.Message, sent: bytes, answer: m.Message | None) -> None:
@@ -186,12 +188,11 @@ class CloudTranscript:
         if self._signed is None or self._signed.exchanges != chain.exchanges:  # so an exchange pays for each signature
             worker = self._identity()
             certificate = worker.certificate
-            statement = Statement(chain.session.id, chain.exchanges, chain.head, int(now), self._numerics)
+            statement = Statement(chain.session.id, chain.exchanges, chain.head, int(now))
             self._signed = m.SignedTranscript(
                 statement.exchanges,
                 statement.head,
                 statement.signed_at,
-                statement.numerics,
                 worker.key.sign(statement.signed()),
                 certificate.root,
                 certificate.worker,
@@ -204,18 +205,17 @@ class CloudTranscript:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a worker signs: a session's head after so many exchanges, when (Unix seconds), and how it computes."""
+    """What a worker signs: a session's head after so many exchanges, and when (Unix seconds)."""
 
     session: bytes
     exchanges: int
     head: bytes
     signed_at: int
-    numerics: str
 
     def signed(self) -> bytes:
         """The bytes under the signature."""
         exchanges, signed_at = (struct.pack("!Q", number) for number in (self.exchanges, self.signed_at))
-        return _hash(b"isthmus v1 transcript", self.session, exchanges, self.head, signed_at, self.numerics.encode())
+        return _hash(b"isthmus v1 transcript", self.session, exchanges, self.head, signed_at)
 
     def verify(self, signature: bytes, certificate: WorkerCertificate, root: Fingerprint | None) -> None:
         """Check who has signed this.
@@ -256,7 +256,7 @@ def certificate_of(signed: m.SignedTranscript) -> WorkerCertificate:
 
 def statement_of(session: bytes, signed: m.SignedTranscript) -> Statement:
     """What a cloud has signed, as it says."""
-    return Statement(session, signed.exchanges, signed.head, signed.signed_at, signed.numerics)
+    return Statement(session, signed.exchanges, signed.head, signed.signed_at)
 
 
 def _framed(part: Buffer) -> bytes:

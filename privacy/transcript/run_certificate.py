@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +21,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from isthmus.common.errors import TranscriptError
 from isthmus.common.files import sha256_of, write_atomic
 from isthmus.privacy.transcript.transcript_file import Transcript
+from isthmus.protocol.limits import MIB
 from isthmus.protocol.secure.keys import Fingerprint
 
 CERTIFICATE_FILE = "certificate.json"
 _LABEL = b"isthmus v1 run certificate\0"
 _VERSION = 1
+_MOST = MIB
 
 
 def write_certificate(
@@ -75,7 +78,11 @@ def check_certificate(path: Path, transcript: Transcript, adapter: Path | None =
             not there.
     """
     try:
-        said = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(_MOST + 1)
+        if len(text) > _MOST:
+            raise ValueError(f"it has more than {_MOST} bytes")
+        said = json.loads(text)
         signature, edge = (base64.b64decode(said.pop(name), validate=True) for name in ("signature", "edge"))
         leak = said.get("leak")
         if not isinstance(leak, str | None):
@@ -115,7 +122,7 @@ def _of_transcript(transcript: Transcript) -> dict[str, Any]:
         "models": sorted({each.model for each in sessions}),
         "plans": sorted({each.plan for each in sessions}),
         "span_dtypes": sorted({each.span_dtype for each in sessions}),
-        "numerics": sorted({each.statement.numerics for each in transcript.sessions if each.statement is not None}),
+        "numerics": sorted({each.numerics for each in sessions}),
         "cloud": None if transcript.root is None else str(transcript.root),
         "transcript": transcript.digest.hex(),
         "exchanges": transcript.exchanges,
@@ -128,7 +135,7 @@ def folder_digest(folder: Path) -> bytes:
     whole = sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            name = path.relative_to(folder).as_posix().encode()
+            name = os.fsencode(path.relative_to(folder).as_posix())
             whole.update(len(name).to_bytes(4) + name + sha256_of(path))
     return whole.digest()
 

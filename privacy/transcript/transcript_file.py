@@ -1,8 +1,8 @@
 """`transcript.jsonl`: a run's exchanges and the signatures under them, without a tensor; written line by line.
 
-    {"session", "model", "plan", "span_dtype", "attention"}                                 a session begins
+    {"session", "model", "plan", "span_dtype", "attention", "numerics"}                     a session begins
     {"session", "n", "question", "step", "call", "attempt", "sent", "answered", "adapters"}  its exchange n, from 1
-    {"session", "exchanges", "head", "signed_at", "numerics", "signature", "certificate"}   a signature of the cloud
+    {"session", "exchanges", "head", "signed_at", "signature", "certificate"}               a signature of the cloud
 
 Sessions that are open at a time have their lines among each other's. Digests and signatures are in hexadecimal.
 """
@@ -21,10 +21,14 @@ from isthmus.common.errors import ConfigError, TranscriptError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.privacy.transcript.chain import Exchange, Session, Statement, certificate_of, statement_of
 from isthmus.protocol import messages as m
+from isthmus.protocol.limits import KIB
 from isthmus.protocol.secure.certificates import ISSUER_BYTES, IssuerCertificate, WorkerCertificate
 from isthmus.protocol.secure.keys import Fingerprint
 
 TRANSCRIPT_FILE = "transcript.jsonl"
+LINE_BYTES = 16 * KIB
+"""Of a line at most: those that are written have less than 4 KiB."""
+_OF_SESSION = ("model", "plan", "span_dtype", "attention", "numerics")
 
 
 class TranscriptLog:
@@ -47,7 +51,7 @@ class TranscriptLog:
 
     def begin(self, session: Session) -> None:
         """A session begins."""
-        said = {name: getattr(session, name) for name in ("model", "plan", "span_dtype", "attention")}
+        said = {name: getattr(session, name) for name in _OF_SESSION}
         self._add({"session": session.id.hex(), **said})
 
     def exchange(self, session: Session, number: int, exchange: Exchange) -> None:
@@ -59,7 +63,7 @@ class TranscriptLog:
     def signature(self, session: Session, signed: m.SignedTranscript) -> None:
         """A signature of the cloud, whatever it is worth."""
         certificate = certificate_of(signed)
-        said = {name: getattr(signed, name) for name in ("exchanges", "signed_at", "numerics")}
+        said = {name: getattr(signed, name) for name in ("exchanges", "signed_at")}
         shown = {name: getattr(certificate, name).hex() for name in ("root", "worker", "signature")}
         bits = {"head": signed.head.hex(), "signature": signed.signature.hex()}
         shown_with: dict[str, Any] = {**shown, "not_after": certificate.not_after}
@@ -151,22 +155,31 @@ def read_transcript(path: Path, root: Fingerprint | None = None) -> Transcript:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a transcript with their numbers, one after another: a file may be larger than memory."""
+    number = 0
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            while line := file.readline(LINE_BYTES + 1):
+                number += 1
+                yield number, _object(path, number, line)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}): give a transcript, RUN/{TRANSCRIPT_FILE}"
         ) from error
-    if text and not text.endswith(b"\n"):
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    if len(line) > LINE_BYTES:
+        raise TranscriptError(f"{path}, line {number} is no line of a transcript: it has more than {LINE_BYTES} bytes")
+    if not line.endswith(b"\n"):
         raise TranscriptError(f"{path} ends in the middle of a line: it was cut")
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            said = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TranscriptError(f"{path}, line {number} is no JSON: {error}") from error
-        if not isinstance(said, dict):
-            raise TranscriptError(f"{path}, line {number} is no line of a transcript: it is a {type(said).__name__}")
-        yield number, said
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TranscriptError(f"{path}, line {number} is no JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise TranscriptError(f"{path}, line {number} is no line of a transcript: it is a {type(said).__name__}")
+    return said
 
 
 def _take(sessions: dict[str, SessionTranscript], line: dict[str, Any], root: Fingerprint | None) -> Fingerprint | None:
@@ -175,7 +188,7 @@ def _take(sessions: dict[str, SessionTranscript], line: dict[str, Any], root: Fi
     if "model" in line:
         if name in sessions:
             raise TranscriptError(f"session {name} begins twice")
-        said = (_text(line, each) for each in ("model", "plan", "span_dtype", "attention"))
+        said = (_text(line, each) for each in _OF_SESSION)
         session = Session(bytes.fromhex(name), *said)
         sessions[name] = SessionTranscript(session, session.head)
         return root
@@ -200,7 +213,7 @@ def _signature(known: SessionTranscript, line: dict[str, Any], root: Fingerprint
     issuer = IssuerCertificate.from_bytes(_bits(shown, "issuer", ISSUER_BYTES)) if "issuer" in shown else None
     keys, signed = (_bits(shown, "root"), _bits(shown, "worker")), _bits(shown, "signature", 64)
     certificate = WorkerCertificate(*keys, _number(shown, "not_after", 63), signed, issuer)
-    said = (_number(line, "exchanges"), _bits(line, "head"), _number(line, "signed_at"), _text(line, "numerics"))
+    said = (_number(line, "exchanges"), _bits(line, "head"), _number(line, "signed_at"))
     statement = Statement(known.session.id, *said)
     statement.verify(_bits(line, "signature", 64), certificate, root)
     check_head(statement, len(known.exchanges), known.head)

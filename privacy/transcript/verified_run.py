@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from isthmus.common.errors import TranscriptError
 from isthmus.common.terminal import printable
 from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, check_certificate
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
@@ -60,12 +61,20 @@ class Verified:
 def verify_run(path: Path, root: Fingerprint | None = None) -> Verified:
     """Check a transcript, or that of a run's folder, and the certificate beside it.
 
+    Args:
+        path: The transcript, or the run's folder.
+        root: Fingerprint of the cloud's root key, which must then have signed something; None for any.
+
     Raises:
         ConfigError: There is no transcript.
         TranscriptError, FingerprintError: Something does not verify.
     """
     file = path / TRANSCRIPT_FILE if path.is_dir() else path
     transcript = read_transcript(file, root)
+    if root is not None and transcript.root is None:
+        raise TranscriptError(
+            f"{file} has no signature: nothing in it says that its {transcript.exchanges} exchanges are those of {root}"
+        )
     certificate, adapter = file.with_name(CERTIFICATE_FILE), file.with_name("adapter")
     compared = adapter if certificate.is_file() and adapter.is_dir() else None
     said = check_certificate(certificate, transcript, compared) if certificate.is_file() else None

@@ -22,7 +22,7 @@ from isthmus.common.errors import LocalProtocolError
 from isthmus.protocol.limits import Buffer, TransferTimeout
 
 MAGIC = b"ISTH"
-VERSION = 9
+VERSION = 10
 TAG = 16
 KEY_BYTES = 32
 

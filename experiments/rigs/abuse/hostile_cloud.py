@@ -124,6 +124,7 @@ class HostileCloud:
             codecs=ACTIVATION_CODECS,
             limits=m.SpanLimits(1 << 20, 4 * GIB, GIB),
             server_version="0",
+            numerics="none",
         )
         self._files = FileStore(parts, m.FileSet.PARTS)
         self._identity = load_worker(home, time.time)

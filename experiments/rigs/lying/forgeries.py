@@ -93,7 +93,7 @@ def _signed_by_another(lines: Lines, stranger: Keys) -> Lines:
     certificate = identity.certificate
     for line in lines:
         if "head" in line:
-            said = (line["exchanges"], bytes.fromhex(line["head"]), line["signed_at"], line["numerics"])
+            said = (line["exchanges"], bytes.fromhex(line["head"]), line["signed_at"])
             line["signature"] = identity.key.sign(Statement(name, *said).signed()).hex()
             shown = {field: getattr(certificate, field).hex() for field in ("root", "worker", "signature")}
             line["certificate"] = {**shown, "not_after": certificate.not_after}

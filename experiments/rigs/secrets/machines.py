@@ -105,6 +105,7 @@ def _info(_tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         codecs=ACTIVATION_CODECS,
         limits=m.SpanLimits(max_tokens_per_call=4096, max_message_bytes=1 << 20, activation_cache_bytes=1 << 20),
         server_version="0",
+        numerics="none",
     )
 
 

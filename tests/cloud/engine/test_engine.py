@@ -18,6 +18,7 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.batch_invariance import BatchInvariance
+from isthmus.backbone.runtime.numerics import VARYING
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import load_span
 from isthmus.cloud.bounds import EngineOptions
@@ -279,12 +280,12 @@ def executor(tmp_path: Path) -> Executor:
 
 
 @pytest.mark.parametrize(
-    ("measured", "smallest", "all_from", "of_a_call"),
+    ("measured", "smallest", "all_from", "of_a_call", "note"),
     [
-        (BatchInvariance(16, 16), 16, 16, 2),
-        (BatchInvariance(16, 256), 16, 256, 1),  # batched products have a compute thread's
-        (BatchInvariance(16, None), 16, float("inf"), 1),
-        (BatchInvariance(None, None), 1, 0, 2),  # no bits to keep
+        (BatchInvariance(16, 16), 16, 16, 2, ""),
+        (BatchInvariance(16, 256), 16, 256, 1, ", 1 from 16 to 255 positions"),  # as a compute thread has
+        (BatchInvariance(16, None), 16, float("inf"), 1, ", 1 from 16 positions on"),
+        (BatchInvariance(None, None), 1, 0, 2, VARYING),  # no bits to keep
     ],
 )
 def test_bits_decide_what_is_batched_and_with_how_many_threads(
@@ -294,6 +295,7 @@ def test_bits_decide_what_is_batched_and_with_how_many_threads(
     smallest: int,
     all_from: float,
     of_a_call: int,
+    note: str,
 ) -> None:
     monkeypatch.setattr(engine_module, "measure_batch_invariance", lambda *_: measured)
     found = start_engine(executor, 2, EngineOptions())
@@ -301,6 +303,7 @@ def test_bits_decide_what_is_batched_and_with_how_many_threads(
     assert (limits.smallest, found._all_threads_from) == (smallest, all_from)
     assert found.threads_of_a_call == of_a_call
     assert found.invariance == measured
+    assert found.threads_note == note
     found.shutdown(cancel=True)
 
 
@@ -322,6 +325,7 @@ def test_without_batching_nothing_is_measured_shared_or_held_back(executor: Exec
     found = start_engine(executor, 2, EngineOptions(batching=False))
     limits = found._scheduler._limits
     assert (found.invariance, found.threads_of_a_call, len(found._threads)) == (None, 2, 1)
+    assert found.threads_note == ""
     assert (limits.smallest, limits.max_wait) == (float("inf"), 0.0)
     found.shutdown(cancel=True)
 

@@ -129,6 +129,25 @@ def test_a_bad_contribution_is_the_edges_own_error_and_no_call_stays_open(cloud:
         assert torch.equal(model(**batch(0)).logits, adapted(whole(folder), lora())(**batch(0)).logits)
 
 
+@pytest.mark.parametrize("kind", [m.Forward, m.Backward])
+def test_a_cloud_that_leaves_adapters_out_is_noticed(cloud: MemoryCloud, kind: type[m.Forward | m.Backward]) -> None:
+    """Its answers have every form that they need: only the questions are missing."""
+
+    def unasked(message: m.Message) -> m.Message | None:
+        if not isinstance(message, kind):
+            return None
+        if isinstance(message, m.Forward):
+            return m.ForwardReply(message.id, message.inputs.hidden, 0, 0, 0)
+        return m.BackwardReply(message.id, message.gradient, 0, 0, 0, recomputed=False)
+
+    link = new_link(cloud)
+    model = adapted(link.load_model(), lora())
+    train(model, steps=1)
+    cloud.answer = unasked
+    with pytest.raises(RemoteProtocolError, match=r"without asking for the adapter at 2\.self_attn\.q_proj"):
+        train(model, steps=1)
+
+
 # Lists of sites -------------------------------------------------------------------------------------------------------
 
 

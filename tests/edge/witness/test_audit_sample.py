@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from support.protocol.example_messages import tensor
 
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import ConfigError, TranscriptError
-from isthmus.edge.witness.audit_sample import AuditSample, packed, read_sample
+from isthmus.edge.witness.audit_sample import AuditSample, packed, read_sample, too_large
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import codec_id
 
@@ -23,8 +24,8 @@ def call(number: int, rows: int = 1, sites: int = 0) -> tuple[m.Forward, m.Forwa
     return m.Forward(name, False, hidden, None, None, FP32, sites), m.ForwardReply(name, hidden, 1, 2, 3)
 
 
-def offer(sample: AuditSample, number: int, sites: m.Sites | None = None) -> None:
-    sent = call(number, sites=0 if sites is None else sites.number)
+def offer(sample: AuditSample, number: int, sites: m.Sites | None = None, rows: int = 1) -> None:
+    sent = call(number, rows, 0 if sites is None else sites.number)
     sample.offer(SESSION, number, *sent, lambda message: message, [] if sites is None else [packed(sites)])
 
 
@@ -50,7 +51,7 @@ def test_what_holds_activations_is_private_and_a_decode_call_is_not_kept(tmp_pat
     sample.offer(SESSION, 2, decode, call(2)[1], lambda message: message)
     assert kept(tmp_path / "audit") == [1]
     assert (tmp_path / "audit").stat().st_mode & 0o777 == 0o700
-    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "audit").iterdir()] == [0o600]
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "audit").iterdir()] == [0o600] * 2
 
 
 def test_the_budget_holds_and_the_lowest_numbers_stay(tmp_path: Path) -> None:
@@ -87,6 +88,32 @@ def test_each_call_is_kept_equally_often(tmp_path: Path) -> None:
     assert all(abs(counts[number] - expected) < 0.45 * expected for number in range(1, 7)), counts
 
 
+def test_a_large_call_is_kept_as_often_as_a_small_one(tmp_path: Path) -> None:
+    """Were room what decides, a cloud that lies in its largest calls alone would be met far too seldom."""
+    counts: Counter[bool] = Counter()
+    drawn = random.Random(1)  # noqa: S311  # is no secret, and the same at each run of the test
+    for trial in range(40):
+        folder = tmp_path / f"{trial}"
+        sample = AuditSample(folder, 20_000, random=drawn.randbytes)
+        for number in range(1, 41):
+            offer(sample, number, rows=100 if number % 4 == 0 else 1)  # 4.9 kB, and 0.2
+        assert sum(path.stat().st_size for path in folder.glob("*.call")) <= 20_000
+        counts.update(number % 4 == 0 for number in kept(folder))
+    assert counts.total() == 40 * 4
+    assert counts[True] / counts.total() == pytest.approx(0.25, abs=0.09)
+
+
+def test_a_call_larger_than_the_budget_is_counted_and_ends_no_sample(tmp_path: Path) -> None:
+    sample = AuditSample(tmp_path / "audit", 1000)
+    offer(sample, 1)
+    offer(sample, 2, rows=100)
+    assert (kept(tmp_path / "audit"), too_large(tmp_path / "audit")) == ([1], 1)
+    again = AuditSample(tmp_path / "audit", 1000, resume=True)
+    offer(again, 3, rows=100)
+    offer(again, 4)
+    assert (sorted(kept(tmp_path / "audit")), too_large(tmp_path / "audit")) == ([1, 4], 2)
+
+
 def test_a_file_that_is_no_call_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--audit-sample"):
         list(read_sample(tmp_path))
@@ -95,7 +122,9 @@ def test_a_file_that_is_no_call_is_refused(tmp_path: Path) -> None:
         list(read_sample(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "text"), [("mine.call", ""), ("limit", "all")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("mine.call", ""), ("sample.json", "all"), ("sample.json", '{"limit": -1}')]
+)
 def test_a_file_that_is_none_of_a_sample_is_named_on_a_resume(tmp_path: Path, name: str, text: str) -> None:
     AuditSample(tmp_path / "audit", 1 << 20)
     (tmp_path / "audit" / name).write_text(text)

@@ -19,7 +19,7 @@ from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, check_c
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
 from isthmus.protocol import messages as m
 
-_SESSION = Session(bytes(range(16)), "ab" * 32, "2:2", "fp32", "sdpa")
+_SESSION = Session(bytes(range(16)), "ab" * 32, "2:2", "fp32", "sdpa", "here")
 _FORWARD, _REPLY = (next(each for each in MESSAGES if isinstance(each, kind)) for kind in (m.Forward, m.ForwardReply))
 _LEASE = next(each for each in MESSAGES if isinstance(each, m.Lease))
 _ROOT = identity().certificate.root.hex().encode()
@@ -32,7 +32,7 @@ def _folder() -> Path:
     folder = scratch()
     (folder / "adapter").mkdir()
     (folder / "audit").mkdir()
-    log, cloud = TranscriptLog(folder / TRANSCRIPT_FILE), CloudTranscript(_SESSION, identity, "fp32")
+    log, cloud = TranscriptLog(folder / TRANSCRIPT_FILE), CloudTranscript(_SESSION, identity)
     exchange = Exchange("Forward", m.CallId(1, 2), b"a" * 32, b"b" * 32, bytes(32))
     cloud._chain.head, cloud._chain.exchanges = exchange.after(_SESSION.head), 1
     signed = cloud.sign(m.SignTranscript(1), NOW)

@@ -21,7 +21,7 @@ from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
 ISSUER = Ed25519PrivateKey.from_private_bytes(bytes(range(3, 35)))
 STRANGER = Ed25519PrivateKey.from_private_bytes(bytes(range(5, 37)))
-SESSION = Session(bytes(range(16)), "ab" * 32, "2:2", "fp32", "sdpa")
+SESSION = Session(bytes(range(16)), "ab" * 32, "2:2", "fp32", "sdpa", "here")
 EXCHANGE = Exchange("Forward", m.CallId(1, 2), b"a" * 32, b"b" * 32, bytes(32))
 
 
@@ -35,7 +35,7 @@ def certified(by: Ed25519PrivateKey = ISSUER, until: int = NOW + 1000) -> Worker
 
 
 def signed_by(worker: WorkerIdentity) -> m.SignedTranscript:
-    cloud = CloudTranscript(SESSION, lambda: worker, "fp32, here")
+    cloud = CloudTranscript(SESSION, lambda: worker)
     cloud._chain.head, cloud._chain.exchanges = EXCHANGE.after(SESSION.head), 1
     signed = cloud.sign(m.SignTranscript(1), NOW)
     assert isinstance(signed, m.SignedTranscript)

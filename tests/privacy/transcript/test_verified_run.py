@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from isthmus.privacy.transcript.verified_run import verify_run
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import WorkerIdentity
 
-SESSION = Session(bytes(range(16)), "ab" * 32, "2:2", "fp32", "sdpa")
+SESSION = Session(bytes(range(16)), "ab" * 32, "2:2", "fp32", "sdpa", "here")
 EXCHANGE = Exchange("Forward", m.CallId(1, 2), b"a" * 32, b"b" * 32, bytes(32))
 
 
 def signed_by(worker: WorkerIdentity, path: Path) -> None:
     """A transcript of one exchange."""
-    cloud = CloudTranscript(SESSION, lambda: worker, "fp32")
+    cloud = CloudTranscript(SESSION, lambda: worker)
     cloud._chain.head, cloud._chain.exchanges = EXCHANGE.after(SESSION.head), 1
     signed = cloud.sign(m.SignTranscript(1), NOW)
     assert isinstance(signed, m.SignedTranscript)
@@ -66,6 +67,33 @@ def test_a_leak_of_several_lines_adds_none_to_what_is_verified(tmp_path: Path) -
         "adapter",
         "leak",
     ]
+
+
+def test_nothing_that_was_signed_is_nothing_of_a_pinned_cloud(tmp_path: Path) -> None:
+    log = TranscriptLog(tmp_path / TRANSCRIPT_FILE)
+    assert verify_run(tmp_path).root is None
+    for begin in (lambda: None, lambda: log.begin(SESSION), lambda: log.exchange(SESSION, 1, EXCHANGE)):
+        begin()
+        with pytest.raises(TranscriptError, match="has no signature"):
+            verify_run(tmp_path, PIN)
+
+
+def test_an_adapter_may_have_files_of_any_name(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run")
+    (folder / "adapter" / os.fsdecode(b"\xff")).touch()
+    with pytest.raises(TranscriptError, match="is of another adapter"):
+        verify_run(folder)
+
+
+def test_what_is_far_too_large_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run")
+    (folder / CERTIFICATE_FILE).write_bytes(b" " * (1 << 20) + b"{}")
+    with pytest.raises(TranscriptError, match="more than 1048576 bytes"):
+        verify_run(folder)
+    (folder / TRANSCRIPT_FILE).unlink()
+    (folder / TRANSCRIPT_FILE).symlink_to("/dev/zero")  # without an end
+    with pytest.raises(TranscriptError, match=r"line 1 .* more than 16384 bytes"):
+        verify_run(folder / TRANSCRIPT_FILE)
 
 
 def test_a_leak_that_was_changed_is_noticed(tmp_path: Path) -> None:
@@ -113,7 +141,7 @@ def _replaced(old: str, new: str) -> Callable[[str], str]:
         (_replaced('"sent":"61', '"sent":"'), "line 2 .*: sent has 31 bytes, not 32"),
         (_replaced('"plan":"2:2"', '"plan":2'), "line 1 .*: plan is no text"),
         (_replaced('"signed_at":17', '"signed_at":16'), "line 3: the signature under 1 exchanges .* does not verify"),
-        (lambda text: "[" * 100_000 + "\n" + text, "line 1 is no JSON"),
+        (lambda text: "[" * 10_000 + "\n" + text, "line 1 is no JSON"),
         (lambda text: "[]\n" + text, "line 1 .*: it is a list"),
         (lambda text: text + text.splitlines(keepends=True)[0], "line 4: session .* begins twice"),
         (lambda text: text[:-3], "ends in the middle of a line"),

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -49,11 +48,15 @@ class MemoryCloud:
     streams: list[_MemoryStream] = field(default_factory=list)  # in the order of their opening
     numerics: str = "fp32, here"
     not_after: int = NOW * 2  # when its certificate expires, in Unix seconds
+    ahead: float = 0.0  # seconds that its clock is ahead
     signs: Callable[[m.Message], m.Message] = lambda signed: signed  # what becomes of its signature
 
     def describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         self.sessions.append(session_id.hex())
-        return replace(self.served.info, session_id=session_id.hex())
+        return self.describe_again(session_id)
+
+    def describe_again(self, session_id: bytes) -> m.SessionInfo:
+        return replace(self.served.info, session_id=session_id.hex(), numerics=self.numerics)
 
 
 class MemoryTransport:
@@ -134,15 +137,13 @@ class _MemoryStream:
                 raise AssertionError("the session does not stand")
             self._work = served.session(session_id, self._session.tenant, self._cloud.threads)
             if message.transcript:
-                described = Session.of(replace(served.info, session_id=session_id.hex()))
-                self._transcript = CloudTranscript(
-                    described, partial(identity, not_after=NOW * 2), self._cloud.numerics
-                )
+                described = Session.of(self._cloud.describe_again(session_id))
+                self._transcript = CloudTranscript(described, lambda: identity(not_after=self._cloud.not_after))
             return m.Status(m.StatusCode.OK, None, "attached")
         if self._work is None:
             raise AssertionError("the link spoke before it attached")
         if isinstance(message, m.SignTranscript) and self._transcript is not None:
-            return self._cloud.signs(self._transcript.sign(message, NOW))
+            return self._cloud.signs(self._transcript.sign(message, time.time() + self._cloud.ahead))
         sent = digest(message)  # before the answer, which may overwrite what came
         answer = self._work.handle(message)
         if answer is None:

@@ -71,7 +71,7 @@ MESSAGES: tuple[m.Message, ...] = (
     m.Attach(bytes(16)),
     m.Attach(bytes(16), transcript=True),
     m.SignTranscript(3),
-    m.SignedTranscript(3, _DIGEST, 1, "fp32", bytes(64), _DIGEST, _DIGEST, 2, bytes(64)),
+    m.SignedTranscript(3, _DIGEST, 1, bytes(64), _DIGEST, _DIGEST, 2, bytes(64)),
     m.Workers(("cloud.example:7443", "[::1]:7444"), "[::1]:7444"),
     m.Put("adapter_config.json", 0, 3, _DIGEST, b"{}\n"),
     m.PutReply("adapter_config.json", _DIGEST, 3),

@@ -45,6 +45,7 @@ def session_info(tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         codecs=ACTIVATION_CODECS,
         limits=m.SpanLimits(max_tokens_per_call=4096, max_message_bytes=1 << 26, activation_cache_bytes=1 << 20),
         server_version="0.1.0",
+        numerics="fp32, here",
     )
 
 
@@ -308,7 +309,6 @@ GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
         u32,
         digests,
         u64,
-        st.text(min_size=1, max_size=60),
         signatures,
         digests,
         digests,
