@@ -26,6 +26,7 @@ from isthmus.edge.training.defended_run import DefendedRun, exposure_of, gradien
 from isthmus.privacy.attacks.attack import Knowledge
 from isthmus.privacy.ledger.judged_attacks import Judged
 from isthmus.privacy.ledger.mode_leaks import keeping
+from isthmus.privacy.recording.traffic import Traffic
 
 _CHANGE_TEXTS = 4
 """Of the sample, whose hidden states tell before every step and evaluation how far the front has changed."""
@@ -78,7 +79,7 @@ class BudgetWatch:
         self._states: list[list[Tensor]] = []
         # What is sent again says more only where a defence draws anew.
         self._passes = 1
-        if defended is not None and defended.defences:
+        if any(each.fresh for each in config.defences()):
             shown = exposure_of(model, tuned, config, data)
             self._passes = max(shown.forwards, shown.held_out)
         total = total_steps(config, len(data.train))
@@ -206,7 +207,7 @@ class BudgetWatch:
             self._states = self._expected()
         if self._attacks_texts:
             knowledge = self._knows(texts.public, codecs.forward_up)
-            passes = [self._rehearsal.forwards(texts.sample) for _ in range(self._passes)]
+            first = self._rehearsal.forwards(texts.sample)
             truth, answers = self._rehearsal.truth(texts.sample, texts.secrets)
 
             def found(judged: Sequence[Judged]) -> list[Leak]:
@@ -215,11 +216,18 @@ class BudgetWatch:
             def enough(judged: Sequence[Judged]) -> bool:
                 return any(leak.value > self._limit(leak.channel) for leak in found(judged))
 
-            yield from found(attack_texts(knowledge, passes, truth, answers, enough, self._between))
+            yield from found(
+                attack_texts(knowledge, first, self._other_passes(), truth, answers, enough, self._between)
+            )
         if self._attacks_labels:
             yield self._by_gradients()
         elif "labels" in self._limits and "labels" not in self._in_texts:
             yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
+
+    def _other_passes(self) -> Iterator[Traffic]:
+        for _ in range(self._passes - 1):
+            self._check_stop()
+            yield self._rehearsal.forwards(self._texts.sample)
 
     def _by_gradients(self) -> Leak:
         """What gradients give of labels."""

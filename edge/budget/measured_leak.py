@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch import Tensor
 
 from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge
-from isthmus.privacy.attacks.averaging import AveragedMatching
+from isthmus.privacy.attacks.averaging import AveragedMatching, mean_of
 from isthmus.privacy.ledger.judged_attacks import (
     LABEL_ATTACKS,
     TOKEN_ATTACKS,
@@ -67,7 +68,8 @@ class Leak:
 
 def attack_texts(
     knowledge: Knowledge,
-    passes: Sequence[Traffic],
+    first: Traffic,
+    others: Iterable[Traffic],
     truth: Truth,
     answers: Sequence[Tensor],
     enough: Enough,
@@ -76,8 +78,8 @@ def attack_texts(
     """Attack the texts, the quick attacks first; each gives tokens, and labels where they are among the tokens.
 
     Args:
-        passes: What goes up of the same texts in each pass of the run; of several passes, attacks take the first one
-            alone, or the mean.
+        first: What goes up of the texts in one pass of the run, which attacks take alone.
+        others: The same of each other pass that says more, made as it is taken; one attack takes the mean of all.
         answers: Of each row of `truth.tokens` the labels where they stand, -1 elsewhere.
         enough: Whether the attacks so far are.
         between: Called between the parts of the work; what it raises ends it.
@@ -91,16 +93,12 @@ def attack_texts(
         return enough(judged)
 
     for name, make in TOKEN_ATTACKS.items():
-        if judge(name, _guess(make(), name, knowledge, passes[0], between)):
+        if judge(name, _guess(make(), name, knowledge, first, between)):
             return judged
-    if len(passes) > 1:
-        averaged, together = AveragedMatching(), passes[0]
-        between(averaged.name, 0, 1)
-        averaged.prepare(knowledge)
-        for each in passes[1:]:
-            together = replace(together, forwards=together.forwards + each.forwards)
-        guess = averaged.run(together)
-        judge(averaged.name, Guess(guess.tokens[: len(truth.tokens)], guess.listed))
+    mean, counted = mean_of(chain([first], others))
+    if counted > 1:
+        name = AveragedMatching.name
+        judge(name, _guess(AveragedMatching(counted), name, knowledge, mean, between))
     return judged
 
 

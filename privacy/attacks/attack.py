@@ -140,9 +140,9 @@ class Knowledge:
         with self._passing(number) as noisy:
             return self._arrived((self.front.states(tokens) if noisy else exact)[None])[0]
 
-    def sent_alone(self, tokens: Tensor) -> Tensor:
+    def sent_alone(self, tokens: Tensor, number: int = 0) -> Tensor:
         """What a cloud would have once an edge had sent each of these tokens `[m]` as a text of its own, `[m, h]`."""
-        with self._passing(int(tokens[0])):
+        with self._passing(int(tokens[0]) + number):
             states = self.front.candidates(self.front.begin(), tokens, torch.tensor(0))
             return self._arrived(states[:, None])[:, 0]
 

@@ -1,112 +1,88 @@
 """Averaging: an example that comes again and again under fresh noise comes once with less, by the root of the times.
 
-Rows of one length are of one example where nothing tells them apart: where they lie no further from each other, on the
-whole and at any position, than public texts do that are sent twice. Noise that an example has in every pass does not
-average out; rows that are the same to the bit count once.
+Which row is of which example is told by the order in which rows come: that of held-out texts is the same in each
+evaluation, and that of training follows from settings that are no secret. Noise that an example has in every pass does
+not average out; a row that is the same to the bit as in the first pass counts once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from statistics import median_low
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from isthmus.privacy.attacks.attack import Guess, Knowledge, KnownDefence, Row, rows
+from isthmus.privacy.attacks.attack import Guess, Knowledge
 from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
-from isthmus.privacy.attacks.wire_noise import WireNoise
-from isthmus.privacy.recording.traffic import Forward, Traffic
-from isthmus.protocol.tensor_codecs import Role, decode, encode
+from isthmus.privacy.recording.traffic import Traffic
+
+_APART = 1 << 20
+"""Between the numbers of two passes of one text: more than there are texts."""
 
 
-@dataclass
-class _Example:
-    """Rows of one example: what came, and the numbers of the rows."""
+def mean_of(passes: Iterable[Traffic]) -> tuple[Traffic, int]:
+    """The mean of what came of the same rows, in the same order, in several passes, and how many of these counted.
 
-    sent: list[Tensor]
-    positions: Tensor
-    numbers: list[int] = field(default_factory=list)
+    Takes one pass at a time, so its memory is that of two, however many there are.
+    """
+    first, sums, counted = None, list[Tensor](), 1
+    for each in passes:
+        if first is None:
+            first, sums = each, [forward.hidden.double() for forward in each.forwards]
+        elif any(not torch.equal(a.hidden, b.hidden) for a, b in zip(first.forwards, each.forwards, strict=True)):
+            counted += 1
+            sums = [total + forward.hidden for total, forward in zip(sums, each.forwards, strict=True)]
+    if first is None:
+        raise ValueError("no pass to average")
+    means = [(total / counted).float() for total in sums]
+    forwards = [replace(forward, hidden=mean) for forward, mean in zip(first.forwards, means, strict=True)]
+    return replace(first, forwards=tuple(forwards)), counted
 
 
 class AveragedMatching:
-    """Vocabulary matching of the mean of what came of each example."""
+    """Vocabulary matching of a mean that `mean_of` has made.
+
+    Args:
+        times: How many passes counted.
+    """
 
     name: ClassVar[str] = "averaged_matching"
     sees: ClassVar[str] = "activations of several passes"
     knows: ClassVar[str] = VocabularyMatching.knows
 
-    def prepare(self, knowledge: Knowledge) -> None:
-        """Learn from public texts how far apart two passes of one text lie. Matching learns when the passes are known.
+    def __init__(self, times: int) -> None:
+        self._times, self._matching = times, VocabularyMatching()
 
-        Private fronts are taken for what they are in all passes.
-        """
-        self._knowledge = knowledge
-        texts = knowledge.public_texts
-        again = [knowledge.sent(text.tokens, text.exact, len(texts) + number) for number, text in enumerate(texts)]
-        exact = torch.cat([text.exact[1:] for text in texts])
-        apart = torch.cat([(text.sent - other)[1:] for text, other in zip(texts, again, strict=True)])
-        self._noise = WireNoise(apart, exact, correlated=len(apart) > 2 * apart.shape[1])
-        pairs = [self._apart(text.sent, other) for text, other in zip(texts, again, strict=True)]
-        self._widest = torch.stack(pairs).amax(0)
+    def prepare(self, knowledge: Knowledge) -> None:
+        """Learn from the means of as many passes of public texts."""
+        known = {each.name: getattr(knowledge, each.name) for each in fields(knowledge)}
+        self._matching.prepare(_InSeveralPasses(**known, times=self._times))
 
     def run(self, traffic: Traffic) -> Guess:
         """See `Attack`."""
-        found = list(rows(traffic, self._knowledge.front))
-        examples = self._examples(found)
-        matching, times = VocabularyMatching(), median_low([len(example.sent) for example in examples])
-        matching.prepare(replace(self._knowledge, codec="fp32", defence=_Repeated(self._knowledge, times)))
-        means = [torch.stack(example.sent).mean(0)[None] for example in examples]
-        forwards = [
-            Forward(call, 0, mean, None, example.positions[None], "fp32", None, False)
-            for call, (mean, example) in enumerate(zip(means, examples, strict=True))
-        ]
-        guess = matching.run(replace(traffic, forwards=tuple(forwards)))
-        tokens = [torch.empty(0)] * len(found)
-        for example, guessed in zip(examples, guess.tokens, strict=True):
-            for number in example.numbers:
-                tokens[number] = found[number].spread(guessed)
-        return Guess(tuple(tokens), guess.listed)
-
-    def _examples(self, found: Sequence[Row]) -> list[_Example]:
-        examples: list[_Example] = []
-        for number, row in enumerate(found):
-            alike = (each for each in examples if len(each.positions) == len(row.hidden) and self._same(each, row))
-            example = next(alike, None)
-            if example is None:
-                examples.append(example := _Example([], row.positions))
-            if not any(torch.equal(row.hidden, other) for other in example.sent):
-                example.sent.append(row.hidden)
-            example.numbers.append(number)
-        return examples
-
-    def _same(self, example: _Example, row: Row) -> bool:
-        return bool((self._apart(example.sent[0], row.hidden) <= self._widest).all())
-
-    def _apart(self, one: Tensor, other: Tensor) -> Tensor:
-        """How far two rows `[n, h]` lie apart on the whole, and where they do most, `[2]`.
-
-        The first position is left out: its norm is another, and the noise of some codecs with it.
-        """
-        distances = self._noise.distances(one[1:], other[1:])
-        return torch.stack([distances.square().mean(), distances.amax()])
+        return self._matching.run(traffic)
 
 
-class _Repeated(KnownDefence):
-    """The mean of what comes of several passes through defence and codec."""
+@dataclass(frozen=True, eq=False)
+class _InSeveralPasses(Knowledge):
+    """What an attacker has of its own texts where it has the mean of several passes.
 
-    def __init__(self, knowledge: Knowledge, times: int) -> None:
-        self._known, self._codec, self._times = knowledge.defence or KnownDefence(), knowledge.codec, times
-        self.on_embeddings = self._known.on_embeddings
+    Attributes:
+        times: How many.
+    """
 
-    def embedded(self, embedded: Tensor) -> Tensor:
-        return self._known.embedded(embedded)
+    times: int = 1
 
-    def send(self, hidden: Tensor) -> Tensor:
-        sent = [decode(encode(self._known.send(hidden), self._codec, Role.ACTIVATION)) for _ in range(self._times)]
-        return torch.stack(sent).mean(0)
+    def sent(self, tokens: Tensor, exact: Tensor, number: int) -> Tensor:
+        return self._mean(lambda turn: super(_InSeveralPasses, self).sent(tokens, exact, number + turn * _APART))
 
-    def expect(self, hidden: Tensor) -> Tensor:
-        return self._known.expect(hidden)
+    def sent_alone(self, tokens: Tensor, number: int = 0) -> Tensor:
+        return self._mean(lambda turn: super(_InSeveralPasses, self).sent_alone(tokens, number + turn * _APART))
+
+    def _mean(self, sent: Callable[[int], Tensor]) -> Tensor:
+        total = sent(0).double()
+        for turn in range(1, self.times):
+            total += sent(turn)
+        return (total / self.times).float()

@@ -21,7 +21,7 @@ from isthmus.experiments.leak.rows.recorded_rows import Crossed, labels_of, sequ
 from isthmus.experiments.leak.rows.recorded_run import RecordedRun
 from isthmus.experiments.leak.rows.row_checkpoint import RowCheckpoint
 from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
-from isthmus.privacy.attacks.averaging import AveragedMatching
+from isthmus.privacy.attacks.averaging import AveragedMatching, mean_of
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.private_front import fit_front
 from isthmus.privacy.defences.decoys import Decoys
@@ -39,11 +39,12 @@ from isthmus.privacy.ledger.judged_attacks import (
 from isthmus.privacy.measures.bootstrap import Interval, share_interval
 from isthmus.privacy.measures.priors import free_running_prior, teacher_forced_prior, unigram_prior
 from isthmus.privacy.measures.token_accuracy import token_hits
+from isthmus.privacy.recording.traffic import Traffic
 
 FURTHER = ("vocabulary_matching",)
 """The attacks from a row's further sides: the strongest where nothing but the front or the codec is in its way."""
 
-_OTHER_PASSES = 1 << 20  # numbers of draws that no public text has
+_OTHER_PASSES = 1 << 40  # numbers of draws that no public text has
 
 MISSED = 0.01
 """An undefended run may miss this share of the tokens before it is asked whether its lists are to blame: what an attack
@@ -150,16 +151,24 @@ def _averaged(
     The others are computed by the edge's own layers and defences, with noise of their own.
     """
     texts = [each.text for each in crossed if each.text is not None]
-    calls = [each.forward for each in crossed if each.text is not None]  # decoys would only be read as well
+    recorded = [each.forward for each in crossed if each.text is not None]  # decoys would only be read as well
     attacker.say(f"{AveragedMatching.name} on {len(texts)} sequences in {attacker.passes} passes")
-    for turn in range(1, attacker.passes):
-        for number, text in enumerate(texts):
-            exact = knowledge.front.states(text.tokens)
-            sent = knowledge.sent(text.tokens, exact, _OTHER_PASSES + turn * len(texts) + number)
-            calls.append(replace(calls[number], call=len(calls), hidden=sent[None]))
-    guess = guess_of(AveragedMatching, knowledge, replace(run.traffic, forwards=tuple(calls), backwards=(), decodes=()))
-    own = replace(guess, tokens=guess.tokens[: len(texts)])
-    return Found(judge_tokens(AveragedMatching.name, _side_of(view), own, knowledge, _truth(texts)), knowledge.codec, 0)
+
+    def passes() -> Iterator[Traffic]:
+        first = replace(run.traffic, forwards=tuple(recorded), backwards=(), decodes=())
+        yield first
+        for turn in range(1, attacker.passes):
+            sent = []
+            for number, (text, forward) in enumerate(zip(texts, recorded, strict=True)):
+                exact = knowledge.front.states(text.tokens)
+                hidden = knowledge.sent(text.tokens, exact, _OTHER_PASSES + turn * len(texts) + number)
+                sent.append(replace(forward, hidden=hidden[None]))
+            yield replace(first, forwards=tuple(sent))
+
+    traffic, counted = mean_of(passes())
+    guess = guess_of(partial(AveragedMatching, counted), knowledge, traffic)
+    judged = judge_tokens(AveragedMatching.name, _side_of(view), guess, knowledge, _truth(texts))
+    return Found(judged, knowledge.codec, 0)
 
 
 def _truth(texts: Sequence[Text]) -> Truth:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,6 @@ from isthmus.experiments.leak.leak import run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_table import table
 from isthmus.experiments.leak.rows import attacked_row, row_run
-from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge
-from isthmus.privacy.attacks.averaging import AveragedMatching
 from isthmus.privacy.recording.traffic import Traffic
 
 UNDEFENDED = {
@@ -82,14 +80,14 @@ def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
 
 def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands, priors = all_here(monkeypatch), calls_of(monkeypatch, row_run, "priors_of")
-    averaged, guess_of = list[int](), attacked_row.guess_of
+    averaged, mean_of = list[int](), attacked_row.mean_of
 
-    def noted(attack: Callable[[], Attack], knowledge: Knowledge, traffic: Traffic) -> Guess:
-        if attack is AveragedMatching:
-            averaged.append(len(traffic.forwards))
-        return guess_of(attack, knowledge, traffic)
+    def noted(passes: Iterator[Traffic]) -> tuple[Traffic, int]:
+        sent = list(passes)
+        averaged.append(len(sent))
+        return mean_of(iter(sent))
 
-    monkeypatch.setattr(attacked_row, "guess_of", noted)
+    monkeypatch.setattr(attacked_row, "mean_of", noted)
     settings = small_settings(
         tmp_path, grid=[grid_file(tmp_path / "grid.toml", UNDEFENDED, {"name": "noise", **NOISE})]
     )
@@ -118,7 +116,7 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
     assert exact["loss_ratio_without_defence"] is None
     assert noisy["real_row_found"] is not None
     assert of(result, "noise", "averaged_matching")["front"] == "known"
-    assert averaged == [8]  # each of four texts in both passes that the run makes
+    assert averaged == [2]  # both passes that the run makes
     assert "averaged_matching" not in {run["attack"] for run in result["runs"] if run["row"] == "undefended"}
     assert exact["real_row_found"] is None
     assert max(map(len, table(result))) <= 80

@@ -11,7 +11,7 @@ from support.privacy.attacked import LENGTH, Attacked, attacked
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError
-from isthmus.privacy.attacks.averaging import AveragedMatching
+from isthmus.privacy.attacks.averaging import AveragedMatching, mean_of
 from isthmus.privacy.attacks.known_defences import KnownDefences
 from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
 from isthmus.privacy.defences.defence import Defence, Pass
@@ -66,17 +66,35 @@ def test_matching_looks_through_a_known_defence(text: str, enough: float) -> Non
     assert found >= enough
 
 
+def averaged(case: Attacked, counted: int) -> float:
+    """What matching gets of the mean of the passes, of which so many have to count."""
+    traffic, found = mean_of(replace(case.traffic, forwards=(each,)) for each in case.traffic.forwards)
+    assert found == counted
+    mean = replace(case, texts=case.texts[: len(case.texts) // len(case.traffic.forwards)], traffic=traffic)
+    return mean.accuracy(mean.attack(AveragedMatching(found)))
+
+
 def test_passes_of_an_example_are_averaged() -> None:
     noise = "gaussian:clip=40,sigma=0.06"
     once = knowing(defended(attacked(), noise), noise)
     often = knowing(defended(attacked(), noise, passes=8), noise)
-    alone, together = once.accuracy(once.attack(VocabularyMatching())), often.accuracy(often.attack(AveragedMatching()))
+    alone, together = once.accuracy(once.attack(VocabularyMatching())), averaged(often, 8)
     assert together > alone + 0.1
 
     # The control: noise that an example has in every pass does not average out.
     memo = noise + ",memo=true"
     same = knowing(defended(attacked(), memo, passes=8), memo)
-    assert same.accuracy(same.attack(AveragedMatching())) < together - 0.1
+    assert averaged(same, 1) < together - 0.1
+
+
+def test_the_mean_of_passes_is_of_each_text_whatever_its_length_and_noise() -> None:
+    """Rows are told apart by their order: under much noise, texts of one length look alike."""
+    loud = defended(attacked(), "gaussian:clip=40,sigma=2", passes=64)
+    mean, counted = mean_of(replace(loud.traffic, forwards=(each,)) for each in loud.traffic.forwards)
+    exact = torch.stack([loud.knowledge.front.states(tokens) for tokens in loud.texts[: len(attacked().texts)]])
+    apart = (mean.forwards[0].hidden - exact).std() / (loud.traffic.forwards[0].hidden - exact).std()
+    assert counted == 64
+    assert float(apart) == pytest.approx(1 / 8, rel=0.1)
 
 
 def test_the_noise_is_the_attackers_own() -> None:
