@@ -28,7 +28,7 @@ JOBS = "/isthmus/v1/jobs"
 ENDED = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 0.5
 PAGE = 100
-_FILES = ("data", "validation", "prompts")
+_FILES = ("data", "validation", "prompts", "public")
 _PATHS = (*_FILES, "adapter", "start_from", "package")
 
 DaemonHome = Annotated[Path, typer.Option("--home", help="The daemon's folder.")]

@@ -36,7 +36,8 @@ INPUTS = "inputs"
 
 # What a kind takes besides its configuration's fields.
 _MORE: Mapping[str, tuple[str, ...]] = {"evaluate": ("adapter",), "generate": ("adapter", "prompts")}
-_FILES = ("data", "validation", "prompts")
+FILES = ("data", "validation", "prompts", "public")
+"""Fields of a spec that name files."""
 _ADAPTERS = ("adapter", "start_from")
 _FOLDERS = ("package", "draft")
 _ENDINGS = (".jsonl", ".csv", ".tsv")
@@ -50,7 +51,6 @@ _ELSEWHERE = {
     "defence": "defend a run",
     "defence_key": "defend a run",
     "secrets": "look for secrets",
-    "public": "give an attacker public texts",
 }
 
 
@@ -168,19 +168,19 @@ def adapters_of(spec: Mapping[str, Any], base: BaseModel | None) -> str:
 
 def names_paths(spec: Mapping[str, Any]) -> bool:
     """Whether a spec names files by their paths, or a hub: what is this machine's and not an owner's."""
-    values = [spec[name] for name in (*_FILES, *_ADAPTERS, *_FOLDERS) if isinstance(spec.get(name), str)]
+    values = [spec[name] for name in (*FILES, *_ADAPTERS, *_FOLDERS) if isinstance(spec.get(name), str)]
     return any(("/" in value and not value.startswith("ft:")) or value.startswith("hub:") for value in values)
 
 
 def _links(spec: Mapping[str, Any], owner: str, session: Session, home: Home) -> Iterator[tuple[str, Path]]:
     """The place in the job's folder, and the file or folder, of everything in a spec that is the daemon's."""
-    for name in (*_FILES, *_ADAPTERS, *_FOLDERS):
+    for name in (*FILES, *_ADAPTERS, *_FOLDERS):
         value = spec.get(name)
         if value is None:
             continue
         if not isinstance(value, str):
             raise ConfigError(f"{name} = {value!r} is no text: give a file's id, or an absolute path")
-        if name in _FILES and value.startswith("file-"):
+        if name in FILES and value.startswith("file-"):
             stored = session.scalar(select(StoredFile).where(StoredFile.id == value, StoredFile.owner == owner))
             if stored is None:
                 raise ConfigError(f"{name} = {value!r}: there is no such file; upload one first")

@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect
 from isthmus.common.errors import DataError
 from isthmus.common.files import disk_errors, sync
 from isthmus.daemon.home import Home
+from isthmus.daemon.jobs.job_specs import FILES
 from isthmus.daemon.openai.job_objects import jobs_under_way
 from isthmus.daemon.openai.request_fields import Fields, NoQuery, query
 from isthmus.daemon.openai.training_files import LONGEST_LINE, TrainingFile, read_training_file
@@ -126,7 +127,7 @@ def delete_file(here: Here, asker: Asker, file_id: str, _: NoQuery) -> Any:
         file = _file(session, asker.id, file_id)
         path = here.home.file(file.id)
         for job in jobs_under_way(session):
-            if file.id in {job.spec.get(name) for name in ("data", "validation", "prompts")}:
+            if file.id in {job.spec.get(name) for name in FILES}:
                 raise ApiError(
                     400,
                     f"the job {job.id} needs {file.id!r}: cancel it, or wait for its end",

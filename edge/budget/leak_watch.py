@@ -8,6 +8,7 @@ evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -17,19 +18,30 @@ from torch import Tensor
 from isthmus.common.errors import ConfigError, LeakBudgetError
 from isthmus.edge.budget.attacker import knowledge_of
 from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
-from isthmus.edge.budget.measured_leak import NO_GRADIENTS, Leak, attack_gradients, attack_texts, worst_leak
+from isthmus.edge.budget.measured_leak import (
+    NO_GRADIENTS,
+    Enough,
+    Leak,
+    attack_gradients,
+    attack_learned_texts,
+    attack_texts,
+    worst_leak,
+)
 from isthmus.edge.budget.rehearsal import Rehearsal
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData
 from isthmus.edge.training.defended_run import DefendedRun, exposure_of, gradients_go_up
 from isthmus.privacy.attacks.attack import Knowledge
-from isthmus.privacy.ledger.judged_attacks import Judged
+from isthmus.privacy.defences.defence_options import Gaussian
+from isthmus.privacy.ledger.judged_attacks import Judged, Truth
 from isthmus.privacy.ledger.mode_leaks import keeping
 from isthmus.privacy.recording.traffic import Traffic
 
 _CHANGE_TEXTS = 4
 """Of the sample, whose hidden states tell before every step and evaluation how far the front has changed."""
+_CHANGE_PLACES = 64
+"""Of predictions that are compared: each is as long as the vocabulary."""
 _TINY = 1e-30  # keeps what was nothing from being divided by
 
 
@@ -62,6 +74,7 @@ class BudgetWatch:
         self._limits = config.limits()
         self._gradients = gradients_go_up(model, tuned, config)
         self._attacks_labels = self._gradients and "labels" in self._limits
+        _check_noise(config, moves=exposure_of(model, tuned, config, data).moves)
         # Labels that are not withheld are among the tokens that are sent.
         in_texts = {
             "tokens": "tokens" in self._limits or config.secrets is not None,
@@ -77,6 +90,7 @@ class BudgetWatch:
         self._attacks = 0
         self._attacked_at: int | None = None  # applied steps; None before this process makes one
         self._states: list[list[Tensor]] = []
+        self._outputs: list[Tensor] = []  # of the cloud's layers, for public texts
         # What is sent again says more only where a defence draws anew.
         self._passes = 1
         if any(each.fresh for each in config.defences()):
@@ -96,7 +110,7 @@ class BudgetWatch:
         parts = [leak.text() for leak in self._worst.values()]
         on = [f"measured on {len(self._texts.sample)} texts"] if self._attacks_texts else []
         if self._attacks_labels:
-            on.append(f"labels on {len(self._labelled())} public ones")
+            on.append(f"labels on {len(self._shown())} public ones")
         return ", ".join([*parts, *on])
 
     def begin(self, check_stop: Callable[[], None]) -> None:
@@ -105,10 +119,8 @@ class BudgetWatch:
         said = f"leak budget {self._budget()}: measured, not guaranteed."
         if self._attacks_texts:
             said += f" {len(self._texts.sample)} private texts are attacked here before anything private is sent."
-        if self._attacks_labels:
-            said += (
-                f" {len(self._labelled())} public texts go through the cloud's layers, and their labels are attacked."
-            )
+        if self._gradients and self._attacks_anything:
+            said += f" {len(self._shown())} public texts go through the cloud's layers, for attacks on gradients."
         if self._attacks_anything:
             source = "public texts" if self._texts.given else "other texts of the run, which makes it stronger"
             said += f" The attacker learns from up to {len(self._texts.public)} {source}."
@@ -152,21 +164,21 @@ class BudgetWatch:
         return {"leak": self.line, "leak_attacks": self._attacks, **values}
 
     def _check_labels(self) -> None:
-        if not self._attacks_labels:
+        if not (self._gradients and self._attacks_anything):
             return
         if not self._texts.given:
             raise ConfigError(
-                f"leak_budget labels<={self._limits['labels']:g} is measured with public texts that pass through the "
-                "cloud's layers, as gradients go up in this run: give --public FILE."
+                f"the leak budget {self._budget()} is measured with public texts that pass through the cloud's layers, "
+                "as gradients go up in this run, and tell of its texts: give --public FILE."
             )
         if len(self._texts.public) < 2 * FEWEST_PUBLIC:
             raise ConfigError(
-                f"{len(self._texts.public)} public texts are too few: half of them stand for private ones when labels "
-                f"are attacked, and the attacker needs {FEWEST_PUBLIC}: give a file with more."
+                f"{len(self._texts.public)} public texts are too few: half of them pass through the cloud's layers for "
+                f"the attacks on gradients, and the attacker needs {FEWEST_PUBLIC}: give a file with more."
             )
 
-    def _labelled(self) -> Sequence[Any]:
-        """The public texts that stand for private ones when labels are attacked."""
+    def _shown(self) -> Sequence[Any]:
+        """The public texts that pass through the cloud's layers, for attacks on gradients."""
         return self._texts.public[: min(self._config.leak_sample, len(self._texts.public) // 2)]
 
     def _budget(self) -> str:
@@ -194,7 +206,8 @@ class BudgetWatch:
         self._check_stop()
         with torch.random.fork_rng():
             for leak in self._leaks():
-                self._say(f"leak: {leak.text()}")
+                listed = "" if leak.listed is None else f"; its lists held {leak.listed:.0%} of the right tokens"
+                self._say(f"leak: {leak.text()}{listed}")
                 before = self._worst.get(leak.channel)
                 if before is None or leak.value >= before.value:
                     self._worst[leak.channel] = leak
@@ -214,15 +227,18 @@ class BudgetWatch:
                 return [worst_leak(channel, judged, self._shares["tokens"], truth) for channel in self._in_texts]
 
             def enough(judged: Sequence[Judged]) -> bool:
-                return any(leak.value > self._limit(leak.channel) for leak in found(judged))
+                return any(leak.value > self._limit(leak.channel) or leak.recovered[0] for leak in found(judged))
 
-            yield from found(
-                attack_texts(knowledge, first, self._other_passes(), truth, answers, enough, self._between)
-            )
+            judged, guess = attack_texts(knowledge, first, self._other_passes(), truth, answers, enough, self._between)
+            if self._gradients and not enough(judged):
+                judged += self._by_gradients_of_texts(guess, truth, answers, enough)
+            yield from found(judged)
         if self._attacks_labels:
             yield self._by_gradients()
         elif "labels" in self._limits and "labels" not in self._in_texts:
             yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
+        if self._outputs:
+            self._states = self._expected()  # with what the cloud has answered
 
     def _other_passes(self) -> Iterator[Traffic]:
         for _ in range(self._passes - 1):
@@ -230,9 +246,10 @@ class BudgetWatch:
             yield self._rehearsal.forwards(self._texts.sample)
 
     def _by_gradients(self) -> Leak:
-        """What gradients give of labels."""
-        labelled, share = self._labelled(), self._shares["labels"]
-        traffic, truth = self._rehearsal.gradients(labelled)
+        """What gradients of public texts give of labels."""
+        shown, share = self._shown(), self._shares["labels"]
+        traffic, truth = self._rehearsal.gradients(shown)
+        self._outputs = _outputs_of(traffic)
 
         def found(judged: Sequence[Judged]) -> Leak:
             return worst_leak("labels", judged, share, truth)
@@ -240,9 +257,24 @@ class BudgetWatch:
         def enough(judged: Sequence[Judged]) -> bool:
             return found(judged).value > self._limit("labels")
 
-        with self._rehearsal.span() as span:
-            knowledge = self._knows(self._texts.public[len(labelled) :], self._rehearsal.codecs.backward_up, span)
+        with self._knows_of_gradients() as knowledge:
             return found(attack_gradients(knowledge, traffic, truth, enough, self._between))
+
+    def _by_gradients_of_texts(
+        self, guess: Sequence[Tensor], truth: Truth, answers: Sequence[Tensor], enough: Enough
+    ) -> list[Judged]:
+        """What gradients give of the sample's tokens, as if the cloud had answered what it did for public texts."""
+        self._outputs = _outputs_of(self._rehearsal.gradients(self._shown())[0])
+        traffic, _ = self._rehearsal.gradients(self._texts.sample, self._outputs)
+        with self._knows_of_gradients() as knowledge:
+            return attack_learned_texts(knowledge, traffic, guess, truth, answers, enough, self._between)
+
+    @contextmanager
+    def _knows_of_gradients(self) -> Iterator[Knowledge]:
+        """What the attacker knows: it asks the cloud about its own public texts."""
+        with self._rehearsal.span() as span:
+            public = self._texts.public[len(self._shown()) :]
+            yield self._knows(public, self._rehearsal.codecs.backward_up, span)
 
     def _limit(self, channel: str) -> float:
         return self._limits.get(channel, 1.0)
@@ -274,7 +306,8 @@ class BudgetWatch:
         """Hidden states at the cut as they are sent, without noise, `[n, h]`; the first position is a sink, and out.
 
         Where a defence is trained, also what it adds, each time with the same draws: noise that is learned changes by
-        itself. Rows are mixed with the same public texts each time, so that only training moves them.
+        itself. Rows are mixed with the same public texts each time, so that only training moves them. Where gradients
+        go up, also what the last layers predict of public texts, `[k, V]`.
         """
         knowledge = self._knows(self._texts.public[:FEWEST_PUBLIC], self._rehearsal.codecs.forward_up)
         tokens = [torch.tensor(text.input_ids) for text in self._texts.sample[:_CHANGE_TEXTS]]
@@ -287,6 +320,8 @@ class BudgetWatch:
                 torch.manual_seed(0)
                 sent = [knowledge.defence.send(each[None])[0] for each in states]
             looks.append([(one - other)[1:] for one, other in zip(sent, expected, strict=True)])
+        if self._outputs:  # what gradients tell depends on what the last layers predict
+            looks.append([self._rehearsal.predicted(self._shown()[:_CHANGE_TEXTS], self._outputs)[:_CHANGE_PLACES]])
         return looks
 
     def _knows(self, public: Sequence[Any], codec: str, span: Any = None) -> Knowledge:
@@ -302,3 +337,26 @@ def _moved(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:
     """The mean over all positions of how far each has moved, relative to what it was."""
     pairs = zip(now, before, strict=True)
     return float(torch.cat([(new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(_TINY) for new, old in pairs]).mean())
+
+
+def _outputs_of(traffic: Traffic) -> list[Tensor]:
+    """The outputs of the cloud's layers, `[n, h]` of each row without its padding."""
+    rows = []
+    for forward in traffic.forwards:
+        if forward.output is not None:
+            for number, output in enumerate(forward.output):
+                rows.append(output if forward.mask is None else output[forward.mask[number]])
+    return rows
+
+
+def _check_noise(config: TrainConfig, *, moves: bool) -> None:
+    """Refuse noise that stays while what it hides moves: the difference of two passes has none, and none is attacked.
+
+    Raises:
+        ConfigError: There is such noise.
+    """
+    if moves and any(isinstance(each, Gaussian) and each.memo for each in config.defences()):
+        raise ConfigError(
+            "memo=true gives a token the same noise before and after training, so the difference of the two has none, "
+            "which the attacks of a leak budget do not look at: give memo=false."
+        )

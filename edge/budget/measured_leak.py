@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import torch
 from torch import Tensor
 
-from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge
+from isthmus.privacy.attacks.attack import UNKNOWN, Attack, Guess, Knowledge
 from isthmus.privacy.attacks.averaging import AveragedMatching, mean_of
 from isthmus.privacy.ledger.judged_attacks import (
     LABEL_ATTACKS,
@@ -43,6 +44,8 @@ class Leak:
             bootstrap's interval alone would let a few hits do so.
         share: Of private texts that the run sends.
         recovered: Secrets that any attack got, and all that were looked for.
+        listed: The share of positions whose right token was in the attack's lists of candidates, by its own estimate;
+            None where it has no lists. A small one says that more public texts may find more.
     """
 
     channel: str
@@ -51,6 +54,7 @@ class Leak:
     bound: float
     share: float
     recovered: tuple[int, int] = (0, 0)
+    listed: float | None = None
 
     @property
     def value(self) -> float:
@@ -74,7 +78,7 @@ def attack_texts(
     answers: Sequence[Tensor],
     enough: Enough,
     between: Between,
-) -> list[Judged]:
+) -> tuple[list[Judged], tuple[Tensor, ...]]:
     """Attack the texts, the quick attacks first; each gives tokens, and labels where they are among the tokens.
 
     Args:
@@ -83,23 +87,63 @@ def attack_texts(
         answers: Of each row of `truth.tokens` the labels where they stand, -1 elsewhere.
         enough: Whether the attacks so far are.
         between: Called between the parts of the work; what it raises ends it.
+
+    Returns:
+        What each attack got, and the tokens that the last one guesses.
     """
     judged: list[Judged] = []
-
-    def judge(name: str, guess: Guess) -> bool:
-        found = judge_tokens(name, "known", guess, knowledge, truth)
-        labels = share_interval(token_hits(guess.tokens, answers))
-        judged.append(replace(found, label_accuracy=labels))
-        return enough(judged)
-
+    guess = Guess(())
     for name, make in TOKEN_ATTACKS.items():
-        if judge(name, _guess(make(), name, knowledge, first, between)):
-            return judged
+        guess = _guess(make(), name, knowledge, first, between)
+        judged.append(_judged(name, guess.tokens, knowledge, truth, answers, guess.listed))
+        if enough(judged):
+            return judged, guess.tokens
     mean, counted = mean_of(chain([first], others))
     if counted > 1:
         name = AveragedMatching.name
-        judge(name, _guess(AveragedMatching(counted), name, knowledge, mean, between))
+        guess = _guess(AveragedMatching(counted), name, knowledge, mean, between)
+        judged.append(_judged(name, guess.tokens, knowledge, truth, answers, guess.listed))
+    return judged, guess.tokens
+
+
+def attack_learned_texts(
+    knowledge: Knowledge,
+    traffic: Traffic,
+    guessed: Sequence[Tensor],
+    truth: Truth,
+    answers: Sequence[Tensor],
+    enough: Enough,
+    between: Between,
+) -> list[Judged]:
+    """Attack the texts by the gradients of `traffic`: what is learned are tokens of the text.
+
+    Args:
+        guessed: The tokens that an attack on hidden states guesses, of which those that gradients tell are replaced.
+        truth, answers, enough, between: As of `attack_texts`.
+    """
+    judged: list[Judged] = []
+    for name, make in LABEL_ATTACKS.items():
+        found = _guess(make(), name, knowledge, traffic, between).labels or ()
+        tokens = []
+        for text, labels, places in zip(guessed, found, answers, strict=True):
+            told = torch.cat([labels.new_full((1,), UNKNOWN), labels[:-1]])  # where the label stands as a token
+            tokens.append(torch.where((places >= 0) & (told != UNKNOWN), told, text))  # places are the attacker's, too
+        judged.append(_judged(name, tokens, knowledge, truth, answers))
+        if enough(judged):
+            break
     return judged
+
+
+def _judged(
+    name: str,
+    tokens: Sequence[Tensor],
+    knowledge: Knowledge,
+    truth: Truth,
+    answers: Sequence[Tensor],
+    listed: tuple[Tensor, ...] | None = None,
+) -> Judged:
+    found = judge_tokens(name, "known", Guess(tuple(tokens), listed), knowledge, truth)
+    return replace(found, label_accuracy=share_interval(token_hits(tokens, answers)))
 
 
 def attack_gradients(
@@ -126,7 +170,8 @@ def worst_leak(channel: str, judged: Sequence[Judged], share: float, truth: Trut
     found = max((round(each.secret_recall.value * planted) for each in judged if each.secret_recall), default=0)
     attacked = sum(bool((row >= 0).any()) for row in truth.tokens or truth.labels)
     bound = max(got(most).high, min(1.0, 3 / attacked))
-    return Leak(channel, most.attack, got(most).value, bound, share, (found, planted))
+    listed = None if most.coarse_recall is None else most.coarse_recall.value
+    return Leak(channel, most.attack, got(most).value, bound, share, (found, planted), listed)
 
 
 def _guess(attack: Attack, name: str, knowledge: Knowledge, traffic: Traffic, between: Between) -> Guess:

@@ -52,38 +52,45 @@ class Rehearsal:
             kept.append(self._forward(len(kept), hidden, mask, positions, None))
 
         with self._aside(lambda _span: _HoldingSpan(keep)), torch.no_grad():
-            for batch in Batches(texts, self._rows, self._pad_id).epoch():
+            for batch in self._batches(texts):
                 with suppress(_HeldBackError):
                     self._tuned(**to_device(batch, self._model), use_cache=False)
         return Traffic("", str(self._model.split_plan), tuple(kept))
 
-    def gradients(self, texts: Sequence[Encoded]) -> tuple[Traffic, Truth]:
-        """What goes up of public texts in a pass and its backward, and what it is the truth of.
+    def gradients(self, texts: Sequence[Encoded], outputs: Sequence[Tensor] | None = None) -> tuple[Traffic, Truth]:
+        """What goes up of texts in a pass and its backward, and what it is the truth of. The gradients are held back.
 
-        Their hidden states are sent through the cloud's layers. Their gradients are held back.
+        Args:
+            texts: Public ones, whose hidden states are sent through the cloud's layers; private ones with `outputs`.
+            outputs: What came of other texts out of the cloud's layers, `[n, h]` each, which stands for what would come
+                of these: then nothing is sent. What gradients tell of labels depends on it little, and on an output
+                that has nothing to do with the label they tell more, as the model predicts it worse.
         """
         forwards: list[Forward] = []
         backwards: list[Backward] = []
         labels: list[Tensor] = []
-        outputs: list[Tensor] = []
+        answered: list[Tensor] = []
 
         def through(span: SpanFn) -> SpanFn:
             def call(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
                 with torch.no_grad():
-                    output = span(hidden.detach(), mask, positions)
+                    if outputs is None:
+                        output = span(hidden.detach(), mask, positions)
+                    else:
+                        output = _instead(hidden, outputs, len(labels))
                 forwards.append(self._forward(len(forwards), hidden, mask, positions, output))
-                outputs.append(output.detach().requires_grad_())
-                return outputs[-1]
+                answered.append(output.detach().requires_grad_())
+                return answered[-1]
 
             return call
 
         with self._aside(through):
-            for batch in Batches(texts, self._rows, self._pad_id).epoch():
+            for batch in self._batches(texts):
                 inputs = to_device(batch, self._model)
                 answer = self._tuned(**inputs, use_cache=False)
                 extra = None if self._defended is None else self._defended.extra_loss(answer.logits, inputs["labels"])
                 loss = (answer.loss if extra is None else answer.loss + extra) * self._weight
-                (gradient,) = torch.autograd.grad(loss, outputs[-1])
+                (gradient,) = torch.autograd.grad(loss, answered[-1])
                 codec = self.codecs.backward_up
                 sent = decode(encode(gradient, codec, Role.GRADIENT))
                 backwards.append(Backward(len(backwards), 0, sent, codec, None))
@@ -97,13 +104,38 @@ class Rehearsal:
         """What `forwards` of the same texts is judged by, and of each row the labels where they stand, -1 elsewhere."""
         tokens: list[Tensor] = []
         answers: list[Tensor] = []
-        for batch in Batches(texts, self._rows, self._pad_id).epoch():
+        for batch in self._batches(texts):
             labels = batch["labels"].where(batch["labels"] != IGNORED, UNKNOWN)
             # A withheld answer is no token that is sent, and one of the text all the same.
             private = labels.where(labels != UNKNOWN, batch["input_ids"])
             tokens.extend(private.masked_fill(batch["attention_mask"] == 0, UNKNOWN))
             answers.extend(labels)
         return Truth(tuple(tokens), secrets=secrets), tuple(answers)
+
+    def predicted(self, texts: Sequence[Encoded], outputs: Sequence[Tensor]) -> Tensor:
+        """What the edge's last layers make of outputs of the cloud's: probabilities where labels stand, `[k, V]`.
+
+        Args:
+            outputs: As of `gradients`.
+        """
+        found: list[Tensor] = []
+        rows = 0
+
+        def instead(_span: SpanFn) -> SpanFn:
+            return lambda hidden, _mask, _positions: _instead(hidden, outputs, rows)
+
+        with self._aside(instead), torch.no_grad():
+            for batch in self._batches(texts):
+                logits = self._tuned(**to_device(batch, self._model), use_cache=False).logits[:, :-1]
+                found.append(logits[batch["labels"][:, 1:] != IGNORED].softmax(-1))
+                rows += len(logits)
+        return torch.cat(found)
+
+    def _batches(self, texts: Sequence[Encoded]) -> Iterator[dict[str, Tensor]]:
+        rows = self._rows
+        while rows > 1 and len(texts) % rows == 1:  # a row alone has none to be mixed with
+            rows += 1
+        return iter(Batches(texts, rows, self._pad_id).epoch())
 
     @contextmanager
     def span(self) -> Iterator[SpanFn]:
@@ -148,6 +180,13 @@ class Rehearsal:
             yield
         finally:
             remote.span = before
+
+
+def _instead(hidden: Tensor, outputs: Sequence[Tensor], rows: int) -> Tensor:
+    """Outputs `[n, h]` in the place of those of `hidden` `[B, S, h]`, repeated to its length; `rows` came before."""
+    batch, length, _ = hidden.shape
+    chosen = [outputs[(rows + row) % len(outputs)] for row in range(batch)]
+    return torch.stack([each[torch.arange(length) % len(each)] for each in chosen]).to(hidden)
 
 
 class _HoldingSpan:

@@ -96,5 +96,7 @@ def check_budgeted(config: TrainConfig) -> None:
         raise ValueError(f"method prompt sends what the attacks of {what} do not see: use another method")
     if config.codec.strip().startswith("auto"):
         raise ValueError(f"codec = {config.codec!r} sends probes, and in codecs that {what} has not measured: name one")
+    if config.device != "cpu":
+        raise ValueError(f"device = {config.device!r}: the attacks of {what} compute on the CPU; give cpu")
     if config.precision != "fp32":
         raise ValueError(f"precision = {config.precision!r}: the attacks of {what} compute in fp32; give fp32")

@@ -236,8 +236,12 @@ def test_an_error_of_a_run_is_told_with_its_code(runs: Runs, tmp_path: Path) -> 
 @pytest.mark.parametrize(("budget", "status"), [("tokens<=1", "succeeded"), ("tokens<=0.01", "failed")])
 def test_a_jobs_leak_budget_is_measured_and_told(runs: Runs, tmp_path: Path, budget: str, status: str) -> None:
     jobs = jobs_of(tmp_path / "home", runs)
+    public = tmp_path / "public.jsonl"
+    public.write_text("".join(json.dumps({"text": f"other {n}: " + "ba" * (n % 5)}) + "\n" for n in range(24)))
+    jobs.upload("file-public", public)
     with jobs.service() as service:
-        job = ended(service, service.create("one", training(leak_budget=budget, leak_sample=4, steps=1)).id)
+        new = training(leak_budget=budget, leak_sample=4, steps=1, public="file-public")
+        job = ended(service, service.create("one", new).id)
         told = [event.message for event in service.events("one", job.id, limit=100)[0]]
     assert job.status == status, told
     if job.error is None:

@@ -44,15 +44,21 @@ class Recorded:
     asked_public: Path
 
     def train(self, out: Path, **values: Any) -> Report:
-        """Six steps of four texts: all of the data."""
-        return self.runs.train(
-            out, **{"data": str(self.texts), "steps": 6, "accumulate": 2, "leak_sample": 6, "leak_change": 9.0} | values
-        )
+        """Six steps of four texts: all of the data. The attacker has public texts like them."""
+        data = values.pop("data", str(self.texts))
+        if values.keys() & {"leak_budget", "secrets"}:
+            values.setdefault("public", str(self.asked_public if data == str(self.asked) else self.public))
+        settings = {"data": data, "steps": 6, "accumulate": 2, "leak_sample": 6, "leak_change": 9.0}
+        return self.runs.train(out, **settings | values)
 
     def seen(self) -> list[m.Forward | m.Backward]:
         """The calls of all edges so far."""
         calls = (entry.content for file in sorted(self.folder.iterdir()) for entry in read_entries(file))
         return [call for call in calls if isinstance(call, m.Forward | m.Backward)]
+
+    def private(self) -> list[m.Forward | m.Backward]:
+        """Those that are not of public texts, which are longer, and have no backward."""
+        return [each for each in self.seen() if isinstance(each, m.Backward) or min(lengths(each)) <= SHORTEST_PUBLIC]
 
 
 def text(n: int, length: int) -> str:
@@ -110,7 +116,7 @@ def test_nothing_private_crosses_where_the_budget_is_not_kept(cloud: Recorded, t
     # The control: with a budget that allows everything the run sends, and it is the run that it is without a budget.
     report = cloud.train(tmp_path / "out", leak_budget=["tokens<=1"], transcript=True)
     assert len(cloud.seen()) > before
-    assert report.leak == "tokens ≤ 1.00 (vocabulary_matching), measured on 6 texts"
+    assert re.fullmatch(r"tokens ≤ 1\.00 \(\w+\), measured on 6 texts", report.leak or "")
     assert (report.leak_tokens, report.leak_labels, report.leak_attacks) == (1.0, None, 1)
     assert f"leak: {report.leak}\n" in report.lines(tmp_path)
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["leak"] == report.leak
@@ -129,19 +135,19 @@ def test_labels_are_measured_with_public_texts_alone(cloud: Recorded, tmp_path: 
     }  # fmt: skip
     before = len(cloud.seen())
     with pytest.raises(ConfigError, match="give --public FILE"):
-        cloud.train(tmp_path / "out", **budget)
+        cloud.train(tmp_path / "out", **budget, public=None)
     assert len(cloud.seen()) == before
     with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: labels-.*top only .*ladder .*emulator"):
-        cloud.train(tmp_path / "out", **budget, public=str(cloud.asked_public))
+        cloud.train(tmp_path / "out", **budget)
     calls = cloud.seen()[before:]
     assert calls
     assert all(isinstance(call, m.Forward) for call in calls)
     assert min(min(lengths(call)) for call in calls if isinstance(call, m.Forward)) > SHORTEST_PUBLIC
-    # Without withholding, the answers are among the tokens, and no public text needs to be sent to see it.
-    before = len(cloud.seen())
+    # Without withholding, the answers are among the tokens: that a label is read there is seen before it is sent.
+    before = len(cloud.private())
     with pytest.raises(LeakBudgetError, match=r"labels<=0\.3 is broken: .* of the labels.*sent nothing private"):
-        cloud.train(tmp_path / "out", **{**budget, "withhold_answers": False}, public=str(cloud.asked_public))
-    assert len(cloud.seen()) == before
+        cloud.train(tmp_path / "out", **{**budget, "withhold_answers": False})
+    assert len(cloud.private()) == before
 
 
 def lengths(call: m.Forward) -> list[int]:
@@ -172,43 +178,67 @@ def test_a_top_only_run_that_withholds_answers_keeps_a_label_budget(
 def test_a_recovered_secret_breaks_the_budget(cloud: Recorded, tmp_path: Path) -> None:
     secrets = tmp_path / "secrets.txt"
     secrets.write_text(f"{text(3, 9)}\n\n{text(17, 9)[2:]}\n")
-    before = len(cloud.seen())
+    before, private = len(cloud.seen()), len(cloud.private())
     with pytest.raises(LeakBudgetError, match=r"recovers [23] of [23] secrets letter by letter"):
         cloud.train(tmp_path / "out", secrets=secrets, leak_sample=2)
     assert len(cloud.seen()) == before
-    noisy = ["gaussian:clip=1,sigma=50"]
-    report = cloud.train(tmp_path / "noisy", secrets=secrets, leak_sample=2, defence=noisy, steps=1)
+    # Noise on hidden states alone leaves them in the gradients, as each token is learned.
+    noise = "gaussian:clip=1,sigma=50"
+    with pytest.raises(LeakBudgetError, match=r"recovers [12] of 2 secrets letter by letter.*sent nothing private"):
+        cloud.train(tmp_path / "half", secrets=secrets, leak_sample=2, defence=[noise], steps=1)
+    assert len(cloud.private()) == private
+    both = [f"{noise},gradient_clip=1,gradient_sigma=50"]
+    report = cloud.train(tmp_path / "noisy", secrets=secrets, leak_sample=2, defence=both, steps=1)
     assert "0 of" in (report.leak or "")
     secrets.write_text("abc\nnot there\n")
     with pytest.raises(ConfigError, match=r"line 2 of .* is in no text"):
         cloud.train(tmp_path / "out", secrets=secrets)
 
 
+def test_a_token_budget_is_broken_by_gradients_too(cloud: Recorded, tmp_path: Path) -> None:
+    """What is learned of a plain text is the text."""
+    before = len(cloud.private())
+    noise = "gaussian:clip=1,sigma=50"
+    with pytest.raises(LeakBudgetError, match=r"labels-\w+ recovers 0\.9\d+ of the tokens.*sent nothing private"):
+        cloud.train(tmp_path / "out", leak_budget="tokens<=0.6", defence=noise)
+    assert len(cloud.private()) == before
+    # The control: with noise there as well, little of them is read.
+    both = f"{noise},gradient_clip=1,gradient_sigma=50"
+    assert (cloud.train(tmp_path / "both", leak_budget="tokens<=0.6", defence=both, steps=1).leak_tokens or 1) < 0.6
+
+
 def test_a_run_ends_when_training_undoes_its_defence(cloud: Recorded, tmp_path: Path) -> None:
     key, out = tmp_path / "key", tmp_path / "out"
     key.write_text("ab" * 32)
-    # The pair begins with codes that are small beside their noise, and learns to make them large.
+    # The pair begins with codes that are small beside their noise, and learns to make them large. As answers are
+    # withheld, gradients tell these alone.
     defended = {"defence": ["bottleneck:rank=16,clip=100,sigma=0.02"], "defence_key": key, "learning_rate": 0.1}
-    before = len(cloud.seen())
+    asked: dict[str, Any] = {"data": str(cloud.asked), "withhold_answers": True, **defended}
+    before = len(cloud.private())
     with pytest.raises(LeakBudgetError, match=r"Step \d+ has not been sent\. .*The last applied step is saved in"):
-        cloud.train(out, leak_budget=["tokens<=0.5"], leak_change=0.5, **defended)
+        cloud.train(out, leak_budget=["tokens<=0.5"], leak_change=0.5, **asked)
     applied = len((out / "losses.jsonl").read_text().splitlines())
     assert 1 <= applied < 6
     assert (out / f"checkpoint-{applied}").is_dir()
     evaluations = 1
-    assert len(cloud.seen()) - before == evaluations + applied * 2 * 2  # two micro-batches, forward and backward
+    assert len(cloud.private()) - before == evaluations + applied * 2 * 2  # two micro-batches, forward and backward
 
 
 @pytest.mark.usefixtures("one_attack")
 def test_a_run_that_goes_on_is_attacked_again_first(cloud: Recorded, tmp_path: Path) -> None:
-    values: dict[str, Any] = {"leak_budget": ["tokens<=1"], "leak_sample": 2, "leak_change": 9.0}
+    values: dict[str, Any] = {
+        "leak_budget": ["tokens<=1"],
+        "leak_sample": 2,
+        "leak_change": 9.0,
+        "public": str(cloud.public),
+    }
     interrupted(cloud.runs, tmp_path, 2, **values)
     with pytest.raises(CheckpointError, match="such as a leak budget"):
         cloud.runs.train(tmp_path, resume=True)
-    before = len(cloud.seen())
+    before = len(cloud.private())
     with pytest.raises(LeakBudgetError, match="This process has sent nothing private"):
         cloud.runs.train(tmp_path, resume=True, **{**values, "leak_budget": ["tokens<=0"]})
-    assert len(cloud.seen()) == before
+    assert len(cloud.private()) == before
     assert cloud.runs.train(tmp_path, resume=True, **values).leak_attacks == 2
 
 
@@ -243,7 +273,7 @@ def test_the_attacker_has_as_many_passes_as_the_text_that_is_sent_most(
 
     monkeypatch.setattr(leak_watch, "attack_texts", count)
     noisy: dict[str, Any] = {"leak_budget": "tokens<=1", "defence": "gaussian:clip=1,sigma=9", "steps": 3}
-    same = {"defence": "smoothing", "eval_every": 1}  # sends the same in each pass
+    same = {"defence": "smoothing:share=0.1", "eval_every": 1}  # sends the same in each pass
     for values in ({"eval_every": 1}, {}, {"validation_split": 0}, {"defence": ()}, same):
         with pytest.raises(LeakBudgetError, match="counted"):
             cloud.train(tmp_path, **{**noisy, **values})
@@ -261,11 +291,11 @@ def test_no_evaluation_goes_out_of_a_front_that_breaks_the_budget(
             raise LeakBudgetError(f"it is broken. {now}.")
 
     monkeypatch.setattr(BudgetWatch, "_compare", breaks)
-    before = len(cloud.seen())
+    before = len(cloud.private())
     with pytest.raises(LeakBudgetError, match="The evaluation after step 1 has not been sent"):
         cloud.train(tmp_path, leak_budget="tokens<=1", leak_change=1e-3, learning_rate=0.1, eval_every=1)
     evaluations = 1  # that before training
-    assert len(cloud.seen()) - before == evaluations + 2 * 2
+    assert len(cloud.private()) - before == evaluations + 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -278,6 +308,7 @@ def test_no_evaluation_goes_out_of_a_front_that_breaks_the_budget(
         ({"leak_budget": "labels<=0.1", "method": "prompt"}, "method prompt"),
         ({"leak_budget": "labels<=0.1", "codec": "auto"}, "sends probes"),
         ({"leak_budget": "labels<=0.1", "precision": "bf16"}, "compute in fp32"),
+        ({"leak_budget": "labels<=0.1", "device": "cuda"}, "compute on the CPU"),
         ({"public": "public.jsonl"}, "there is none"),
     ],
 )
@@ -285,3 +316,22 @@ def test_what_cannot_be_measured_is_refused(cloud: Recorded, tmp_path: Path, val
     with pytest.raises(ConfigError, match=said):
         cloud.runs.config(tmp_path, **values)
     cloud.runs.config(tmp_path, leak_budget="tokens<=0.5,labels<=.1")
+
+
+def test_noise_that_stays_while_the_front_moves_is_refused(clouds: dict[str, Recorded], tmp_path: Path) -> None:
+    values: dict[str, Any] = {"leak_budget": "tokens<=1", "defence": "gaussian:clip=1,sigma=9,memo=true", "steps": 1}
+    with pytest.raises(ConfigError, match="give memo=false"):
+        clouds["1:1"].train(tmp_path / "moves", **values)
+    assert clouds["0:2"].train(tmp_path / "still", **values).leak_tokens is not None  # nothing is trained below the cut
+
+
+@pytest.mark.usefixtures("one_attack")
+def test_what_the_last_layers_have_learned_is_a_change(cloud: Recorded, tmp_path: Path) -> None:
+    """Gradients tell a label by what is predicted: with nothing trained below, hidden states stay what they are."""
+    values: dict[str, Any] = {
+        "data": str(cloud.asked), "withhold_answers": True, "leak_budget": "labels<=1", "leak_change": 0.05, "steps": 2,
+        "defence": "gaussian:clip=1,sigma=1,gradient_clip=1e-3,gradient_sigma=1", "learning_rate": 0.1,
+        "target_modules": "3.self_attn.q_proj,3.self_attn.v_proj,3.mlp.down_proj,0.self_attn.q_proj",
+    }  # fmt: skip
+    assert (cloud.train(tmp_path / "out", **values).leak_attacks or 0) > 1
+    assert cloud.train(tmp_path / "still", **{**values, "learning_rate": 1e-9}).leak_attacks == 1
