@@ -31,9 +31,9 @@ class BudgetConfig(Settings):
     )
     public: str | None = Field(
         None,
-        description="Public texts in the form of the data, which the attacker learns from; labels are measured on "
-        "some of them, sent through the cloud. By default it learns from private texts outside the sample, which stay "
-        "here.",
+        description="Public texts in the form of the data, which the attacker learns from. Where the run sends "
+        "gradients, some of them are sent through the cloud, and it cannot do without. By default the attacker learns "
+        "from private texts outside the sample, which stay here.",
     )
     leak_sample: int = Field(
         16,
@@ -44,8 +44,8 @@ class BudgetConfig(Settings):
     leak_change: float = Field(
         0.1,
         gt=0,
-        description="Relative change of the sample's hidden states at the cut, or of trained noise on them, after "
-        "which a run attacks again: 0.1 is a tenth.",
+        description="Relative change of the sample's hidden states at the cut, of trained noise on them, or of what "
+        "the last layers predict where gradients go up, after which a run attacks again: 0.1 is a tenth.",
     )
     leak_every: int | None = Field(
         None, ge=1, description="Steps after which a run attacks again in any case; by default it goes by change alone."
