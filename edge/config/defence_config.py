@@ -41,7 +41,7 @@ class DefenceConfig(Settings):
     defence_key: Path | None = Field(
         None,
         description="File with the secret from which defences draw, 64 hexadecimal digits; the same key gives the same "
-        f"run. By default OUT/{KEY_FILE}, which is made when it is missing.",
+        f"run where the cloud gives the same answers. By default OUT/{KEY_FILE}, which is made when it is missing.",
     )
 
     @field_validator("defence", mode="before")

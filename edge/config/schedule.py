@@ -18,9 +18,20 @@ def total_steps(config: TuningConfig, n_examples: int) -> int:
     return config.steps or (config.epochs or 1) * steps_per_epoch(config, n_examples)
 
 
-def evaluations(config: TuningConfig, total: int) -> int:
-    """Passes over held-out examples in a run of `total` steps: before it, after it, and every `eval_every` steps."""
-    return 2 + (0 if config.eval_every is None else (total - 1) // config.eval_every)
+def epochs_left(config: TuningConfig, n_examples: int, done: int = 0) -> int:
+    """Epochs in which the steps after `done` applied ones lie; one that is gone on with counts."""
+    total, per_epoch = total_steps(config, n_examples), steps_per_epoch(config, n_examples)
+    return 0 if done >= total else (total - 1) // per_epoch - done // per_epoch + 1
+
+
+def evaluations_left(config: TuningConfig, n_examples: int, done: int = 0) -> int:
+    """Passes over held-out examples after `done` applied steps: before the run, after it, and every `eval_every` steps.
+
+    The one before the run counts as long as no step is applied, even if it has been made.
+    """
+    total, every = total_steps(config, n_examples), config.eval_every
+    between = 0 if every is None else max(0, (total - 1) // every - done // every)
+    return (1 if done == 0 else 0) + between + 1
 
 
 def learning_rate(config: TuningConfig, step: int, total: int) -> float:

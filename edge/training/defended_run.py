@@ -1,8 +1,16 @@
 """The defences of a training run: what stands between model and span, and what the loop does differently for them.
 
-All that is drawn follows from the key, the run's settings and data, the step, and the number of the pass in it. So a
-repeated step sends the same, a key that is used for another run draws other noise, and there is nothing to resume but
-the key, which the checkpoints know by its fingerprint.
+All that is drawn follows from the key, the run's settings and data, the step, the number of the pass in it, and what
+the cloud has answered to the run's steps until then. So a step that is made again, after a resume say, sends the same
+where the cloud answers the same, and the run ends as if nothing had been made again. Where the cloud answers otherwise,
+the step has other noise. A key that is used for another run draws other noise, too. The checkpoints know the key by its
+fingerprint, and the answers by a digest.
+
+That holds as far as the edge computes the same bits: on one machine, with as many threads. Elsewhere the last bits of
+what noise is added to can be others, and the noise the same.
+
+A step that is made again may be a further release, and so is an evaluation at another end. What each process begins to
+send is therefore counted on the disk, in `SHOWN_FILE`, before it is sent.
 """
 
 from __future__ import annotations
@@ -12,6 +20,8 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +32,13 @@ from isthmus.backbone.families import family_of
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.edge.config.defence_config import KEY_FILE
-from isthmus.edge.config.schedule import evaluations, steps_per_epoch, total_steps
+from isthmus.edge.config.schedule import epochs_left, evaluations_left, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
 from isthmus.edge.span_cache.cache_check import dropout_below
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
-from isthmus.privacy.defences.accountant import Exposure, Guarantee, guarantee
+from isthmus.privacy.defences.accountant import NOTHING_SHOWN, Exposure, Guarantee, Shown, guarantee
 from isthmus.privacy.defences.decoys import Decoys
 from isthmus.privacy.defences.defence import Defence
 from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd
@@ -36,16 +46,103 @@ from isthmus.privacy.defences.defended_span import DefendedSpan, SpanFn, build_d
 from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.privacy.defences.secret_noise import KEY_BYTES, SecretNoise
 
+SHOWN_FILE = "defence-shown"
+"""Inside the run's folder: what the folder's runs have begun to send, as JSON, each by the fingerprint of its noise."""
+
 _BEFORE = 0  # the step of what passes before the first one
+
+
+class SentAccount:
+    """What a run's processes have begun to send, in a file, and what is guaranteed of the run with it.
+
+    The file is written before something is sent, so that it counts however a process ends. Only the process that holds
+    the run's folder may use it.
+
+    Args:
+        path: The file.
+        run: The fingerprint of the run's noise.
+        promise: What is guaranteed of a run that goes on after so many steps, and has shown so much before.
+        say: Told what is guaranteed, before this process sends an example of the run.
+
+    Attributes:
+        guarantee: None where no defence claims an (ε, δ), and until `settle` or `add` is called.
+    """
+
+    def __init__(
+        self, path: Path, run: str, promise: Callable[[int, Shown], Guarantee | None], say: Callable[[str], None]
+    ) -> None:
+        self.guarantee: Guarantee | None = None
+        self._done = _BEFORE
+        self._path = path
+        self._run = run
+        self._promise = promise
+        self._say = say
+        self._settled = False
+
+    def go_on(self, done: int) -> None:
+        """Let this process go on after `done` applied steps.
+
+        Raises:
+            CheckpointError: The file says nothing of them.
+            ConfigError: It cannot be read.
+        """
+        if done > _BEFORE and self._run not in self._runs():
+            raise CheckpointError(
+                f"the run cannot be resumed: {self._path}, which counts what it has sent, is missing or of other runs. "
+                f"Put it back, or {START_ANEW}."
+            )
+        self._done = done
+
+    def settle(self) -> None:
+        """Find out what is guaranteed, with what other processes have sent, and say it; once.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        self.guarantee = self._promise(self._done, self._shown())
+        if self.guarantee is not None:
+            self._say(guarantee_line(self.guarantee))
+
+    def add(self, *, epochs: int = 0, evaluations: int = 0) -> None:
+        """Count what this process is about to send.
+
+        Raises:
+            ConfigError: The file cannot be read.
+            DiskError: It cannot be written.
+        """
+        self.settle()
+        before = self._shown()
+        now = Shown(before.epochs + epochs, before.evaluations + evaluations)
+        write_atomic(self._path, f"{json.dumps({**self._runs(), self._run: asdict(now)})}\n".encode(), 0o600)
+
+    def _shown(self) -> Shown:
+        found = self._runs().get(self._run, {})
+        return Shown(**found)
+
+    def _runs(self) -> dict[str, dict[str, int]]:
+        try:
+            runs: dict[str, dict[str, int]] = json.loads(self._path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self._path}, which counts what the run has sent, cannot be read ({error}): {START_ANEW}."
+            ) from error
+        return runs
 
 
 class DefendedRun:
     """A `StepObserver`, so that its key is in the checkpoints, and what the loop asks of defences.
 
+    Args:
+        per_epoch: Steps of an epoch.
+
     Attributes:
         texts: The defences as options write them.
         defences: Those that are functions of hidden states and gradients, in the order in which they act.
-        guarantee: What they guarantee of the run; None where none claims an (ε, δ).
     """
 
     def __init__(
@@ -55,24 +152,34 @@ class DefendedRun:
         defences: Sequence[Defence],
         modules: Sequence[nn.Module],
         noise: SecretNoise,
-        promised: Guarantee | None,
+        account: SentAccount,
         decoys: str | None,
         eval_every: int | None,
+        per_epoch: int,
     ) -> None:
         self.texts = [each.text() for each in options]
-        self.guarantee = promised
         self.defences = tuple(defences)
         self._span = span
         self._noise = noise
         self._private = next((each for each in options if isinstance(each, DpSgd)), None)
         self._modules = modules
-        # How often held-out texts are sent is in the guarantee, and counts from the run's first step.
+        self._account = account
+        self._per_epoch = per_epoch
+        # What was guaranteed at the start goes by how often held-out texts are sent.
         self._identity = {"key": noise.fingerprint, "decoys": decoys, "eval_every": eval_every}
         self._step = _BEFORE
-        span.begin("after", _BEFORE)
+        self._begun: int | None = None  # the last step that this process has begun
+        self._answers = span.answers  # as they were before the step
+        self._await_evaluation()
+
+    @property
+    def guarantee(self) -> Guarantee | None:
+        """What they guarantee of the run, once this process has sent something; None where none claims an (ε, δ)."""
+        return self._account.guarantee
 
     def figures(self) -> dict[str, Any]:
         """What the report says of them, under the names that `Report` has for it."""
+        self._account.settle()  # a run that has ended is resumed without sending anything
         promised = self.guarantee
         if promised is None:
             return {"defences": self.texts}
@@ -97,16 +204,24 @@ class DefendedRun:
 
     def private_gradients(self) -> PrivateGradients | None:
         """What adds up a step's gradients example by example; None where they are taken by micro-batches."""
-        return None if self._private is None else PrivateGradients(self._private, self._noise, ("step", self._step))
+        if self._private is None:
+            return None
+        step = self._step
+        return PrivateGradients(self._private, self._noise, lambda: ("step", step, self._span.answers))
 
     def before_step(self, step: int) -> None:
         """See `StepObserver`."""
-        self._step = step
-        self._span.begin("step", step)
+        # A step that follows on the one before it shows examples that this process has not sent in the epoch.
+        follows = self._begun == step - 1 and (step - 1) % self._per_epoch > 0
+        self._step = self._begun = step
+        self._span.answers = self._answers
+        before_first = None if follows else partial(self._account.add, epochs=1)
+        self._span.begin("step", step, learned_from=True, before_first=before_first)
 
     def after_step(self, step: int) -> None:
         """See `StepObserver`."""
-        self._span.begin("after", step)
+        self._answers = self._span.answers
+        self._await_evaluation()
 
     def points(self) -> Mapping[str, float]:
         """See `StepObserver`."""
@@ -114,13 +229,15 @@ class DefendedRun:
 
     def state(self) -> Mapping[str, Any]:
         """See `StepObserver`."""
-        return {**self._identity, "step": self._step}
+        return {**self._identity, "step": self._step, "answers": self._answers.hex()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `StepObserver`.
 
         Raises:
-            CheckpointError: The key, the decoys or the steps between evaluations are others than before.
+            CheckpointError: The key, the decoys or the steps between evaluations are others than before, or what was
+                sent before is not known.
+            ConfigError: The file that counts it cannot be read.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
@@ -130,7 +247,13 @@ class DefendedRun:
                     f"started with, or {START_ANEW}."
                 )
         self._step = int(state["step"])
-        self._span.begin("after", self._step)
+        self._account.go_on(self._step)
+        self._answers = self._span.answers = bytes.fromhex(state["answers"])
+        self._await_evaluation()
+
+    def _await_evaluation(self) -> None:
+        """What passes next, if no step does, is an evaluation, from whose answers nothing is learned."""
+        self._span.begin("after", self._step, before_first=partial(self._account.add, evaluations=1))
 
 
 @contextmanager
@@ -160,7 +283,11 @@ def defended_run(
         return
     key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
     noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
-    promised = guarantee(options, exposure_of(model, trained, config, data))
+
+    def promise(done: int, shown: Shown) -> Guarantee | None:
+        return guarantee(options, exposure_of(model, trained, config, data, done, shown))
+
+    promise(_BEFORE, NOTHING_SHOWN)  # refuses now what it would refuse later
     try:
         defences = build_defences(options, model.config.hidden_size)
     except ValueError as error:
@@ -170,11 +297,11 @@ def defended_run(
     for each in options:
         broken = each.broken_by
         say(f"defence {each.text()}: {f'an example, broken by {broken}' if broken else f'claims {each.claim}'}")
-    if promised is not None:
-        say(guarantee_line(promised))
+    account = SentAccount(config.out / SHOWN_FILE, noise.fingerprint, promise, say)
+    per_epoch = steps_per_epoch(config, len(data.train))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
-        yield DefendedRun(options, span, defences, modules, noise, promised, made_of, config.eval_every)
+        yield DefendedRun(options, span, defences, modules, noise, account, made_of, config.eval_every, per_epoch)
 
 
 def guarantee_line(promised: Guarantee) -> str:
@@ -210,17 +337,29 @@ def read_key(path: Path, *, make: bool) -> bytes:
     return key
 
 
-def exposure_of(model: Any, trained: Any, config: TrainConfig, data: TrainingData) -> Exposure:
-    """What the run does with the example that it shows most."""
-    total, per_epoch = total_steps(config, len(data.train)), steps_per_epoch(config, len(data.train))
-    epochs = -(-total // per_epoch)
+def exposure_of(
+    model: Any,
+    trained: Any,
+    config: TrainConfig,
+    data: TrainingData,
+    done: int = _BEFORE,
+    shown: Shown = NOTHING_SHOWN,
+) -> Exposure:
+    """What the run does with the example that it shows most.
+
+    Args:
+        done: Applied steps that a process goes on from.
+        shown: What the run's processes have begun to send before.
+    """
+    n_examples = len(data.train)
+    epochs = shown.epochs + epochs_left(config, n_examples, done)
     mezo = config.optimizer == "mezo"
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),
         backwards=epochs if gradients_go_up(model, trained, config) else 0,
-        held_out=evaluations(config, total) if data.validation else 0,
+        held_out=shown.evaluations + evaluations_left(config, n_examples, done) if data.validation else 0,
         steps=epochs,
         # A run without gradients is in eval mode, in which nothing drops out.
         moves=_front_moves(model, trained, config) or (not mezo and dropout_below(model) is not None),

@@ -11,6 +11,10 @@ Each release with Gaussian noise is Gaussian differentially private with μ = se
 
 No subsampling is counted: the cloud sees every message, and batches are no Poisson samples. ε follows from μ and δ
 exactly (Balle and Wang 2018), by Google's dp-accounting.
+
+A step that is made again is a further release: where the cloud answers otherwise than before, what is sent has other
+noise. So a run that several processes have made is counted by what each of them has begun to send (`Shown`). The sum is
+of one run. Another run on the same texts, with the same key or another, adds its own μ².
 """
 
 from __future__ import annotations
@@ -24,8 +28,24 @@ from isthmus.privacy.defences.defence_options import DefenceOptions, DpSgd, Gaus
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """What the processes of a run have begun to send.
+
+    Attributes:
+        epochs: In each, an example is sent once. One that several processes were in is counted for each of them.
+        evaluations: In each, a held-out example is sent once.
+    """
+
+    epochs: int = 0
+    evaluations: int = 0
+
+
+NOTHING_SHOWN = Shown()
+
+
+@dataclass(frozen=True, slots=True)
 class Exposure:
-    """What a run does with the example that it shows most.
+    """What a run does with the example that it shows most, in all of its processes.
 
     Attributes:
         tokens: Of the longest example.

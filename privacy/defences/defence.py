@@ -22,7 +22,8 @@ class Pass:
 
     Attributes:
         noise: Draws what is secret.
-        turn: Which pass of the run it is; no other one has the same.
+        turn: Which pass of the run it is, and what the cloud had answered before: no other one has the same. Only a
+            step that is made again, and gets the same answers, has the same turn again.
         ids: Token ids, `[B, S]`.
         real: Where a row has tokens, `[B, S]` bool. What lies there on padding says something of the text as well, as
             padding attends to it.
@@ -39,7 +40,7 @@ class Pass:
         return [ids[real].numpy().tobytes() for ids, real in rows]
 
     def fresh_normal(self, width: int, purpose: str) -> Tensor:
-        """Standard normal noise of this pass alone, `[B, S, width]` fp32, 0 on padding."""
+        """Standard normal noise of this turn alone, `[B, S, width]` fp32, 0 on padding."""
         drawn = self.noise.normal((*self.real.shape, width), purpose, *self.turn)
         return drawn.to(self.real.device) * self.real.unsqueeze(-1)
 

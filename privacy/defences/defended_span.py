@@ -2,13 +2,21 @@
 
 What the model sends passes through each defence in the order of the options, and so does each gradient; what comes back
 is undone in the opposite order. Without defences there is no such object, and nothing changes.
+
+What is drawn anew for each pass follows from the answers of the cloud so far, too: those to forwards and to backwards
+of training steps, on which depends what is sent later. So a step that is made again sends the same where the cloud
+answers the same. Where it answers otherwise, the messages differ in their noise as well: under the same noise, their
+difference would have none. Nothing that is sent depends on the answers of evaluations.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,12 +71,33 @@ def build_defences(options: Sequence[DefenceOptions], width: int) -> list[Defenc
     return [_MADE_BY[type(each)](each, width) for each in options if type(each) in _MADE_BY]
 
 
+@dataclass(slots=True)
+class _Stage:
+    """What passes belong to.
+
+    Attributes:
+        label: What no other part of the run has.
+        learned_from: Whether what is sent later depends on the answers.
+        before_first: Called before the first pass is sent; None for nothing, and afterwards.
+        calls: Passes so far.
+    """
+
+    label: tuple[Label, ...]
+    learned_from: bool = False
+    before_first: Callable[[], None] | None = None
+    calls: int = 0
+
+
 class DefendedSpan:
     """A `SpanFn` that defends what it sends.
 
     Args:
         model: The edge's model, without PEFT's wrapper.
         decoys: Decoys of the examples that will come; None for none.
+
+    Attributes:
+        answers: A digest of the answers so far that the run learned from, SHA-256; empty before the first. Whoever
+            makes a step again sets it to what it was when the step began.
     """
 
     def __init__(
@@ -79,16 +108,22 @@ class DefendedSpan:
         self._noise = noise
         self._decoys = decoys
         self._span: SpanFn = model.remote_layers.span
-        self._stage: tuple[Label, ...] = ("before",)
-        self._calls = 0
+        self.answers = b""
+        self._stage = _Stage(("before",))
         self._rehearsals = 0
         self._now: Pass | None = None
         self._pending: list[tuple[DecoyRows, Pass, Tensor]] = []  # decoys, their own passes, and the answers
         self._inputs: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def begin(self, *stage: Label) -> None:
-        """What the coming passes belong to, an optimizer step say: no other part of the run may have the same."""
-        self._stage, self._calls = stage, 0
+    def begin(self, *label: Label, learned_from: bool = False, before_first: Callable[[], None] | None = None) -> None:
+        """What the coming passes belong to, an optimizer step say.
+
+        Args:
+            label: No other part of the run may have the same.
+            learned_from: Whether what is sent later depends on the answers, which are then part of `answers`.
+            before_first: Called before the first of the passes is sent; what it raises holds it back.
+        """
+        self._stage = _Stage(label, learned_from, before_first)
 
     @contextmanager
     def rehearsed(self, around: Callable[[SpanFn], SpanFn]) -> Iterator[None]:
@@ -97,14 +132,14 @@ class DefendedSpan:
         Args:
             around: Makes it of the span that is called otherwise.
         """
-        before = self._span, self._decoys, self._stage, self._calls, self._now
+        before = self._span, self._decoys, self._stage, self._now
         self._span, self._decoys = around(self._span), None
         self._rehearsals += 1
         self.begin("rehearsal", self._rehearsals)
         try:
             yield
         finally:
-            self._span, self._decoys, self._stage, self._calls, self._now = before
+            self._span, self._decoys, self._stage, self._now = before
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -131,13 +166,13 @@ class DefendedSpan:
         self._inputs, self._pending = (attention_mask, position_ids), []
         sent = self._defended(hidden, now)
         if self._decoys is None:
-            return self._received(self._span(sent, attention_mask, position_ids), now)
+            return self._received(self._asked(sent, attention_mask, position_ids), now)
         decoys = self._decoys.rows(now)
         fronts = [self._front(rows, now, index) for index, rows in enumerate(decoys)]
         places = self._decoys.places(now)
         calls: Any = Arranged.apply(places, sent, *(front for front, _ in fronts))  # type: ignore[no-untyped-call]  # torch
         answers: Any = Arranged.apply(  # type: ignore[no-untyped-call]  # torch
-            inverse(places), *(self._span(call, attention_mask, position_ids) for call in calls)
+            inverse(places), *(self._asked(call, attention_mask, position_ids) for call in calls)
         )
         real, *others = answers
         with self._nothing_trained():
@@ -174,8 +209,8 @@ class DefendedSpan:
             self._now = None
             return
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        turn = (*self._stage, self._calls)
-        self._calls += 1
+        turn = (*self._stage.label, self._stage.calls, self.answers)
+        self._stage.calls += 1
         self._now = Pass(self._noise, turn, ids, real)
 
     def _embedded(self, _module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
@@ -189,8 +224,31 @@ class DefendedSpan:
             hidden = defence.hidden(hidden, now)
         return hidden
 
+    def _asked(self, call: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """What the cloud answers to a call; that and its answer to the backward are noted as they come."""
+        before_first, self._stage.before_first = self._stage.before_first, None
+        if before_first is not None:
+            before_first()
+        call = _Passed.apply(call, self._noted)  # type: ignore[no-untyped-call]  # torch
+        return self._noted(self._span(call, attention_mask, position_ids))
+
+    def _noted(self, answer: Tensor) -> Tensor:
+        """An answer as it is, once it is part of `answers` if the run learns from it."""
+        if self._stage.learned_from:
+            digest = hashlib.sha256(self.answers)
+            digest.update(answer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self.answers = digest.digest()
+        return answer
+
+    def _gradient(self, now: Pass, gradient: Tensor) -> Tensor:
+        """The gradient of a pass's answer as it is sent; its noise follows from that answer, too."""
+        now = replace(now, turn=(*now.turn, self.answers))
+        for defence in self._defences:
+            gradient = defence.gradient(gradient, now)
+        return gradient
+
     def _received(self, answer: Tensor, now: Pass) -> Tensor:
-        answer = _GradientPassed.apply(answer, self._defences, now)  # type: ignore[no-untyped-call]  # torch
+        answer = _Passed.apply(answer, partial(self._gradient, now))  # type: ignore[no-untyped-call]  # torch
         for defence in reversed(self._defences):
             answer = defence.output(answer, now)
         return answer
@@ -239,30 +297,28 @@ class DefendedSpan:
     @contextmanager
     def _beside(self, now: Pass, span: SpanFn, index: int = 0) -> Iterator[None]:
         """Let decoys pass with another span, beside a pass whose random numbers and turn they must not move."""
-        remote, before = self._model.remote_layers, (self._stage, self._calls, self._now)
-        remote.span, self._stage, self._calls = span, (*now.turn, "decoy", index), 0
+        remote, before = self._model.remote_layers, (self._stage, self._now)
+        remote.span, self._stage = span, _Stage((*now.turn, "decoy", index))
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(int(self._noise.uniform(1, "decoys/dropout", index, *now.turn) * 2**62))
                 yield
         finally:
-            remote.span, (self._stage, self._calls, self._now) = self, before
+            remote.span, (self._stage, self._now) = self, before
 
 
 class _CutReachedError(Exception):
     """Ends a forward at the cut."""
 
 
-class _GradientPassed(torch.autograd.Function):
-    """The answer as it is; its gradient through the defences on its way up."""
+class _Passed(torch.autograd.Function):
+    """A tensor as it is; its gradient through a function on its way back."""
 
     @staticmethod
-    def forward(ctx: Any, answer: Tensor, defences: Sequence[Defence], now: Pass) -> Tensor:
-        ctx.defences, ctx.now = defences, now
-        return answer.view_as(answer)
+    def forward(ctx: Any, value: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.through = through
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        for defence in ctx.defences:
-            gradient = defence.gradient(gradient, ctx.now)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.through(gradient), None

@@ -6,7 +6,8 @@ of standard deviation σC is added to each number, and the sum is divided by how
 Claims: the adapters after every step, and so the one that is returned, are (ε, δ)-differentially private in each
 example. An example is in one step of each epoch, whose sum it changes by at most 2C where another takes its place.
 Batches are those of a shuffled epoch and no Poisson samples, so nothing is gained by subsampling; the accountant
-counts epochs.
+counts epochs, and one that several processes of the run have begun as often. A step that is made again has the same
+noise where the cloud answers the same, and other noise where it does not.
 
 Not claimed: anything about messages. What the cloud sees of an example while it is trained on is not less for it;
 with `gaussian` beside it, the claims add up to one about everything.
@@ -18,7 +19,7 @@ a micro-batch would have is not sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +32,11 @@ class PrivateGradients:
     """The sum of a step.
 
     Args:
-        turn: Which step of the run it is; no other one has the same.
+        turn: Which step of the run it is, and what the cloud has answered until then: no other one has the same. It is
+            asked when the noise is drawn, after the step's answers.
     """
 
-    def __init__(self, options: DpSgd, noise: SecretNoise, turn: tuple[Label, ...]) -> None:
+    def __init__(self, options: DpSgd, noise: SecretNoise, turn: Callable[[], tuple[Label, ...]]) -> None:
         self._options = options
         self._noise = noise
         self._turn = turn
@@ -51,9 +53,9 @@ class PrivateGradients:
 
     def mean(self) -> list[Tensor]:
         """The noisy mean over the step's examples, of which there is at least one."""
-        deviation = self._options.sigma * self._options.clip
+        deviation, turn = self._options.sigma * self._options.clip, self._turn()
         noisy = [
-            total + deviation * self._noise.normal(tuple(total.shape), "dp-sgd", index, *self._turn).to(total)
+            total + deviation * self._noise.normal(tuple(total.shape), "dp-sgd", index, *turn).to(total)
             for index, total in enumerate(self._sums)
         ]
         return [torch.div(total, self._examples) for total in noisy]

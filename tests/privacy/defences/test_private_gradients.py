@@ -12,7 +12,7 @@ from isthmus.privacy.defences.secret_noise import SecretNoise
 
 
 def mean(noise: SecretNoise, sigma: float, examples: list[list[Tensor]], step: int = 1) -> list[Tensor]:
-    private = PrivateGradients(DpSgd(clip=2.0, sigma=sigma), noise, ("step", step))
+    private = PrivateGradients(DpSgd(clip=2.0, sigma=sigma), noise, lambda: ("step", step))
     for gradients in examples:
         private.add(gradients)
     return private.mean()
@@ -43,3 +43,15 @@ def test_an_example_moves_the_sum_by_twice_the_clip_at_most(noise: SecretNoise) 
 def test_small_gradients_are_averaged_as_they_are(noise: SecretNoise) -> None:
     found = mean(noise, 1e-12, [[torch.tensor([1.0])], [torch.tensor([0.5])]])
     assert found[0] == pytest.approx(0.75)
+
+
+def test_the_noise_follows_from_what_was_answered_until_it_is_drawn(noise: SecretNoise) -> None:
+    def drawn(answer: bytes) -> Tensor:
+        answers = [b""]
+        private = PrivateGradients(DpSgd(clip=2.0, sigma=3.0), noise, lambda: ("step", 1, answers[-1]))
+        private.add([torch.zeros(40)])
+        answers.append(answer)  # after the step has begun
+        return private.mean()[0]
+
+    assert torch.equal(drawn(b"one"), drawn(b"one"))
+    assert not torch.equal(drawn(b"one"), drawn(b"other"))
