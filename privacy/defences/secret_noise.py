@@ -2,8 +2,8 @@
 
 Every number is a function of the key and of a label that says what it is for. So a run is repeated, or resumed, with
 the same noise, and the only state to keep is what labels are made of. The stream is ChaCha20's under a key of its own
-for each label (HMAC-SHA256 of the label): whoever learns some of the noise, as a cloud does that knows a text, learns nothing of the
-rest. A generator with a short state, as torch's, could be solved for.
+for each label (HMAC-SHA256 of the label): whoever learns some of the noise, as a cloud does that knows a text, learns
+nothing of the rest. A generator with a short state, as torch's, could be solved for.
 
 Not defended: what the rounding of fp32 tells of a number's last bits (Mironov 2012, "On Significance of the Least
 Significant Bits for Differential Privacy").
