@@ -129,10 +129,10 @@ class AbuseSettings:
 class AuditSettings:
     """Let clouds lie in some of their answers, and audit them; audit honest ones, and count false alarms.
 
-    Tenants call each cloud at the same time, and each of their calls is computed again by another worker, and some by
-    one with other numerics, by a threshold. Exits with 1 where an altered answer is not found, an honest one is
-    accused, a forged transcript verifies, or audits of a sample catch lying clouds more or less often than the formula
-    says. With --keep, an interrupted measurement goes on.
+    Tenants call each cloud at the same time, and each of their calls is computed again by another worker, and by one
+    with other numerics, by a threshold; calls of honest clouds also without batching. Exits with 1 where an altered
+    answer is not found, an honest one is accused, a forged transcript verifies, or audits of a sample catch lying
+    clouds more or less often than the formula says. With --keep, an interrupted measurement goes on.
 
     Example: isthmus bench audit --json
     """
@@ -143,23 +143,31 @@ class AuditSettings:
     calls: Annotated[int, Option(min=4, help="Calls of each tenant at each lying cloud.")] = 60
     share: Annotated[float, Option(min=0.001, max=1, help="Of the calls that a lying cloud alters.")] = 0.1
     sample: Annotated[int, Option(min=1, help="Calls that an audit computes again.")] = 10
-    trials: Annotated[int, Option(min=1, help="Audits of each lying cloud.")] = 400
+    trials: Annotated[int, Option(min=1, help="Audits of each lying cloud, each of a sample of its own.")] = 200
     batch: Annotated[int, Option(min=1, help="Sequences of a call.")] = 1
-    seq: Annotated[int, Option(min=5, help="Tokens of a sequence at most; short, for many calls.")] = 16
-    measured: Annotated[int, Option(min=2, help="Calls of each tenant that a threshold is measured on.")] = 50
+    seq: Annotated[int, Option(min=5, help="Tokens of a sequence at most; short, for many calls.")] = 32
+    measured: Annotated[
+        int, Option(min=2, help="Calls of each tenant that a threshold is measured on, or that go without batching.")
+    ] = 50
     cost_batch: Annotated[int, Option(min=1, help="Sequences of a step whose time is measured.")] = 4
     cost_seq: Annotated[int, Option(min=5, help="Tokens of their sequences.")] = 64
     cost_steps: Annotated[int, Option(min=1, help="Such steps, with a transcript and without.")] = 12
-    threads: flags.Threads = 1
+    threads: flags.Threads = 2  # with one, batching changes nothing that bits depend on
 
 
 @dataclass(frozen=True, slots=True)
 class SecretsSettings:
     """Look for nonces that are used twice over crashes, and for what a cloud keeps of sessions, and where.
 
-    Exits with 1 where a key and a nonce came twice, where anything of a session was found in another place than the
-    worker's memory, where something was left there in spite of `--wipe-freed`, or where a control was not found. With
-    --keep, an interrupted measurement goes on.
+    Memory is searched for bytes as they are; logs, files, metrics, environments and Ray's control store also for their
+    hex, base64 and other forms in text, and for numbers in decimal. Exits with 1 where a key and a nonce came twice
+    (`no_reuse`), where anything of a session was found in another place than the worker's memory
+    (`nothing_elsewhere`), or where a control was not found (`controls_found`).
+
+    `during`, `at_once` and `after` are copies in the worker's memory: while sessions last, right after their end, and
+    seconds later. `freed_wiped` says whether none is left with `--wipe-freed`, at once or later. Where none is left at
+    once without the option either, it is null, as nothing is shown. It exits with 1 unless this is true. With --keep,
+    an interrupted measurement goes on.
 
     Example: isthmus bench secrets --json
     """

@@ -1,26 +1,32 @@
 """Whether audits catch lying clouds, how often they accuse honest ones, and what they cost.
 
-Tenants call a cloud at the same time, with transcripts and samples. Every call is then computed again by another
-worker, so it is known of each whether a replay would have caught it. An audit of m calls is then made many times, each
-time with the sample's random numbers drawn anew; the share that caught the cloud is compared with the formula.
+Tenants call a cloud at the same time, with transcripts and samples. Each tenant's session breaks once, so that there
+are calls which the cloud has not signed. Every call is then computed again by another worker, so it is known of each
+whether a replay would have caught it. The calls are then offered again, many times, to a sampler that has room for few
+of them, and what it keeps is audited; the share of audits that caught the cloud is compared with the formula.
 
 The same is done by a worker with other numerics, which stands for another processor: its attention is computed by other
 kernels, so its bits differ. There a threshold decides. It is measured on calls of an honest cloud that nothing else is
 judged on.
+
+Two more replay some calls of honest clouds. A worker without batching computes calls with more threads than one with
+it, and says so: other bits are then undecided, or judged by the threshold. This process, with the weights, has the bits
+of a worker without batching.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from rich.console import Console
@@ -32,16 +38,20 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.served_model import Served
+from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.audit.audit_run import AuditReport, audit
+from isthmus.edge.audit.replay import LocalReplayer
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
+from isthmus.edge.witness.session_witness import SIGN_EVERY
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.rigs.lying.audit_cost import cost_of
+from isthmus.experiments.rigs.lying.drawn_audits import drawn_audits
 from isthmus.experiments.rigs.lying.forgeries import UNTOUCHED, forgeries_of
 from isthmus.experiments.rigs.lying.lies import KINDS, LyingExecutor
 from isthmus.experiments.rigs.lying.lying_cloud import TENANTS, Keys, served
-from isthmus.experiments.rigs.lying.tenants import Bench, Remembered, Work, call, draw_again, replay
-from isthmus.privacy.transcript.detection import probability_of_catching, share_interval
+from isthmus.experiments.rigs.lying.tenants import Bench, Remembered, Work, call, replay
+from isthmus.privacy.transcript.detection import share_interval
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
 
 QUANTIZED = ("none", "int8")
@@ -52,13 +62,17 @@ ELSEWHERE = "eager"
 MARGIN = 4.0
 """A threshold is so many times the largest distance of honest answers that it was measured on."""
 CELLS = "cells.jsonl"
+VERSION = 2
+"""Of what a cell holds: those that an earlier one has left are made anew."""
+LONGER = (2, 8)
+"""Times the length of most calls: lengths that have thresholds of their own."""
 TRAINED = ("stale_adapter",)
 """Lies that need a run that trains, at one length."""
 Calls = set[tuple[str, int, str]]
 AT_A_LIE = 2
 """Tenants of a lying cloud; an honest one has all of them."""
 LONGER_SHARE = 0.5
-"""Of the calls that a cloud alters whose sequences are longer: there are few of them, as many tokens as elsewhere."""
+"""Of the calls that a cloud alters whose sequences are longer: there are few of them, half the tokens of the others."""
 
 
 def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
@@ -73,12 +87,12 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     cells = Cells(folder / CELLS, Console(stderr=True))
     longest = resolve(settings.model).config.max_position_embeddings
-    lengths = sorted({min(times * settings.seq, longest) for times in (1, 4, 16)})
+    lengths = sorted({min(times * settings.seq, longest) for times in (1, *LONGER)})
     cells.expect(len(QUANTIZED) * (len(KINDS) + 2 + 2 * len(lengths) - 1) + 2)
     lies, honest, thresholds, longer = [], [], [], []
     for quantize in QUANTIZED:
         cloud = _Cloud(settings, folder, quantize)
-        fixed = {**asdict(settings), "quantize": quantize}
+        fixed = {**asdict(settings), "quantize": quantize, "version": VERSION}
 
         def cell(name: str, make: Any, fixed: dict[str, Any] = fixed, **more: Any) -> dict[str, Any]:
             return cells.get(name, {**fixed, **more}, make)
@@ -98,9 +112,13 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
             forgeries = cell("forgeries", cloud.forgeries)["rows"]
             cost = cell("cost", cloud.cost)
     calls, elsewhere = (sum(row[name] for row in honest) for name in ("calls", "elsewhere_calls"))
+    unsigned = sum(row["altered_unsigned"] for row in lies)
+    found_unsigned = sum(row["detected_unsigned"] for row in lies)
+    every_found = all(row["detected"] == row["altered"] > 0 for row in (*lies, *longer))
+    accused = any(row["false_alarms"] or row["elsewhere_alarms"] for row in (*lies, *honest, *longer))
     return {
-        "all_caught": all(row["detected"] == row["altered"] > 0 for row in (*lies, *longer)),
-        "no_false_alarms": not any(row["false_alarms"] or row["elsewhere_alarms"] for row in (*lies, *honest, *longer)),
+        "all_caught": every_found and found_unsigned == unsigned > 0,
+        "no_false_alarms": not accused and not any(row["again"]["alarms"] for row in honest),
         "as_predicted": all(row["as_predicted"] for row in lies),
         "forgeries_found": all(row["refused"] == (row["forgery"] != UNTOUCHED) for row in forgeries),
         "lies": lies,
@@ -122,11 +140,16 @@ def show(result: dict[str, Any]) -> None:
         low, high = row["caught_interval"]
         met = f"caught {row['caught']}/{row['asked']} ({low:.3f} to {high:.3f}), predicted {row['predicted']:.3f}"
         found = f"{row['detected']} of {row['altered']} altered calls, elsewhere {row['elsewhere_found']}"
-        print(f"{row['kind']:15} {row['quantize']:5} {met}; {found}")
+        unsigned = f"unsigned {row['detected_unsigned']} of {row['altered_unsigned']}"
+        largest = f"largest met {row['met_largest']}, predicted {row['predicted_largest']:.3f}"
+        print(f"{row['kind']:15} {row['quantize']:5} {met}; {largest}; {found}; {unsigned}")
     for row in result["honest_clouds"]:
         how = "batching" if row["batching"] else "alone"
         there = f"elsewhere {row['elsewhere_alarms']} in {row['elsewhere_calls']}"
         print(f"honest {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls, {there}")
+        again = row["again"]
+        found = f"{again['same_bits']} have the same bits, {again['undecided']} are undecided without a threshold"
+        print(f"  of {again['calls']} by {again['by']} {found}, {again['alarms']} false alarms")
     for row in result["thresholds"]:
         print(f"threshold elsewhere, {row['quantize']}, {row['seq']} tokens: {row['threshold']:.2g}")
     for row in result["longer"]:
@@ -204,52 +227,80 @@ class _Cloud:
 
     def honest(self, threshold: float, *, batching: bool) -> dict[str, Any]:
         """An honest cloud: false alarms."""
-        settings = self._settings
+        settings, bench, model = self._settings, self._bench, self._model
         each = math.ceil(settings.honest / (2 * len(QUANTIZED) * len(TENANTS) * 2)) * 2  # a forward and its backward
         name = f"honest-{self._quantize}-{'batching' if batching else 'alone'}"
-        work = Work(name, len(TENANTS), each, settings.seq, batching=batching)
-        called = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work)
-        reports = [report for report, _ in replay(self._bench, self._model, called.runs)]
-        found = replay(self._bench, self._model, called.runs, self._elsewhere, threshold=threshold)
+        work = Work(name, len(TENANTS), each, settings.seq, batching=batching, breaks=True)
+        called = call(bench, model, LyingExecutor(model.executor, None, 0.0), work)
+        reports = [report for report, _ in replay(bench, model, called.runs, batching=batching)]
+        found = replay(bench, model, called.runs, self._elsewhere, threshold=threshold)
         there = [report for report, _ in found]
         return {
             "quantize": self._quantize,
             "batching": batching,
             "calls": sum(each.replayed for each in reports),
             "calls_per_pass": called.shared,
-            "false_alarms": sum(len(each.lies) for each in reports),
+            "unsigned": sum(each.unsigned for each in reports),
+            # By the same numerics, an answer of which nobody can say anything is as wrong as one that is accused.
+            "false_alarms": sum(len(each.lies) + each.undecided for each in reports),
             "elsewhere_calls": sum(each.replayed for each in there),
             "elsewhere_alarms": sum(len(each.lies) for each in there),
+            "again": self._again_without_batching(called.runs, threshold, here=not batching),
+        }
+
+    def _again_without_batching(self, runs: Sequence[Path], threshold: float, *, here: bool) -> dict[str, Any]:
+        """What is made of an honest cloud's calls, some of each run, without batching: here, or by another worker."""
+        settings, bench, some = self._settings, self._bench, self._settings.measured
+        if here:
+            session = read_transcript(runs[0] / TRANSCRIPT_FILE).sessions[0].session
+            local = Remembered(LocalReplayer(bench.checkpoint.folder, session, settings.threads))
+            with torch_threads(settings.threads):
+                found = [(_audited(run, local, some, None), local) for run in runs]
+        else:
+            found = replay(bench, self._model, runs, batching=False, calls=some)
+        judged = [_audited(run, replayer, some, threshold) for run, (_, replayer) in zip(runs, found, strict=True)]
+        bare = [report for report, _ in found]
+        return {
+            "by": "this process" if here else "a worker without batching",
+            "numerics": sorted({pair for report in bare for pair in report.numerics}),
+            "calls": sum(report.replayed for report in bare),
+            "same_bits": sum(report.identical for report in bare),
+            "undecided": sum(report.undecided for report in bare),
+            "alarms": sum(len(report.lies) for report in judged) + sum(report.undecided for report in bare if here),
         }
 
     def lie(self, kind: str, threshold: float) -> dict[str, Any]:
         """A lying cloud: what replays find, and how often audits of `sample` calls meet a lie."""
         settings, leased = self._settings, kind == "stale_adapter"
         executor = LyingExecutor(self._model.executor, kind, settings.share, cheaper=self._cheaper)
-        work = Work(f"{kind}-{self._quantize}", AT_A_LIE, settings.calls, settings.seq, leased=leased)
+        work = Work(f"{kind}-{self._quantize}", AT_A_LIE, settings.calls, settings.seq, leased=leased, breaks=True)
         judged = self._judge(executor, work, threshold)
-        runs, found, crossed = judged.runs, judged.found, judged.altered
-        apart = [lie.distance for report, _ in found for lie in report.lies if lie.distance is not None]
+        apart = [lie.distance for report, _ in judged.found for lie in report.lies if lie.distance is not None]
         # The first tenant is one that every kind lies to. It audits its own run.
-        victim, (report, replayer) = runs[0], found[0]
-        sample = min(settings.sample, report.replayed)
-        predicted = probability_of_catching(report.replayed, len(crossed[0]), sample)
-        transcript, draw, caught = read_transcript(victim / TRANSCRIPT_FILE), random.SystemRandom(), 0
-        for _ in range(settings.trials):
-            draw_again(victim / AUDIT_FOLDER, draw)
-            caught += bool(audit(transcript, victim / AUDIT_FOLDER, replayer, sample).lies)
+        victim, (report, replayer) = judged.runs[0], judged.found[0]
+        sample, asked = min(settings.sample, report.replayed), settings.trials
+        drawn = drawn_audits(victim, replayer, sample, asked, crc32(work.name.encode()))
+        predicted = drawn.predicted(len(judged.altered[0]))
+        # As if the cloud altered its largest calls, of which a sampler might keep fewer than it should.
+        largest = drawn.by_size[: math.ceil(settings.share * len(drawn.by_size))]
+        met_largest, predicted_largest = drawn.meeting(largest), drawn.predicted(len(largest))
+        kept = sorted({len(each) for each in drawn.kept})
+        as_predicted = _fits(drawn.caught, asked, predicted) and _fits(met_largest, asked, predicted_largest)
         return {
             "kind": kind,
             "quantize": self._quantize,
             **judged.counts(),
             "least_distance": min(apart, default=None),
             "sample": sample,
-            "asked": settings.trials,
-            "caught": caught,
-            "caught_interval": share_interval(caught, settings.trials),
+            "kept": kept,
+            "asked": asked,
+            "caught": drawn.caught,
+            "caught_interval": share_interval(drawn.caught, asked),
             "predicted": predicted,
-            "as_predicted": abs(caught - settings.trials * predicted)
-            <= 3 * math.sqrt(settings.trials * predicted * (1 - predicted)) + 1,
+            "largest": len(largest),
+            "met_largest": met_largest,
+            "predicted_largest": predicted_largest,
+            "as_predicted": as_predicted and kept == [sample],
         }
 
     def longer(self, length: int, threshold: float) -> dict[str, Any]:
@@ -262,7 +313,7 @@ class _Cloud:
         for executor in (honest, *liars):
             tenants, calls = (AT_A_LIE, settings.calls) if executor.kind else (len(TENANTS), settings.measured)
             name = f"longer-{executor.kind or 'honest'}-{self._quantize}-{length}"
-            work = Work(name, tenants, max(4, calls * settings.seq // length), length, fixed=True)
+            work = Work(name, tenants, max(4, calls * settings.seq // (2 * length)), length, fixed=True)
             counts.update(self._judge(executor, work, threshold).counts())
         return {"quantize": self._quantize, "seq": length, "threshold": threshold, **counts}
 
@@ -272,15 +323,14 @@ class _Cloud:
         found = replay(self._bench, self._model, runs)
         there = replay(self._bench, self._model, runs, self._elsewhere, threshold=threshold)
         told = {(session.hex(), call, question) for session, call, question in executor.altered}
-        accused, elsewhere = (
-            {(lie.session, lie.call, lie.question) for report, _ in each for lie in report.lies}
-            for each in (found, there)
-        )
-        return _Judged(runs, found, [_crossed(run) & told for run in runs], told, accused, elsewhere)
+        altered = [_crossed(run) & told for run in runs]
+        unsigned = set(chain.from_iterable(_crossed(run, unsigned=True) & told for run in runs))
+        accused, accused_unsigned = _accused(found), _accused(found, unsigned=True)
+        return _Judged(runs, found, altered, unsigned, told, accused, accused_unsigned, _accused(there))
 
     def forgeries(self) -> dict[str, Any]:
-        """What is found in forged transcripts of an honest run."""
-        work = Work("forged", 1, self._settings.calls, self._settings.seq)
+        """What is found in forged transcripts of an honest run, which the cloud has signed twice."""
+        work = Work("forged", 1, max(self._settings.calls, SIGN_EVERY + 4), self._settings.seq)
         (run,) = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work).runs
         return {"rows": forgeries_of(run, self._bench.keys, self._keys("keys-stranger"))}
 
@@ -302,16 +352,20 @@ class _Judged:
         runs: Of each tenant.
         found: What replays by the cloud's like found of each, and what has replayed.
         altered: Of each run, what the cloud altered and the tenant got.
+        unsigned: Of all of that, what the cloud has not signed.
         told: All that the cloud altered.
         accused: What those replays accuse.
+        accused_unsigned: Of that, what they call unsigned.
         elsewhere: What replays with other numerics accuse.
     """
 
     runs: Sequence[Path]
     found: Sequence[tuple[AuditReport, Remembered]]
     altered: Sequence[Calls]
+    unsigned: Calls
     told: Calls
     accused: Calls
+    accused_unsigned: Calls
     elsewhere: Calls
 
     def counts(self) -> dict[str, int]:
@@ -320,16 +374,33 @@ class _Judged:
             "calls": sum(report.replayed for report, _ in self.found),
             "altered": sum(map(len, self.altered)),
             "detected": len(self.accused & self.told),
+            "altered_unsigned": len(self.unsigned),
+            "detected_unsigned": len(self.accused_unsigned & self.unsigned),
             "false_alarms": len(self.accused - self.told),
             "elsewhere_found": len(self.elsewhere & self.told),
             "elsewhere_alarms": len(self.elsewhere - self.told),
         }
 
 
-def _crossed(run: Path) -> Calls:
-    """The calls of a run: session, number, kind."""
+def _accused(found: Sequence[tuple[AuditReport, Remembered]], *, unsigned: bool = False) -> Calls:
+    """What replays accuse, or those alone of which they say that the cloud has not signed them."""
+    lies = [lie for report, _ in found for lie in report.lies]
+    return {(lie.session, lie.call, lie.question) for lie in lies if not (unsigned and lie.signed)}
+
+
+def _audited(run: Path, replayer: Remembered, calls: int, threshold: float | None) -> AuditReport:
+    return audit(read_transcript(run / TRANSCRIPT_FILE), run / AUDIT_FOLDER, replayer, calls, threshold)
+
+
+def _fits(met: int, asked: int, predicted: float) -> bool:
+    """Whether so many of the audits are what a probability predicts, within three standard deviations and one audit."""
+    return abs(met - asked * predicted) <= 3 * math.sqrt(asked * predicted * (1 - predicted)) + 1
+
+
+def _crossed(run: Path, *, unsigned: bool = False) -> Calls:
+    """The calls of a run, or those of them that the cloud has not signed: session, number, kind."""
     return {
         (each.session.id.hex(), exchange.call.call, exchange.question)
         for each in read_transcript(run / TRANSCRIPT_FILE).sessions
-        for exchange in each.exchanges
+        for exchange in each.exchanges[each.signed if unsigned else 0 :]
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +36,15 @@ def cost_of(bench: Bench, model: Served) -> dict[str, float]:
 
     Returns:
         `transcript_step_ratio`, `sample_step_ratio`: the median ratio of a step's time, with a transcript, and with a
-        sample too, to that without. `hash_ms`, of `hashed_bytes`: one message of such a step, which each side hashes
-        once for the question and once for the answer. `wire_bytes_per_exchange`: what crosses more than without.
-        `file_bytes_per_exchange`: what the transcript takes on the disk.
+        sample too, to that without. `sign_ms`: until a signature has come, of which each step bears its share: a run
+        asks for one after `SIGN_EVERY` exchanges. `hash_ms`, of `hashed_bytes`: one message of such a step, which each
+        side hashes once for the question and once for the answer. `wire_bytes_per_exchange`: what crosses more than
+        without. `file_bytes_per_exchange`: what the transcript takes on the disk. Both with a signature's share.
     """
     settings, folder = bench.settings, bench.folder / "cost"
     names = ("plain", "transcript", "sample")
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    signing: dict[str, list[float]] = {name: [] for name in names}
     config = TrainConfig(cloud="-", data="-", method="lora")
     with ThreadCloud(model, bench.keys, threads=settings.threads) as cloud, ExitStack() as stack:
         links: dict[str, Link] = {}
@@ -55,30 +59,54 @@ def cost_of(bench: Bench, model: Served) -> dict[str, float]:
         for pair in range(WARM_UP + settings.cost_steps):
             for name in _turned(names, pair):
                 taken = steps[name]()
+                # After each step, as so few steps would not come to one: it costs the same after any number of them.
+                started, before = time.perf_counter(), _crossed(links[name])
+                links[name].sign_transcript()
                 if pair >= WARM_UP:
                     seconds[name].append(taken)
-        before = _crossed(links["transcript"])
-        links["transcript"].end_transcript()  # crosses one question and one signature, as after `SIGN_EVERY` exchanges
-        signature = _crossed(links["transcript"]) - before
-        exchanges = read_transcript(folder / "transcript.jsonl").exchanges
+                    signing[name].append(time.perf_counter() - started)
+                if name == "transcript":
+                    signature = _crossed(links[name]) - before
         hash_ms, hashed = _hashing(settings.cost_batch, settings.cost_seq, links["plain"].info.hidden_size)
-    ratios = {
-        f"{name}_step_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
-        for name in names[1:]
-    }
+    exchanges = read_transcript(folder / "transcript.jsonl").exchanges
+    signatures = exchanges / (WARM_UP + settings.cost_steps) / SIGN_EVERY  # that a step of a run has to pay for
+    plain = seconds["plain"]
+    ratios = {f"{name}_step_ratio": step_ratio(seconds[name], signing[name], plain, signatures) for name in names[1:]}
     return {
         **ratios,
-        "step_seconds": statistics.median(seconds["plain"]),
+        "step_seconds": statistics.median(plain),
+        "sign_ms": 1e3 * statistics.median(signing["transcript"]),
+        "signatures_per_step": signatures,
         "hash_ms": hash_ms,
         "hashed_bytes": hashed,
         "wire_bytes_per_exchange": signature / SIGN_EVERY,
-        "file_bytes_per_exchange": (folder / "transcript.jsonl").stat().st_size / exchanges,
+        "file_bytes_per_exchange": _file_bytes(folder / "transcript.jsonl"),
     }
+
+
+def step_ratio(steps: Sequence[float], signing: Sequence[float], plain: Sequence[float], signatures: float) -> float:
+    """The median ratio of a step's time, and its share of a signature's, to that of a plain step.
+
+    Args:
+        steps, signing, plain: Seconds, of as many steps each.
+        signatures: That a step has to pay for.
+    """
+    together = zip(steps, signing, plain, strict=True)
+    return statistics.median((step + signatures * sign) / other for step, sign, other in together)
 
 
 def _crossed(link: Link) -> int:
     totals = link.totals()
     return totals.bytes_up + totals.bytes_down
+
+
+def _file_bytes(transcript: Path) -> float:
+    """Bytes of an exchange in a transcript, with its share of a signature."""
+    lines = transcript.read_bytes().splitlines(keepends=True)
+    exchange, signature = (
+        statistics.mean(len(line) for line in lines if name in json.loads(line)) for name in ("n", "head")
+    )
+    return exchange + signature / SIGN_EVERY
 
 
 def _hashing(batch: int, seq: int, hidden: int) -> tuple[float, int]:

@@ -24,7 +24,8 @@ def forgeries_of(run: Path, keys: Keys, stranger: Keys) -> list[dict[str, Any]]:
     """Forge a run's evidence in each way.
 
     Args:
-        run: Its folder, with a transcript.
+        run: Its folder, with a transcript that the cloud has signed more than once: where its end is cut off, the chain
+            and the signatures of the rest are good.
         keys: Of its cloud and its edge.
         stranger: Of another cloud, which signs what it has not answered.
 
@@ -67,6 +68,10 @@ def _edited(edit: Callable[[Lines, Keys], Lines]) -> Callable[[Path, Keys], None
 def _answer_changed(lines: Lines, _: Keys) -> Lines:
     lines[3]["answered"] = "00" * 32
     return lines
+
+
+def _signatures_left_out(lines: Lines, _: Keys) -> Lines:
+    return [line for line in lines if "head" not in line]
 
 
 def _call_left_out(lines: Lines, _: Keys) -> Lines:
@@ -122,6 +127,7 @@ FORGERIES: Final[dict[str, Callable[[Path, Keys], None]]] = {
     UNTOUCHED: _untouched,
     "end_cut": _edited(lambda lines, _: lines[:-2]),
     "cut_in_a_line": _cut_in_a_line,
+    "signatures_left_out": _edited(_signatures_left_out),
     "beginning_cut": _edited(lambda lines, _: lines[1:]),
     "call_left_out": _edited(_call_left_out),
     "call_left_out_and_renumbered": _edited(_renumbered),

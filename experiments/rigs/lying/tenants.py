@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,11 +20,12 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.served_model import Served
 from isthmus.edge.audit.audit_run import AuditReport, audit
-from isthmus.edge.audit.replay import CloudReplayer
+from isthmus.edge.audit.replay import CloudReplayer, Replayer
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample, SampledCall
+from isthmus.edge.witness.session_witness import SIGN_EVERY
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.harness.single_process import random_batch, stepper
 from isthmus.experiments.rigs.lying.lies import LyingExecutor
@@ -32,7 +34,8 @@ from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, Transcri
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import GIB
 
-_NO_BOUND = 64 * GIB
+_OPEN_SECONDS = 10.0
+_NO_BOUND = 64 * GIB  # the sample of a run keeps all calls: it shall be known of each what a replay says
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class Work:
         seq: Tokens of a sequence at most, and at least 4; where `fixed`, of all.
         batching: Whether their calls share passes.
         leased: Whether they train adapters that are leased, instead of calling with random numbers.
+        breaks: Whether each tenant's session breaks once, after three quarters of its calls or just before the first
+            signature is due: the cloud has signed nothing of it, and then signs what is left.
     """
 
     name: str
@@ -65,6 +70,12 @@ class Work:
     batching: bool = True
     leased: bool = False
     fixed: bool = False
+    breaks: bool = False
+
+    @property
+    def breaks_before(self) -> int | None:
+        """Before which pair of a forward and its backward, from 0."""
+        return min(3 * self.calls // 4, SIGN_EVERY - 1) // 2 if self.breaks else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +95,13 @@ class Remembered:
         elsewhere: What the numerics are said to be beside the cloud's own; empty where they are the same.
     """
 
-    def __init__(self, inner: CloudReplayer, elsewhere: str = "") -> None:
-        self._inner, self._elsewhere, self._numerics = inner, elsewhere, ""
+    def __init__(self, inner: Replayer, elsewhere: str = "") -> None:
+        self._inner, self._elsewhere = inner, elsewhere
         self._answers: dict[tuple[bytes, int], m.Message] = {}
 
     def numerics(self) -> str:
         """See `Replayer`."""
-        self._numerics = self._numerics or self._inner.numerics() + self._elsewhere
-        return self._numerics
+        return self._inner.numerics() + self._elsewhere
 
     def answer(self, call: SampledCall) -> m.Message:
         """See `Replayer`."""
@@ -116,7 +126,7 @@ def call(bench: Bench, model: Served, executor: LyingExecutor, work: Work) -> Ca
             run.mkdir(parents=True)
             link = stack.enter_context(connect(cloud.address, key=key))
             link.keep_transcript(TranscriptLog(run / TRANSCRIPT_FILE), AuditSample(run / AUDIT_FOLDER, _NO_BOUND))
-            link.open(10.0)
+            link.open(_OPEN_SECONDS)
             links.append(link)
         if executor.kind == "tenant_altered":
             executor.victims = frozenset((bytes.fromhex(links[0].info.session_id),))
@@ -124,7 +134,10 @@ def call(bench: Bench, model: Served, executor: LyingExecutor, work: Work) -> Ca
         started = time.perf_counter()
         # Of the measurement's name, so that no two have an input in common: a threshold must not be judged on its own.
         seeds = [crc32(f"{work.name}/{edge.name}".encode()) for edge in edges]
-        jobs = [pool.submit(ask, bench.settings, work, link, seed) for seed, link in zip(seeds, links, strict=True)]
+        jobs = [
+            pool.submit(ask, bench.settings, work, link, seed, partial(_begin_pair, work, link, executor))
+            for seed, link in zip(seeds, links, strict=True)
+        ]
         for job in jobs:
             job.result()
         seconds = time.perf_counter() - started
@@ -139,6 +152,9 @@ def replay(
     runs: Sequence[Path],
     executor: Executor | None = None,
     threshold: float | None = None,
+    *,
+    batching: bool = True,
+    calls: int | None = None,
 ) -> list[tuple[AuditReport, Remembered]]:
     """Have calls of runs computed again by another worker, those of all runs at the same time.
 
@@ -147,10 +163,11 @@ def replay(
         model: What the worker serves.
         runs: Their folders.
         executor: What computes in the place of the model's own, with other numerics.
-        threshold: See `isthmus.edge.audit.audit_run.audit`.
+        threshold, calls: See `isthmus.edge.audit.audit_run.audit`.
+        batching: Whether calls share passes there.
     """
     with (
-        ThreadCloud(model, bench.keys, executor, threads=bench.settings.threads) as cloud,
+        ThreadCloud(model, bench.keys, executor, batching=batching, threads=bench.settings.threads) as cloud,
         ThreadPoolExecutor(len(runs)) as pool,
     ):
 
@@ -160,18 +177,9 @@ def replay(
                 link.keep_transcript(TranscriptLog(run / "audit-transcript.jsonl"))
                 elsewhere = "" if executor is None else ", elsewhere"
                 replayer = Remembered(CloudReplayer(link, transcript.sessions[0].session), elsewhere)
-                found = audit(transcript, run / AUDIT_FOLDER, replayer, threshold=threshold)
-                replayer.numerics()  # while there is a connection
-                return found, replayer
+                return audit(transcript, run / AUDIT_FOLDER, replayer, calls, threshold), replayer
 
         return list(pool.map(one, runs, bench.keys.edges))
-
-
-def draw_again(sample: Path, draw: random.Random) -> None:
-    """Give each call of a sample another random number, as another run would have given it."""
-    for path in sorted(sample.glob("*.call")):
-        _, _, rest = path.name.partition("-")
-        path.rename(path.with_name(f"{draw.getrandbits(64):016x}-{rest}"))
 
 
 def step_of(model: Any, vocabulary: int, batch: int, seq: int, seed: int) -> Callable[[], float]:
@@ -180,11 +188,23 @@ def step_of(model: Any, vocabulary: int, batch: int, seq: int, seed: int) -> Cal
     return stepper(model, random_batch(vocabulary, batch, seq))
 
 
-def _ask(settings: AuditSettings, work: Work, link: Link, seed: int) -> None:
+def _begin_pair(work: Work, link: Link, executor: LyingExecutor, number: int) -> None:
+    """Before a forward and its backward, which is a pair of one session: the session breaks where it is to."""
+    if number != work.breaks_before:
+        return
+    victims, broken = executor.victims, bytes.fromhex(link.info.session_id)
+    link.drop()
+    link.open(_OPEN_SECONDS)
+    if victims is not None and broken in victims:  # one tenant is lied to in all of its sessions
+        executor.victims = victims | {bytes.fromhex(link.info.session_id)}
+
+
+def _ask(settings: AuditSettings, work: Work, link: Link, seed: int, begin: Callable[[int], None]) -> None:
     """Forwards and backwards of random hidden states and lengths."""
     draw = random.Random(seed)  # noqa: S311  # is no secret
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(work.calls // 2):
+    for number in range(work.calls // 2):
+        begin(number)
         length = work.seq if work.fixed else draw.randint(4, work.seq)
         shape = (settings.batch, length, link.info.hidden_size)
         hidden, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -192,11 +212,12 @@ def _ask(settings: AuditSettings, work: Work, link: Link, seed: int) -> None:
         link.backward_span(kept, gradient, hidden, None, None)
 
 
-def _train_leased(settings: AuditSettings, work: Work, link: Link, seed: int) -> None:
+def _train_leased(settings: AuditSettings, work: Work, link: Link, seed: int, begin: Callable[[int], None]) -> None:
     """The same number of calls of a training whose adapters in the cloud's layers are leased."""
     model = link.load_model(leased=lambda name: True)
     config = TrainConfig(cloud="-", data="-", method="lora", rank=2, learning_rate=1e-2, sites="all", leased="all")
     peft = build_peft(model, config, layers=tuple(link.plan.cloud))
     step = step_of(peft, model.config.vocab_size, settings.batch, work.seq, seed)
-    for _ in range(work.calls // 2):
+    for number in range(work.calls // 2):
+        begin(number)
         step()
