@@ -68,22 +68,21 @@ def knowledge_of(
         base = seen.get_submodule(family.base)
         layers = list(getattr(base, family.layers))
         first = model.split_plan.cloud.start
-        layers[first] = _CloudLayers(layers[first], span, known)
+        layers[first] = _CloudLayers(layers[first], span)
         setattr(base, family.layers, nn.ModuleList(layers))
     return Knowledge(seen, tokenizer, model.split_plan, front, tokens, codec=codec, defence=known, label_places=True)
 
 
 class _CloudLayers(LayerStandIn):
-    """In the place of the cloud's layers: sends public texts through them, defended as the attacker would."""
+    """In the place of the cloud's layers: sends what comes to it through them, which the attacker has defended."""
 
-    def __init__(self, layer: nn.Module, span: SpanFn, defence: KnownDefence | None) -> None:
+    def __init__(self, layer: nn.Module, span: SpanFn) -> None:
         super().__init__(layer)
-        self._does = (span, defence or KnownDefence())
+        self._does = (span,)  # in a tuple, so that a span which is a module becomes no submodule
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        span, defence = self._does
         with torch.no_grad():
-            return span(defence.send(hidden_states), None, None)
+            return self._does[0](hidden_states, None, None)
 
 
 def _without_hooks(model: Any) -> Any:

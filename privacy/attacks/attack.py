@@ -24,7 +24,8 @@ UNKNOWN = -1
 class KnownDefence:
     """What the attacker knows of a defence; as it is here, it changes nothing.
 
-    All take and give `[batch, sequence, h]`. What is random is drawn anew, from torch's random numbers.
+    All but `of_pass` take and give `[batch, sequence, h]`. What is random is drawn anew, from torch's random numbers:
+    in each call, or once for a pass (`of_pass`). What the edge itself has drawn is never known.
 
     Attributes:
         on_embeddings: Whether `embedded` changes anything.
@@ -46,9 +47,33 @@ class KnownDefence:
         """The mean of what the edge would send."""
         return hidden
 
+    def output(self, output: Tensor) -> Tensor:
+        """What the edge would make of the span's output before its last layers; gradients flow back through it.
+
+        A denoiser takes the noise on the embeddings, too: in a pass what `embedded` adds there. Outside of a pass the
+        noise is drawn anew, and was on no embedding.
+        """
+        return output
+
+    def expect_output(self, output: Tensor) -> Tensor:
+        """The same of an output that the edge was given: the noise is its secret, so it is left out.
+
+        Each position depends on itself alone. Gradients flow back through it.
+        """
+        return output
+
     def gradient(self, gradient: Tensor) -> Tensor:
         """What the edge would send of the gradient at the span's output."""
         return gradient
+
+    def of_pass(self, ids: Tensor, real: Tensor) -> KnownDefence:
+        """The same defence in one pass of rows: what is drawn once and used in several places is the same in all.
+
+        Args:
+            ids: Token ids, `[batch, sequence]`.
+            real: Where the rows have tokens, `[batch, sequence]` bool.
+        """
+        return self
 
 
 class PublicText(NamedTuple):

@@ -2,10 +2,14 @@
 
 The loss of a position with the label y is the cross entropy of the head's logits. Its gradient, where the head reads,
 is `u = c * W^T (p - onehot(y))`: p is the model's own prediction, `c` one over the number of labels. What the edge
-sends is `J^T u`, J the Jacobian of the top layers and the final norm. With label smoothing, `onehot(y)` is mixed with
-the uniform distribution, in a share that the attacker knows.
+sends is `J^T u`, J the Jacobian of the top layers and the final norm, and of a denoiser before them where the edge has
+one. With label smoothing, `onehot(y)` is mixed with the uniform distribution, in a share that the attacker knows.
 
 `DirectLabels` takes J for the identity and p for nothing: the label's row of the head points against the gradient.
+Behind a denoiser it takes J for the denoiser's Jacobian, and solves for the gradient above it.
+
+A denoiser also depends on noise that is the edge's secret. Both attacks take it as it is without noise. Whoever finds
+the noise out, say from hidden states whose tokens it has read, would read more labels.
 
 `ExactLabels` knows the top's weights (or base weights near them), and from the span's output p and J. J has blocks:
 position t of its output depends on positions up to t. So the gradient at the last position with a label is
@@ -31,7 +35,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import DataError
-from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge
+from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge, KnownDefence
+from isthmus.privacy.attacks.known_defences import defended
 from isthmus.privacy.attacks.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
 
@@ -97,7 +102,8 @@ class _LabelAttack:
 
     def prepare(self, knowledge: Knowledge) -> None:
         """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
-        self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan), knowledge.label_places
+        received = (knowledge.defence or KnownDefence()).expect_output
+        self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan, received), knowledge.label_places
         self._smoothing = knowledge.label_smoothing
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
         self.calibrate([labelled_row(knowledge, tokens, len(tokens) // 2, n) for n, tokens in enumerate(texts)])
@@ -142,14 +148,15 @@ class _LabelAttack:
 
 
 class DirectLabels(_LabelAttack):
-    """The row of the head that points most against the gradient as it was sent."""
+    """The row of the head that points most against the gradient as it was sent, or above a denoiser."""
 
     name: ClassVar[str] = "labels-direct"
     knows: ClassVar[str] = "the head, public texts"
 
     def match(self, row: Row) -> tuple[Tensor, Tensor]:
         """See `_LabelAttack`."""
-        cosines, tokens = (normalize(-row.gradient[0].double(), dim=-1) @ normalize(self._top.rows, dim=-1).T).max(-1)
+        gradient = self._top.above(row.output, row.gradient)[0].double()
+        cosines, tokens = (normalize(-gradient, dim=-1) @ normalize(self._top.rows, dim=-1).T).max(-1)
         return tokens, cosines
 
 
@@ -312,9 +319,14 @@ def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int, number: int =
         kept.append(output.detach().requires_grad_())
         return kept[0]
 
-    handle = layer.register_forward_hook(keep)
+    handle = layer.register_forward_hook(keep)  # before those of the defence, so that it keeps what the cloud gives
     try:
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(knowledge.seed * 1_000_003 + number)
+            ids = tokens[None]
+            now = (knowledge.defence or KnownDefence()).of_pass(ids, torch.ones_like(ids, dtype=torch.bool))
+            with defended(model, knowledge.plan, now):
+                logits = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         handle.remove()
     labels = torch.full_like(tokens, UNKNOWN)

@@ -1,7 +1,11 @@
-"""The edge's top of a model as the cloud believes it to be: what it makes of the span's output, and its gradients."""
+"""The edge's top of a model as the cloud believes it to be: what it makes of the span's output, and its gradients.
+
+A denoiser before the top layers is part of the top: the gradient that the edge sends has passed through it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +36,13 @@ class ModelTop:
     Args:
         model: A whole transformers causal LM, which stays as it is.
         plan: Where it is cut.
+        received: What the edge makes of the span's output `[1, S, h]` before the layers, each position by itself;
+            gradients flow back through it.
     """
 
-    def __init__(self, model: Any, plan: SplitPlan) -> None:
+    def __init__(
+        self, model: Any, plan: SplitPlan, received: Callable[[Tensor], Tensor] = lambda output: output
+    ) -> None:
         family = family_of(model.config)
         plan.check_layers(model.config.num_hidden_layers)
         base = sharing_copy(model.get_submodule(family.base))
@@ -42,7 +50,7 @@ class ModelTop:
         last = plan.cloud.stop - 1
         kept = range(plan.cloud.stop, plan.n_layers)
         tail = (family.norm, *family.projections[1:])
-        self._given = _Given(layers[last])
+        self._given, self._received = _Given(layers[last]), received
         self._tail = [part for name in tail if (part := getattr(base, name)) is not None]
         if getattr(base, family.norm) is not None:
             setattr(base, family.norm, nn.Identity())
@@ -71,12 +79,34 @@ class ModelTop:
         Returns:
             What comes out of the last layer, `[1, S, h]`.
         """
-        self._given.states = hidden
+        self._given.states = self._received(hidden)
         # The base model embeds these tokens, and the stand-in for the span puts the states in their place.
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
         output = self._base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
+
+    def above(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient where the layers begin, of that at the span's output, as nearly as it can be solved for.
+
+        Args:
+            output, gradient: `[1, S, h]`.
+
+        Returns:
+            `[1, S, h]`; the gradient as it is where the edge makes nothing of the output.
+        """
+        if self._received(output) is output:
+            return gradient
+        found = []
+        for own, sent in zip(output.detach()[0], gradient[0], strict=True):  # a Jacobian at a time, `[h, h]`
+            given = own[None, None].requires_grad_()
+            received = self._received(given)
+            columns = torch.eye(len(own)).to(own)[:, None, None]
+            (jacobian,) = torch.autograd.grad(received, given, columns, is_grads_batched=True)
+            # Least squares, as a denoiser may take away whole directions. torch's usual driver errs where one does.
+            solved = torch.linalg.lstsq(jacobian[:, 0, 0].T, sent[:, None], driver="gelsd")
+            found.append(solved.solution[:, 0])
+        return torch.stack(found)[None]
 
     def alone(
         self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, places: Tensor | None = None
@@ -126,7 +156,7 @@ class ModelTop:
         Returns:
             What comes out of the last layer, `[1, S, h]`.
         """
-        self._given.states = states
+        self._given.states = self._received(states)
         output = self._base(
             input_ids=torch.zeros(states.shape[:2], dtype=torch.long),
             attention_mask=self._masks(sees, *places),

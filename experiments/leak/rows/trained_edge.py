@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint
-from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import CheckpointError
 from isthmus.edge.data.batches import IGNORED, collate
 from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.leak.leak_texts import Text
 from isthmus.privacy.attacks.attack import KnownDefence
-from isthmus.privacy.attacks.known_defences import KnownDefences
+from isthmus.privacy.attacks.known_defences import KnownDefences, defended
 from isthmus.privacy.defences.defence_options import DefenceOptions
 from isthmus.privacy.defences.defended_span import build_defences
 from isthmus.privacy.measures.token_accuracy import Hits
@@ -95,53 +94,31 @@ def score_task(
 ) -> TaskScore:
     """Score on held-out texts, as an edge would that sends them through the codec and the defence.
 
+    The edge has noise of its own here, drawn by the seed, and its denoiser is told that noise.
+
     Args:
         model: The whole model, with the adapter.
         plan: Where it is cut; None where nothing is sent.
     """
     sums: list[tuple[float, int, int]] = []
-    with torch.random.fork_rng(devices=[]), ExitStack() as until_then:
+
+    def through(hidden: Tensor) -> Tensor:
+        return decode(encode(hidden, codec, Role.ACTIVATION))
+
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if plan is not None:
-            until_then.enter_context(_on_the_wire(model, plan, codec, defence))
         for start in range(0, len(texts), _BATCH):
             batch = collate([text.encoded for text in texts[start : start + _BATCH]], pad_id)
             labels = batch["labels"][:, 1:]
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits[:, :-1]
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            with ExitStack() as sent:
+                if plan is not None:
+                    now = (defence or KnownDefence()).of_pass(ids, mask.bool())
+                    sent.enter_context(defended(model, plan, now, through))
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
             right = (logits.argmax(-1) == labels).sum(1)
             counts = (labels != IGNORED).sum(1)
             sums += zip(losses.view_as(labels).sum(1).tolist(), right.tolist(), counts.tolist(), strict=True)
     found, right, counts = (torch.tensor(column, dtype=torch.float64) for column in zip(*sums, strict=True))
     return TaskScore(Hits(found, counts), Hits(right, counts))
-
-
-@contextmanager
-def _on_the_wire(model: Any, plan: SplitPlan, codec: str, defence: KnownDefence | None) -> Iterator[None]:
-    """What is sent passes through defence and codec, and so does the answer through the codec, while the block runs."""
-    family = family_of(model.config)
-    layers = getattr(model.get_submodule(family.base), family.layers)
-
-    def through(hidden: Tensor) -> Tensor:
-        return decode(encode(hidden, codec, Role.ACTIVATION))
-
-    def up(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        return (through(hidden if defence is None else defence.send(hidden)), *args[1:]), kwargs
-
-    def down(_: Any, __: Any, output: Any) -> Any:
-        return (through(output[0]), *output[1:]) if isinstance(output, tuple) else through(output)
-
-    hooks = [
-        layers[plan.cloud.start].register_forward_pre_hook(up, with_kwargs=True),
-        layers[plan.cloud.stop - 1].register_forward_hook(down),
-    ]
-    if defence is not None:
-        hooks.append(model.get_input_embeddings().register_forward_hook(lambda _, __, found: defence.embedded(found)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
