@@ -11,9 +11,10 @@
 | `cases` | what happens: a machine killed, a link cut, the head away, … |
 | `machine_pool`, `machine_provider` | machines that Ray's autoscaler adds and ends |
 | `packets` | all that crosses the network |
-| `cluster_canaries`, `canary_edge` | secrets, looked for in the control store, files, environments and packets |
+| `cluster_canaries` | secrets, looked for in the control store, files, environments and packets |
+| `canary_edge`, `store_note` | what an edge sends, and a control that the control store keeps |
 | `cluster_bench` | the command |
 
 May import `isthmus.cloud`, `isthmus.edge` and what lies below them, and from `isthmus.experiments` the harness, the
-network, and the canaries of `isthmus.experiments.rigs.secrets`.
+network, and the canaries and scanners of `isthmus.experiments.rigs.secrets`.
 """

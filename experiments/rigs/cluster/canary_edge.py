@@ -15,7 +15,7 @@ TOKENS = 64
 
 
 def main(parent: Parent) -> None:
-    """Send a forward and a backward in each codec, then say the canaries: `{hex: kind}`."""
+    """Send a forward and a backward in each codec, then say the canaries: see `Sent`."""
     task = parent.task
     source = torch.Generator().manual_seed(0)
     with Captured() as captured:
@@ -24,7 +24,12 @@ def main(parent: Parent) -> None:
                 hidden, gradient = (torch.randn(1, TOKENS, link.info.hidden_size, generator=source) for _ in range(2))
                 _, kept = link.forward_span(hidden, None, None, keep=True)
                 link.backward_span(kept, gradient, hidden, None, None)
-    parent.say({window.hex(): kind for window, kind in captured.canaries.items()})
+    parent.say(
+        {
+            "canaries": {window.hex(): kind for window, kind in captured.canaries.items()},
+            "runs": [[run, kind] for run, kind in captured.runs.items()],
+        }
+    )
 
 
 if __name__ == "__main__":

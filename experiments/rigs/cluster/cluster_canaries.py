@@ -1,14 +1,20 @@
-"""Secrets of a cloud on several machines, looked for where none may be: what Ray keeps, logs, environments, packets."""
+"""Secrets of a cloud on several machines, looked for where none may be: what Ray keeps, logs, environments, packets.
+
+They are looked for as they are, and in the forms that text would have them in: see `text_forms`. In each place two
+sorts of controls must be found: something that the cloud or Ray has put there by itself, and something planted in each
+form.
+"""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import json
-import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +24,14 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.network.net_space import within
-from isthmus.experiments.rigs.cluster import canary_edge
+from isthmus.experiments.rigs.cluster import canary_edge, store_note
 from isthmus.experiments.rigs.cluster.cluster_world import Shape, World
 from isthmus.experiments.rigs.cluster.machine_processes import processes_of
 from isthmus.experiments.rigs.cluster.packets import Packets
 from isthmus.experiments.rigs.cluster.ray_nodes import SESSIONS
-from isthmus.experiments.rigs.secrets.memory_scan import WINDOW, Scanner
+from isthmus.experiments.rigs.secrets.memory_scan import WINDOW
+from isthmus.experiments.rigs.secrets.text_controls import Planted
+from isthmus.experiments.rigs.secrets.text_forms import PIECE, Numbers, TextScanner
 from isthmus.protocol.secure.keys import Fingerprint
 
 STORE, FILES, ENVIRONMENTS, NETWORK = "control store", "logs and other files", "environments", "network"
@@ -38,51 +46,76 @@ SETTLE_SECONDS = 1.0
 """For packets under way."""
 
 
-def look_for(world: World, sent: Mapping[str, str], packets: Packets, control: bytes) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What an edge has sent and got, and its session keys.
+
+    Attributes:
+        canaries: Kinds by bytes.
+        runs: Kinds by values that are next to each other.
+    """
+
+    canaries: Mapping[bytes, str]
+    runs: Mapping[Numbers, str]
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Sent:
+        """What `canary_edge` says."""
+        return cls(
+            {bytes.fromhex(each): kind for each, kind in said["canaries"].items()},
+            {tuple(run): kind for run, kind in said["runs"]},
+        )
+
+
+def look_for(world: World, sent: Sent, packets: Packets, planted: Mapping[str, Planted]) -> dict[str, Any]:
     """Look for the secrets of a world whose cloud serves.
 
     Args:
         world: with its machines on.
-        sent: what an edge has sent and got, and its session keys: kinds by hex, of `canary_edge`.
+        sent: what an edge has sent.
         packets: all that has crossed; they have ended.
-        control: what has crossed as it is.
+        planted: the controls of each place, which are there.
 
     Raises:
         IsthmusError: a key or a token is not where it is expected, or not in a known format.
 
     Returns:
         `found`, kinds of secrets by place, empty where all is well; `found_in`, the files, processes and packets with
-        them; `controls`, by place whether what must be found was; `canaries`, how many were looked for, of `kinds`;
-        `scanned`, bytes by place; `packets`, `packets_dropped`.
+        them; `controls`, by place whether all that must be found was; `forms`, by place how often the control in each
+        form was; `canaries`, how many were looked for, of `kinds`; `scanned`, bytes by place; `packets`,
+        `packets_dropped`.
     """
-    canaries = {bytes.fromhex(each): kind for each, kind in sent.items()} | secrets_of(_key_files(world))
+    canaries = {**sent.canaries, **secrets_of(_key_files(world))}
     if missing := set(_KEY_FILES) - set(canaries.values()):
         raise IsthmusError(f"no machine has the file {missing.pop()}: what is to be looked for has another name")
     root = json.loads((world.cloud.home / "issuer_cert").read_text())["root"]
     session = (world.ray.head.folder / SESSIONS / "session_latest").readlink().name
-    planted = {
+    there_already = {
         STORE: Fingerprint.of(base64.b64decode(root)).digest[:WINDOW],
         FILES: session.encode()[-WINDOW:],
         ENVIRONMENTS: str(world.cloud.owner.folder / "ray" / "token").encode()[-WINDOW:],
-        NETWORK: control,
     }
-    found, controls, scanned = {}, {}, {}
+    found, controls, forms, scanned = {}, {}, {}, {}
     found_in: set[str] = set()
     for where in PLACES:
-        scanner = Scanner({**canaries, planted[where]: CONTROL})
+        own = {there_already[where]: CONTROL} if where in there_already else {}
+        control_kinds = {CONTROL, *planted[where].kinds}
+        scanner = TextScanner({**canaries, **own, **planted[where].canaries}, {**sent.runs, **planted[where].runs})
         counted: Counter[str] = Counter()
         for name, part in _parts(where, world, packets):
             here = scanner.count([part])
             counted += here
-            found_in |= {name} if here.keys() - {CONTROL} else set()
-        controls[where] = bool(counted.pop(CONTROL, 0))
+            found_in |= {name} if here.keys() - control_kinds else set()
+        forms[where] = planted[where].found(counted)
+        controls[where] = all(forms[where].values()) and (not own or counted[CONTROL] > 0)
         scanned[where] = scanner.scanned
-        if counted:
-            found[where] = dict(counted)
+        if secret := {kind: count for kind, count in counted.items() if kind not in control_kinds}:
+            found[where] = secret
     return {
         "found": found,
         "found_in": sorted(found_in),
         "controls": controls,
+        "forms": forms,
         "canaries": len(canaries),
         "kinds": sorted(set(canaries.values())),
         "scanned": scanned,
@@ -97,7 +130,9 @@ def nothing_secret(looked: Mapping[str, Any]) -> bool:
 
 
 def secrets_of(paths: Iterable[Path]) -> dict[bytes, str]:
-    """What to look for of files with a private key or a token: kinds by window, the kind being the file's name.
+    """What to look for of files with a private key or a token, kinds by bytes, the kind being the file's name.
+
+    It is the beginning and the end of the secret: a line of base64 may end inside one of them.
 
     Raises:
         IsthmusError: a file has none of the forms that its secret is looked for in, so that a copy would not be found.
@@ -105,8 +140,9 @@ def secrets_of(paths: Iterable[Path]) -> dict[bytes, str]:
     canaries: dict[bytes, str] = {}
     for path in paths:
         text = path.read_bytes()
-        own = dict.fromkeys(_forms_of(_secret_of(text)), path.name)
-        if not Scanner(own).count([text]):
+        secret = _secret_of(text)
+        own = dict.fromkeys((secret[:PIECE], secret[-PIECE:]), path.name)
+        if not TextScanner(own).count([text]):
             raise IsthmusError(f"{path} would not be found if it were somewhere else: its format has changed")
         canaries |= own
     return canaries
@@ -121,20 +157,6 @@ def _secret_of(text: bytes) -> bytes:
     if isinstance(key, EllipticCurvePrivateKey):
         return key.private_numbers().private_value.to_bytes(key.key_size // 8, "big")
     return key.private_bytes_raw()  # type: ignore[union-attr]  # all others are Ed25519
-
-
-def _forms_of(secret: bytes) -> Iterator[bytes]:
-    """Windows of a secret as it is, in hex, and in base64, wherever it begins in a group of three bytes.
-
-    Two of each: a line of base64 may end inside one of them.
-    """
-    forms = [secret, secret.hex().encode()]
-    for before in range(3):
-        text = base64.b64encode(bytes(before) + secret)
-        forms.append(text[4 if before else 0 : -4])  # what has bits of what lies before, or behind
-    for form in forms:
-        yield form[:WINDOW]
-        yield form[-WINDOW:]
 
 
 def _key_files(world: World) -> list[Path]:
@@ -173,13 +195,37 @@ def secrets_kept(world: World) -> dict[str, Any]:
     cloud, packets, (first, second) = world.cloud, world.packets, world.takers
     if packets is None:
         raise IsthmusError("nobody writes down what crosses the network")
+    planted = {where: Planted(where, as_it_is=where != ENVIRONMENTS) for where in PLACES}
     with cloud.serving("--pipeline", "2"):
         task = {"cloud": cloud.connection, "key": str(world.keys[0])}
         with within(cloud.owner.namespace), TaskProcess("the edge", canary_edge.__name__, task) as edge:
-            sent = edge.answer()
-        control = os.urandom(WINDOW)
-        if not world.machines.delivered(first, second, [control]):
+            sent = Sent.of(edge.answer())
+        control = planted[NETWORK].pieces
+        if world.machines.delivered(first, second, control) < len(control):
             raise IsthmusError("the control did not cross the network")
-        time.sleep(SETTLE_SECONDS)
-        packets.end()
-        return look_for(world, sent, packets, control)
+        with _planted(world, planted):
+            time.sleep(SETTLE_SECONDS)
+            packets.end()
+            return look_for(world, sent, packets, planted)
+
+
+@contextlib.contextmanager
+def _planted(world: World, planted: Mapping[str, Planted]) -> Iterator[None]:
+    """Controls in the control store, beside and in a copy of a log, and in the environment of a process."""
+    owner, head = world.cloud.owner, world.ray.head
+    environment = world.ray.environment(owner)
+    task = {"address": world.ray.address, "value": planted[STORE].lines.hex()}
+    with (
+        within(owner.namespace),
+        TaskProcess("the control store's control", store_note.__name__, task, environment=environment) as note,
+    ):
+        note.answer()
+    log = (head.folder / "ray.log").read_bytes()
+    (head.folder / "controls.log").write_bytes(log + planted[FILES].log_lines + log)
+    texts = "\n".join(planted[ENVIRONMENTS].texts.values())
+    process = owner.start(["sleep", "infinity"], {**environment, "BENCH_CONTROL": texts}, owner.folder / "sleep.txt")
+    try:
+        yield
+    finally:
+        owner.signal(process, signal.SIGTERM)  # it is no process of the cloud's, which are counted later
+        process.wait()

@@ -7,6 +7,8 @@
 | `machines` | state machines that crash and begin again |
 | `nursery`, `restarts` | processes of edges and workers that are killed and started again |
 | `memory_scan` | looks for bytes in memory, shared memory and files |
+| `text_forms` | looks for bytes and numbers in text, in the forms that they have there |
+| `text_controls` | something in each of these forms, which must be found |
 | `canaries` | the bytes to look for: what this process's sessions send, get and seal with |
 | `sessions` | sessions in which a cloud gets all that it ever holds |
 | `remains` | what a cloud holds of them, and what is left |

@@ -1,7 +1,7 @@
 """What an edge of this process sends and gets, and its session keys: the bytes that are then looked for in the cloud.
 
 All of it is what the cloud really has: activations and gradients as they cross and as fp32, leased weights, the
-traffic secrets of sessions and the AES keys made of them.
+traffic secrets of sessions and the AES keys made of them. In text, tensors are also looked for as numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from isthmus.experiments.rigs.secrets.memory_scan import WINDOW, canaries_of
+from isthmus.experiments.rigs.secrets.text_forms import Numbers, runs_of
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.framing import KEY_BYTES, KeyChain
 from isthmus.protocol.session import EdgeSession, Received
@@ -30,10 +31,12 @@ class Captured:
 
     Attributes:
         canaries: What each is of, by its bytes.
+        runs: The same for numbers of tensors, by values that are next to each other.
     """
 
     def __init__(self) -> None:
         self.canaries: dict[bytes, str] = {}
+        self.runs: dict[Numbers, str] = {}
         self._stack = contextlib.ExitStack()
 
     @property
@@ -93,6 +96,8 @@ class Captured:
         longest = max(payload.buffers, key=len)
         for window in canaries_of(bytes(longest), WINDOWS):
             self.canaries[window] = name or f"{codec} {what}, as they cross"
+        values = decode(payload).float().numpy()
+        as_fp32 = name or f"{codec} {what}, as {'they cross' if codec == 'fp32' else 'fp32'}"
         if codec != "fp32":
-            for window in canaries_of(decode(payload).float().numpy().tobytes(), WINDOWS):
-                self.canaries[window] = name or f"{codec} {what}, as fp32"
+            self.canaries |= dict.fromkeys(canaries_of(values.tobytes(), WINDOWS), as_fp32)
+        self.runs |= dict.fromkeys(runs_of(values, WINDOWS), as_fp32)

@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 from isthmus.common.errors import IsthmusError
 
 WINDOW = 24
-"""Bytes of a canary."""
-_PREFIX = np.arange(8)  # its first bytes, which most places are dismissed by
+"""Bytes of a canary in memory."""
+PREFIX = 8
+"""First bytes of a canary, which most places are dismissed by."""
+_OF_PREFIX = np.arange(PREFIX)
 _PAGE = mmap.PAGESIZE
-_CHUNK, _BLOCK = 1 << 26, 1 << 22
+_CHUNK = 1 << 26
+BLOCK = 1 << 22
+"""Bytes that are looked through at a time."""
 _PRESENT = np.uint64(0b11 << 62)  # bits of /proc/PID/pagemap: in memory, or swapped out
 _NO_MEMORY = ("[vvar]", "[vsyscall]", "[vvar_vclock]")
 
@@ -33,44 +37,49 @@ class Scanner:
     """Counts canaries.
 
     Args:
-        canaries: What each is of, by its `WINDOW` bytes.
+        canaries: What each is of, by its bytes: at least `PREFIX` of them.
 
     Attributes:
         scanned: Bytes that were looked through.
     """
 
     def __init__(self, canaries: Mapping[bytes, str]) -> None:
-        self._canaries = dict(canaries)
         self.scanned = 0
+        self._longest = max(map(len, canaries), default=PREFIX)
+        self._canaries: dict[int, list[tuple[bytes, str]]] = {}  # by their first bytes, as a number
         self._first, self._second = np.zeros((2, 1 << 16), bool)  # which pairs of bytes canaries begin with
-        for window in self._canaries:
-            self._first[int.from_bytes(window[:2], "little")] = True
-            self._second[int.from_bytes(window[2:4], "little")] = True
-        self._prefixes = np.array([int.from_bytes(window[:8], "little") for window in self._canaries], np.uint64)
+        for canary, kind in canaries.items():
+            self._first[int.from_bytes(canary[:2], "little")] = True
+            self._second[int.from_bytes(canary[2:4], "little")] = True
+            self._canaries.setdefault(int.from_bytes(canary[:PREFIX], "little"), []).append((canary, kind))
+        self._prefixes = np.array(sorted(self._canaries), np.uint64)
 
     def count(self, parts: Iterable[bytes]) -> Counter[str]:
         """How often canaries of each kind are in pieces of bytes, none of which goes on in another."""
         found: Counter[str] = Counter()
         for part in parts:
             self.scanned += len(part)
-            for start in range(0, len(part), _BLOCK):
-                found.update(self._in_block(memoryview(part)[start : start + _BLOCK + WINDOW - 1]))
+            for start in range(0, len(part), BLOCK):
+                found.update(self._beginning_in(memoryview(part)[start : start + BLOCK + self._longest - 1]))
         return found
 
-    def _in_block(self, block: memoryview) -> Iterator[str]:
-        if len(block) < WINDOW:
+    def _beginning_in(self, block: memoryview) -> Iterator[str]:
+        """The kinds of canaries that begin in the first `BLOCK` bytes; behind these is what they may go on in."""
+        if len(block) < PREFIX or not self._canaries:
             return
         raw = np.frombuffer(block, np.uint8)
         for shift in (0, 1):
             pairs = np.frombuffer(block, np.dtype("<u2"), (len(block) - shift) // 2, shift)
             begins = self._first[pairs[:-1]] & self._second[pairs[1:]]
             places: NDArray[np.intp] = np.flatnonzero(begins) * 2 + shift
-            places = places[places <= len(block) - WINDOW]
-            prefixes = np.ascontiguousarray(raw[places[:, None] + _PREFIX]).view(np.dtype("<u8")).ravel()
-            for place in places[np.isin(prefixes, self._prefixes)]:
-                name = self._canaries.get(bytes(block[place : place + WINDOW]))
-                if name is not None:
-                    yield name
+            places = places[(places < BLOCK) & (places <= len(block) - PREFIX)]
+            prefixes = np.ascontiguousarray(raw[places[:, None] + _OF_PREFIX]).view(np.dtype("<u8")).ravel()
+            # Of each, the first known one that is not smaller, or else the last: it is the same, or none is.
+            known = self._prefixes[np.searchsorted(self._prefixes[:-1], prefixes)] == prefixes
+            for place, prefix in zip(places[known], prefixes[known], strict=True):
+                for canary, kind in self._canaries[int(prefix)]:
+                    if block[place : place + len(canary)] == canary:
+                        yield kind
 
 
 def canaries_of(data: bytes, count: int) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
-"""A process that joins a cloud's Ray and keeps an object in its store: what a scan of Ray must find.
+"""A process that joins a cloud's Ray and keeps an object in its store and values in its control store.
 
-Whoever has the cluster's token can do so; a cloud does not.
+A scan of Ray must find both. Whoever has the cluster's token can do so; a cloud keeps no object.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from isthmus.cloud.control.ray_cluster import ray_environment
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 
 PATIENCE = 120.0
+NAMESPACE = b"isthmus bench secrets"
 COPIES = 1 << 13
 """Of the bytes in the object: a smaller one would be kept outside the store."""
 
 
 def ray_object(control_store: str, home: Path, content: bytes) -> TaskProcess:
     """The process, which says something once the object is there; a context manager.
+
+    Asked with the hex of a value, it has the control store keep that. The value is not in its command line, which the
+    control store keeps as well.
 
     Args:
         control_store: Host and port of Ray's.
@@ -33,12 +37,14 @@ def _main(parent: Parent) -> None:
     os.environ.update(ray_environment(Path(task["home"])))
     import numpy as np
     import ray
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
     ray.init(address=task["address"], configure_logging=False, log_to_driver=False)
     held = ray.put(np.frombuffer(bytes.fromhex(task["content"]) * COPIES, np.uint8))
     parent.say()
-    for _ in parent.questions():
-        pass
+    for value in parent.questions():
+        internal_kv_get_gcs_client().internal_kv_put(b"control", bytes.fromhex(value), True, NAMESPACE)
+        parent.say()
     del held
 
 

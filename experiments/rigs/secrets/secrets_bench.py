@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +22,7 @@ from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.rig_settings import SecretsSettings
 from isthmus.experiments.harness.single_process import random_batch, stepper
-from isthmus.experiments.rigs.secrets.looked_at import looked_at
+from isthmus.experiments.rigs.secrets.looked_at import looked_at, own_surroundings
 from isthmus.experiments.rigs.secrets.machines import crashed_machines, restored_sealer
 from isthmus.experiments.rigs.secrets.nonce_log import Sealed
 from isthmus.experiments.rigs.secrets.remains import look
@@ -43,7 +43,7 @@ def run_secrets(settings: SecretsSettings, folder: Path) -> dict[str, Any]:
     Returns:
         `nonces`: see `Parts.processes` and `Parts.machines`. `clouds`: of a cloud without and one with `--wipe-freed`,
         what `look` says. `step`: the time of a training step with the option, over that without. `no_reuse`,
-        `nothing_elsewhere`, `freed_wiped` and `controls_found` sum them up.
+        `nothing_elsewhere`, `freed_wiped` (see there) and `controls_found` sum them up.
     """
     torch.set_num_threads(settings.threads)
     cells, parts = Cells(folder / CELLS, Console(stderr=True)), Parts(settings, folder)
@@ -59,7 +59,7 @@ def run_secrets(settings: SecretsSettings, folder: Path) -> dict[str, Any]:
     return {
         "no_reuse": not processes["reuses"] and not machines["reuses"],
         "nothing_elsewhere": not any(each["elsewhere"] for each in looks.values()),
-        "freed_wiped": not looks["wiping"]["after"],
+        "freed_wiped": freed_wiped(**looks),
         "controls_found": all(each["found"] for each in controls)
         and all(each["held_found"] and each["controls_found"] for each in looks.values()),
         "nonces": {"processes": processes, "machines": machines},
@@ -67,6 +67,18 @@ def run_secrets(settings: SecretsSettings, folder: Path) -> dict[str, Any]:
         "step": step,
         **asdict(settings),
     }
+
+
+def freed_wiped(plain: Mapping[str, Any], wiping: Mapping[str, Any]) -> bool | None:
+    """Whether the worker that wipes has no copy left, neither at once after the sessions nor later.
+
+    Args:
+        plain, wiping: What `look` says of a cloud without and one with `--wipe-freed`.
+
+    Returns:
+        None where nothing is shown, as the worker that does not wipe had no copy left at once either.
+    """
+    return not wiping["at_once"] and not wiping["after"] if plain["at_once"] else None
 
 
 class Parts:
@@ -119,7 +131,12 @@ class Parts:
 
     def cloud(self, name: str) -> dict[str, Any]:
         """What is found in and around a cloud with the options of a name; see `look`."""
-        with self._serving(name) as cloud, looked_at(cloud) as place:
+        folder = self._new(name)
+        with (
+            own_surroundings(folder) as around,
+            self._serving(name, folder / "c") as cloud,
+            looked_at(cloud, around) as place,
+        ):
             return look(place, self._settings.tokens)
 
     def step(self) -> dict[str, Any]:
@@ -129,7 +146,7 @@ class Parts:
         with ExitStack() as stack:
             steps: dict[str, Callable[[], float]] = {}
             for name in OPTIONS:
-                cloud = stack.enter_context(self._serving(name))
+                cloud = stack.enter_context(self._serving(name, self._new(name)))
                 link = stack.enter_context(connect(cloud.connection, key=cloud.edge_key))
                 model = build_peft(link.load_model(), config, layers=link.plan.edge_layers)
                 steps[name] = stepper(model, random_batch(model.config.vocab_size, settings.batch, settings.seq))
@@ -141,8 +158,8 @@ class Parts:
         ratios = [wiping / plain for plain, wiping in zip(seconds["plain"], seconds["wiping"], strict=True)]
         return {"ratio": statistics.median(ratios), "ratios": ratios, "seconds": seconds}
 
-    def _serving(self, name: str) -> LocalCloud:
-        settings, folder = self._settings, self._new(name)
+    def _serving(self, name: str, folder: Path) -> LocalCloud:
+        settings = self._settings
         folder.mkdir()
         shared = ("--edge-layers", settings.edge_layers, "--threads", str(settings.threads))
         return LocalCloud(folder, str(self._checkpoint.folder), *shared, *OPTIONS[name])
@@ -169,5 +186,10 @@ def show(result: dict[str, Any]) -> None:
         copies = f"{cloud['during']} copies in sessions, {cloud['at_once']} at their end, {cloud['after']} later"
         print(f"{name:20} memory: {copies}")
         for place, found in cloud["places"].items():
-            print(f"{'':20} {place}: {found['copies']} copies, {found['control_copies']} of {found['control']}")
+            own = f", {found['control_copies']} of {found['control']}" if found["control"] else ""
+            forms = found["forms"]
+            planted = f", {sum(map(bool, forms.values()))} of {len(forms)} planted forms" if forms else ""
+            print(f"{'':20} {place}: {found['copies']} copies{own}{planted}")
+    wiped = {True: "nothing is left", False: "something is left", None: "nothing shown, as nothing is without it"}
+    print(f"{'--wipe-freed':20} {wiped[result['freed_wiped']]}")
     print(f"{'step':20} {result['step']['ratio']:.3f} with --wipe-freed, over that without")
