@@ -102,3 +102,10 @@ def refusal(status: m.Status) -> Exception:
         return ConnectionLostError(said)
     kind = _REFUSALS.get(status.code, RefusedError)
     return kind(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {said}")
+
+
+def in_session(answer: m.Message) -> m.Message:
+    """An answer, also a refusal of what was asked; raises what any other status means, as it ends the session."""
+    if isinstance(answer, m.Status) and answer.code != m.StatusCode.BAD_REQUEST:
+        raise refusal(answer)
+    return answer

@@ -32,7 +32,7 @@ from isthmus.common.errors import (
     VersionError,
 )
 from isthmus.edge.client.endpoints import Endpoints
-from isthmus.edge.client.questions import Asked, Attempt, Question, refusal
+from isthmus.edge.client.questions import Asked, Attempt, Question, in_session, refusal
 from isthmus.edge.witness.session_witness import Witness
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
@@ -165,7 +165,7 @@ class SessionKeeper:
                 return
             try:
                 # Without `check`: an interrupted run is ended by what it says about going on, not by this.
-                self.witness.sign(lambda said: _in_session(run(stream.ask(said, SIGN_SECONDS, 0)).message))
+                self.witness.sign(lambda said: in_session(run(stream.ask(said, SIGN_SECONDS, 0)).message))
             except (ConnectionLostError, RemoteProtocolError, RefusedError, FingerprintError):
                 self.drop()
 
@@ -225,7 +225,7 @@ class SessionKeeper:
                 answerer.check_asked(answer, asked)
             if self.witness is not None:
                 self.witness.settle(
-                    lambda said: _in_session(attempt.ask(said)),
+                    lambda said: in_session(attempt.ask(said)),
                     message,
                     answer,
                     question.whole,
@@ -377,13 +377,6 @@ class SessionKeeper:
 
     def _observe(self, question: str, phase: str) -> None:
         self.observer(question, phase)  # looked up each time: it may be replaced while a session is open
-
-
-def _in_session(answer: m.Message) -> m.Message:
-    """An answer, unless it is a status that ends the session."""
-    if isinstance(answer, m.Status) and answer.code != m.StatusCode.BAD_REQUEST:
-        raise refusal(answer)
-    return answer
 
 
 def _same_call(answer: m.Message, message: m.Message) -> bool:

@@ -18,9 +18,10 @@ from isthmus.cloud.engine import engine
 from isthmus.edge.audit import replay as edge_replay
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, read_sample
 from isthmus.experiments.harness.rig_settings import AuditSettings
-from isthmus.experiments.rigs.lying import audit_bench, forgeries, tenants
-from isthmus.experiments.rigs.lying.audit_bench import ELSEWHERE, _Cloud, run_audit_bench, show
+from isthmus.experiments.rigs.lying import audit_bench, audited_cloud, forgeries, tenants
+from isthmus.experiments.rigs.lying.audit_bench import run_audit_bench, show
 from isthmus.experiments.rigs.lying.audit_cost import cost_of, step_ratio
+from isthmus.experiments.rigs.lying.audited_cloud import ELSEWHERE, AuditedCloud
 from isthmus.experiments.rigs.lying.lying_cloud import ThreadCloud
 from isthmus.experiments.rigs.lying.tenants import Work
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
@@ -53,15 +54,16 @@ def test_a_measurement_has_its_rows_and_an_interrupted_one_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(audit_bench, "QUANTIZED", ("none",))
+    for module in (audit_bench, audited_cloud):
+        monkeypatch.setattr(module, "QUANTIZED", ("none",))
     monkeypatch.setattr(audit_bench, "KINDS", ("noise",))
-    monkeypatch.setattr(audit_bench._Cloud, "cost", lambda _: 1 / 0)
+    monkeypatch.setattr(AuditedCloud, "cost", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_audit_bench(settings, tmp_path)
     with monkeypatch.context() as other:
-        other.setattr(audit_bench._Cloud, "cost", lambda _: {"hash_ms": 1.0})
+        other.setattr(AuditedCloud, "cost", lambda _: {"hash_ms": 1.0})
         for name in ("threshold", "lie", "honest", "longer", "forgeries"):
-            other.setattr(audit_bench._Cloud, name, lambda *_, **__: 1 / 0)
+            other.setattr(AuditedCloud, name, lambda *_, **__: 1 / 0)
         found = run_audit_bench(settings, tmp_path)
     assert [found[name] for name in ("all_caught", "no_false_alarms", "as_predicted", "forgeries_found")] == [True] * 4
     (lie,) = found["lies"]
@@ -76,7 +78,7 @@ def test_a_measurement_has_its_rows_and_an_interrupted_one_goes_on(
     assert json.loads(json.dumps(found))["forgeries"][0] == {"forgery": "untouched", "refused": False, "said": ""}
     show(found)
     assert "noise" in capsys.readouterr().out
-    monkeypatch.setattr(_Cloud, "cost", lambda _: {})
+    monkeypatch.setattr(AuditedCloud, "cost", lambda _: {})
     for number, (criterion, spoil) in enumerate(FAULTS):
         spoilt = deepcopy(found)
         spoil(spoilt)
@@ -118,14 +120,14 @@ def of_rows(
     with monkeypatch.context() as patch:
         for name, table in tables.items():
             rows = iter(found[table])
-            patch.setattr(_Cloud, name, lambda *_, rows=rows, **__: next(rows))
-        patch.setattr(_Cloud, "forgeries", lambda _: {"rows": found["forgeries"]})
+            patch.setattr(AuditedCloud, name, lambda *_, rows=rows, **__: next(rows))
+        patch.setattr(AuditedCloud, "forgeries", lambda _: {"rows": found["forgeries"]})
         return run_audit_bench(settings, folder)
 
 
 def test_a_threshold_of_nothing_accuses_the_honest(settings: AuditSettings, tmp_path: Path) -> None:
     """The control: the worker with other numerics has other bits."""
-    cloud = _Cloud(settings, tmp_path, "none")
+    cloud = AuditedCloud(settings, tmp_path, "none")
     row = cloud.honest(0.0, batching=True)
     assert row["false_alarms"] == 0
     assert row["elsewhere_alarms"] > 0
@@ -135,7 +137,7 @@ def test_a_threshold_of_nothing_accuses_the_honest(settings: AuditSettings, tmp_
 
 
 def test_at_a_longer_length_its_own_threshold_decides(settings: AuditSettings, tmp_path: Path) -> None:
-    cloud = _Cloud(settings, tmp_path, "none")
+    cloud = AuditedCloud(settings, tmp_path, "none")
     row = cloud.longer(16, 0.0)
     assert row["false_alarms"] == 0
     assert row["elsewhere_alarms"] > 0
@@ -143,7 +145,7 @@ def test_at_a_longer_length_its_own_threshold_decides(settings: AuditSettings, t
 
 
 def test_a_threshold_is_judged_on_inputs_that_it_was_not_measured_on(settings: AuditSettings, tmp_path: Path) -> None:
-    cloud = _Cloud(settings, tmp_path, "none")
+    cloud = AuditedCloud(settings, tmp_path, "none")
     cloud.threshold(settings.seq)
     cloud.honest(1.0, batching=True)
     measured, judged = (
@@ -161,7 +163,7 @@ def test_a_threshold_is_judged_on_inputs_that_it_was_not_measured_on(settings: A
 
 
 def test_where_a_forgery_is_found(settings: AuditSettings, tmp_path: Path) -> None:
-    rows = _Cloud(settings, tmp_path, "none").forgeries()["rows"]
+    rows = AuditedCloud(settings, tmp_path, "none").forgeries()["rows"]
     said = {row["forgery"]: row["said"] for row in rows}
     assert list(said) == list(forgeries.FORGERIES)
     assert not said.pop("untouched")
@@ -176,7 +178,7 @@ def test_numerics_that_differ_leave_calls_undecided_and_the_same_would_accuse_th
     settings: AuditSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker without batching has other bits here, as one whose calls have more threads."""
-    cloud = _Cloud(replace(settings, threads=2), tmp_path, "none")
+    cloud = AuditedCloud(replace(settings, threads=2), tmp_path, "none")
     others = cloud._elsewhere
 
     class OtherBits(ThreadCloud):
@@ -207,7 +209,7 @@ def test_numerics_that_differ_leave_calls_undecided_and_the_same_would_accuse_th
 def test_this_process_has_the_bits_of_a_worker_without_batching(
     settings: AuditSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cloud = _Cloud(replace(settings, threads=2), tmp_path, "none")
+    cloud = AuditedCloud(replace(settings, threads=2), tmp_path, "none")
     row = cloud.honest(1.0, batching=False)
     ((ours, theirs),) = row["again"].pop("numerics")
     assert ours == theirs
@@ -227,7 +229,7 @@ def test_this_process_has_the_bits_of_a_worker_without_batching(
 def test_a_tenant_is_lied_to_in_the_session_that_broke_and_in_the_one_after(
     settings: AuditSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cloud = _Cloud(replace(settings, share=1.0), tmp_path, "none")
+    cloud = AuditedCloud(replace(settings, share=1.0), tmp_path, "none")
     row = cloud.lie("tenant_altered", 1.0)
     assert (row["altered"], row["detected"]) == (12, 12)
     assert (row["altered_unsigned"], row["detected_unsigned"]) == (8, 8)
@@ -241,7 +243,7 @@ def test_a_tenant_is_lied_to_in_the_session_that_broke_and_in_the_one_after(
 
 
 def test_a_step_bears_its_share_of_a_signature(settings: AuditSettings, tmp_path: Path) -> None:
-    cloud = _Cloud(settings, tmp_path, "none")
+    cloud = AuditedCloud(settings, tmp_path, "none")
     found = cost_of(cloud._bench, cloud._model)
     assert found["signatures_per_step"] == 2 / 64
     assert found["sign_ms"] > 0

@@ -14,7 +14,7 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample, packed, read_sample
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.rigs.lying import drawn_audits as module
-from isthmus.experiments.rigs.lying.audit_bench import _Cloud, _fits
+from isthmus.experiments.rigs.lying.audited_cloud import AuditedCloud, fits
 from isthmus.experiments.rigs.lying.drawn_audits import DrawnAudits, drawn_audits
 from isthmus.experiments.rigs.lying.lies import LyingExecutor
 from isthmus.experiments.rigs.lying.tenants import Remembered, Work, call, replay
@@ -29,7 +29,7 @@ def lied_to(tmp_path_factory: pytest.TempPathFactory) -> LiedTo:
     """A run of one tenant, who has replayed it, and how many of its calls were altered."""
     folder = tmp_path_factory.mktemp("lied_to")
     settings = AuditSettings(model=str(tiny_checkpoint("llama", folder / "llama")), edge_layers="1:1", threads=1)
-    cloud = _Cloud(settings, folder, "none")
+    cloud = AuditedCloud(settings, folder, "none")
     liar = LyingExecutor(cloud._model.executor, "noise", 0.25)
     (run,) = call(cloud._bench, cloud._model, liar, Work("noise", 1, CALLS, 32, breaks=True)).runs
     ((report, replayer),) = replay(cloud._bench, cloud._model, [run])
@@ -42,7 +42,7 @@ def drawn(lied_to: LiedTo, seed: int = 0) -> tuple[DrawnAudits, bool, bool]:
     run, replayer, altered = lied_to
     found = drawn_audits(run, replayer, SAMPLE, TRIALS, seed)
     met = found.meeting(found.by_size[:LARGEST])
-    return found, _fits(found.caught, TRIALS, found.predicted(altered)), _fits(met, TRIALS, found.predicted(LARGEST))
+    return found, fits(found.caught, TRIALS, found.predicted(altered)), fits(met, TRIALS, found.predicted(LARGEST))
 
 
 def test_the_sampler_of_runs_catches_as_often_as_predicted(lied_to: LiedTo) -> None:

@@ -1,0 +1,109 @@
+"""What a run under defences has sent, and what is guaranteed of it: counted on the disk, before it is sent.
+
+A step that is made again may be a further release, and so is an evaluation at another end. So each process of a run
+counts what it begins to send.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from isthmus.common.errors import CheckpointError, ConfigError
+from isthmus.common.files import write_atomic
+from isthmus.edge.training.run_identity import START_ANEW
+from isthmus.privacy.defences.accountant import Guarantee, Shown
+
+SHOWN_FILE = "defence-shown"
+"""Inside the run's folder: what the folder's runs have begun to send, as JSON, each by the fingerprint of its noise."""
+
+
+class SentAccount:
+    """What a run's processes have begun to send, in a file, and what is guaranteed of the run with it.
+
+    The file is written before something is sent, so that it counts however a process ends. Only the process that holds
+    the run's folder may use it.
+
+    Args:
+        path: The file.
+        run: The fingerprint of the run's noise.
+        promise: What is guaranteed of a run that goes on after so many steps, and has shown so much before.
+        say: Told what is guaranteed, before this process sends an example of the run.
+
+    Attributes:
+        guarantee: None where no defence claims an (ε, δ), and until `settle` or `add` is called.
+    """
+
+    def __init__(
+        self, path: Path, run: str, promise: Callable[[int, Shown], Guarantee | None], say: Callable[[str], None]
+    ) -> None:
+        self.guarantee: Guarantee | None = None
+        self._done = 0
+        self._path = path
+        self._run = run
+        self._promise = promise
+        self._say = say
+        self._settled = False
+
+    def go_on(self, done: int) -> None:
+        """Let this process go on after `done` applied steps.
+
+        Raises:
+            CheckpointError: The file says nothing of them.
+            ConfigError: It cannot be read.
+        """
+        if done and self._run not in self._runs():
+            raise CheckpointError(
+                f"the run cannot be resumed: {self._path}, which counts what it has sent, is missing or of other runs. "
+                f"Put it back, or {START_ANEW}."
+            )
+        self._done = done
+
+    def settle(self) -> None:
+        """Find out what is guaranteed, with what other processes have sent, and say it; once.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        self.guarantee = self._promise(self._done, self._shown())
+        if self.guarantee is not None:
+            self._say(guarantee_line(self.guarantee))
+
+    def add(self, *, epochs: int = 0, evaluations: int = 0) -> None:
+        """Count what this process is about to send.
+
+        Raises:
+            ConfigError: The file cannot be read.
+            DiskError: It cannot be written.
+        """
+        self.settle()
+        before = self._shown()
+        now = Shown(before.epochs + epochs, before.evaluations + evaluations)
+        write_atomic(self._path, f"{json.dumps({**self._runs(), self._run: asdict(now)})}\n".encode(), 0o600)
+
+    def _shown(self) -> Shown:
+        found = self._runs().get(self._run, {})
+        return Shown(**found)
+
+    def _runs(self) -> dict[str, dict[str, int]]:
+        try:
+            runs: dict[str, dict[str, int]] = json.loads(self._path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self._path}, which counts what the run has sent, cannot be read ({error}): {START_ANEW}."
+            ) from error
+        return runs
+
+
+def guarantee_line(promised: Guarantee) -> str:
+    """A guarantee for a person."""
+    if promised.epsilon is None:
+        return f"differential privacy: {promised.of}"
+    return f"differential privacy: epsilon {promised.epsilon:.3g} at delta {promised.delta:g}, of {promised.of}"
