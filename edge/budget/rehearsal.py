@@ -63,8 +63,8 @@ class Rehearsal:
         Args:
             texts: Public ones, whose hidden states are sent through the cloud's layers; private ones with `outputs`.
             outputs: What came of other texts out of the cloud's layers, `[n, h]` each, which stands for what would come
-                of these: then nothing is sent. What gradients tell of labels depends on it little, and on an output
-                that has nothing to do with the label they tell more, as the model predicts it worse.
+                of these: then nothing is sent. Such an output predicts the label worse, so that the gradient is larger
+                before it is clipped; what the text's own output would say of the label is missing.
         """
         forwards: list[Forward] = []
         backwards: list[Backward] = []

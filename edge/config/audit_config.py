@@ -50,7 +50,7 @@ class ReplayConfig(Settings):
         None,
         ge=0,
         description="Distance |a - b| / |b| up to which answers are the same where they were computed by other "
-        "numerics (processor, torch, threads); without it, such answers must have the same bits.",
+        "numerics (processor, torch, threads); without it, such answers are undecided where their bits differ.",
     )
     threads: int | None = Field(None, ge=1, description="torch threads of a replay with --model.")
 

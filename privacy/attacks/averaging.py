@@ -2,7 +2,7 @@
 
 Which row is of which example is told by the order in which rows come: that of held-out texts is the same in each
 evaluation, and that of training follows from settings that are no secret. Noise that an example has in every pass does
-not average out; a row that is the same to the bit as in the first pass counts once.
+not average out; a pass that is the same to the bit as the first, in all rows, does not count.
 """
 
 from __future__ import annotations
