@@ -54,7 +54,8 @@ LOST_SECONDS = 60.0
 
 Ray starts it again within seconds, and a machine that only is busy should not lose it."""
 START_SECONDS = 60.0
-"""For a new controller to answer first: its process imports torch, on a machine that may be busy."""
+"""For a new controller to answer first: its process imports torch, which takes 5 s where nothing else runs, and more on
+a busy machine."""
 REJOIN_SECONDS = 1.0
 """Between two attempts to join a cluster: each is a connection that is refused, or waited for."""
 STOP_SECONDS = 10.0

@@ -140,7 +140,7 @@ class Engine:
     @property
     def threads_note(self) -> str:
         """Which calls have fewer than all threads, and which bits depend on the batch; see `numerics`."""
-        found, part = self.invariance, self._torch_threads // len(self._threads)
+        found, part = self.invariance, max(1, self._torch_threads // len(self._threads))
         if found is None:
             return ""
         if found.rows is None:

@@ -51,8 +51,8 @@ def lines(report: AuditReport) -> str:
         f"replayed {report.replayed} of {report.calls} calls",
         f"  {report.identical:6} have the same bits",
         *([f"  {close:6} are within the threshold"] if close else []),
-        *([f"  {report.undecided:6} have others, and no threshold is stated"] if report.undecided else []),
-        f"  {len(report.lies):6} are others",
+        *([f"  {report.undecided:6} differ, undecided: no --threshold is given"] if report.undecided else []),
+        f"  {len(report.lies):6} are wrong",
         "probability that such an audit finds a cloud that alters",
         *(f"  {float(share):6.1%} of the calls{which}: {caught:.1%}" for share, caught in report.caught.items()),
     ]
@@ -63,9 +63,9 @@ def lines(report: AuditReport) -> str:
     if report.unsigned:
         said.append(f"{report.unsigned} exchanges are without the cloud's signature: their sessions broke")
     for ours, theirs in report.numerics:
-        said.extend(("the cloud says of its bits", *_wrapped(ours)))
+        said.extend(("numerics of the cloud", *_wrapped(ours)))
         said.extend(
-            ("and the replay the same",) if ours == theirs else ("the replay says of its bits", *_wrapped(theirs))
+            ("numerics of the replay: the same",) if ours == theirs else ("numerics of the replay", *_wrapped(theirs))
         )
     if report.first_lie is not None:
         lie = report.first_lie

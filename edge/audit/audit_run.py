@@ -70,11 +70,11 @@ class AuditReport:
         undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
         numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
         largest_distance: Of the answers that were no lies.
-        threshold: By which they were judged; None for bits.
+        threshold: By which answers of other numerics were judged; None where none was given.
         unsigned: Exchanges of the run that the cloud has not signed.
         caught: For shares of altered calls, one call at least, how likely this audit was to meet one. They are shares
-            of the calls that were not too large and, where calls were skipped, had no adapters: of the others none had
-            a chance to be replayed.
+            of the calls that were not too large; where calls with adapters were skipped, of all calls without adapters,
+            and the figure holds if none of these was too large.
     """
 
     calls: int
@@ -110,7 +110,7 @@ def audit(
         folder: Of the sample.
         replayer: Who computes.
         calls: How many at most; None for all. The sample's order is random, so any number of it is a sample.
-        threshold: The distance up to which answers of other numerics are honest; None where bits must be the same.
+        threshold: The distance up to which answers of other numerics are honest; None to leave such answers undecided.
 
     Raises:
         ConfigError: There is no sample.

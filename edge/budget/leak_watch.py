@@ -110,7 +110,7 @@ class BudgetWatch:
         parts = [leak.text() for leak in self._worst.values()]
         on = [f"measured on {len(self._texts.sample)} texts"] if self._attacks_texts else []
         if self._attacks_labels:
-            on.append(f"labels on {len(self._shown())} public ones")
+            on.append(f"labels on {len(self._public_sent())} public ones")
         return ", ".join([*parts, *on])
 
     def begin(self, check_stop: Callable[[], None]) -> None:
@@ -120,7 +120,7 @@ class BudgetWatch:
         if self._attacks_texts:
             said += f" {len(self._texts.sample)} private texts are attacked here before anything private is sent."
         if self._gradients and self._attacks_anything:
-            said += f" {len(self._shown())} public texts go through the cloud's layers, for attacks on gradients."
+            said += f" {len(self._public_sent())} public texts go through the cloud's layers, for attacks on gradients."
         if self._attacks_anything:
             source = "public texts" if self._texts.given else "other texts of the run, which makes it stronger"
             said += f" The attacker learns from up to {len(self._texts.public)} {source}."
@@ -177,7 +177,7 @@ class BudgetWatch:
                 f"the attacks on gradients, and the attacker needs {FEWEST_PUBLIC}: give a file with more."
             )
 
-    def _shown(self) -> Sequence[Any]:
+    def _public_sent(self) -> Sequence[Any]:
         """The public texts that pass through the cloud's layers, for attacks on gradients."""
         return self._texts.public[: min(self._config.leak_sample, len(self._texts.public) // 2)]
 
@@ -216,8 +216,15 @@ class BudgetWatch:
 
     def _leaks(self) -> Iterator[Leak]:
         texts, codecs = self._texts, self._rehearsal.codecs
-        if self._attacks_anything:
-            self._states = self._expected()
+        public: tuple[Traffic, Truth] | None = None  # crosses once, and only where an attack needs it
+
+        def crossed() -> tuple[Traffic, Truth]:
+            nonlocal public
+            if public is None:
+                public = self._rehearsal.gradients(self._public_sent())
+                self._outputs = _outputs_of(public[0])
+            return public
+
         if self._attacks_texts:
             knowledge = self._knows(texts.public, codecs.forward_up)
             first = self._rehearsal.forwards(texts.sample)
@@ -231,25 +238,24 @@ class BudgetWatch:
 
             judged, guess = attack_texts(knowledge, first, self._other_passes(), truth, answers, enough, self._between)
             if self._gradients and not enough(judged):
+                crossed()
                 judged += self._by_gradients_of_texts(guess, truth, answers, enough)
             yield from found(judged)
         if self._attacks_labels:
-            yield self._by_gradients()
+            yield self._by_gradients(*crossed())
         elif "labels" in self._limits and "labels" not in self._in_texts:
             yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
-        if self._outputs:
-            self._states = self._expected()  # with what the cloud has answered
+        if self._attacks_anything:
+            self._states = self._expected()
 
     def _other_passes(self) -> Iterator[Traffic]:
         for _ in range(self._passes - 1):
             self._check_stop()
             yield self._rehearsal.forwards(self._texts.sample)
 
-    def _by_gradients(self) -> Leak:
+    def _by_gradients(self, traffic: Traffic, truth: Truth) -> Leak:
         """What gradients of public texts give of labels."""
-        shown, share = self._shown(), self._shares["labels"]
-        traffic, truth = self._rehearsal.gradients(shown)
-        self._outputs = _outputs_of(traffic)
+        share = self._shares["labels"]
 
         def found(judged: Sequence[Judged]) -> Leak:
             return worst_leak("labels", judged, share, truth)
@@ -264,7 +270,6 @@ class BudgetWatch:
         self, guess: Sequence[Tensor], truth: Truth, answers: Sequence[Tensor], enough: Enough
     ) -> list[Judged]:
         """What gradients give of the sample's tokens, as if the cloud had answered what it did for public texts."""
-        self._outputs = _outputs_of(self._rehearsal.gradients(self._shown())[0])
         traffic, _ = self._rehearsal.gradients(self._texts.sample, self._outputs)
         with self._knows_of_gradients() as knowledge:
             return attack_learned_texts(knowledge, traffic, guess, truth, answers, enough, self._between)
@@ -273,7 +278,7 @@ class BudgetWatch:
     def _knows_of_gradients(self) -> Iterator[Knowledge]:
         """What the attacker knows: it asks the cloud about its own public texts."""
         with self._rehearsal.span() as span:
-            public = self._texts.public[len(self._shown()) :]
+            public = self._texts.public[len(self._public_sent()) :]
             yield self._knows(public, self._rehearsal.codecs.backward_up, span)
 
     def _limit(self, channel: str) -> float:
@@ -321,7 +326,9 @@ class BudgetWatch:
                 sent = [knowledge.defence.send(each[None])[0] for each in states]
             looks.append([(one - other)[1:] for one, other in zip(sent, expected, strict=True)])
         if self._outputs:  # what gradients tell depends on what the last layers predict
-            looks.append([self._rehearsal.predicted(self._shown()[:_CHANGE_TEXTS], self._outputs)[:_CHANGE_PLACES]])
+            looks.append(
+                [self._rehearsal.predicted(self._public_sent()[:_CHANGE_TEXTS], self._outputs)[:_CHANGE_PLACES]]
+            )
         return looks
 
     def _knows(self, public: Sequence[Any], codec: str, span: Any = None) -> Knowledge:
@@ -350,13 +357,14 @@ def _outputs_of(traffic: Traffic) -> list[Tensor]:
 
 
 def _check_noise(config: TrainConfig, *, moves: bool) -> None:
-    """Refuse noise that stays while what it hides moves: the difference of two passes has none, and none is attacked.
+    """Refuse noise that is reused while the hidden states change: subtracting two passes cancels it, and no attack here
+    tries that.
 
     Raises:
         ConfigError: There is such noise.
     """
     if moves and any(isinstance(each, Gaussian) and each.memo for each in config.defences()):
         raise ConfigError(
-            "memo=true gives a token the same noise before and after training, so the difference of the two has none, "
-            "which the attacks of a leak budget do not look at: give memo=false."
+            "memo=true reuses a token's noise while training changes its hidden state: subtracting two passes cancels "
+            "it, which no attack of a leak budget tries: give memo=false."
         )

@@ -9,7 +9,7 @@ fingerprint, and the answers by a digest.
 That holds as far as the edge computes the same bits: on one machine, with as many threads. Elsewhere the last bits of
 what noise is added to can be others, and the noise the same.
 
-What each process of a run begins to send is counted (`isthmus.edge.training.sent_account`).
+What each process of a run begins to send is counted (`isthmus.edge.training.release_log`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
 from isthmus.edge.span_cache.cache_check import dropout_below
+from isthmus.edge.training.release_log import RELEASES_FILE, ReleaseLog
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
-from isthmus.edge.training.sent_account import SHOWN_FILE, SentAccount
-from isthmus.privacy.defences.accountant import NOTHING_SHOWN, Exposure, Guarantee, Shown, guarantee
+from isthmus.privacy.defences.accountant import Exposure, Guarantee, Releases, guarantee
 from isthmus.privacy.defences.decoys import Decoys
 from isthmus.privacy.defences.defence import Defence
 from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd
@@ -46,6 +46,7 @@ from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.privacy.defences.secret_noise import KEY_BYTES, SecretNoise
 
 _BEFORE = 0  # the step of what passes before the first one
+_NOTHING = Releases()
 
 
 class DefendedRun:
@@ -66,7 +67,7 @@ class DefendedRun:
         defences: Sequence[Defence],
         modules: Sequence[nn.Module],
         noise: SecretNoise,
-        account: SentAccount,
+        account: ReleaseLog,
         decoys: str | None,
         eval_every: int | None,
         per_epoch: int,
@@ -198,10 +199,10 @@ def defended_run(
     key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
     noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
 
-    def promise(done: int, shown: Shown) -> Guarantee | None:
-        return guarantee(options, exposure_of(model, trained, config, data, done, shown))
+    def promise(done: int, before: Releases) -> Guarantee | None:
+        return guarantee(options, exposure_of(model, trained, config, data, done, before))
 
-    promise(_BEFORE, NOTHING_SHOWN)  # refuses now what it would refuse later
+    promise(_BEFORE, _NOTHING)  # refuses now what it would refuse later
     try:
         defences = build_defences(options, model.config.hidden_size)
     except ValueError as error:
@@ -211,7 +212,7 @@ def defended_run(
     for each in options:
         broken = each.broken_by
         say(f"defence {each.text()}: {f'an example, broken by {broken}' if broken else f'claims {each.claim}'}")
-    account = SentAccount(config.out / SHOWN_FILE, noise.fingerprint, promise, say)
+    account = ReleaseLog(config.out / RELEASES_FILE, noise.fingerprint, promise, say)
     per_epoch = steps_per_epoch(config, len(data.train))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
@@ -250,23 +251,23 @@ def exposure_of(
     config: TrainConfig,
     data: TrainingData,
     done: int = _BEFORE,
-    shown: Shown = NOTHING_SHOWN,
+    before: Releases = _NOTHING,
 ) -> Exposure:
     """What the run does with the example that it shows most.
 
     Args:
         done: Applied steps that a process goes on from.
-        shown: What the run's processes have begun to send before.
+        before: What the run's processes have begun to send before.
     """
     n_examples = len(data.train)
-    epochs = shown.epochs + epochs_left(config, n_examples, done)
+    epochs = before.epochs + epochs_left(config, n_examples, done)
     mezo = config.optimizer == "mezo"
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),
         backwards=epochs if gradients_go_up(model, trained, config) else 0,
-        held_out=shown.evaluations + evaluations_left(config, n_examples, done) if data.validation else 0,
+        held_out=before.evaluations + evaluations_left(config, n_examples, done) if data.validation else 0,
         steps=epochs,
         # A run without gradients is in eval mode, in which nothing drops out.
         moves=_front_moves(model, trained, config) or (not mezo and dropout_below(model) is not None),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from isthmus.common.errors import TranscriptError
+from isthmus.common.readable import moment
 from isthmus.common.terminal import printable
 from isthmus.edge.witness.audit_sample import AuditSample, packed
 from isthmus.privacy.transcript.chain import ADAPTERS, QUESTIONS, Chain, Session, digest
@@ -121,13 +121,9 @@ class Witness:
         statement = check_signature(chain.session, signed, self._root)
         if abs(statement.signed_at - self._clock()) > CLOCK_SECONDS:  # a stolen key signs for the time it was good
             raise TranscriptError(
-                f"the cloud signs for {_date(statement.signed_at)}, and here it is {_date(self._clock())}: set the "
+                f"the cloud signs for {moment(statement.signed_at)}, and here it is {moment(self._clock())}: set the "
                 "clock that is wrong"
             )
         self._log.signature(chain.session, signed)  # whatever it is of: what the cloud has signed is its own word
         check_head(statement, chain.exchanges, chain.head)
         self._signed = chain.exchanges
-
-
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")

@@ -13,8 +13,8 @@ No subsampling is counted: the cloud sees every message, and batches are no Pois
 exactly (Balle and Wang 2018), by Google's dp-accounting.
 
 A step that is made again is a further release: where the cloud answers otherwise than before, what is sent has other
-noise. So a run that several processes have made is counted by what each of them has begun to send (`Shown`). The sum is
-of one run. Another run on the same texts, with the same key or another, adds its own μ².
+noise. So a run that several processes have made is counted by what each of them has begun to send (`Releases`). The
+sum is of one run. Another run on the same texts, with the same key or another, adds its own μ².
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from isthmus.privacy.defences.defence_options import DefenceOptions, DpSgd, Gaus
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class Releases:
     """What the processes of a run have begun to send.
 
     Attributes:
@@ -38,9 +38,6 @@ class Shown:
 
     epochs: int = 0
     evaluations: int = 0
-
-
-NOTHING_SHOWN = Shown()
 
 
 @dataclass(frozen=True, slots=True)

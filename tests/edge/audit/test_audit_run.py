@@ -185,7 +185,7 @@ def test_answers_of_other_numerics_are_judged_by_a_threshold(runs: Runs, honest_
     undecided = found("elsewhere", None)
     assert (undecided.lies, undecided.undecided) == ((), undecided.replayed)
     assert undecided.numerics == ((transcript.sessions[0].session.numerics, "elsewhere"),)
-    assert "no threshold is stated" in lines(undecided)
+    assert "no --threshold is given" in lines(undecided)
     assert all(len(line) <= 80 for line in lines(undecided).splitlines())
 
 

@@ -23,7 +23,7 @@ from isthmus.edge import split_run
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.training import defended_run
 from isthmus.edge.training.defended_run import exposure_of
-from isthmus.edge.training.sent_account import SHOWN_FILE
+from isthmus.edge.training.release_log import RELEASES_FILE
 from isthmus.privacy.defences.accountant import Exposure, guarantee
 from isthmus.privacy.defences.defence_options import read_defence
 from isthmus.privacy.recording.recorder import Recorder
@@ -65,7 +65,7 @@ def lying(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -
 
 def shown(out: Path) -> dict[str, int]:
     """What has been counted of the only run of a folder."""
-    (counts,) = json.loads((out / SHOWN_FILE).read_text()).values()
+    (counts,) = json.loads((out / RELEASES_FILE).read_text()).values()
     return dict(counts)
 
 
@@ -166,7 +166,7 @@ def test_epsilon_grows_with_each_resume(runs: Runs, tmp_path: Path, exposures: l
 
     out = tmp_path / "out"
     interrupted(runs, out, 2, defence=[QUIET])
-    assert (out / SHOWN_FILE).stat().st_mode & 0o777 == 0o600
+    assert (out / RELEASES_FILE).stat().st_mode & 0o777 == 0o600
     interrupted(runs, out, 3, defence=[QUIET], resume=True)
     report = runs.train(out, defence=[QUIET], resume=True)
     assert shown(out) == {"epochs": 3, "evaluations": 2}
@@ -226,28 +226,29 @@ def test_what_sends_nothing_counts_for_nothing_and_other_runs_for_themselves(
     killed(runs, out, 1, defence=[QUIET])
     killed(runs, out, 1, defence=[QUIET], learning_rate=1e-3)
     interrupted(runs, out, 2, defence=[QUIET])
-    before = (out / SHOWN_FILE).read_text()
+    before = (out / RELEASES_FILE).read_text()
     assert sorted(each["epochs"] for each in json.loads(before).values()) == [1, 2]
     with pytest.raises(ConfigError, match="holds a run"):
         runs.train(out, defence=[QUIET])
     with pytest.raises(CheckpointError, match="learning_rate"):
         runs.train(out, defence=[QUIET], learning_rate=1e-3, resume=True)
-    assert (out / SHOWN_FILE).read_text() == before
+    assert (out / RELEASES_FILE).read_text() == before
     runs.train(out, defence=[QUIET], resume=True)
     assert exposures[-1].forwards == 3
 
 
 def test_a_resume_cannot_forget_what_was_sent(runs: Runs, tmp_path: Path) -> None:
     interrupted(runs, tmp_path / "out", 3, defence=[QUIET])
-    (tmp_path / "out" / SHOWN_FILE).rename(tmp_path / "aside")
-    with pytest.raises(CheckpointError, match=f"{SHOWN_FILE}, which counts what it has sent, is missing"):
+    (tmp_path / "out" / RELEASES_FILE).rename(tmp_path / "aside")
+    with pytest.raises(CheckpointError, match=f"{RELEASES_FILE}, which counts what it has sent, is missing"):
         runs.train(tmp_path / "out", defence=[QUIET], resume=True)
-    (tmp_path / "aside").rename(tmp_path / "out" / SHOWN_FILE)
+    (tmp_path / "aside").rename(tmp_path / "out" / RELEASES_FILE)
     runs.train(tmp_path / "out", defence=[QUIET], resume=True)
 
 
-def test_a_damaged_count_ends_the_run_before_anything_is_sent(runs: Runs, tmp_path: Path) -> None:
-    (tmp_path / SHOWN_FILE).write_text("{")
-    with pytest.raises(ConfigError, match=f"{SHOWN_FILE}, which counts what the run has sent, cannot be read"):
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": {"epoch": 1}}', '{"a": {"epochs": -1}}', '{"a": 1}'])
+def test_a_damaged_count_ends_the_run_before_anything_is_sent(runs: Runs, tmp_path: Path, text: str) -> None:
+    (tmp_path / RELEASES_FILE).write_text(text)
+    with pytest.raises(ConfigError, match=f"{RELEASES_FILE}, which counts what the run has sent, cannot be read"):
         runs.train(tmp_path, defence=[QUIET])
-    assert (tmp_path / SHOWN_FILE).read_text() == "{"
+    assert (tmp_path / RELEASES_FILE).read_text() == text

@@ -14,13 +14,13 @@ from pathlib import Path
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import write_atomic
 from isthmus.edge.training.run_identity import START_ANEW
-from isthmus.privacy.defences.accountant import Guarantee, Shown
+from isthmus.privacy.defences.accountant import Guarantee, Releases
 
-SHOWN_FILE = "defence-shown"
+RELEASES_FILE = "defence-releases"
 """Inside the run's folder: what the folder's runs have begun to send, as JSON, each by the fingerprint of its noise."""
 
 
-class SentAccount:
+class ReleaseLog:
     """What a run's processes have begun to send, in a file, and what is guaranteed of the run with it.
 
     The file is written before something is sent, so that it counts however a process ends. Only the process that holds
@@ -37,7 +37,7 @@ class SentAccount:
     """
 
     def __init__(
-        self, path: Path, run: str, promise: Callable[[int, Shown], Guarantee | None], say: Callable[[str], None]
+        self, path: Path, run: str, promise: Callable[[int, Releases], Guarantee | None], say: Callable[[str], None]
     ) -> None:
         self.guarantee: Guarantee | None = None
         self._done = 0
@@ -70,7 +70,7 @@ class SentAccount:
         if self._settled:
             return
         self._settled = True
-        self.guarantee = self._promise(self._done, self._shown())
+        self.guarantee = self._promise(self._done, self._runs().get(self._run, Releases()))
         if self.guarantee is not None:
             self._say(guarantee_line(self.guarantee))
 
@@ -82,20 +82,20 @@ class SentAccount:
             DiskError: It cannot be written.
         """
         self.settle()
-        before = self._shown()
-        now = Shown(before.epochs + epochs, before.evaluations + evaluations)
-        write_atomic(self._path, f"{json.dumps({**self._runs(), self._run: asdict(now)})}\n".encode(), 0o600)
+        runs = self._runs()
+        before = runs.get(self._run, Releases())
+        runs[self._run] = Releases(before.epochs + epochs, before.evaluations + evaluations)
+        text = json.dumps({run: asdict(each) for run, each in runs.items()})
+        write_atomic(self._path, f"{text}\n".encode(), 0o600)
 
-    def _shown(self) -> Shown:
-        found = self._runs().get(self._run, {})
-        return Shown(**found)
-
-    def _runs(self) -> dict[str, dict[str, int]]:
+    def _runs(self) -> dict[str, Releases]:
         try:
-            runs: dict[str, dict[str, int]] = json.loads(self._path.read_text(encoding="utf-8"))
+            runs = {run: Releases(**each) for run, each in json.loads(self._path.read_text(encoding="utf-8")).items()}
+            if any(type(number) is not int or number < 0 for each in runs.values() for number in asdict(each).values()):
+                raise ValueError("a count is no whole number")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{self._path}, which counts what the run has sent, cannot be read ({error}): {START_ANEW}."
             ) from error
