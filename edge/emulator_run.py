@@ -15,10 +15,10 @@ from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.data.batches import load_data
 from isthmus.edge.process_setup import device_of, no_core_files
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import Report
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.run_listener import RunListener
 from isthmus.edge.training.trainer import Trainer
 from isthmus.emulator.compress.emulator_model import Emulator

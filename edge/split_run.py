@@ -25,6 +25,7 @@ from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, load_data, load_examples
 from isthmus.edge.process_setup import device_of
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import Report, linear_parameters
 from isthmus.edge.sites.live_sites import live_sites
 from isthmus.edge.training.defended_run import defended_run
@@ -33,7 +34,6 @@ from isthmus.edge.training.edge_steps import StepObserver
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import hold_frozen_linears
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.run_listener import RunListener
 from isthmus.edge.training.trainer import Trainer
 

@@ -8,7 +8,7 @@ import torch
 
 VARYING = ", bits vary with the batch"
 """The note of a worker on whose machine a call's bits depend on what else is computed with it."""
-FURTHER_STAGES = ", first of several stages"
+FIRST_OF_STAGES = ", first of several stages"
 """The note of a worker that has some of the cloud's layers: the bits depend on the numerics of the others, too."""
 _CPU_INFO = Path("/proc/cpuinfo")
 _MOST = 256
@@ -33,9 +33,9 @@ def numerics(span_dtype: str, attention: str, device: torch.device, threads: int
     return said[: _MOST - len(end)] + end  # a long name is cut, and nothing behind it
 
 
-def tell_all(numerics: str) -> bool:
-    """Whether the bits depend on nothing else."""
-    return not numerics.endswith((VARYING, FURTHER_STAGES))
+def are_complete(numerics: str) -> bool:
+    """Whether a call's bits depend on nothing but these, its inputs and the weights."""
+    return not numerics.endswith((VARYING, FIRST_OF_STAGES))
 
 
 def processor_name() -> str:

@@ -22,7 +22,7 @@ import grpc
 import grpc.aio
 
 from isthmus.backbone.checkpoints.weight_quantization import bytes_of
-from isthmus.backbone.runtime.numerics import FURTHER_STAGES, numerics
+from isthmus.backbone.runtime.numerics import FIRST_OF_STAGES, numerics
 from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
 from isthmus.cloud.gateway.bounded_server import bind, bounded_server
@@ -110,7 +110,7 @@ class GatewayServer:
         half_open = HalfOpen(self._bounds)
         fraction, engine = self.sessions.fraction_of, self._bounds.engine
         self._calls = Calls(served, threads, fraction, self.metrics, engine, clock, recorder)
-        note = self._calls.engine.threads_note if next_stage is None else FURTHER_STAGES
+        note = self._calls.engine.threads_note if next_stage is None else FIRST_OF_STAGES
         where = (served.info.span_dtype, served.info.attn_implementation, served.executor.device)
         self._info = replace(served.info, numerics=numerics(*where, threads, note))
         self._admission = Admission(self._info, identity, edges, self.sessions, self.metrics, half_open, clock)

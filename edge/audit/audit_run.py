@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from isthmus.backbone.runtime.numerics import tell_all
+from isthmus.backbone.runtime.numerics import are_complete
 from isthmus.common.errors import TranscriptError, UnsupportedCallError
 from isthmus.edge.audit.replay import Replayer
 from isthmus.edge.witness.audit_sample import SampledCall, read_sample, too_large
@@ -136,7 +136,7 @@ def audit(
             identical += 1
             continue
         apart = distance(answer, call.answer)
-        exact = both[0] == both[1] and tell_all(both[0])
+        exact = both[0] == both[1] and are_complete(both[0])
         if not exact and threshold is None:
             undecided += 1
             continue

@@ -1,4 +1,4 @@
-"""The steps of edge training, its optimizers, and what a run leaves on disk.
+"""The steps of edge training and its optimizers.
 
-It may import `isthmus.edge.client`, what that may import, and `isthmus.training`.
+It may import `isthmus.edge.client`, what that may import, `isthmus.edge.run_files` and `isthmus.training`.
 """

@@ -9,7 +9,7 @@ fingerprint, and the answers by a digest.
 That holds as far as the edge computes the same bits: on one machine, with as many threads. Elsewhere the last bits of
 what noise is added to can be others, and the noise the same.
 
-What each process of a run begins to send is counted (`isthmus.edge.training.release_log`).
+What each process of a run begins to send is counted (`isthmus.edge.run_files.release_log`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from isthmus.edge.config.schedule import epochs_left, evaluations_left, steps_pe
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
+from isthmus.edge.run_files.release_log import RELEASES_FILE, ReleaseLog
+from isthmus.edge.run_files.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.edge.span_cache.cache_check import dropout_below
-from isthmus.edge.training.release_log import RELEASES_FILE, ReleaseLog
-from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity, fixed_settings, identity_entries
 from isthmus.privacy.defences.accountant import Exposure, Guarantee, Releases, guarantee
 from isthmus.privacy.defences.decoys import Decoys
 from isthmus.privacy.defences.defence import Defence

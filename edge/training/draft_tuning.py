@@ -26,10 +26,10 @@ from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, label_mask
 from isthmus.edge.drafts.emulator_draft import around_emulator, open_package_for
 from isthmus.edge.drafts.tuned_draft import load_tuned, save_tuned, tuned_beside
+from isthmus.edge.run_files.run_identity import DRAFT_PACKAGE
 from isthmus.edge.run_report import linear_parameters
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.precision import computing_in
-from isthmus.edge.training.run_identity import DRAFT_PACKAGE
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.training.gradient_step import GradientStep, require_finite

@@ -25,14 +25,7 @@ from isthmus.common.shutdown import StopRequest
 from isthmus.edge.config.schedule import learning_rate, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
-from isthmus.edge.run_report import Spent, WireMeter, WireTotals
-from isthmus.edge.training import methods
-from isthmus.edge.training.defended_run import DefendedRun
-from isthmus.edge.training.draft_tuning import DraftTuning
-from isthmus.edge.training.evaluation import evaluate
-from isthmus.edge.training.micro_batches import InFlight
-from isthmus.edge.training.optimizers import step_rule
-from isthmus.edge.training.run_identity import (
+from isthmus.edge.run_files.run_identity import (
     NO_DRAFT,
     ModelIdentity,
     check_fits,
@@ -40,9 +33,16 @@ from isthmus.edge.training.run_identity import (
     identity_entries,
     noted_settings,
 )
+from isthmus.edge.run_files.tensorboard_curves import AddPoints, no_curves
+from isthmus.edge.run_report import Spent, WireMeter, WireTotals
+from isthmus.edge.training import methods
+from isthmus.edge.training.defended_run import DefendedRun
+from isthmus.edge.training.draft_tuning import DraftTuning
+from isthmus.edge.training.evaluation import evaluate
+from isthmus.edge.training.micro_batches import InFlight
+from isthmus.edge.training.optimizers import step_rule
 from isthmus.edge.training.run_listener import RunListener, SaveAdapter, accuracy_for
 from isthmus.edge.training.step_rule import EdgeRule
-from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
 from isthmus.training.training_loop import Task
 

@@ -21,6 +21,8 @@ from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import TrainingData
 from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT
+from isthmus.edge.run_files.run_identity import START_ANEW, ModelIdentity
+from isthmus.edge.run_files.tensorboard_curves import open_curves
 from isthmus.edge.run_report import (
     Report,
     WireMeter,
@@ -37,9 +39,7 @@ from isthmus.edge.training.defended_run import DefendedRun
 from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.edge_steps import EdgeSteps, StepObserver
 from isthmus.edge.training.micro_batches import InFlight
-from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity
 from isthmus.edge.training.run_listener import RunListener
-from isthmus.edge.training.tensorboard_curves import open_curves
 from isthmus.training.run_checkpoint import latest
 from isthmus.training.training_loop import LoopOptions, TrainingLoop
 

@@ -59,7 +59,7 @@ class _State:
     """What a sample has seen: the lowest number that was dropped, bytes of the largest call, calls above the budget."""
 
     limit: int = _NUMBERS
-    largest: int = 1
+    largest: int = 1  # that of a call, once there is one
     too_large: int = 0
 
 
@@ -122,8 +122,8 @@ class AuditSample:
                 return
             if size > state.largest:
                 state.largest = size
-                self._drop()
                 self._note()
+                self._drop()
             if number >= state.limit:
                 return
             path = self._folder / f"{number:016x}-{session.hex()}-{exchange}{_SUFFIX}"

@@ -19,7 +19,8 @@ SIGN_EVERY = 64
 breaks leaves at most one less unsigned, and those of a call."""
 
 CLOCK_SECONDS = 3600
-"""Between the time that a cloud signs for and the edge's: clocks differ, and a handshake needs no closer."""
+"""Between the time that a cloud signs for and the edge's. Clocks of strangers' machines differ, and certificates last
+hours at least, so an hour tells a key that is in use from one that has expired long ago."""
 
 Ask = Callable[[m.Message], m.Message]
 """Asks something in the session; raises what ends the session. Other statuses it returns."""

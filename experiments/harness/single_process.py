@@ -23,11 +23,11 @@ from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.data.batches import load_data
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import Report
 from isthmus.edge.training.edge_steps import StepObserver
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in, hold_frozen_linears
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 from isthmus.experiments.harness.processes import Parent, run_task, serve
 

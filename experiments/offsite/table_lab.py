@@ -28,9 +28,9 @@ from isthmus.common.progress import StepProgress
 from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.scoring.scores import Score

@@ -178,6 +178,13 @@ class Knowledge:
                 gradient = self.defence.gradient(gradient)
         return decode(encode(gradient, self.codec, Role.GRADIENT))
 
+    @contextmanager
+    def drawing(self, number: int) -> Iterator[None]:
+        """Have torch draw by the seed and a number while the block runs."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + number)
+            yield
+
     def _arrived(self, hidden: Tensor) -> Tensor:
         """Hidden states `[batch, n, h]` through defence and codec."""
         sent = hidden if self.defence is None else self.defence.send(hidden)
@@ -186,8 +193,7 @@ class Knowledge:
     @contextmanager
     def _passing(self, number: int) -> Iterator[bool]:
         """Draw the noise of a pass, that of embeddings in the front; gives whether there is such noise."""
-        with torch.random.fork_rng(devices=[]), ExitStack() as noisy:
-            torch.manual_seed(self.seed * 1_000_003 + number)
+        with self.drawing(number), ExitStack() as noisy:
             if self.defence is not None and self.defence.on_embeddings:
                 noisy.enter_context(self.front.changed_embedding(self.defence.embedded))
             yield self.defence is not None and self.defence.on_embeddings

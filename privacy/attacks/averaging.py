@@ -19,7 +19,7 @@ from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
 from isthmus.privacy.recording.traffic import Traffic
 
 _APART = 1 << 20
-"""Between the numbers of two passes of one text: more than there are texts."""
+"""Between the numbers of two passes of one text: more than there are texts, and than there are tokens."""
 
 
 def mean_of(passes: Iterable[Traffic]) -> tuple[Traffic, int]:

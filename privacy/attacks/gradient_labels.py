@@ -321,8 +321,7 @@ def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int, number: int =
 
     handle = layer.register_forward_hook(keep)  # before those of the defence, so that it keeps what the cloud gives
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(knowledge.seed * 1_000_003 + number)
+        with knowledge.drawing(number):
             ids = tokens[None]
             now = (knowledge.defence or KnownDefence()).of_pass(ids, torch.ones_like(ids, dtype=torch.bool))
             with defended(model, knowledge.plan, now):

@@ -27,7 +27,7 @@ from isthmus.protocol.secure.keys import Fingerprint
 CERTIFICATE_FILE = "certificate.json"
 _LABEL = b"isthmus v1 run certificate\0"
 _VERSION = 1
-_MOST = MIB
+_MOST = MIB  # bytes of a file: a certificate has some kB
 
 
 def write_certificate(

@@ -28,10 +28,10 @@ from isthmus.common.errors import CheckpointError, ConfigError, SignerError
 from isthmus.edge.config.training_config import TuneConfig, load_config
 from isthmus.edge.data.batches import load_data
 from isthmus.edge.emulator_run import run_tuning
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import linear_parameters
 from isthmus.edge.training import methods
 from isthmus.edge.training.methods import build_peft
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe

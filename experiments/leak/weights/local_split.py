@@ -18,10 +18,10 @@ from isthmus.common.progress import StepProgress
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Encoded, TrainingData, fingerprint, pad_id
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.training.defended_run import defended_run
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 from isthmus.privacy.defences.accountant import Guarantee
 

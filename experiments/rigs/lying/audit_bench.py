@@ -34,9 +34,10 @@ from isthmus.privacy.transcript.detection import share_interval
 
 CELLS = "cells.jsonl"
 VERSION = 2
-"""Of what a cell holds: those that an earlier one has left are made anew."""
+"""Of what a cell holds, raised where that changes: cells that an earlier one has left are made anew."""
 LONGER = (2, 8)
-"""Times the length of most calls: lengths that have thresholds of their own."""
+"""Times the length of most calls, 64 and 256 tokens by default: a short text's and a long one's, with thresholds of
+their own."""
 
 
 def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:

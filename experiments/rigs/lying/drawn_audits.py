@@ -22,7 +22,8 @@ from isthmus.privacy.transcript.detection import probability_of_catching
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
 
 AT_A_TIME = 8
-"""Audits; most of their time they wait until the disk has what they keep."""
+"""Audits; most of their time they wait until the disk has what they keep: with 4 to 16 at a time one took 0.06 to
+0.13 s, alone 0.42 s."""
 Name = tuple[bytes, int]
 """Of a call: its session's id, and its number there."""
 
@@ -64,7 +65,11 @@ def drawn_audits(run: Path, replayer: Replayer, calls: int, trials: int, seed: i
     transcript = read_transcript(run / TRANSCRIPT_FILE)
     places = {each.session.id: place for place, each in enumerate(transcript.sessions)}
     recorded = sorted(read_sample(run / AUDIT_FOLDER), key=lambda call: (places[call.session], call.exchange))
-    sizes = {_name(call): _size(call) for call in recorded}
+    adapters = {_name(call): [packed(each) for each in call.adapters] for call in recorded}
+    sizes = {
+        _name(call): sum(map(len, (*adapters[_name(call)], packed(call.question), packed(call.answer))))
+        for call in recorded
+    }
     budget = calls * max(sizes.values())
 
     def one(trial: int) -> tuple[frozenset[Name], bool]:
@@ -73,8 +78,8 @@ def drawn_audits(run: Path, replayer: Replayer, calls: int, trials: int, seed: i
             kept = Path(folder, AUDIT_FOLDER)
             sample = AuditSample(kept, budget, random=draw.randbytes)
             for call in recorded:
-                adapters = [packed(each) for each in call.adapters]
-                sample.offer(*_name(call), call.question, call.answer, lambda message: message, adapters)
+                name = _name(call)
+                sample.offer(*name, call.question, call.answer, lambda message: message, adapters[name])
             return frozenset(map(_name, read_sample(kept))), bool(audit(transcript, kept, replayer).lies)
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
@@ -85,8 +90,3 @@ def drawn_audits(run: Path, replayer: Replayer, calls: int, trials: int, seed: i
 
 def _name(call: SampledCall) -> Name:
     return call.session, call.exchange
-
-
-def _size(call: SampledCall) -> int:
-    """Bytes that a sample takes for it."""
-    return sum(len(packed(each)) for each in (*call.adapters, call.question, call.answer))

@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,12 +24,12 @@ from isthmus.common.errors import IsthmusError
 WINDOW = 24
 """Bytes of a canary in memory."""
 PREFIX = 8
-"""First bytes of a canary, which most places are dismissed by."""
+"""First bytes of a canary, which most places are dismissed by: as many as numpy compares at once, in one uint64."""
 _OF_PREFIX = np.arange(PREFIX)
 _PAGE = mmap.PAGESIZE
 _CHUNK = 1 << 26
 BLOCK = 1 << 22
-"""Bytes that are looked through at a time."""
+"""Bytes that are looked through at a time: few enough that their places, of eight bytes each, fit into 32 MiB."""
 _PRESENT = np.uint64(0b11 << 62)  # bits of /proc/PID/pagemap: in memory, or swapped out
 _NO_MEMORY = ("[vvar]", "[vsyscall]", "[vvar_vclock]")
 
@@ -95,12 +96,26 @@ def canaries_of(data: bytes, count: int) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """With a process that stands still."""
-    os.kill(pid, signal.SIGSTOP)
+    """With a process that stands still. Raises IsthmusError where it has ended."""
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        while not _stands(pid):  # the signal is only on its way when `kill` returns
+            time.sleep(0.001)
+    except OSError as error:
+        raise IsthmusError(f"process {pid} cannot be stopped ({error})") from None
     try:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def _stands(pid: int) -> bool:
+    """Whether all its threads are stopped, or have ended."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread ends meanwhile
+            if (thread / "stat").read_text().rpartition(") ")[2][0] not in "TtZX":
+                return False
+    return True
 
 
 def memory_of(pid: int) -> list[bytes]:

@@ -32,11 +32,13 @@ from numpy.typing import NDArray
 from isthmus.experiments.rigs.secrets.memory_scan import BLOCK, Scanner
 
 PIECE = 12
-"""Bytes of a canary that are looked for in text: short, as a line may end behind it."""
+"""Bytes of a canary that are looked for in text: short, as a line may end behind it, and so long that none is met by
+chance."""
 BYTE_VALUES = 8
+"""Values of bytes in decimal: with fewer, ordinary lists of small numbers would be found."""
 RUN = 3
 """Values of a canary of numbers: torch and numpy print the first and the last three of a long row."""
-_CLOSE = 8
+_CLOSE = 8  # places to look for a run whose values have digits enough
 _OVERLAP = 1 << 12  # bytes of rows that two blocks share: a run in it is whole in one of them, and may count twice
 Numbers = tuple[float, ...]
 _DIGITS = rb"\d{0,40}+(?:\.\d{0,40}+)?(?:[eE][-+]?\d{1,3}+)?"

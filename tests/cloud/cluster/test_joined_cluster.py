@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from isthmus.cloud.cluster.cluster_spec import RESOURCE, Claims
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, Node, named_actors, start_anywhere, start_here
 from isthmus.cloud.control.ray_cluster import NAMESPACE, find_actor
 from isthmus.common.errors import UnreachableError
+from isthmus.experiments.rigs.secrets.memory_scan import stopped
 
 
 @dataclass(frozen=True)
@@ -309,11 +309,8 @@ def test_the_control_store_of_the_ray_that_is_installed_keeps_values_and_knows_a
     assert cluster.kept("note") == b"2"
     store = ray._private.worker._global_node.all_processes["gcs_server"][0].process.pid
     monkeypatch.setattr(joined_cluster, "STORE_SECONDS", 0.2)
-    os.kill(store, signal.SIGSTOP)
-    try:
+    with stopped(store):
         for ask in (cluster.addresses, lambda: cluster.kept("note"), lambda: cluster.keep("note", b"3")):
             with pytest.raises(UnreachableError, match="Ray does not answer"):
                 ask()
-    finally:
-        os.kill(store, signal.SIGCONT)
     assert cluster.kept("note") in (b"2", b"3")

@@ -23,9 +23,9 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError
 from isthmus.edge.data.batches import Batches
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 
 METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "full"]

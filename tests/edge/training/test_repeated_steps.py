@@ -21,9 +21,9 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.edge import split_run
 from isthmus.edge.cloud_link import open_link
+from isthmus.edge.run_files.release_log import RELEASES_FILE
 from isthmus.edge.training import defended_run
 from isthmus.edge.training.defended_run import exposure_of
-from isthmus.edge.training.release_log import RELEASES_FILE
 from isthmus.privacy.defences.accountant import Exposure, guarantee
 from isthmus.privacy.defences.defence_options import read_defence
 from isthmus.privacy.recording.recorder import Recorder

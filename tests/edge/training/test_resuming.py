@@ -20,9 +20,9 @@ from support.warm_processes import warm
 
 from isthmus.common.errors import CheckpointError, ConfigError, DiskError, UnreachableError
 from isthmus.common.files import claim
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.training.edge_steps import COSTS_FILE
 from isthmus.edge.training.methods import trained
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.training import run_checkpoint as checkpoints
 
 

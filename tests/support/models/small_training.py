@@ -23,9 +23,9 @@ from isthmus.common.progress import StepProgress
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Encoded, TrainingData, fingerprint
+from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import WireTotals
 from isthmus.edge.training.methods import build_peft, trained
-from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 
 IDENTITY = ModelIdentity("tiny", "d1", "whole")

@@ -11,7 +11,7 @@ import torch
 from support.models.small_training import config
 
 from isthmus.common.errors import CheckpointError
-from isthmus.edge.training.run_identity import ModelIdentity, check_fits, fixed_settings, identity_entries
+from isthmus.edge.run_files.run_identity import ModelIdentity, check_fits, fixed_settings, identity_entries
 from isthmus.training.run_checkpoint import RandomState, RunCheckpoint
 
 MODEL = ModelIdentity("tiny", "d1", "2:2")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import write_atomic
-from isthmus.edge.training.run_identity import START_ANEW
+from isthmus.edge.run_files.run_identity import START_ANEW
 from isthmus.privacy.defences.accountant import Guarantee, Releases
 
 RELEASES_FILE = "defence-releases"
