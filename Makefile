@@ -46,7 +46,7 @@ PYTEST := -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadsc
 test: $(STAMP)
 	$(BIN)/python $(PYTEST) -m "not long" $(PYTEST_FLAGS)
 
-# What takes tens of seconds each: crashes, faults and benchmarks of real processes, at length.
+# What takes ten seconds or more each: crashes, faults, simulations and benchmarks, at length.
 test-long: $(STAMP)
 	$(BIN)/python $(PYTEST) -m long $(PYTEST_FLAGS)
 

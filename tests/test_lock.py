@@ -168,6 +168,7 @@ def test_a_file_with_another_hash_is_not_installed(proof: Proof, name: str, mode
     assert name not in proof.installed()
 
 
+@pytest.mark.long
 def test_by_hashes_a_lacking_version_is_an_error_or_a_line(proof: Proof) -> None:
     gone = proof.wheel("plain", "1.0")
     proof.lock(torch=[proof.wheel("torch", "2.0")], plain=[gone])
@@ -193,6 +194,7 @@ def test_what_the_lock_lacks_is_not_installed(proof: Proof) -> None:
     assert "hidden" not in proof.installed()
 
 
+@pytest.mark.long
 def test_the_index_of_torch_is_torchs_alone(proof: Proof, tmp_path: Path) -> None:
     """What the other index has of other names is not taken, however new it is."""
     other = tmp_path / "index"

@@ -63,6 +63,7 @@ def _kill_all(daemon: RunningDaemon) -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_jobs_go_on_after_all_processes_are_killed_at_once(tmp_path: Path) -> None:
     data = tmp_path / "script.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in SCRIPT))

@@ -129,6 +129,7 @@ def test_a_cloud_that_is_not_to_be_had(home: Home, clouds: dict[str, Any], code:
     assert remedy in found["cloud main"].remedy
 
 
+@pytest.mark.long
 def test_a_process_of_its_own_asks_the_clouds(tmp_path: Path) -> None:
     key = tmp_path / "key"
     generate_edge(key, "doctor")

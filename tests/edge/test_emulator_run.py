@@ -183,6 +183,7 @@ def start(program: str, package: Package, data: Path, out: Path, *more: str) -> 
     )
 
 
+@pytest.mark.long
 def test_nothing_that_could_connect_is_loaded_or_called(package: Package, data: Path, tmp_path: Path) -> None:
     process = start(PROGRAM, package, data, tmp_path / "run", "steps=2")
     _, errors = process.communicate(timeout=120)

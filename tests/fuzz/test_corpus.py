@@ -111,6 +111,7 @@ def test_what_is_wrong_with_a_run_is_said() -> None:
 
 
 @needs_atheris
+@pytest.mark.long
 def test_the_fuzzer_finds_the_planted_bug(tmp_path: Path) -> None:
     command, environment = _fuzz("planted", "--work", str(tmp_path), "--runs", "1000000")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -123,6 +124,7 @@ def test_the_fuzzer_finds_the_planted_bug(tmp_path: Path) -> None:
 
 
 @needs_atheris
+@pytest.mark.long
 def test_ctrl_c_stops_the_fuzzer_and_loses_nothing(tmp_path: Path) -> None:
     command, environment = _fuzz("messages", "frames", "--seconds", "300", "--work", str(tmp_path))
     running = subprocess.Popen(

@@ -160,6 +160,7 @@ def test_a_model_or_a_plan_that_does_not_fit(
     refused(done, code, *texts)
 
 
+@pytest.mark.long
 def test_what_only_a_worker_finds_out_is_told_as_the_rest_and_nothing_stays(place: Place, tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "damaged") / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-100])

@@ -287,6 +287,7 @@ def test_a_share_that_leaves_no_layer(owner: Owner, tmp_path: Path, capsys: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_distillation_that_is_killed_and_stopped_ends_in_the_same_bytes(owner: Owner, tmp_path: Path) -> None:
     (tmp_path / "public.txt").write_text("".join(f"The {i}th of the lines counts {i * i} things.\n" for i in range(60)))
     shell = Shell(tmp_path)

@@ -113,6 +113,7 @@ def shares(state: dict[str, Any]) -> dict[str, float]:
     return {name: value / accounting["always_on"][name] for name, value in accounting["spent"].items()}
 
 
+@pytest.mark.long
 def test_a_run_keeps_its_budgets(revived: tuple[Path, Asked]) -> None:
     spent = shares(policy_state(revived[0]))
     assert 0.3 < spent["traffic"] <= 0.5
@@ -179,6 +180,7 @@ def test_the_adapter_is_the_live_sites_and_what_was_reported(runs: Runs, revived
     assert all(name in names for name in decisions(out)[0]["scores"])
 
 
+@pytest.mark.long
 def test_dead_sites_that_are_leased_act_on_in_the_run_and_in_its_adapter(runs: Runs, tmp_path: Path) -> None:
     report = runs.train(tmp_path / "run", **{**REVIVED, "steps": 60}, lend_dead=True)
     trained = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter(tmp_path / "run")}
@@ -195,6 +197,7 @@ def test_dead_sites_stand_still(revived: tuple[Path, Asked]) -> None:
         assert moved == any(name in asked.names[step] for step in range(101, 151)), name
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_the_middle_as_if_nothing_had_been(
     runs: Runs, revived: tuple[Path, Asked], tmp_path: Path
 ) -> None:
@@ -299,6 +302,7 @@ def test_a_run_with_chosen_codecs_resumes_with_the_same_at_the_same_steps(runs: 
 
 
 @pytest.mark.parametrize("values", [{"dropout": 0.2, "sites": "all"}, {"optimizer": "lora-fa"}, {"optimizer": "mezo"}])
+@pytest.mark.long
 def test_a_choice_of_fp32_changes_no_bit(runs: Runs, tmp_path: Path, values: dict[str, Any]) -> None:
     runs.train(tmp_path / "fixed", **values)
     runs.train(tmp_path / "auto", codec="auto:0.99999999999999", codec_every=1, **values)

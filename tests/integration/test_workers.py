@@ -95,6 +95,7 @@ def two(place: Path) -> Iterator[LocalCloud]:
         yield cloud
 
 
+@pytest.mark.long
 def test_workers_that_are_killed_in_turn_change_nothing(
     place: Path, two: LocalCloud, undisturbed: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:

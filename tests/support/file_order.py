@@ -8,6 +8,9 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 LONGEST = (
+    "experiments/leak/test_leak.py",
+    "experiments/rigs/cluster/test_cluster_bench.py",
+    "experiments/rigs/lying/test_audit_bench.py",
     "integration/test_emulator_story.py",
     "integration/test_workers.py",
     "integration/test_real_model.py",
@@ -38,6 +41,10 @@ LONGEST = (
     "integration/test_bench_quantize.py",
     "backbone/split/test_split_equals_whole.py",
     "experiments/serving/test_qos_bench.py",
+    "edge/budget/test_leak_watch.py",
+    "edge/training/test_draft_tuning.py",
+    "experiments/rigs/secrets/test_secrets_bench.py",
+    "edge/training/test_repeated_steps.py",
 )
 """Whoever makes a file that takes more than a quarter of a minute puts it here."""
 

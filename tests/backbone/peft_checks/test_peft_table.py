@@ -177,6 +177,7 @@ def _document(rows: Rows, options: dict[str, tuple[str]]) -> str:
     )
 
 
+@pytest.mark.long
 def test_no_method_is_silently_different(rows: Rows, options: dict[str, tuple[str]]) -> None:
     cells = {(name, place): row[place] for name, row in rows.items() for place in (1, 2)}
     cells |= {(name, 0): row[0] for name, row in options.items()}

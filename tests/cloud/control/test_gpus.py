@@ -41,6 +41,7 @@ def two_gpus() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_gpus")
+@pytest.mark.long
 def test_each_worker_has_a_gpu_of_its_own_and_all_of_a_group_or_none_has_one() -> None:
     import ray
 

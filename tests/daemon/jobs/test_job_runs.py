@@ -233,7 +233,9 @@ def test_an_error_of_a_run_is_told_with_its_code(runs: Runs, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("workers")
-@pytest.mark.parametrize(("budget", "status"), [("tokens<=1", "succeeded"), ("tokens<=0.01", "failed")])
+@pytest.mark.parametrize(
+    ("budget", "status"), [pytest.param("tokens<=1", "succeeded", marks=pytest.mark.long), ("tokens<=0.01", "failed")]
+)
 def test_a_jobs_leak_budget_is_measured_and_told(runs: Runs, tmp_path: Path, budget: str, status: str) -> None:
     jobs = jobs_of(tmp_path / "home", runs)
     public = tmp_path / "public.jsonl"

@@ -40,6 +40,7 @@ def test_an_operation_conforms(conformance: Conformance, label: str) -> None:
     assert missing({label: tally}, distinct=1, in_all=10) == []
 
 
+@pytest.mark.long
 def test_an_operation_that_takes_nothing_is_told_apart(conformance: Conformance) -> None:
     assert [label for label in LABELS if not run(conformance, label, 1).takes] == ["GET /models"]
 

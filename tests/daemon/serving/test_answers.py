@@ -98,6 +98,7 @@ def test_nothing_is_started_for_the_state(settings: DaemonSettings, tmp_path: Pa
     assert [(cloud["name"], cloud["reachable"]) for cloud in state["clouds"]] == [("main", None)]
 
 
+@pytest.mark.long
 def test_what_clouds_serve_is_noted(daemon: Daemon, server: ThreadServer) -> None:
     with daemon.database.session() as session:
         session.add(BaseModel(name="older", cloud="main", facts={}, seen_at=0.0))
@@ -280,6 +281,7 @@ def test_what_has_crossed_is_noted(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(("layers", "layer", "place"), [("all", 3, "leased"), ("edge", 3, "seen"), ("all", 1, "here")])
+@pytest.mark.long
 def test_what_the_cloud_learns_of_an_adapter_is_noted_before_it_does(
     settings: DaemonSettings, home: Home, tmp_path: Path, layers: str, layer: int, place: str
 ) -> None:
@@ -303,6 +305,7 @@ def test_what_the_cloud_learns_of_an_adapter_is_noted_before_it_does(
     made.close()
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_is_started_anew(daemon: Daemon) -> None:
     async def work() -> None:
         async with aclosing(daemon.answers.generate(TINY, "Once", LONG)) as pieces:

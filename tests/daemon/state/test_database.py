@@ -210,6 +210,7 @@ def test_a_full_disk_and_another_process_are_told_in_one_line(tmp_path: Path, mo
     database.close()
 
 
+@pytest.mark.long
 def test_the_file_shrinks_when_much_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_database, "FREED_AT_ONCE", 100)
     database = Database(tmp_path / "state.db")

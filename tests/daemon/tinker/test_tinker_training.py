@@ -66,6 +66,7 @@ def _logprobs(result: types.ForwardBackwardOutput) -> list[list[float]]:
     return [output["logprobs"].tolist() for output in result.loss_fn_outputs]
 
 
+@pytest.mark.long
 def test_the_sdk_trains_as_what_trains_does(
     runs: Runs, client: tinker.ServiceClient, server: TinkerServer, tmp_path: Path
 ) -> None:

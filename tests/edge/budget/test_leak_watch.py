@@ -195,6 +195,7 @@ def test_a_recovered_secret_breaks_the_budget(cloud: Recorded, tmp_path: Path) -
         cloud.train(tmp_path / "out", secrets=secrets)
 
 
+@pytest.mark.long
 def test_a_token_budget_is_broken_by_gradients_too(cloud: Recorded, tmp_path: Path) -> None:
     """What is learned of a plain text is the text."""
     before = len(cloud.private())
@@ -251,6 +252,7 @@ def test_only_training_counts_as_a_change_of_the_front(cloud: Recorded, tmp_path
 
 
 @pytest.mark.usefixtures("one_attack")
+@pytest.mark.long
 def test_noise_that_training_changes_is_a_change(clouds: dict[str, Recorded], tmp_path: Path) -> None:
     """With no layer of the edge's below the cut, hidden states stay what they are."""
     values: dict[str, Any] = {"leak_budget": "tokens<=1", "leak_change": 0.01, "steps": 2, "learning_rate": 0.1}
@@ -326,6 +328,7 @@ def test_noise_that_stays_while_the_front_moves_is_refused(clouds: dict[str, Rec
 
 
 @pytest.mark.usefixtures("one_attack")
+@pytest.mark.long
 def test_what_the_last_layers_have_learned_is_a_change(cloud: Recorded, tmp_path: Path) -> None:
     """Gradients tell a label by what is predicted: with nothing trained below, hidden states stay what they are."""
     values: dict[str, Any] = {

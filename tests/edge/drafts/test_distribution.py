@@ -162,6 +162,7 @@ def test_temperature_and_top_k_are_the_draft_s_as_well(models: tuple[Pairwise, P
     assert chi_squared(model, draft, processed, FEWER, temperature=0.7, top_k=3) < LIMIT
 
 
+@pytest.mark.long
 def test_a_draft_that_is_always_accepted_is_noticed(
     models: tuple[Pairwise, Pairwise], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_draft_that_is_always_accepted_is_noticed(
     assert chi_squared(model, ModelDraft(other, FixedLength(3)), plain, FEWER) > 2 * LIMIT
 
 
+@pytest.mark.long
 def test_a_draft_that_hides_its_probabilities_is_noticed(models: tuple[Pairwise, Pairwise]) -> None:
     """Sampled tokens with logits that they were not sampled by: a small bias."""
     from isthmus.edge.drafts.candidates import Candidates

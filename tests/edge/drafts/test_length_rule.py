@@ -155,6 +155,7 @@ def test_a_better_draft_is_longer_and_a_dearer_one_shorter() -> None:
 @pytest.mark.parametrize("draft", [0.001, 0.01, 0.05, 0.3])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("round_trip", [0.0, 0.05, 0.2])
+@pytest.mark.long
 def test_never_slower_than_without_beyond_the_bound(round_trip: float, rate: float, draft: float, noise: float) -> None:
     n_tokens = 1500
     world = World(round_trip=round_trip, rates=(rate, rate), draft=draft, noise=noise)
@@ -196,6 +197,7 @@ def test_it_comes_back_where_drafts_pay_again() -> None:
 
 @pytest.mark.parametrize("round_trip", [0.0, 0.05, 0.15])
 @pytest.mark.parametrize("rate", [0.4, 0.6, 0.8])
+@pytest.mark.long
 def test_it_is_about_as_fast_as_the_best_fixed_length(round_trip: float, rate: float) -> None:
     def seconds(rule: LengthRule) -> float:
         return World(round_trip=round_trip, rates=(rate, rate), noise=0.1).run(rule, 8000)

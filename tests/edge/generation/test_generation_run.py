@@ -101,6 +101,7 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
+@pytest.mark.long
 def test_ctrl_c_at_a_terminal_ends_the_answer_and_ctrl_d_the_program(
     server: ThreadServer, terminal: tuple[int, int], parts_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

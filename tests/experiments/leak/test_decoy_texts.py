@@ -19,6 +19,7 @@ from isthmus.privacy.defences.decoys import Decoys
 from isthmus.privacy.defences.secret_noise import SecretNoise
 
 
+@pytest.mark.long
 def test_there_are_enough_decoys_and_none_is_a_private_text(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     texts = load_texts("e2e", letters(tmp_path), tokenizer, Counts(6, 4, 20, 4, 80), 0)

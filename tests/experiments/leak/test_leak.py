@@ -137,6 +137,7 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
         run_leak(settings)
 
 
+@pytest.mark.long
 def test_an_interrupted_row_resumes_wherever_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands, attacks = all_here(monkeypatch), calls_of(monkeypatch, attacked_row, "guess_of")
     settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})])
@@ -216,6 +217,7 @@ def test_a_row_that_another_process_has_made_meanwhile_is_taken(
     assert len(commands) == 1
 
 
+@pytest.mark.long
 def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def averaged(case: Attacked, counted: int) -> float:
     return mean.accuracy(mean.attack(AveragedMatching(found)))
 
 
+@pytest.mark.long
 def test_passes_of_an_example_are_averaged() -> None:
     noise = "gaussian:clip=40,sigma=0.06"
     once = knowing(defended(attacked(), noise), noise)

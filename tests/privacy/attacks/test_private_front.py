@@ -23,6 +23,7 @@ def tuned_front(model: object, by: float) -> Front:
     return front
 
 
+@pytest.mark.long
 def test_a_tuned_front_is_read_with_the_base_weights_and_better_with_known_texts() -> None:
     model = tiny_model("llama")
     edges = tuned_front(model, 0.1)

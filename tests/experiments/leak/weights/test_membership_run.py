@@ -51,6 +51,7 @@ def result(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return measure_membership(MembershipSettings(**settings), tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.long
 def test_an_undefended_adapter_tells_its_members_and_a_private_one_does_not(result: MembershipResult) -> None:
     undefended, defended = result.runs
     assert [attack.attack for attack in undefended.attacks] == ["membership-loss", "membership-calibrated"]

@@ -140,6 +140,7 @@ def test_a_request_reaches_each_point_at_its_place_and_a_worker_has_none_of_its_
 
 
 @pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.long
 def test_every_python_of_the_cloud_has_the_points_and_no_other_one(broken: bool, tmp_path: Path) -> None:
     program = (
         "import importlib, json, sys\n"
@@ -208,6 +209,7 @@ def train(worker: MortalWorker, out: Path, instruction: str | None = None) -> in
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_a_worker_that_dies_or_fails_at_any_point_costs_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     with MortalWorker(tiny_checkpoint("llama", tmp_path / "model"), tmp_path / "worker") as worker:

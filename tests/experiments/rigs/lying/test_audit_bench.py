@@ -136,6 +136,7 @@ def test_a_threshold_of_nothing_accuses_the_honest(settings: AuditSettings, tmp_
     assert large["elsewhere_found"] == 0  # smaller than the threshold
 
 
+@pytest.mark.long
 def test_at_a_longer_length_its_own_threshold_decides(settings: AuditSettings, tmp_path: Path) -> None:
     cloud = AuditedCloud(settings, tmp_path, "none")
     row = cloud.longer(16, 0.0)

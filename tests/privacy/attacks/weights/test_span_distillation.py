@@ -65,6 +65,7 @@ def steal(model: Any, span: Any, calls: int, **options: Any) -> StolenSpan:
     return SpanDistillation(theft).run(knowledge, span, texts(2, 16))
 
 
+@pytest.mark.long
 def test_queries_give_a_stand_in_that_helps(model: Any) -> None:
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     span = span_of(model)
