@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,3 +68,12 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage:") == len(HELP) - 1  # all but the version's
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, "ERROR"), ("INFO", "INFO")])
+def test_grpc_tells_errors_alone_unless_it_is_asked_for_more(asked: str | None, told: str) -> None:
+    program = "import os; from isthmus.cli import main; main.main = lambda: print(os.environ['GRPC_VERBOSITY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    environment |= {"GRPC_VERBOSITY": asked} if asked else {}
+    command = [sys.executable, "-c", f"{program}; main.console()"]
+    assert subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip() == told
