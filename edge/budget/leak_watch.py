@@ -91,11 +91,6 @@ class BudgetWatch:
         self._attacked_at: int | None = None  # applied steps; None before this process makes one
         self._states: list[list[Tensor]] = []
         self._outputs: list[Tensor] = []  # of the cloud's layers, for public texts
-        # What is sent again says more only where a defence draws anew.
-        self._passes = 1
-        if any(each.fresh for each in config.defences()):
-            shown = exposure_of(model, tuned, config, data)
-            self._passes = max(shown.forwards, shown.held_out)
         total = total_steps(config, len(data.train))
         trained_on = min(len(data.train), total * config.batch * config.accumulate)
         every = len(data.train) + len(data.validation)
@@ -249,7 +244,10 @@ class BudgetWatch:
             self._states = self._expected()
 
     def _other_passes(self) -> Iterator[Traffic]:
-        for _ in range(self._passes - 1):
+        if self._defended is None or not any(each.fresh for each in self._config.defences()):
+            return  # what is sent again says more only where a defence draws anew
+        shown = self._defended.exposure
+        for _ in range(max(shown.forwards, shown.held_out) - 1):
             self._check_stop()
             yield self._rehearsal.forwards(self._texts.sample)
 

@@ -33,6 +33,7 @@ class ReleaseLog:
         say: Told what is guaranteed, before this process sends an example of the run.
 
     Attributes:
+        done: Applied steps that this process goes on from.
         guarantee: None where no defence claims an (ε, δ), and until `settle` or `add` is called.
     """
 
@@ -40,12 +41,24 @@ class ReleaseLog:
         self, path: Path, run: str, promise: Callable[[int, Releases], Guarantee | None], say: Callable[[str], None]
     ) -> None:
         self.guarantee: Guarantee | None = None
-        self._done = 0
+        self.done = 0
         self._path = path
         self._run = run
         self._promise = promise
         self._say = say
         self._settled = False
+        self._before: Releases | None = None
+
+    @property
+    def before(self) -> Releases:
+        """What other processes of the run have begun to send, before this one has.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        if self._before is None:
+            self._before = self._runs().get(self._run, Releases())
+        return self._before
 
     def go_on(self, done: int) -> None:
         """Let this process go on after `done` applied steps.
@@ -59,7 +72,7 @@ class ReleaseLog:
                 f"the run cannot be resumed: {self._path}, which counts what it has sent, is missing or of other runs. "
                 f"Put it back, or {START_ANEW}."
             )
-        self._done = done
+        self.done = done
 
     def settle(self) -> None:
         """Find out what is guaranteed, with what other processes have sent, and say it; once.
@@ -70,7 +83,7 @@ class ReleaseLog:
         if self._settled:
             return
         self._settled = True
-        self.guarantee = self._promise(self._done, self._runs().get(self._run, Releases()))
+        self.guarantee = self._promise(self.done, self.before)
         if self.guarantee is not None:
             self._say(guarantee_line(self.guarantee))
 

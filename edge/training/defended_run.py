@@ -53,6 +53,7 @@ class DefendedRun:
     """A `StepObserver`, so that its key is in the checkpoints, and what the loop asks of defences.
 
     Args:
+        shown: See `exposure_of`, which has the same last arguments.
         per_epoch: Steps of an epoch.
 
     Attributes:
@@ -68,6 +69,7 @@ class DefendedRun:
         modules: Sequence[nn.Module],
         noise: SecretNoise,
         account: ReleaseLog,
+        shown: Callable[[int, Releases], Exposure],
         decoys: str | None,
         eval_every: int | None,
         per_epoch: int,
@@ -79,6 +81,7 @@ class DefendedRun:
         self._private = next((each for each in options if isinstance(each, DpSgd)), None)
         self._modules = modules
         self._account = account
+        self._shown = shown
         self._per_epoch = per_epoch
         # What was guaranteed at the start goes by how often held-out texts are sent.
         self._identity = {"key": noise.fingerprint, "decoys": decoys, "eval_every": eval_every}
@@ -91,6 +94,11 @@ class DefendedRun:
     def guarantee(self) -> Guarantee | None:
         """What they guarantee of the run, once this process has sent something; None where none claims an (ε, δ)."""
         return self._account.guarantee
+
+    @property
+    def exposure(self) -> Exposure:
+        """What the run does with the example that it shows most, in all of its processes."""
+        return self._shown(self._account.done, self._account.before)
 
     def figures(self) -> dict[str, Any]:
         """What the report says of them, under the names that `Report` has for it."""
@@ -199,8 +207,11 @@ def defended_run(
     key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
     noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
 
+    def shown(done: int, before: Releases) -> Exposure:
+        return exposure_of(model, trained, config, data, done, before)
+
     def promise(done: int, before: Releases) -> Guarantee | None:
-        return guarantee(options, exposure_of(model, trained, config, data, done, before))
+        return guarantee(options, shown(done, before))
 
     promise(_BEFORE, _NOTHING)  # refuses now what it would refuse later
     try:
@@ -216,7 +227,8 @@ def defended_run(
     per_epoch = steps_per_epoch(config, len(data.train))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
-        yield DefendedRun(options, span, defences, modules, noise, account, made_of, config.eval_every, per_epoch)
+        every = config.eval_every
+        yield DefendedRun(options, span, defences, modules, noise, account, shown, made_of, every, per_epoch)
 
 
 def read_key(path: Path, *, make: bool) -> bytes:

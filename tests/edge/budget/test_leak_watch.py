@@ -283,6 +283,33 @@ def test_the_attacker_has_as_many_passes_as_the_text_that_is_sent_most(
 
 
 @pytest.mark.usefixtures("one_attack")
+def test_the_attacker_of_a_run_that_goes_on_has_the_passes_of_before_too(
+    cloud: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is made again draws other noise where the cloud answers otherwise, so it may count twice."""
+    found: list[int] = []
+    attack = leak_watch.attack_texts
+
+    def count(knowledge: Any, first: Traffic, others: Iterator[Traffic], *rest: Any) -> Any:
+        passes = [*others]
+        found.append(1 + len(passes))
+        return attack(knowledge, first, iter(passes), *rest)
+
+    monkeypatch.setattr(leak_watch, "attack_texts", count)
+    noisy: dict[str, Any] = {
+        "leak_budget": "tokens<=1",
+        "leak_sample": 2,
+        "leak_change": 9.0,
+        "public": str(cloud.public),
+        "defence": "gaussian:clip=1,sigma=9",
+        "validation_split": 0,
+    }
+    interrupted(cloud.runs, tmp_path, 2, **noisy)
+    cloud.runs.train(tmp_path, resume=True, **noisy)
+    assert found == [1, 2]
+
+
+@pytest.mark.usefixtures("one_attack")
 def test_no_evaluation_goes_out_of_a_front_that_breaks_the_budget(
     cloud: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
