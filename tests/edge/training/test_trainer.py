@@ -161,10 +161,13 @@ def test_the_flops_of_a_split_model_are_those_of_the_weights_that_are_here(tmp_p
 def test_a_run_without_validation(model_folder: Path, tmp_path: Path) -> None:
     plain = data()
     bare = type(plain)(plain.train, [], 0, 2, plain.fingerprint)
+    options, told = config(tmp_path, steps=2), io.StringIO()
+    progress = StepProgress("step", 2, Console(file=told, width=200))
     result = trainer(
-        model_folder, config(tmp_path, steps=2), data=bare, span_parameters=10, cloud_peak=lambda: 77
+        model_folder, options, data=bare, progress=progress, span_parameters=10, cloud_peak=lambda: 77
     ).fit()
     report = result.report
+    assert "2 examples are left out (cut to 512 tokens, they have no label" in told.getvalue()
     assert (report.loss_before, report.loss_after, report.dropped_examples) == (None, None, 2)
     assert (report.cloud_flops, report.peak_bytes_cloud) == (40 * report.positions, 77)
 
