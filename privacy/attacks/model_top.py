@@ -23,6 +23,7 @@ _TOKENS = 2048  # whose gradients are held at once
 _AT_ONCE = 32  # positions whose norm's Jacobian is held
 _CANDIDATES = 8  # of each position in one backward; with 16 or 32 each takes as long
 _TINY = 1e-30
+_ROUNDING = 1e-5  # relative, of a Jacobian in fp32: a hundred times that of one entry, as it comes of many operations
 
 
 class ModelTop:
@@ -103,9 +104,12 @@ class ModelTop:
             received = self._received(given)
             columns = torch.eye(len(own)).to(own)[:, None, None]
             (jacobian,) = torch.autograd.grad(received, given, columns, is_grads_batched=True)
-            # Least squares, as a denoiser may take away whole directions. torch's usual driver errs where one does.
-            solved = torch.linalg.lstsq(jacobian[:, 0, 0].T, sent[:, None], driver="gelsd")
-            found.append(solved.solution[:, 0])
+            # A denoiser may take away whole directions; of these nothing comes back. Least squares by singular values
+            # would say the same, but now and then they do not converge.
+            system = jacobian[:, 0, 0].T.double()
+            gram = system.T @ system
+            ridge = torch.eye(len(gram)).to(gram) * (gram.trace() * _ROUNDING**2).clamp(min=_TINY)
+            found.append(torch.linalg.solve(gram + ridge, system.T @ sent.double()).to(sent))
         return torch.stack(found)[None]
 
     def alone(
