@@ -18,7 +18,7 @@ from isthmus.cloud.cluster.cluster_spec import RESOURCE, ClusterSpec, controller
 from isthmus.cloud.cluster.issuing import enrolled_nodes
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, Node
 from isthmus.cloud.cluster.node_probe import NodeFacts, clock, probe
-from isthmus.cloud.cluster.trust import check_trust
+from isthmus.cloud.cluster.trust import check_trust, uses_tls
 from isthmus.cloud.control.ray_cluster import ActorError, MethodError, find_actor
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.common.readable import date
@@ -151,10 +151,8 @@ def _trust_finding(nodes: Sequence[Node], note: CloudNote | None) -> Finding:
         check_trust(addresses, autoscaled=grows)
     except ConfigError as error:
         return Finding(about, False, str(error))
-    try:
-        check_trust(addresses, autoscaled=True)
-    except ConfigError:
-        return Finding(about, True, "not needed on one node; turn both on before another one joins")
+    if not uses_tls():
+        return Finding(about, True, "the token is on; turn TLS on before another node joins")
     return Finding(about, True, "on")
 
 

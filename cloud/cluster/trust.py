@@ -15,7 +15,8 @@ def uses_tls() -> bool:
 
 
 def check_trust(addresses: Iterable[str], *, autoscaled: bool = False) -> None:
-    """Check that a cluster of several nodes uses Ray's TLS, and asks for a token.
+    """Check that a cluster asks for a token, as `ray start` listens on all of a machine's addresses, and that one of
+    several nodes uses Ray's TLS.
 
     Args:
         addresses: of its nodes.
@@ -25,17 +26,27 @@ def check_trust(addresses: Iterable[str], *, autoscaled: bool = False) -> None:
         ConfigError: it does not.
     """
     several = len(set(addresses)) > 1
-    if not several and not autoscaled:
-        return
-    which = "the cluster has several nodes" if several else "an --autoscaled cluster gets several nodes"
+    if several or autoscaled:
+        check_tls("the cluster has several nodes" if several else "an --autoscaled cluster gets several nodes")
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise ConfigError(
+            "Ray asks for no token, so whoever reaches its ports may run code: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH for `ray start` on every node and for this command"
+        )
+
+
+def check_tls(which: str) -> None:
+    """Check that Ray uses TLS.
+
+    Args:
+        which: says why it has to.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if not uses_tls():
         raise ConfigError(
             f"{which}, and Ray's token crosses the network between them in the clear: set RAY_USE_TLS=1 and "
             f"{', '.join(NODE_FILES)} for `ray start` on every node and for this command (`isthmus cloud "
             "ray-certificate` makes the files)"
-        )
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        raise ConfigError(
-            f"{which}, and Ray asks for no token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH for `ray start` on "
-            "every node and for this command"
         )

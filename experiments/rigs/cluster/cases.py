@@ -80,6 +80,7 @@ def worker_killed(world: World) -> Happened:
         run.wait_for_step(world.setting.at)
         number = world.session_worker()
         machine, before = world.cloud.machine_of(number), world.place_of(number)
+        check_apart(world)
         machine.cut_power()
         run.check_trains("the machine lost its power")
         back = world.wait("the worker, elsewhere", lambda: world.serves(number) and world.place_of(number) != before)
@@ -91,10 +92,17 @@ def stage_killed(world: World) -> Happened:
     with world.cloud.serving("--pipeline", "2"), world.edge() as run:
         run.wait_for_step(world.setting.at)
         machine = world.cloud.machine_of(1)
+        check_apart(world)
         machine.cut_power()
         run.check_trains("the machine lost its power")
         done = run.finish()
         return Happened([done], {"killed": machine.name, "now_on": world.cloud.machine_of(1).name})
+
+
+def check_apart(world: World) -> None:
+    """Raise IsthmusError where one machine has both workers, or stages: then nothing would be left of the cloud."""
+    if world.cloud.machine_of(0) is world.cloud.machine_of(1):
+        raise IsthmusError(f"both workers are on {world.cloud.machine_of(0).name}, and should be on a machine each")
 
 
 def link_cut(world: World) -> Happened:
@@ -160,6 +168,8 @@ def head_away(world: World, seconds: float) -> Happened:
         during = run.steps()
         time.sleep(seconds)
         trained = run.steps() - during
+        if not trained:
+            raise IsthmusError(f"the edge made no step in the {seconds:.0f} s in which the head was away")
         world.start_node(head)
         run.check_trains("the head was back")
         back = world.wait("another worker", lambda: world.serves(idle) and world.place_of(idle) != killed)

@@ -29,7 +29,9 @@ FAST_SETTINGS = {
     "RAY_health_check_failure_threshold": "3",
 }
 """Of the head: a node that died is noticed after a second and a half, and by default after ten."""
-KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
+KEPT = ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
+OWN_FOLDERS = {"HOME": "user", "TMPDIR": "tmp"}
+"""Of a machine: variables that would name a folder of all machines, and the folder inside its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,13 @@ class RayCluster:
             token.write_text(self.token)
         tls = self._tls(machine, ray)
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+        own = {name: machine.folder / folder for name, folder in OWN_FOLDERS.items()}
+        for folder in own.values():
+            folder.mkdir(mode=0o700, exist_ok=True)
         storage = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(ray / "control-store")}
         return {
             **kept,
+            **{name: str(folder) for name, folder in own.items()},
             **tls,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(ray / "token"),

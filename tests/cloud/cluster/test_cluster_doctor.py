@@ -156,7 +156,7 @@ def test_several_nodes_without_tls_are_found_and_one_node_needs_none(clinic: Cli
     assert "in the clear" in text
     clinic.alive = [GPU]
     assert clinic.wrong() == []
-    said = "not needed on one node; turn both on before another one joins"
+    said = "the token is on; turn TLS on before another node joins"
     assert said in [each.text for each in clinic.findings()]
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from support.models.tiny import tiny_checkpoint
 
-from isthmus.common.errors import ConfigError
+from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.edge.config.training_config import load_config
-from isthmus.experiments.harness.rig_settings import ClusterSettings
+from isthmus.experiments.harness.rig_settings import RIGS, ClusterSettings
 from isthmus.experiments.harness.single_process import train_in_one_process
 from isthmus.experiments.network.net_space import missing
+from isthmus.experiments.rigs.cluster.cases import check_apart
 from isthmus.experiments.rigs.cluster.cluster_bench import run_cluster, show, summed_up
 from isthmus.experiments.rigs.cluster.cluster_world import Setting, World, world
 from isthmus.experiments.rigs.cluster.edge_runs import EdgeRun, Finished, run_options, weights_digest
@@ -110,6 +113,15 @@ def test_a_case_that_there_is_not_is_refused(tmp_path: Path) -> None:
 def test_all_is_well_where_nothing_was_seen() -> None:
     assert all(summed_up([RUN, {**RUN, "at_most_s": None, "recovery_s": 99.0}], SECRETS).values())
     assert summed_up([RUN], None)["nothing_secret"]
+    assert set(summed_up([RUN], None)) == set(RIGS["cluster"].passed)  # each of them decides the command's exit code
+
+
+def test_workers_that_are_to_be_apart_and_are_not_end_the_case() -> None:
+    first, second = (SimpleNamespace(name=name) for name in ("first", "second"))
+    for places, apart in (((first, second), True), ((first, first), False)):
+        cloud = SimpleNamespace(machine_of=places.__getitem__)
+        with contextlib.nullcontext() if apart else pytest.raises(IsthmusError, match="both workers are on first"):
+            check_apart(SimpleNamespace(cloud=cloud))
 
 
 @pytest.mark.parametrize(
