@@ -7,7 +7,7 @@ from isthmus.cloud.nodes.deliveries import NodeReport
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import NotEnrolledError
 from isthmus.protocol.enrolment import STAGE_OPTIONS
-from isthmus.protocol.secure.certificates import CertificateRequest
+from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
 from isthmus.protocol.secure.keys import format_public_key
 
 
@@ -22,7 +22,8 @@ class KnownWorkers:
     def __init__(self, office: IssuingOffice, cloud: bytes) -> None:
         self._office, self._cloud = office, cloud
         self._requests: dict[int, CertificateRequest] = {}
-        self._certificates: dict[int, str] = {}
+        self._keys: dict[int, bytes] = {}  # as reported last
+        self._certificates: dict[int, WorkerCertificate] = {}
 
     def take(self, number: int, report: NodeReport) -> None:
         """Know a worker by the request of its report, and certify its key where it wants that.
@@ -31,6 +32,7 @@ class KnownWorkers:
             NotEnrolledError: its node is not enrolled, or not any more, or has not signed this; it is known no more.
             IsthmusError: it gets no certificate for another reason; what it has may be good yet, and it stays known.
         """
+        self._keys[number] = report.key
         request = report.request
         if request is None:
             return
@@ -47,14 +49,15 @@ class KnownWorkers:
             raise
 
     def _certify(self, number: int, request: CertificateRequest, node: str) -> None:
-        granted = self._office.grant(request).to_json()
+        granted = self._office.grant(request)
         if granted != self._certificates.get(number):  # the same again where the issuer's ends soon
             self._certificates[number] = granted
             log("certificate_issued", worker=number, node=node)
 
     def forget(self, number: int) -> None:
-        """Let a worker's key in no more."""
-        self._requests.pop(number, None)
+        """Let a worker's key in no more, and hand out no certificate for it."""
+        for known in (self._requests, self._keys, self._certificates):
+            known.pop(number, None)
 
     def forget_revoked(self) -> None:
         """Forget all workers whose node is enrolled no more, whether or not they answer."""
@@ -64,8 +67,12 @@ class KnownWorkers:
                 self.forget(number)
 
     def certificate(self, number: int) -> str:
-        """The certificate that a worker was given last, as JSON; "" where it was given none."""
-        return self._certificates.get(number, "")
+        """The certificate that a worker was given last, as JSON; "" where it was given none for its present key.
+
+        A worker that was moved to another node has another key there, and may have a good certificate for it.
+        """
+        certificate = self._certificates.get(number)
+        return certificate.to_json() if certificate and certificate.worker == self._keys.get(number) else ""
 
     def keys(self) -> tuple[bytes, ...]:
         """All workers' raw public keys. May be called from any thread."""

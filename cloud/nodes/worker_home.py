@@ -89,11 +89,14 @@ class WorkerHome:
     def write(self, delivery: Delivery) -> None:
         """Write what was delivered, as files. What is there already stays untouched.
 
+        A certificate for another key, of another node that this worker was on, is not written: the one here may be
+        good.
+
         Raises:
             DiskError: a file cannot be read or written; those before it are written.
         """
         for name, text in (
-            (WORKER_CERT, delivery.certificate or None),
+            (WORKER_CERT, delivery.certificate if self._of_this_key(delivery.certificate) else None),
             (EDGES, delivery.authorized_edges),
             (WORKERS_FILE, delivery.workers),
             (NEXT_STAGE, delivery.next_stage),
@@ -104,16 +107,24 @@ class WorkerHome:
                     write_atomic(path, text.encode(), 0o644)
         self._take_certificate()
 
+    def _of_this_key(self, text: str) -> WorkerCertificate | None:
+        """A certificate for this worker's key; None where a text is no such one."""
+        try:
+            certificate = WorkerCertificate.from_json(text)
+        except ConfigError:
+            return None
+        return certificate if certificate.worker == self.public_key else None
+
     def _take_certificate(self) -> None:
         """Look whether the certificate on the disk is this key's, and when it is to be renewed."""
         path = self.folder / WORKER_CERT
         self._renew_at = 0.0
         try:
-            certificate = WorkerCertificate.from_json(path.read_text())
-            now = self._now()
-            certificate.verify(now)
-        except (OSError, UnicodeDecodeError, ConfigError, FingerprintError):
+            certificate = self._of_this_key(path.read_text())
+            if certificate is not None:
+                certificate.verify(self._now())
+        except (OSError, UnicodeDecodeError, FingerprintError):
             return
-        if certificate.worker == self.public_key:
+        if certificate is not None:
             written = path.stat().st_mtime
             self._renew_at = written + RENEW_SHARE * (certificate.not_after - written)

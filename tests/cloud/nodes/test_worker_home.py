@@ -141,12 +141,18 @@ def test_a_damaged_certificate_is_asked_for_anew(owner: OwnersFolder, issuer: Is
 def test_a_certificate_of_the_key_before_is_not_taken_for_this_ones(owner: OwnersFolder, issuer: Issuer) -> None:
     """A worker that was placed on another node makes another key, and the controller still has the old certificate."""
     home = opened(owner)
-    stranger = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
-    home.write(Delivery(issuer.issue(stranger, NOW + LIFE).to_json()))
+    stranger = Delivery(
+        issuer.issue(Ed25519PrivateKey.generate().public_key().public_bytes_raw(), NOW + LIFE).to_json()
+    )
+    home.write(stranger)
     assert not home.is_certified
     assert home.wants_certificate
     home.write(certified(issuer, home))
-    assert home.is_certified
+    own = (home.folder / "worker_cert").read_bytes()
+    for other in (stranger, Delivery("nonsense")):
+        home.write(other)
+        assert home.is_certified
+    assert (home.folder / "worker_cert").read_bytes() == own
 
 
 @pytest.mark.usefixtures("node")
