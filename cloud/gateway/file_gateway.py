@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.bounds import REVIEW_SECONDS, Bounds
 from isthmus.cloud.gateway.admission import Admission
 from isthmus.cloud.gateway.bounded_server import bind, bounded_server
 from isthmus.cloud.gateway.half_open import HalfOpen
@@ -42,7 +42,9 @@ class FileGateway:
         digest: SHA-256 (hex) of the model.
         stores: make the files, by set.
         identity: returns a key and its certificate; called at every handshake.
-        edges: returns who is enrolled; called at every handshake.
+        edges: returns who is enrolled; called at every handshake and every review.
+        bounds: limits on what others can make it hold.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -52,8 +54,11 @@ class FileGateway:
         stores: Mapping[m.FileSet, Callable[[], FileStore | m.Status]],
         identity: Callable[[], WorkerIdentity],
         edges: Callable[[], AuthorizedEdges],
+        *,
+        bounds: Bounds | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stores, self._bounds = stores, Bounds()
+        self._stores, self._bounds, self._edges, self._clock = stores, bounds or Bounds(), edges, clock
         limits = m.SpanLimits(1, MESSAGE_BYTES, 0)
         version = importlib.metadata.version("isthmus")
         info = m.SessionInfo(
@@ -61,7 +66,8 @@ class FileGateway:
         )
         self._metrics = Metrics()
         self._sessions = Sessions(self._metrics)
-        half_open, clock = HalfOpen(self._bounds), time.monotonic
+        self._open: set[OpenSession] = set()
+        half_open = HalfOpen(self._bounds)
         self._admission = Admission(info, identity, edges, self._sessions, self._metrics, half_open, clock)
         self._hang_up = HangUp(self._bounds.linger_seconds)
 
@@ -74,6 +80,7 @@ class FileGateway:
         port = bind(server, listen)
         await server.start()
         self._server = server  # grpc.aio ends a server that nobody holds
+        self._reviewing = asyncio.create_task(self._review(), name="review of sessions")
         return port
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
@@ -84,13 +91,15 @@ class FileGateway:
             log("no_certificate", logging.ERROR, error=str(error))
             await self._hang_up.abort(context, grpc.StatusCode.UNAVAILABLE, "there is no certificate to show")
             return
-        stream = SealedStream(protocol, frames, context, self._metrics, self._bounds.transfer, time.monotonic)
+        stream = SealedStream(protocol, frames, context, self._metrics, self._bounds.transfer, self._clock)
         try:
             session = await self._admission.admit(protocol, stream, context)
             if session is not None:
+                self._open.add(session)
                 try:
                     await self._converse(stream, session)
                 finally:
+                    self._open.discard(session)
                     self._sessions.leave(session)
         except (RemoteProtocolError, VersionError) as error:
             self._admission.offended(protocol, context)
@@ -104,10 +113,26 @@ class FileGateway:
         finally:
             protocol.close()
 
+    async def _review(self) -> None:
+        """End the sessions of keys that are not enrolled any more, and those that are too old, again and again.
+
+        Another name alone ends none: the controller numbers the keys anew whenever one comes or goes.
+        """
+        while True:
+            await asyncio.sleep(REVIEW_SECONDS)
+            edges, now = self._edges(), self._clock()
+            for session in self._open:
+                if edges.of(session.enrolled.fingerprint) is None:
+                    session.end("this worker is no longer enrolled")
+                elif now - session.since >= self._bounds.max_session_age:
+                    session.end("the session has reached its greatest age")
+
     async def _converse(self, stream: SealedStream, session: OpenSession) -> None:
         while True:
             received = await stream.receive(session.ending)
             if received is None:
+                if session.notice is not None:
+                    await stream.send(session.notice)
                 return
             if isinstance(received, Oversized):
                 raise MessageError("a question that is longer than a file's chunk came")
