@@ -11,6 +11,7 @@ $ISTHMUS_NODE_HOME, or ~/.isthmus/node
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isthmus.cloud.nodes.deliveries import Delivery
-from isthmus.common.errors import ConfigError, FingerprintError
+from isthmus.cloud.telemetry.logs import log
+from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.protocol.enrolment import WORKERS_FILE
 from isthmus.protocol.secure.certificates import REQUEST_SECONDS, CertificateRequest, WorkerCertificate
-from isthmus.protocol.secure.keyfiles import check_folder, make_folder
-from isthmus.protocol.secure.keys import WORKER_CERT, load_node, make_worker_key
+from isthmus.protocol.secure.keyfiles import check_folder, locked_folder, make_folder, read_private
+from isthmus.protocol.secure.keys import WORKER_CERT, WORKER_KEY, load_node, make_worker_key
 
 NEXT_STAGE, EDGES = "next_stage", "authorized_edges"
 RENEW_SHARE = 0.5
@@ -47,7 +49,7 @@ class WorkerHome:
 
     Attributes:
         folder: where it is.
-        key: the worker's private key, made where there was none.
+        key: the worker's private key, made where there was none that can be used.
 
     Raises:
         KeyFileError: the node has no key, or a key or the folder cannot be used.
@@ -60,7 +62,7 @@ class WorkerHome:
         self._node_key = load_node(node_home())  # first of all: without it no worker can run on this node
         make_folder(self.folder)
         check_folder(self.folder)
-        self.key: Ed25519PrivateKey = make_worker_key(self.folder)
+        self.key: Ed25519PrivateKey = _own_key(self.folder)
         self._renew_at = 0.0
         self._request: CertificateRequest | None = None
         self._take_certificate()
@@ -128,3 +130,22 @@ class WorkerHome:
         if certificate is not None:
             written = path.stat().st_mtime
             self._renew_at = written + RENEW_SHARE * (certificate.not_after - written)
+
+
+def _own_key(folder: Path) -> Ed25519PrivateKey:
+    """The worker's key, made where there is none, or another one in place of what is no key, as a crash may leave it.
+
+    Nothing is lost with such a file: the next certificate is for the new key. A key that others can read stays refused.
+    """
+    path = folder / WORKER_KEY
+    with locked_folder(folder):  # a second process must not remove the key that the first has made
+        try:
+            return make_worker_key(folder)
+        except KeyFileError as error:
+            if not path.exists():  # it could not be made
+                raise
+            read_private(path, "remove it, and it is made anew")
+            log("worker_key_made_anew", logging.WARNING, error=str(error))
+        with disk_errors(path):
+            path.unlink()
+        return make_worker_key(folder)

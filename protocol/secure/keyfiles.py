@@ -7,14 +7,17 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from isthmus.common.errors import DiskError, KeyFileError
-from isthmus.common.files import write_atomic
+from isthmus.common.files import sync, write_atomic
 from isthmus.common.ownership import fault, intruder
 
 MAX_FILE = 1 << 22
+_TEMPORARY = ".isthmus-tmp-"  # as the other files that are on their way
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def make_folder(folder: Path) -> None:
@@ -48,28 +51,46 @@ def check_folder(folder: Path) -> None:
 
 
 def create_file(path: Path, data: bytes, mode: int) -> None:
-    """Write a new file with a mode, from its first moment on.
+    """Write a new file with a mode, from its first moment on. It is there whole, or, after a power cut, not at all.
 
     Raises:
         KeyFileError: it exists, or cannot be made.
         DiskError: the disk is full.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        temporary = Path(name)
+        try:
+            with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
+                os.fchmod(file.fileno(), mode)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _name(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
     except FileExistsError as error:
         raise KeyFileError(
             f"{path} exists and is not overwritten: move it away first, or choose another path"
         ) from error
     except OSError as error:
         raise _failed(path, error) from error
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Give a file a second name, or its only one where the file system knows no second ones. Nothing is overwritten."""
     try:
-        with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        path.hardlink_to(temporary)
     except OSError as error:
-        path.unlink(missing_ok=True)
-        raise _failed(path, error) from error
+        if error.errno not in _NO_LINKS:
+            raise
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # nobody else takes the name now
+        try:
+            temporary.replace(path)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def replace_file(path: Path, data: bytes, mode: int) -> None:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cluster.owners_folder import OwnersFolder
 from support.protocol.wire import NOW
 
+from isthmus.cloud.nodes import worker_home
 from isthmus.cloud.nodes.deliveries import AdapterPlace, Delivery
 from isthmus.cloud.nodes.worker_home import WorkerHome, node_home
 from isthmus.common.errors import DiskError, KeyFileError
@@ -62,6 +63,44 @@ def test_a_worker_makes_its_key_once_and_each_cloud_and_number_has_its_own(owner
     assert opened(owner).public_key == home.public_key
     others = [opened(owner, 1), opened(owner, cloud="other"), WorkerHome(("cloud", bytes(32)), 0, Clock())]
     assert len({home.public_key, *(each.public_key for each in others)}) == 4
+
+
+@pytest.mark.usefixtures("node")
+@pytest.mark.parametrize("text", [b"", b"-----BEGIN PRIVATE KEY-----\n", bytes(120)])
+def test_a_key_that_a_crash_has_spoilt_is_made_anew_and_certified_afresh(
+    owner: OwnersFolder, issuer: Issuer, text: bytes
+) -> None:
+    before = opened(owner)
+    before.write(certified(issuer, before))
+    path = before.folder / "worker_key"
+    path.write_bytes(text)
+    home = opened(owner)
+    assert home.public_key != before.public_key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert home.wants_certificate
+    home.write(certified(issuer, home))
+    again = opened(owner)
+    assert (again.public_key, again.is_certified) == (home.public_key, True)
+
+
+@pytest.mark.usefixtures("node")
+def test_a_key_that_others_can_read_or_that_cannot_be_made_is_refused(
+    owner: OwnersFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = opened(owner).folder / "worker_key"
+    key = path.read_bytes()
+    path.chmod(0o644)
+    with pytest.raises(KeyFileError, match="can be read by others"):
+        opened(owner)
+    assert path.read_bytes() == key
+    path.unlink()
+
+    def refuse(folder: Path) -> None:
+        raise KeyFileError(f"{folder}/worker_key cannot be written (Permission denied)")
+
+    monkeypatch.setattr(worker_home, "make_worker_key", refuse)
+    with pytest.raises(KeyFileError, match="Permission denied"):
+        opened(owner)
 
 
 def test_a_worker_shows_its_nodes_signature_and_wants_a_certificate_until_it_has_one(
