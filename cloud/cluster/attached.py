@@ -212,11 +212,11 @@ class _Watched:
         found = find_actor(name)
         if found is not None:
             state = None
-            with contextlib.suppress(UnreachableError):
+            with contextlib.suppress(IsthmusError):
                 state = _ask(found, "state")
             if state is None or (fresh and state["stopped"]):
-                # Its node is gone, it hangs, or a `stop` that was broken off has left it without workers: another one
-                # asks the workers that there are for all that it has known.
+                # Its node is gone, it hangs, a port was taken, or a `stop` that was broken off has left it without
+                # workers: another one asks the workers that there are for all that it has known.
                 found.kill()
             elif not same_cloud(state["spec"], self._spec):
                 raise ConfigError(
@@ -282,7 +282,7 @@ class _Watched:
                 answered = now
                 self.write_where(state)
                 self._tell([*state["faults"], *self._trust_faults()])
-            except UnreachableError:
+            except IsthmusError:  # or it could not start
                 with contextlib.suppress(UnreachableError):  # the next look asks again
                     if self._was_stopped():
                         return False

@@ -25,10 +25,11 @@ from isthmus.cloud.cluster.model_files import ModelFiles
 from isthmus.cloud.cluster.worker_counts import forget_counts, read_counts, write_counts
 from isthmus.cloud.control.autoscaler import Scaler
 from isthmus.cloud.control.controller import Directory, metrics_of, serve_pages
-from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, wait_for
+from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, wait_for, was_restarted
 from isthmus.cloud.directory import Update
 from isthmus.cloud.nodes.deliveries import Delivery, NodeReport, newer_adapters
 from isthmus.cloud.nodes.node_worker import NodeWorker, spec_digest
+from isthmus.cloud.telemetry.current_faults import CurrentFaults
 from isthmus.cloud.telemetry.logs import log, log_to
 from isthmus.common.errors import IsthmusError, NotEnrolledError, PortInUseError
 from isthmus.common.readable import date
@@ -46,9 +47,10 @@ DRAIN_SLACK_SECONDS = 10.0
 """Beyond the grace, for a worker to say that it has drained."""
 PLACE_SECONDS = 120.0
 """For Ray to place a worker that there need not be: an autoscaler's machine has started by then, or there is none."""
+PORT_SECONDS = 300.0
+"""For which a controller that Ray has started again does without a port that is taken, before it starts once more."""
 ISSUER_CHECK_SECONDS = 30.0
 """Between two looks at when the issuer's certificate runs out, which the controller says a day before."""
-DAY = 86_400
 
 
 class ClusterController:
@@ -74,7 +76,7 @@ class ClusterController:
         self._begun = time.monotonic()
         self._issuer_checked = float("-inf")
         self._draining: dict[int, Answer] = {}
-        self._faults: dict[str, str] = {}  # what keeps the cloud from serving, for the operator, by what it concerns
+        self._faults = CurrentFaults()  # what keeps the cloud from serving
         self._stopped = False
         self._least, self._most = read_counts(spec)
         self._wanted = set(range(self._least))
@@ -87,8 +89,12 @@ class ClusterController:
             self._files_at = self._files.start()
             serve_pages(spec.metrics, self.metrics, self.status)
         except PortInUseError as error:
-            self._failure = error  # raised by `state`: of an actor that dies in its constructor, Ray keeps only a text
-            return
+            if not was_restarted():
+                self._failure = error  # raised by `state`: of an actor that dies in its constructor, Ray keeps a text
+                return
+            # Nobody waits to be told, and the workers need their certificates more than this needs the port.
+            self._faults.note("ports", f"{error}; it is tried again in {PORT_SECONDS / 60:.0f} minutes at most")
+            threading.Thread(target=self._end_later, name="ports", daemon=True).start()
         rounds = (self._round, self._scale, self._look_at_the_issuer)
         threading.Thread(target=self._run, args=rounds, name="rounds", daemon=True).start()
         # Beside the rounds: while Ray's head is away, Ray answers late.
@@ -116,7 +122,7 @@ class ClusterController:
             return {
                 "ready": len(serving) >= self._least,
                 "waits": [line for line in waits if not line.endswith(": ")],
-                "faults": list(self._faults.values()),
+                "faults": self._faults.lines(),
                 "places": [self._reports[number].place for number in front],
                 "counts": (self._least, self._most),
                 "spec": self._spec,
@@ -166,7 +172,7 @@ class ClusterController:
                 report = self._reports.get(worker["worker"])
                 if report is not None:
                     worker["node"] = report.node
-            faults = {"faults": list(self._faults.values())} if self._faults else {}
+            faults = {"faults": lines} if (lines := self._faults.lines()) else {}
             return {**shown, "renewed_until": self._issuer_until, **faults, "controller_pid": os.getpid()}
 
     def metrics(self) -> bytes:
@@ -188,6 +194,12 @@ class ClusterController:
                 settling = any(self._waits(number) for number in self._wanted)
             time.sleep(SETTLING_SECONDS if settling else TICK_SECONDS)
 
+    def _end_later(self) -> None:
+        """End this process after a while, for Ray to start it again: a port that was taken may be free then."""
+        time.sleep(PORT_SECONDS)
+        if not self._stopped:  # which answers whoever has asked for it
+            os._exit(1)
+
     def _adopt(self) -> None:
         """Take up the workers of an earlier controller. Those above the largest number will be drained."""
         if self._adopted:
@@ -208,13 +220,8 @@ class ClusterController:
                 if number not in self._actors and self._retry_at.get(number, 0.0) <= now
             ]
         for number in missing:
-            actor = start_anywhere(
-                NodeWorker,
-                spec.worker_spec(number),
-                name=spec.worker_name(number),
-                environment=spec.environment,
-                claims=spec.claims,
-            )
+            own, name = spec.worker_spec(number), spec.worker_name(number)
+            actor = start_anywhere(NodeWorker, own, name=name, environment=spec.environment, claims=spec.claims)
             with self._lock:
                 if self._stopped:  # meanwhile, without this one
                     actor.kill()
@@ -226,8 +233,8 @@ class ClusterController:
         with self._lock:
             self._known.forget_revoked()
             tenants = self._tenants()
-            self._fault("authorized_edges", self._tenants.fault)
-            self._fault("authorized_nodes", self._office.fault)
+            self._faults.note("authorized_edges", self._tenants.fault)
+            self._faults.note("authorized_nodes", self._office.fault)
             updates = self._directory.updates()
             for number, actor in self._actors.items():
                 if number not in self._asked:  # a worker that is being restarted may answer late
@@ -247,7 +254,7 @@ class ClusterController:
                 except ActorGoneError as error:  # for good: a head that came back has forgotten it, say
                     log("worker_gone", logging.WARNING, worker=number, error=str(error))
                     if number not in self._reports:  # it never came up: another version on that node, say
-                        self._fault(f"worker {number}", f"worker {number} could not be started: {error}")
+                        self._faults.note(f"worker {number}", f"worker {number} could not be started: {error}")
                         self._retry_at[number] = time.monotonic() + RETRY_SECONDS
                     self._forget(number)
                 except ActorError:
@@ -265,7 +272,7 @@ class ClusterController:
         self._silent.discard(number)
         self._draining.pop(number, None)
         self._directory.gone(number)
-        self._fault(f"worker {number}'s disk", "")
+        self._faults.note(f"worker {number}'s disk", "")
 
     def _took(self, number: int, report: NodeReport) -> None:
         self._reports[number] = report
@@ -273,18 +280,18 @@ class ClusterController:
         self._directory.reported(number, report.report)
         what = f"worker {number}"
         if report.failure:
-            self._fault(what, f"{what} on {report.node} cannot serve: {report.failure}")
+            self._faults.note(what, f"{what} on {report.node} cannot serve: {report.failure}")
             self._start_again(number)
             return
-        self._fault(f"{what}'s disk", f"{what} on {report.node}: {report.fault}" if report.fault else "")
+        self._faults.note(f"{what}'s disk", f"{what} on {report.node}: {report.fault}" if report.fault else "")
         try:
             self._known.take(number, report)
-            self._fault(what, "")
+            self._faults.note(what, "")
         except NotEnrolledError as error:  # or not any more
-            self._fault(what, f"{what} on {report.node} may not serve: {error}")
+            self._faults.note(what, f"{what} on {report.node} may not serve: {error}")
             self._start_again(number)
         except IsthmusError as error:
-            self._fault(what, f"{what} on {report.node} gets no certificate: {error}")
+            self._faults.note(what, f"{what} on {report.node} gets no certificate: {error}")
 
     def _is_due(self, number: int, delivery: Delivery) -> bool:
         """Whether a worker is sent a delivery now.
@@ -307,11 +314,11 @@ class ClusterController:
         try:
             self._issuer_until = self._office.issuer().certificate.not_after
         except IsthmusError as error:
-            self._fault("issuer", str(error))
+            self._faults.note("issuer", str(error))
             return
-        soon = self._issuer_until - time.time() < max(self._spec.hours * HOUR, DAY)
+        soon = self._issuer_until - time.time() < max(self._spec.hours, 24) * HOUR
         until = f"the issuer's certificate expires on {date(self._issuer_until)}, and all workers' with it"
-        self._fault("issuer", f"{until}: renew it with `isthmus cloud issuer`" if soon else "")
+        self._faults.note("issuer", f"{until}: renew it with `isthmus cloud issuer`" if soon else "")
 
     def _start_again(self, number: int) -> None:
         """End a worker, and have it started anew in a while, on a node of Ray's choice."""
@@ -320,20 +327,11 @@ class ClusterController:
         self._forget(number)
         actor.kill()
 
-    def _fault(self, what: str, text: str) -> None:
-        """Note what is wrong with something, or that nothing is, and log what is new."""
-        if text and self._faults.get(what) != text:
-            log("fault", logging.ERROR, text=text)
-        if text:
-            self._faults[what] = text
-        else:
-            self._faults.pop(what, None)
-
     def _waits(self, number: int) -> str:
         """What a worker waits for before it serves; "" where it serves."""
         report = self._reports.get(number)
         if report is None:
-            return self._faults.get(f"worker {number}") or "a node with room for it"
+            return self._faults.of(f"worker {number}") or "a node with room for it"
         if self._is_outdated(number, report):
             return "the end of a worker from before"
         return "an answer" if number in self._silent else report.failure or report.waits
@@ -374,7 +372,7 @@ class ClusterController:
                     log("worker_ended", worker=number)
             self._give_up_unplaced()
             for number in set(range(MAX_WORKERS)) - self._wanted - set(self._actors):
-                self._fault(f"worker {number}", "")
+                self._faults.note(f"worker {number}", "")
             for number in sorted(set(self._actors) - self._wanted - set(self._draining), reverse=True):
                 self._draining[number] = self._actors[number].ask("drain", self._spec.grace)
             for number in sorted((self._wanted & self._reports.keys()) - self._draining.keys()):

@@ -20,7 +20,7 @@ from isthmus.cloud.cluster.attached import LOST_SECONDS, SILENT_SECONDS
 from isthmus.cloud.cluster.joined_cluster import Node
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
 from isthmus.cloud.control.serve_state import write_state
-from isthmus.common.errors import ConfigError, DiskError, UnreachableError
+from isthmus.common.errors import ConfigError, DiskError, PortInUseError, UnreachableError
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.limits import MAX_WORKERS
 from isthmus.protocol.secure.keys import Fingerprint
@@ -78,6 +78,18 @@ def test_a_controller_that_is_lost_is_looked_for_anew(watched: Watched) -> None:
     assert first.was_killed
     assert watched.ray.actor is not first
     assert "the controller does not answer: looking for it anew" in watched.said.getvalue()
+
+
+def test_a_controller_that_cannot_start_is_looked_for_anew_until_its_port_is_free(watched: Watched) -> None:
+    first, stop = watched.ray.actor, Stop(int(LOST_SECONDS / attached.POLL_SECONDS) + 8)
+    watched.ray.controller.failure = taken = PortInUseError("cannot serve metrics")
+    watched.ray.prepare = lambda controller: setattr(controller, "failure", taken if stop.look < 34 else None)
+    assert watched.look_after(stop)
+    assert first.was_killed
+    assert not watched.ray.actor.was_killed
+    said = watched.said.getvalue()
+    assert said.count("cannot serve metrics") == 1
+    assert said.index("cannot serve metrics") < said.index("the cluster answers again")
 
 
 @pytest.mark.parametrize("folder", ["here", "of another machine"])

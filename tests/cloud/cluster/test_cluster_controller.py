@@ -16,7 +16,7 @@ import pytest
 from support.cluster.controlled_cloud import Cloud, names, pipeline
 
 from isthmus.cloud.cluster import cluster_controller as controller_module
-from isthmus.cloud.cluster.cluster_controller import ANSWER_SECONDS, HEAR_SECONDS, RETRY_SECONDS
+from isthmus.cloud.cluster.cluster_controller import ANSWER_SECONDS, HEAR_SECONDS, PORT_SECONDS, RETRY_SECONDS
 from isthmus.cloud.cluster.cluster_spec import Claims
 from isthmus.cloud.control import controller as pages
 from isthmus.cloud.nodes.deliveries import Delivery
@@ -79,6 +79,41 @@ def test_a_controller_that_cannot_serve_its_status_says_so(cloud: Cloud, monkeyp
         other.shutdown()
         other.server_close()
     assert not cloud.begin(0, metrics="").state()["ready"]
+
+
+@pytest.mark.parametrize("what", ["its status", "the model"])
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_controller_that_ray_restarts_does_without_a_port_that_is_taken_and_then_starts_once_more(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, what: str, is_stopped: bool
+) -> None:
+    slept, exits, threads = list[float](), list[int](), dict[str, Callable[[], None]]()
+
+    def taken(*_: object) -> str:
+        raise PortInUseError(f"the port for {what} is taken")
+
+    def thread(*, target: Callable[[], None], name: str, **_: object) -> Any:
+        return SimpleNamespace(start=lambda: threads.setdefault(name, target))
+
+    monkeypatch.setattr(controller_module, "threading", SimpleNamespace(RLock=threading.RLock, Thread=thread))
+    monkeypatch.setattr(controller_module.time, "sleep", slept.append)
+    monkeypatch.setattr(controller_module, "was_restarted", lambda: True)
+    if what == "its status":
+        monkeypatch.setattr(controller_module, "serve_pages", taken)
+    else:
+        monkeypatch.setattr(controller_module, "ModelFiles", lambda *_: SimpleNamespace(start=taken))
+    controller = cloud.begin()
+    state = controller.state()
+    assert state["ready"]
+    assert state["faults"] == [f"the port for {what} is taken; it is tried again in 5 minutes at most"]
+    assert cloud.worker(0).is_certified
+    assert set(threads) == {"ports", "rounds", "starts"}
+    monkeypatch.setattr(controller_module, "os", SimpleNamespace(_exit=exits.append))
+    if is_stopped:
+        assert controller.stop(1.0)
+        assert cloud.worker(0).drained == [1.0]
+    threads["ports"]()
+    assert slept == [PORT_SECONDS]
+    assert exits == ([] if is_stopped else [1])
 
 
 def test_a_step_that_fails_is_logged_and_the_others_go_on(cloud: Cloud, log: Log) -> None:

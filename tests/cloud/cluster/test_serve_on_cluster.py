@@ -121,6 +121,16 @@ def test_a_controller_that_does_not_answer_makes_room_for_another(ray: Ray, opti
     assert first.is_gone
 
 
+def test_a_controller_whose_port_was_taken_makes_room_for_another(ray: Ray, options: ServeOptions) -> None:
+    """As one that Ray has started while nobody was there who could be told."""
+    serve(options)
+    first = ray.actor
+    ray.controller.failure = PortInUseError("cannot serve metrics")
+    assert serve(options)
+    assert ray.actor is not first
+    assert first.was_killed
+
+
 def test_a_controller_that_a_broken_off_stop_has_left_makes_room_for_another(ray: Ray, options: ServeOptions) -> None:
     """It has no workers, and would start none."""
     serve(options)
