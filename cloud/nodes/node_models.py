@@ -1,14 +1,24 @@
-"""The model on a node: on a path that nodes share, in the cache, from the hub, or from another machine of the cloud."""
+"""The model on a node: on a path that nodes share, in the cache, from the hub, or from another machine of the cloud.
+
+A model that was fetched stays, for the workers to come. Where another one does not fit beside it, it goes, unless a
+process uses it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
+import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
@@ -17,12 +27,15 @@ from isthmus.cloud.nodes.peers import Peers
 from isthmus.cloud.nodes.worker_home import node_home
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import CheckpointError, IsthmusError
-from isthmus.common.files import locked
+from isthmus.common.files import disk_errors, locked, open_lock
 from isthmus.common.ownership import private_folder
 from isthmus.protocol.messages import FileSet
 
 LOOK_SECONDS, PAUSE_SECONDS = 0.2, 1.0
 """Between two looks at which other workers have the model, and after a fetch that has failed."""
+_PART = ".part"
+_IN_USE: list[contextlib.ExitStack] = []
+"""Locks on the fetched models that this process uses, for as long as it lives: it loads them, and hands them out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,8 @@ def find_model(
 ) -> Path:
     """The folder of a model on this node, with the digest that it must have. Takes as long as it takes.
 
+    One that was fetched is kept from being removed while this process lives.
+
     Args:
         model: which.
         peers: fetches from other workers.
@@ -68,18 +83,75 @@ def find_model(
         )
     kept = node_home() / "models" / model.digest[:16]
     private_folder(kept.parent)
-    with locked(kept):
-        if kept.is_dir():
-            say("checking the model")
-            if Checkpoint(kept, model.name).digest() == model.digest:
-                return kept
-            log("kept_model_damaged", logging.WARNING, folder=str(kept))
-            shutil.rmtree(kept)
-        if model.hub:
-            found_there = _named(model, say)
-            if found_there is not None:
-                return found_there
-        return _fetched(model, kept, peers, models_at, say)
+    with contextlib.ExitStack() as use:
+        use.enter_context(_using(kept))
+        with locked(kept):
+            if kept.is_dir():
+                say("checking the model")
+                if Checkpoint(kept, model.name).digest() == model.digest:
+                    _IN_USE.append(use.pop_all())
+                    return kept
+                log("kept_model_damaged", logging.WARNING, folder=str(kept))
+                shutil.rmtree(kept)
+            if model.hub:
+                found_there = _named(model, say)
+                if found_there is not None:
+                    return found_there
+            fetched = _fetched(model, kept, peers, models_at, say)
+            _IN_USE.append(use.pop_all())
+            return fetched
+
+
+@contextlib.contextmanager
+def _using(kept: Path) -> Iterator[None]:
+    """Keep a model from being removed. Waits while it is."""
+    with _open_use(kept) as use:
+        fcntl.flock(use, fcntl.LOCK_SH)
+        os.utime(use.fileno())
+        yield
+
+
+def _open_use(kept: Path) -> IO[str]:
+    with disk_errors(kept):
+        return open_lock(_use_of(kept))
+
+
+def _use_of(kept: Path) -> Path:
+    """The file that whoever uses a model has a lock on; it tells as well when a process began to use it last."""
+    return kept.with_name(f".{kept.name}.use")
+
+
+def _used_at(kept: Path) -> float:
+    path = _use_of(kept)
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _remove_another(kept: Path) -> bool:
+    """Remove the model beside this one that was used least recently, of those that no process uses, or its part.
+
+    Returns whether there was one.
+    """
+    names = {path.name.removesuffix(_PART) for path in kept.parent.iterdir() if path.is_dir()} - {kept.name}
+    others = [kept.with_name(name) for name in names if re.fullmatch("[0-9a-f]{16}", name)]
+    return any(_removed(other) for other in sorted(others, key=_used_at))
+
+
+def _removed(kept: Path) -> bool:
+    """Remove a model and its part; False where a process uses it, or it cannot be removed."""
+    part = kept.with_name(f"{kept.name}{_PART}")
+    with _open_use(kept) as use:
+        try:
+            fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        shutil.rmtree(part, ignore_errors=True)
+        if kept.is_dir() and not part.exists():
+            with disk_errors(kept):
+                kept.rename(part)  # a crash in between leaves the part of a model, not half of one that looks whole
+            shutil.rmtree(part, ignore_errors=True)
+    gone = not kept.exists() and not part.exists()
+    log("kept_model_removed" if gone else "kept_model_not_removed", logging.WARNING, folder=str(kept))
+    return gone
 
 
 def _named(model: NodeModel, say: Callable[[str], None]) -> Path | None:
@@ -99,8 +171,9 @@ def _named(model: NodeModel, say: Callable[[str], None]) -> Path | None:
 def _fetched(
     model: NodeModel, kept: Path, peers: Peers, models_at: Callable[[], Sequence[str]], say: Callable[[str], None]
 ) -> Path:
-    part = kept.with_name(f"{kept.name}.part")
+    part = kept.with_name(f"{kept.name}{_PART}")
     private_folder(part)
+    make_room = partial(_remove_another, kept)
     logged: dict[str, str] = {}  # by address: a worker that hashes a large model refuses for minutes
     while True:
         addresses = models_at()
@@ -110,11 +183,13 @@ def _fetched(
             continue
         for address in addresses:
             try:
-                asyncio.run(peers.fetch(address, FileSet.MODEL, part, told=_progress(address, say)))
+                told = _progress(address, say)
+                asyncio.run(peers.fetch(address, FileSet.MODEL, part, told, make_room))
             except IsthmusError as error:
                 if logged.get(address) != str(error):
                     log("model_not_fetched", logging.WARNING, at=address, error=str(error))
                 logged[address] = str(error)
+                say(f"the model, which was not fetched from {address}: {error}")
                 time.sleep(PAUSE_SECONDS)
                 continue
             came = Checkpoint(part, model.name).digest()

@@ -53,6 +53,7 @@ class Peers:
         file_set: m.FileSet,
         folder: Path,
         told: Callable[[int, int], None] = lambda done, total: None,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> list[str]:
         """Fetch the files of a file set into a folder; what is there of an earlier fetch stays. Returns their names.
 
@@ -61,6 +62,7 @@ class Peers:
             file_set: which.
             folder: where to; it exists.
             told: called with the bytes that are here, and those of all.
+            make_room: called while there is no room for them: removes something, and returns whether it has.
 
         Raises:
             ConnectionLostError: the worker is gone.
@@ -71,7 +73,7 @@ class Peers:
         async with self._session(address) as stream:
             listing = await _ask(stream, m.FileList, m.FetchList(file_set), 0)
             entries = listing.entries
-            _check(entries, file_set, folder)
+            await asyncio.to_thread(_check, entries, file_set, folder, make_room)
             done, total = 0, sum(entry.size for entry in entries)
             for entry in entries:
                 await _fetch(stream, file_set, entry, folder, partial(_told, told, done, total))
@@ -122,7 +124,9 @@ def _told(told: Callable[[int, int], None], before: int, total: int, of_file: in
     told(before + of_file, total)
 
 
-def _check(entries: Sequence[m.FileEntry], file_set: m.FileSet, folder: Path) -> None:
+def _check(
+    entries: Sequence[m.FileEntry], file_set: m.FileSet, folder: Path, make_room: Callable[[], bool] = lambda: False
+) -> None:
     if len(entries) > MAX_FILES:
         raise RemoteProtocolError(f"another worker offers {len(entries)} files: at most {MAX_FILES} are taken")
     for entry in entries:
@@ -130,11 +134,15 @@ def _check(entries: Sequence[m.FileEntry], file_set: m.FileSet, folder: Path) ->
             raise RemoteProtocolError(f"another worker offers the file {entry.name!r}, which does not belong there")
     places = [(entry, (folder / entry.name, _unfinished(entry.name, folder))) for entry in entries]
     missing = sum(entry.size - max(_held(path, entry) for path in paths) for entry, paths in places)
+    while missing and missing + RESERVE > (free := _free(folder)):
+        if not make_room():
+            raise DiskError(f"{folder} has {free} bytes free, and {missing} bytes are to be fetched: make room")
+
+
+def _free(folder: Path) -> int:
     with disk_errors(folder):
         status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if missing and missing + RESERVE > free:
-        raise DiskError(f"{folder} has {free} bytes free, and {missing} bytes are to be fetched: make room")
+    return status.f_bavail * status.f_frsize
 
 
 def _held(path: Path, entry: m.FileEntry) -> int:

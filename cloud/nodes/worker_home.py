@@ -2,7 +2,7 @@
 
 $ISTHMUS_NODE_HOME, or ~/.isthmus/node
     node_key, node_key.pub              the node's key (`isthmus cloud node-keygen`), which the owner enrols
-    models/<digest>/                    models that were fetched from other nodes
+    models/<digest>/                    models that were fetched from other nodes, until another one needs the room
     <cloud>/worker-N/worker_key         made here, and never sent anywhere
                     /worker_cert, authorized_edges, authorized_workers, next_stage      as delivered
                     /adapters           the tenants'

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.models.tiny import tiny_checkpoint
@@ -14,7 +16,7 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.cloud.nodes import node_models
 from isthmus.cloud.nodes.node_models import NodeModel, find_model
-from isthmus.cloud.nodes.peers import Peers
+from isthmus.cloud.nodes.peers import RESERVE, Peers
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.common.errors import CheckpointError, UnknownModelError
 from isthmus.protocol import messages as m
@@ -26,6 +28,19 @@ Offering = Callable[[FileStore], str]
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_SECONDS", "PAUSE_SECONDS"):
         monkeypatch.setattr(node_models, name, 0.0)
+
+
+def end_the_others() -> None:
+    """What the end of the processes that use models does."""
+    for use in node_models._IN_USE:
+        use.close()
+    node_models._IN_USE.clear()
+
+
+@pytest.fixture(autouse=True)
+def process() -> Iterator[None]:
+    yield
+    end_the_others()
 
 
 @pytest.fixture
@@ -164,6 +179,90 @@ def test_a_kept_model_that_is_damaged_is_fetched_anew(
     assert find_model(wanted, peers, lambda: (address,), lambda text: None) == kept(node, wanted)
     assert same_files(kept(node, wanted), model)
     assert [line["event"] for line in log()].count("kept_model_damaged") == 1
+
+
+# Where the disk has no room for one more ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(node: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has room for two models of that size, whatever else is to stay free."""
+
+    def statvfs(path: object) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=RESERVE + 2 * size_of(model) - size_of(node / "models"), f_frsize=1)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def fetched_before(node: Path, model: Path, digest: str, used_at: float | None = None) -> Path:
+    """A model of another digest that no process uses."""
+    folder = node / "models" / digest
+    (node / "models").mkdir(mode=0o700, exist_ok=True)
+    shutil.copytree(model, folder)
+    if used_at is not None:
+        use = folder.with_name(f".{digest}.use")
+        use.touch()
+        os.utime(use, (used_at, used_at))
+    return folder
+
+
+def few_times(address: str) -> Callable[[], Sequence[str]]:
+    """The address, for as often as a fetch may be tried."""
+    places = iter([(address,)] * 3)
+    return lambda: next(places)
+
+
+@pytest.mark.usefixtures("disk")
+def test_models_that_no_process_uses_make_room_and_the_one_used_last_stays(
+    wanted: NodeModel, peers: Peers, address: str, node: Path, model: Path, log: Callable[[], list[dict[str, object]]]
+) -> None:
+    newest, oldest = (fetched_before(node, model, name * 16, at) for name, at in (("a", 2e9), ("b", 1e9)))
+    part = fetched_before(node, model, f"{'c' * 16}.part")  # which nothing tells the use of
+    other = node / "models" / "notes"  # which is no model
+    other.mkdir()
+    assert find_model(wanted, peers, few_times(address), lambda text: None) == kept(node, wanted)
+    assert same_files(kept(node, wanted), model)
+    assert [path.exists() for path in (newest, oldest, part, other)] == [True, False, False, True]
+    removed = [line["folder"] for line in log() if line["event"] == "kept_model_removed"]
+    assert removed == [str(part).removesuffix(".part"), str(oldest)]
+
+
+def test_models_stay_where_there_is_room(
+    wanted: NodeModel, peers: Peers, address: str, node: Path, model: Path
+) -> None:
+    others = [fetched_before(node, model, name * 16) for name in "ab"]
+    find_model(wanted, peers, lambda: (address,), lambda text: None)
+    assert all(other.exists() for other in others)
+
+
+@pytest.mark.usefixtures("disk")
+def test_a_model_that_another_process_uses_stays_and_the_worker_says_what_it_waits_for(
+    wanted: NodeModel, peers: Peers, address: str, offering: Offering, node: Path, model: Path, other_model: Path
+) -> None:
+    elsewhere = offering(FileStore(other_model, m.FileSet.MODEL))
+    another = dataclasses.replace(wanted, digest=Checkpoint(other_model, "tiny").digest())
+    used = find_model(another, peers, few_times(elsewhere), lambda text: None)
+    fetched_before(node, model, "mine")  # so that the disk is full
+    said: list[str] = []
+    asked: list[None] = []
+
+    def models_at() -> Sequence[str]:
+        asked.append(None)
+        assert used.exists()
+        if len(asked) == 3:
+            end_the_others()
+        assert len(asked) < 5
+        return (address,)
+
+    assert find_model(wanted, peers, models_at, said.append) == kept(node, wanted)
+    refusal = f"the model, which was not fetched from {address}: {node}/models/{wanted.digest[:16]}.part has "
+    assert [text.startswith(refusal) and "make room" in text for text in said[:2]] == [True, True]
+    assert len(asked) == 3
+    assert not used.exists()
 
 
 # By its name ----------------------------------------------------------------------------------------------------------
