@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +81,15 @@ class Directory:
         self._entries.pop(number, None)
 
     def updates(self) -> dict[int, Update]:
-        """What each worker is sent next."""
-        move = surplus({number: len(peer.sessions) for number, (peer, _) in self._serving().items()})
+        """What each worker is sent next.
+
+        Sessions are moved only among workers that have addresses of their own. Before those that share one stands a
+        load balancer, which spreads the connections.
+        """
+        serving = {number: peer for number, (peer, _) in self._serving().items()}
+        count = Counter(peer.address for peer in serving.values())
+        # An edge cannot choose among workers that share an address: it would come back to the one that it has left.
+        move = surplus({number: len(peer.sessions) for number, peer in serving.items() if count[peer.address] == 1})
         now = self._clock()
         self._uneven_since = None if move is None else since(self._uneven_since, now)
         end_newest: dict[int, int] = {}

@@ -128,8 +128,9 @@ class Sessions:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where edges find this worker and those of the others that do not drain."""
-        return (self._address, *(peer.address for peer in self._peers if peer.state != "draining"))
+        """Where edges find this worker and those of the others that do not drain, each address once."""
+        others = (peer.address for peer in self._peers if peer.state != "draining")
+        return tuple(dict.fromkeys((self._address, *others)))  # behind a load balancer they are the same
 
     def take_report(self, address: str, peers: Sequence[Peer]) -> None:
         """Take a report of the cloud's other workers.
@@ -150,9 +151,13 @@ class Sessions:
         arrived.set()
 
     def less_loaded(self, session: OpenSession) -> str | None:
-        """The address of a worker to send a new session to, as it has fewer; None where there is none."""
+        """The address of a worker to send a new session to, as it has fewer; None where there is none.
+
+        An edge is not sent to a worker of the same address: which of the two it reaches, a load balancer decides.
+        """
         own = sum(entry.link != session.link.hex() for entry in self.entries())
-        address = less_loaded(own, self._peers, self._sent)
+        others = [peer for peer in self._peers if peer.address != self._address]
+        address = less_loaded(own, others, self._sent)
         if address is not None:
             self._sent[address] += 1
         return address

@@ -25,7 +25,7 @@ class Endpoints:
     """Opens streams to the worker that is chosen at present.
 
     Args:
-        first: the transport to where the edge was told to connect.
+        first: the transport to where the edge was told to connect. Once closed, it connects anew for its next stream.
         address: that address, `host:port`; it stays in the list, whatever list the cloud gives.
         reach: makes a transport to another address; None stays with the first one.
         further: other addresses where the edge was told to connect; they stay in the list as well.
@@ -78,7 +78,12 @@ class Endpoints:
         self.settled = False
 
     async def failed(self) -> None:
-        """The worker cannot be reached, or takes no session: choose the next one of the list."""
+        """The worker cannot be reached, or takes no session: choose the next one of the list.
+
+        The connection is given up even where that is the same address. Behind a load balancer, which several workers
+        share, a new connection can lead to another worker, and the old one always leads to the same.
+        """
+        await self._transport.close()
         tried = self._to_try()
         place = tried.index(self._at) if self._at in tried else -1
         await self._go(tried[(place + 1) % len(tried)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from isthmus.cloud.control.controller import SPREAD_SECONDS, Directory
 from isthmus.cloud.directory import Peer, Report, SessionEntry
 
@@ -18,9 +20,12 @@ class Clock:
         return self.now
 
 
-def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state: str = "serving") -> Report:
+def report(
+    number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state: str = "serving", address: str = ""
+) -> Report:
+    address = address or f"h:{number}"
     status: dict[str, Any] = {
-        **{"worker": number, "address": f"h:{number}", "span": "2:4", "state": state, "pid": pid},
+        **{"worker": number, "address": address, "span": "2:4", "state": state, "pid": pid},
         **{"model": "tiny", "plan": "2:2", "span_dtype": "fp32", "uptime_s": 3.0 + number},
         "certificate_not_after": 2000 - number,
         **{"sessions": {"alice": sessions} if sessions else {}, "waiting": {"alice": 1}},
@@ -31,7 +36,7 @@ def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state
     }
     return Report(
         status,
-        Peer(f"h:{number}", state, tuple(SessionEntry("alice", f"link{at}", float(at)) for at in range(sessions))),
+        Peer(address, state, tuple(SessionEntry("alice", f"link{at}", float(at)) for at in range(sessions))),
     )
 
 
@@ -89,6 +94,33 @@ def test_a_worker_sheds_sessions_when_the_load_stays_uneven() -> None:
     directory.reported(1, report(1, 2))
     clock.now += SPREAD_SECONDS
     assert directory.updates()[0].end_newest == 0
+
+
+@pytest.mark.parametrize(("addresses", "ended"), [(("h:1", "h:2"), [2, 0]), (("balancer:1", "balancer:1"), [0, 0])])
+def test_workers_behind_one_address_keep_their_sessions_however_uneven(
+    addresses: tuple[str, str], ended: list[int]
+) -> None:
+    clock = Clock()
+    directory = Directory(clock, come_back=False)
+    found = [0, 0]
+    while clock.now <= SPREAD_SECONDS:
+        for number, sessions in ((0, 4), (1, 0)):
+            directory.reported(number, report(number, sessions, address=addresses[number]))
+        for number, update in directory.updates().items():
+            found[number] += update.end_newest
+        clock.now += 0.5
+    assert found == ended
+    assert [peer.address for peer in directory.updates()[0].peers] == [addresses[1]]  # whose sessions count in quotas
+
+
+def test_workers_of_their_own_addresses_share_evenly_beside_some_behind_one() -> None:
+    clock = Clock()
+    directory = Directory(clock)
+    for number, (sessions, address) in enumerate(((9, "balancer:1"), (0, "balancer:1"), (4, ""), (2, ""))):
+        directory.reported(number, report(number, sessions, address=address))
+    directory.updates()
+    clock.now += SPREAD_SECONDS
+    assert [update.end_newest for update in directory.updates().values()] == [0, 0, 1, 0]
 
 
 def test_the_clouds_status_adds_up_its_workers() -> None:

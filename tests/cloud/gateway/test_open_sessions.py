@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from support.cloud.clouds import Home, ThreadServer
 from support.cloud.sessions import channel, eventually
 from support.protocol.wire import TENANT
 
-from isthmus.cloud.gateway.open_sessions import FENCED, OpenSession
+from isthmus.cloud.directory import Peer
+from isthmus.cloud.gateway.open_sessions import FENCED, OpenSession, Sessions
 from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import ConnectionLostError, OverQuotaError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
@@ -47,6 +50,25 @@ def test_the_same_link_id_of_another_edge_fences_nobody(server: ThreadServer) ->
     assert isinstance(mine.ask(m.Ping(1), 5), m.Pong)
     mine.close()
     other.close()
+
+
+@pytest.mark.parametrize(("address", "sent_to"), [("other:1", "other:1"), ("balancer:1", None)])
+def test_an_edge_is_not_sent_to_the_address_at_which_it_is(address: str, sent_to: str | None) -> None:
+    sessions = Sessions(Metrics())
+
+    def session(name: bytes) -> OpenSession:
+        link = name * m.LINK_BYTES
+        return OpenSession(name * 16, TENANT, link, interactive=False, deadline=None, enrolled=TENANT)
+
+    async def in_a_loop() -> str | None:
+        sessions.take_report("balancer:1", [Peer(address, "serving")])
+        assert await sessions.enter(session(b"a")) is None
+        return sessions.less_loaded(session(b"b"))
+
+    assert asyncio.run(in_a_loop()) == sent_to
+    assert not sessions.alone
+    m.Workers(sessions.addresses, sent_to or "").check()  # names no address twice
+    assert set(sessions.addresses) == {"balancer:1", address}
 
 
 def test_a_session_is_told_the_first_reason_for_which_it_ends() -> None:

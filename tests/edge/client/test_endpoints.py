@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer, served
-from support.cloud.sessions import eventually
+from support.cloud.sessions import call_in_flight, eventually
 from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.cloud.directory import Peer
@@ -17,7 +18,10 @@ from isthmus.cloud.gateway.open_sessions import REPORTS
 from isthmus.common.errors import ConnectionLostError, OverQuotaError, TooManySessionsError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.link import Link, connect
-from isthmus.protocol.enrolment import Quota
+from isthmus.edge.client.questions import Question
+from isthmus.experiments.rigs.network.relay import Relay
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import ConnectionString, Quota
 from isthmus.rpc.transport import Stream, run
 
 
@@ -89,6 +93,17 @@ def test_an_edge_that_cannot_go_elsewhere_stays_and_settles() -> None:
     assert tried(one, log, 2) == ["a:1", "a:1"]
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_an_edge_with_one_address_gives_its_connection_up_where_it_gets_no_session(fixed: bool) -> None:
+    log: list[str] = []
+    one = endpoints(log, fixed=fixed)
+    run(one.failed())
+    assert log == ["-a:1"]
+    one.learn(["a:1", "a:1"])
+    assert tried(one, log, 2) == ["a:1", "a:1"]
+    assert log == ["a:1", "-a:1"] * 2
+
+
 # Two servers ----------------------------------------------------------------------------------------------------------
 
 
@@ -99,13 +114,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 class Pair:
-    """Two servers of one home, told of each other as the controller would."""
+    """Two servers of one home, told of each other as the controller would.
+
+    Attributes:
+        shared: the port of the relay through which edges reach both; None where each has its own address.
+    """
 
     def __init__(self, first: ThreadServer, second: ThreadServer) -> None:
         self.both = (first, second)
+        self.shared: int | None = None
 
     def address(self, which: int) -> str:
-        return f"127.0.0.1:{self.both[which].port}"
+        return f"127.0.0.1:{self.shared or self.both[which].port}"
 
     def introduce(self) -> None:
         for me, other in ((0, 1), (1, 0)):
@@ -120,7 +140,9 @@ class Pair:
         return [len(server.server.sessions.entries()) for server in self.both]
 
     def link(self) -> Link:
-        return connect(self.both[0].address, key=self.both[0].home.key_file)
+        first = self.both[0]
+        where = ConnectionString("127.0.0.1", self.shared or first.port, first.home.pin)
+        return connect(str(where), key=first.home.key_file)
 
 
 @contextlib.contextmanager
@@ -181,6 +203,40 @@ def test_a_step_goes_on_at_the_other_worker_when_its_own_drains(pair: Pair) -> N
         assert pair.sessions() == [0, 1]
         assert found is not None
         assert torch.equal(found, expected)
+
+
+def test_a_session_behind_a_load_balancer_leaves_a_worker_that_still_drains(pair: Pair) -> None:
+    first, second = pair.both
+    with Relay("127.0.0.1", first.port) as relay, call_in_flight(first, first.served) as held:
+        pair.shared = relay.port
+        pair.introduce()
+        with pair.link() as link:
+            assert pair.sessions() == [2, 0]
+            relay.point_at("127.0.0.1", second.port)
+            draining = threading.Thread(target=first.drain)
+            draining.start()
+            eventually(lambda: pair.sessions() == [0, 0])  # they are ending
+            link._keeper.call(Question(m.Pong, lambda attempt: m.Ping(attempt.number), patience=5))
+            assert (draining.is_alive(), held.release.is_set()) == (True, False)  # its listener has not closed yet
+            assert len(second.server.sessions.entries()) == 1
+            held.release.set()
+            draining.join(10)
+
+
+def test_a_session_that_its_worker_ends_goes_on_over_the_same_connection(pair: Pair) -> None:
+    first, second = pair.both
+
+    async def end() -> None:
+        first.server.sessions.end_all("the session has reached its greatest age")
+
+    with Relay("127.0.0.1", first.port) as relay:
+        pair.shared = relay.port
+        pair.introduce()
+        with pair.link() as link:
+            relay.point_at("127.0.0.1", second.port)
+            first.run(end())
+            link._keeper.ask(m.Pong, m.Ping(1))
+            assert pair.sessions() == [1, 0]
 
 
 def test_a_worker_that_sheds_a_session_sees_it_go_to_the_other(pair: Pair) -> None:
