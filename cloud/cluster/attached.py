@@ -118,12 +118,14 @@ def attach(address: str, name: str) -> None:
     """Look after a cloud that serves, until SIGTERM or SIGINT; it goes on then.
 
     Raises:
-        UnreachableError: the cluster does not answer, or there is no cloud of that name.
+        UnreachableError: the cluster does not answer, there is no cloud of that name, or it was stopped.
     """
     console = Console(stderr=True)
     cluster = JoinedCluster(address)
-    state = _ask(_found(name), "state")
+    _, state = _serving(name)
     note = read_note(cluster, name) or CloudNote()
+    if note.stopped:
+        raise _stopped(name)
     options = ClusterOptions(address, name, autoscaled=note.autoscaled)
     stop = threading.Event()
     stop_on_signals(stop)
@@ -139,11 +141,11 @@ def scale(address: str, name: str, least: int, most: int) -> None:
 
     Raises:
         ConfigError: the numbers make no sense, or the cloud is a pipeline.
-        UnreachableError: the cluster does not answer, or there is no cloud of that name.
+        UnreachableError: the cluster does not answer, there is no cloud of that name, or it was stopped.
     """
     cluster = JoinedCluster(address)
-    controller = _found(name)
-    spec: ClusterSpec = _ask(controller, "state")["spec"]
+    controller, state = _serving(name)
+    spec: ClusterSpec = state["spec"]
     if spec.stages:
         raise ConfigError(f"the cloud {name} is a pipeline of {len(spec.stages)} stages, and has as many workers")
     if not 1 <= least <= most <= MAX_WORKERS:
@@ -243,10 +245,15 @@ class _Watched:
         return started
 
     def until_ready(self, stop: threading.Event, say: Callable[[str], None]) -> tuple[str, ...] | None:
-        """Wait until the workers serve; returns their addresses, None where `stop` was set first."""
+        """Wait until the workers serve; returns their addresses, None where `stop` was set first.
+
+        Raises UnreachableError where somebody has stopped the cloud meanwhile.
+        """
         said: list[str] = []
         while not stop.is_set():
             state = _ask(self._controller, "state", seconds=LOST_SECONDS)
+            if state["stopped"]:
+                raise _stopped(self._options.name)
             if state["ready"]:
                 return tuple(state["places"])
             lines = [*state["faults"]] or state["waits"]
@@ -280,6 +287,9 @@ class _Watched:
             try:
                 state = _ask(self._controller, "state", seconds=POLL_SECONDS)
                 answered = now
+                if state["stopped"]:  # a `stop` is at it, or was broken off: it has no workers, and will start none
+                    self._say_stopped()
+                    return False
                 self.write_where(state)
                 self._tell([*state["faults"], *self._trust_faults()])
             except IsthmusError:  # or it could not start
@@ -299,8 +309,11 @@ class _Watched:
         note = read_note(self._cluster, self._options.name)
         if note is None or not note.stopped:
             return False
-        self._console.print(f"the cloud {self._options.name} was stopped", highlight=False)
+        self._say_stopped()
         return True
+
+    def _say_stopped(self) -> None:
+        self._console.print(f"the cloud {self._options.name} was stopped", highlight=False)
 
     def _trust_faults(self) -> list[str]:
         """What `check_trust` finds wrong now, as machines join later, too. Raises UnreachableError."""
@@ -358,12 +371,22 @@ class _Watched:
         self._cluster.leave()
 
 
-def _found(name: str) -> Actor:
-    """The controller of a cloud. Raises UnreachableError where there is none."""
+def _serving(name: str) -> tuple[Actor, dict[str, Any]]:
+    """The controller of a cloud and its state. Raises UnreachableError where there is none, or it was stopped."""
     found = find_actor(controller_name(name))
     if found is None:
         raise _no_cloud(name)
-    return found
+    state: dict[str, Any] = _ask(found, "state")
+    if state["stopped"]:
+        raise _stopped(name)
+    return found, state
+
+
+def _stopped(name: str) -> UnreachableError:
+    return UnreachableError(
+        f"the cloud {name!r} was stopped by a command that is still at it, or was broken off: `isthmus cloud stop` "
+        "ends what is left of it, and `isthmus cloud serve` starts it again"
+    )
 
 
 def _no_cloud(name: str) -> UnreachableError:

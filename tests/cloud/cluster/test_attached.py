@@ -115,6 +115,34 @@ def test_a_cloud_that_somebody_has_stopped_is_not_started_again(
     assert "the cloud cloud was stopped" in watched.said.getvalue()
 
 
+def test_a_cloud_whose_stop_was_broken_off_is_not_looked_after_any_more(watched: Watched) -> None:
+    """Its controller has ended all workers, and answers on."""
+    stop = Stop(10**3)
+    stop.then = lambda look: setattr(watched.ray.controller, "states", [{"stopped": True, "ready": False}] * (look > 2))
+    assert not watched.look_after(stop)
+    assert stop.look == 3
+    assert len(watched.ray.cluster.started) == 1
+    assert watched.said.getvalue().count("the cloud cloud was stopped") == 1
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("what", ["the controller", "the note alone"])
+def test_a_cloud_whose_stop_was_broken_off_is_not_attached_to(
+    ray: Ray, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: True)
+    if what == "the controller":
+        ray.controller.states = [{"stopped": True}] * 2
+        with pytest.raises(UnreachableError, match="broken off: `isthmus cloud stop` ends what is left of it"):
+            attached.scale("auto", "cloud", 3, 3)
+    else:
+        (name,) = ray.kept
+        ray.kept[name] = ray.kept[name].replace(b'"stopped": false', b'"stopped": true')
+    with pytest.raises(UnreachableError, match="the cloud 'cloud' was stopped by a command that is still at it, or"):
+        attached.attach("auto", "cloud")
+    assert ray.controller.counts == (2, 4)
+
+
 def test_a_cloud_that_was_stopped_behind_a_link_that_was_cut_is_not_started_again(watched: Watched) -> None:
     stop = Stop(10**3)
 

@@ -14,7 +14,7 @@ from isthmus.cloud.cluster import attached
 from isthmus.cloud.cluster.attached import serve_on_cluster
 from isthmus.cloud.cluster.joined_cluster import Node
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
-from isthmus.common.errors import ConfigError, PortInUseError
+from isthmus.common.errors import ConfigError, PortInUseError, UnreachableError
 from isthmus.protocol.secure.keys import Fingerprint, load_issuer
 
 # Serving --------------------------------------------------------------------------------------------------------------
@@ -61,6 +61,16 @@ def test_a_start_that_is_broken_off_leaves_the_cloud_and_prints_no_string(
     assert not (owner.folder / "serving.json").exists()
     assert "goes on without this process" in " ".join(capsys.readouterr().err.split())
     assert not ray.actor.was_killed
+
+
+def test_a_start_ends_where_somebody_stops_the_cloud(
+    ray: Ray, options: ServeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attached, "threading", SimpleNamespace(Event=lambda: Stop(99)))
+    waits = {"ready": False, "waits": ["worker 0: its model"]}
+    ray.prepare = lambda controller: controller.states.extend([{}, waits, *[{**waits, "stopped": True}] * 200])
+    with pytest.raises(UnreachableError, match="the cloud 'cloud' was stopped"):
+        serve(options)
 
 
 def test_a_cloud_that_is_not_detached_is_looked_after_until_a_signal_and_goes_on(
