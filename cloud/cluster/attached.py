@@ -90,6 +90,8 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
         nodes = cluster.nodes()
         check_trust([node.address for node in nodes], autoscaled=cluster_options.autoscaled)
         check_nodes(nodes, autoscaled=cluster_options.autoscaled)
+        if not any(node.workers for node in nodes):
+            console.print(_WHOLE_MACHINES, highlight=False, markup=False)
         spec = cluster_spec_of(options, cluster_options, backbone, issuer, nodes)
         stop = threading.Event()
         watched = _Watched(cluster, cluster_options, spec, console, fresh=True)
@@ -108,6 +110,10 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
     watched.leave()
 
 
+_WHOLE_MACHINES = (
+    "no machine takes workers yet, so each worker will budget a whole machine: have the autoscaler's machines take one "
+    "worker each, or start one of them before the cloud"
+)
 _GOES_ON = (
     "the cloud {name} goes on without this process: `isthmus cloud attach --address {address} --name {name}` looks "
     "after it again, and `isthmus cloud stop` ends it"

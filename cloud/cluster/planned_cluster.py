@@ -94,8 +94,9 @@ def cluster_spec_of(
     """What the controller is given. Raises ConfigError where the options do not suit the model."""
     count = count_workers(options, backbone.plan)
     takes = [node for node in nodes if node.workers]
+    # As many as a machine takes, and not as many as there are to be: `scale` may fill it later.
     beside = max([1, *(int(node.workers) for node in takes)])
-    template = worker_spec(options, backbone, beside=min(beside, count.most), threads=options.threads or 0)
+    template = worker_spec(options, backbone, beside=beside, threads=options.threads or 0)
     environment = dict(WORKER_ENVIRONMENT)
     if options.threads:
         environment["OMP_NUM_THREADS"] = str(options.threads)

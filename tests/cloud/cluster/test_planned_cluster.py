@@ -44,6 +44,15 @@ def test_a_controller_is_told_all_that_workers_need(
     assert not any(line in repr(spec) for text in private for line in text.splitlines() if "---" not in line)
 
 
+@pytest.mark.parametrize("workers", ["1", "1:8", "3"])
+def test_a_worker_shares_its_machine_with_as_many_as_that_takes_however_many_there_are_now(
+    ray: Ray, options: ServeOptions, workers: str
+) -> None:
+    """Else those that `scale` adds would budget memory and cores that the first ones have."""
+    serve(options, workers=workers)
+    assert ray.controller.spec.worker_spec(0).worker.beside == 2
+
+
 def test_threads_that_nobody_has_named_are_for_each_node_to_choose(ray: Ray, options: ServeOptions) -> None:
     serve(options)
     spec = ray.controller.spec
@@ -176,7 +185,7 @@ def test_several_nodes_without_tls_are_refused(
 
 
 def test_nodes_that_take_no_workers_are_refused_unless_an_autoscaler_adds_some(
-    ray: Ray, options: ServeOptions, monkeypatch: pytest.MonkeyPatch
+    ray: Ray, options: ServeOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ray.nodes = [NODES[2]]
     with pytest.raises(ConfigError, match=r"no node of the cluster takes workers: start .*--resources='\{\"isthmus\""):
@@ -188,4 +197,9 @@ def test_nodes_that_take_no_workers_are_refused_unless_an_autoscaler_adds_some(
     assert ray.cluster.started == []
     monkeypatch.setenv("RAY_USE_TLS", "1")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    capsys.readouterr()
     assert serve(options, cluster=autoscaled).addresses == ("10.0.0.2:7443", "10.0.0.1:7444")
+    assert "each worker will budget a whole machine: have the" in " ".join(capsys.readouterr().err.split())
+    ray.nodes = list(NODES)
+    serve(options, cluster=autoscaled)
+    assert "whole machine" not in capsys.readouterr().err
