@@ -12,12 +12,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from isthmus.cloud.cluster.cloud_records import CloudNote, clear_serving, note_of, read_note, write_note, write_serving
+from isthmus.cloud.cluster.cloud_records import (
+    CloudNote,
+    clear_serving,
+    machines_of,
+    note_of,
+    read_note,
+    write_note,
+    write_serving,
+)
 from isthmus.cloud.cluster.cluster_controller import DRAIN_SLACK_SECONDS, ClusterController
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec, controller_name, same_cloud, worker_name
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, named_actors, start_here
@@ -104,6 +113,7 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
     write_state(home, {"connection": connection, "metrics": spec.metrics, "pid": os.getpid()})
     if options.connection_file is not None:
         write_atomic(options.connection_file, f"{connection}\n".encode())
+    watched.note_places(places, options.connection_file)
     ready(connection)
     if not cluster_options.detach and watched.look_after(stop):
         console.print(_GOES_ON.format(name=cluster_options.name, address=cluster_options.address), highlight=False)
@@ -113,6 +123,9 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
 _WHOLE_MACHINES = (
     "no machine takes workers yet, so each worker will budget a whole machine: have the autoscaler's machines take one "
     "worker each, or start one of them before the cloud"
+)
+_MOVED = (
+    "the cloud's machines have changed, and its connection string with them: the new one is in {file}, for the edges"
 )
 _GOES_ON = (
     "the cloud {name} goes on without this process: `isthmus cloud attach --address {address} --name {name}` looks "
@@ -136,7 +149,7 @@ def attach(address: str, name: str) -> None:
     stop = threading.Event()
     stop_on_signals(stop)
     watched = _Watched(cluster, options, state["spec"], console)
-    watched.write_where(state)
+    watched.write_where(state, cluster.addresses())
     console.print(f"the cloud {name} serves; Ctrl-C leaves it", highlight=False)
     watched.look_after(stop)
     watched.leave()
@@ -211,7 +224,8 @@ class _Watched:
         self._cluster, self._options, self._spec, self._console = cluster, options, spec, console
         self._controller = self._find_or_start(fresh=fresh)
         self._faults: list[str] = []
-        self._wrote_where = fresh  # `serve` does so itself, with the connection string that it prints
+        self._places: tuple[str, ...] = ()  # where the cloud is by what was written; none before
+        self._connection_file: Path | None = None
 
     def _find_or_start(self, *, fresh: bool = False) -> Actor:
         """The cloud's controller; where it is `fresh`, with as many workers as this command says."""
@@ -296,8 +310,9 @@ class _Watched:
                 if state["stopped"]:  # a `stop` is at it, or was broken off: it has no workers, and will start none
                     self._say_stopped()
                     return False
-                self.write_where(state)
-                self._tell([*state["faults"], *self._trust_faults()])
+                alive = self._cluster.addresses()
+                self.write_where(state, alive)
+                self._tell([*state["faults"], *self._trust_faults(alive)])
             except IsthmusError:  # or it could not start
                 with contextlib.suppress(UnreachableError):  # the next look asks again
                     if self._was_stopped():
@@ -321,23 +336,38 @@ class _Watched:
     def _say_stopped(self) -> None:
         self._console.print(f"the cloud {self._options.name} was stopped", highlight=False)
 
-    def _trust_faults(self) -> list[str]:
-        """What `check_trust` finds wrong now, as machines join later, too. Raises UnreachableError."""
+    def _trust_faults(self, alive: Collection[str]) -> list[str]:
+        """What `check_trust` finds wrong with the machines of now, as some join later."""
         try:
-            check_trust(self._cluster.addresses(), autoscaled=self._options.autoscaled)
+            check_trust(alive, autoscaled=self._options.autoscaled)
         except ConfigError as error:
             return [str(error)]
         return []
 
-    def write_where(self, state: Mapping[str, Any]) -> None:
-        """Write where the cloud serves, once it does, for `isthmus cloud status`."""
-        if self._wrote_where or not state["ready"]:
+    def note_places(self, places: Iterable[str], connection_file: Path | None) -> None:
+        """Note what `serve` has written: workers that serve at these places, and the other machines."""
+        self._places = tuple(dict.fromkeys((*places, *self._spec.places)))
+        self._connection_file = connection_file
+
+    def write_where(self, state: Mapping[str, Any], alive: Collection[str]) -> None:
+        """Write where the cloud serves, once it does, for `isthmus cloud status`, and anew when its machines change.
+
+        A place whose worker is away for a moment stays for as long as its machine is one of those `alive`.
+        """
+        if not state["ready"]:
             return
-        self._wrote_where = True
+        known = [place for place in (*self._spec.places, *self._places) if machines_of([place]) <= set(alive)]
+        before, now = self._places, tuple(dict.fromkeys((*state["places"], *known)))
+        if before and (self._spec.worker.advertise or machines_of(before) == machines_of(now)):
+            return
+        self._places = now
         try:
-            write_serving(self._spec, state["places"])
+            written = write_serving(dataclasses.replace(self._spec, places=now), state["places"], self._connection_file)
         except DiskError as error:  # the cloud serves all the same
             self._console.print(str(error), highlight=False, markup=False)
+            return
+        if before and written is not None:
+            self._console.print(_MOVED.format(file=self._connection_file or written), highlight=False, markup=False)
 
     def _tell(self, faults: Iterable[str]) -> None:
         current = list(faults)

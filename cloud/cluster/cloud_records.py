@@ -14,8 +14,9 @@ from isthmus.cloud.cluster.cluster_spec import ClusterSpec
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster
 from isthmus.cloud.cluster.planned_cluster import check_place, connection_of
 from isthmus.cloud.control.serve_options import ServeOptions
-from isthmus.cloud.control.serve_state import clear_state, write_state
+from isthmus.cloud.control.serve_state import STATE_FILE, clear_state, write_state
 from isthmus.common.errors import KeyFileError
+from isthmus.common.files import write_atomic
 from isthmus.protocol.secure.keys import Fingerprint, load_issuer
 
 
@@ -55,12 +56,21 @@ def _note_name(cloud: str) -> str:
     return f"isthmus-{cloud}-note"
 
 
-def write_serving(spec: ClusterSpec, places: Iterable[str]) -> None:
+def machines_of(places: Iterable[str]) -> set[str]:
+    """The hosts of places, `host:port` each, without brackets."""
+    return {place.rpartition(":")[0].strip("[]") for place in places}
+
+
+def write_serving(spec: ClusterSpec, places: Iterable[str], connection_file: Path | None = None) -> Path | None:
     """Write where a cloud serves, as `serve` does, if its owner's folder is on this machine.
 
     Args:
         spec: the cloud's.
         places: addresses of the workers that serve, one at least.
+        connection_file: where the connection string is written besides; None for nowhere.
+
+    Returns:
+        The file that was written, None where the folder is not here.
 
     Raises:
         DiskError: it cannot be written.
@@ -70,10 +80,13 @@ def write_serving(spec: ClusterSpec, places: Iterable[str]) -> None:
         check_place(spec)
         issuer = load_issuer(home)
     except KeyFileError:
-        return
+        return None
     addresses = ServeOptions("", home, listen=spec.worker.worker.listen, advertise=spec.worker.advertise or None)
     connection = connection_of(addresses, spec, issuer, places)
     write_state(home, {"connection": str(connection), "metrics": spec.metrics, "pid": os.getpid()})
+    if connection_file is not None:
+        write_atomic(connection_file, f"{connection}\n".encode())
+    return home / STATE_FILE
 
 
 def clear_serving(note: CloudNote) -> None:

@@ -286,6 +286,7 @@ def test_what_attaches_on_the_owners_machine_says_where_the_cloud_serves_once_it
     state = owner.folder / "serving.json"
     state.unlink()
     ray.controller.spec = dataclasses.replace(ray.controller.spec, metrics="127.0.0.1:9100", places=("10.0.0.9:7443",))
+    ray.nodes.append(Node("id9", "10.0.0.9", "gpu-9", 1, {}))
     ray.controller.states = [{"ready": False, "places": []}] * 4
     stop, existed = Stop(6), list[bool]()
     stop.then = lambda look: existed.append(state.exists())
@@ -297,6 +298,44 @@ def test_what_attaches_on_the_owners_machine_says_where_the_cloud_serves_once_it
     assert connection.addresses == ("10.0.0.2:7443", "10.0.0.1:7444", "10.0.0.9:7443")
     assert connection.pin == owner.pin
     assert (written["metrics"], written["pid"]) == ("127.0.0.1:9100", os.getpid())
+
+
+@pytest.mark.parametrize("advertise", ["", "lb.example"])
+def test_a_connection_string_is_written_anew_when_machines_come_and_go(
+    ray: Ray, watched: Watched, owner: OwnersFolder, tmp_path: Path, advertise: str
+) -> None:
+    worker = dataclasses.replace(watched.spec.worker, advertise=advertise)
+    watched.watched._spec = dataclasses.replace(watched.spec, places=("10.0.0.1:7443",), worker=worker)
+    watched.watched.note_places(["10.0.0.2:7443", "10.0.0.1:7444"], tmp_path / "cloud.txt")
+    names = {address: Node(f"id-{address}", f"10.0.0.{address}", f"gpu-{address}", 1, {}) for address in (2, 5)}
+    ray.nodes.append(names[2])
+    stop, written = Stop(9), list[tuple[str, ...]]()
+
+    def then(look: int) -> None:
+        text = watched.state.read_text()
+        found = () if text == "{}" else ConnectionString.parse(json.loads(text)["connection"]).addresses
+        written.append(found)
+        if look == 2:  # a worker goes to a machine that has joined; the other one is started again where it is
+            ray.nodes.append(names[5])
+            ray.controller.states = [{"places": ["10.0.0.5:7443"]}] * 3
+        if look == 5:  # a machine is given back
+            ray.nodes.remove(names[2])
+            ray.controller.states = [{"places": ["10.0.0.5:7443", "10.0.0.1:7444"]}] * 9
+
+    stop.then = then
+    assert watched.look_after(stop)
+    said = " ".join(watched.said.getvalue().split())
+    told = f"its connection string with them: the new one is in {tmp_path / 'cloud.txt'}, for the edges"
+    if advertise:
+        assert set(written) == {()}
+        assert told not in said
+        return
+    more = ("10.0.0.5:7443", "10.0.0.1:7443", "10.0.0.2:7443", "10.0.0.1:7444")
+    less = ("10.0.0.5:7443", "10.0.0.1:7444", "10.0.0.1:7443")
+    assert written == [()] * 2 + [more] * 3 + [less] * 4
+    assert said.count(told) == 2
+    assert ConnectionString.parse((tmp_path / "cloud.txt").read_text().strip()).addresses == less
+    assert ConnectionString.parse((tmp_path / "cloud.txt").read_text().strip()).pin == owner.pin
 
 
 @pytest.mark.usefixtures("watched")
