@@ -30,8 +30,8 @@ def cloud(owner: OwnersFolder, clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
-    for name in ("RAY_USE_TLS", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     return Ray(monkeypatch)
 
 
