@@ -244,7 +244,10 @@ def test_a_cloud_that_cannot_be_on_a_cluster_gives_one_line(
     nodes = [Node("id1", "10.0.0.1", "gpu-1", 1, {}), Node("id2", "10.0.0.2", "gpu-2", 1, {})]
     monkeypatch.setattr(attached, "JoinedCluster", lambda address: SimpleNamespace(nodes=lambda: nodes))
     monkeypatch.setattr(attached, "log_to", lambda path: None)
-    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    for name in ("RAY_USE_TLS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
     refused(in_process(capsys, *on_nodes), 10, "crosses the network between them in the clear: set RAY_USE_TLS=1")
     nodes[:] = [Node("id1", "10.0.0.1", "head", 0, {})]
+    refused(in_process(capsys, *on_nodes), 10, "Ray asks for no token")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     refused(in_process(capsys, *on_nodes), 10, "no node of the cluster takes workers")
