@@ -14,8 +14,7 @@ from isthmus.cloud.cluster.cluster_spec import ClusterSpec
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster
 from isthmus.cloud.cluster.planned_cluster import check_place, connection_of
 from isthmus.cloud.control.serve_options import ServeOptions
-from isthmus.cloud.control.serve_state import STATE_FILE, clear_state, write_state
-from isthmus.common.errors import KeyFileError
+from isthmus.cloud.control.serve_state import clear_state, write_state
 from isthmus.common.files import write_atomic
 from isthmus.protocol.secure.keys import Fingerprint, load_issuer
 
@@ -61,8 +60,8 @@ def machines_of(places: Iterable[str]) -> set[str]:
     return {place.rpartition(":")[0].strip("[]") for place in places}
 
 
-def write_serving(spec: ClusterSpec, places: Iterable[str], connection_file: Path | None = None) -> Path | None:
-    """Write where a cloud serves, as `serve` does, if its owner's folder is on this machine.
+def write_serving(spec: ClusterSpec, places: Iterable[str], connection_file: Path | None = None) -> str:
+    """Write where a cloud serves into its owner's folder, which has to be on this machine.
 
     Args:
         spec: the cloud's.
@@ -70,23 +69,21 @@ def write_serving(spec: ClusterSpec, places: Iterable[str], connection_file: Pat
         connection_file: where the connection string is written besides; None for nowhere.
 
     Returns:
-        The file that was written, None where the folder is not here.
+        The connection string.
 
     Raises:
+        KeyFileError: the folder is not here, or cannot be used.
         DiskError: it cannot be written.
     """
     home = Path(spec.home)
-    try:
-        check_place(spec)
-        issuer = load_issuer(home)
-    except KeyFileError:
-        return None
+    check_place(spec)
+    issuer = load_issuer(home)
     addresses = ServeOptions("", home, listen=spec.worker.worker.listen, advertise=spec.worker.advertise or None)
-    connection = connection_of(addresses, spec, issuer, places)
-    write_state(home, {"connection": str(connection), "metrics": spec.metrics, "pid": os.getpid()})
+    connection = str(connection_of(addresses, spec, issuer, places))
+    write_state(home, {"connection": connection, "metrics": spec.metrics, "pid": os.getpid()})
     if connection_file is not None:
         write_atomic(connection_file, f"{connection}\n".encode())
-    return home / STATE_FILE
+    return connection
 
 
 def clear_serving(note: CloudNote) -> None:

@@ -18,7 +18,7 @@ from isthmus.cloud.cluster.cluster_spec import RESOURCE, ClusterSpec, controller
 from isthmus.cloud.cluster.issuing import enrolled_nodes
 from isthmus.cloud.cluster.joined_cluster import JoinedCluster, Node
 from isthmus.cloud.cluster.node_probe import NodeFacts, clock, probe
-from isthmus.cloud.cluster.trust import check_trust, uses_tls
+from isthmus.cloud.cluster.ray_tls import check_trust, uses_tls
 from isthmus.cloud.control.ray_cluster import ActorError, MethodError, find_actor
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.common.readable import date

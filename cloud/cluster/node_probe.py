@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.cloud.cluster.trust import uses_tls
+from isthmus.cloud.cluster.ray_tls import uses_tls
 from isthmus.cloud.control.ports import listeners_of
 from isthmus.cloud.nodes.worker_home import node_home
 from isthmus.common.errors import IsthmusError

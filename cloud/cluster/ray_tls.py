@@ -1,7 +1,8 @@
-"""Certificates for Ray's own TLS: a CA that the owner makes once, and a certificate of it for each node.
+"""Ray's own TLS and token: whether its traffic may cross the network as it is, and certificates for its TLS.
 
-Ray reads them as the files that `RAY_TLS_SERVER_CERT`, `RAY_TLS_SERVER_KEY` and `RAY_TLS_CA_CERT` name, and checks that
-a certificate has the name or address that it connects to.
+The owner makes a CA once, and it signs a certificate for each node. Ray reads them as the files that
+`RAY_TLS_SERVER_CERT`, `RAY_TLS_SERVER_KEY` and `RAY_TLS_CA_CERT` name, and checks that a certificate has the name or
+address that it connects to.
 Source: Ray's documentation, "TLS authentication".
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -23,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-from isthmus.common.errors import KeyFileError
+from isthmus.common.errors import ConfigError, KeyFileError
 from isthmus.protocol.secure.keyfiles import create_file, make_folder, read_private, read_text, replace_file
 
 CA_KEY, CA_CERT = "ray_ca_key.pem", "ray_ca_cert.pem"
@@ -34,6 +36,37 @@ NODE_FILES = {
 }
 """Ray's variables, and the files of a node that they name."""
 _LOCAL = ("127.0.0.1", "localhost")  # a node's processes reach each other by these
+
+
+def uses_tls() -> bool:
+    """Whether Ray uses TLS, as this process's environment says; all processes of a cluster must have it alike."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def check_trust(addresses: Iterable[str], *, autoscaled: bool = False) -> None:
+    """Check that a cluster asks for a token, as `ray start` listens on all of a machine's addresses, and that one of
+    several nodes uses Ray's TLS.
+
+    Args:
+        addresses: of its nodes.
+        autoscaled: whether nodes are added by themselves; there may be one yet.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    several = len(set(addresses)) > 1
+    if (several or autoscaled) and not uses_tls():
+        which = "the cluster has several nodes" if several else "an --autoscaled cluster gets several nodes"
+        raise ConfigError(
+            f"{which}, and Ray's token crosses the network between them in the clear: set RAY_USE_TLS=1 and "
+            f"{', '.join(NODE_FILES)} for `ray start` on every node and for this command (`isthmus cloud "
+            "ray-certificate` makes the files)"
+        )
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise ConfigError(
+            "Ray asks for no token, so whoever reaches its ports may run code: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH for `ray start` on every node and for this command"
+        )
 
 
 def make_ca(folder: Path, days: int) -> None:

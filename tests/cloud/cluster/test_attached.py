@@ -15,9 +15,9 @@ from support.cluster.fake_actors import FakeActor
 from support.cluster.joined import Ray, Stop, Watched, serve
 from support.cluster.owners_folder import OwnersFolder
 
-from isthmus.cloud.cluster import attached, cloud_records
-from isthmus.cloud.cluster.attached import LOST_SECONDS, SILENT_SECONDS
+from isthmus.cloud.cluster import attached, cloud_records, watched_cloud
 from isthmus.cloud.cluster.joined_cluster import Node
+from isthmus.cloud.cluster.watched_cloud import LOST_SECONDS, SILENT_SECONDS
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
 from isthmus.cloud.control.serve_state import write_state
 from isthmus.common.errors import ConfigError, DiskError, PortInUseError, UnreachableError
@@ -56,7 +56,7 @@ def test_a_cluster_whose_control_store_is_lost_is_joined_again_and_the_cloud_sta
 
 
 def test_a_control_store_that_is_silent_for_a_moment_is_waited_for(watched: Watched) -> None:
-    polls = int(SILENT_SECONDS / attached.POLL_SECONDS)
+    polls = int(SILENT_SECONDS / watched_cloud.POLL_SECONDS)
     stop = Stop(polls + 5)
     stop.then = lambda look: setattr(watched, "is_up", not 2 <= look < polls)
     before = len(watched.ray.actor.calls)
@@ -70,7 +70,7 @@ def test_a_control_store_that_is_silent_for_a_moment_is_waited_for(watched: Watc
 def test_a_controller_that_is_lost_is_looked_for_anew(watched: Watched) -> None:
     first = watched.ray.actor
     first.is_silent = True
-    polls = int(LOST_SECONDS / attached.POLL_SECONDS)
+    polls = int(LOST_SECONDS / watched_cloud.POLL_SECONDS)
     watched.look_after(Stop(polls))
     assert watched.ray.actor is first
     assert watched.said.getvalue() == ""
@@ -81,7 +81,7 @@ def test_a_controller_that_is_lost_is_looked_for_anew(watched: Watched) -> None:
 
 
 def test_a_controller_that_cannot_start_is_looked_for_anew_until_its_port_is_free(watched: Watched) -> None:
-    first, stop = watched.ray.actor, Stop(int(LOST_SECONDS / attached.POLL_SECONDS) + 8)
+    first, stop = watched.ray.actor, Stop(int(LOST_SECONDS / watched_cloud.POLL_SECONDS) + 8)
     watched.ray.controller.failure = taken = PortInUseError("cannot serve metrics")
     watched.ray.prepare = lambda controller: setattr(controller, "failure", taken if stop.look < 34 else None)
     assert watched.look_after(stop)
@@ -130,7 +130,7 @@ def test_a_cloud_whose_stop_was_broken_off_is_not_looked_after_any_more(watched:
 def test_a_cloud_whose_stop_was_broken_off_is_not_attached_to(
     ray: Ray, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: True)
+    monkeypatch.setattr(watched_cloud.WatchedCloud, "look_after", lambda self, stop: True)
     if what == "the controller":
         ray.controller.states = [{"stopped": True}] * 2
         with pytest.raises(UnreachableError, match="broken off: `isthmus cloud stop` ends what is left of it"):
@@ -164,7 +164,7 @@ def test_a_cloud_that_was_stopped_is_served_and_looked_after_again(
 ) -> None:
     attached.stop("auto", "cloud", 1.0)
     monkeypatch.setattr(attached, "threading", SimpleNamespace(Event=lambda: slow))
-    monkeypatch.setattr(attached, "time", SimpleNamespace(monotonic=lambda: slow.now))
+    monkeypatch.setattr(watched_cloud, "time", SimpleNamespace(monotonic=lambda: slow.now))
     slow = Stop(5)
     slow.then = lambda look: setattr(watched.ray.actor, "is_silent", look == 2)
     serve(options, cluster=ClusterOptions("auto"))
@@ -224,7 +224,7 @@ def test_a_cloud_is_attached_to_and_left(
 ) -> None:
     ray.controller.counts = (7, 7)  # as it was scaled to
     watched.state.unlink()
-    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: True)
+    monkeypatch.setattr(watched_cloud.WatchedCloud, "look_after", lambda self, stop: True)
     attached.attach("auto", "cloud")
     assert "the cloud cloud serves; Ctrl-C leaves it" in capsys.readouterr().err
     assert ray.left == 1
@@ -306,15 +306,13 @@ def test_a_connection_string_is_written_anew_when_machines_come_and_go(
 ) -> None:
     worker = dataclasses.replace(watched.spec.worker, advertise=advertise)
     watched.watched._spec = dataclasses.replace(watched.spec, places=("10.0.0.1:7443",), worker=worker)
-    watched.watched.note_places(["10.0.0.2:7443", "10.0.0.1:7444"], tmp_path / "cloud.txt")
+    first = watched.watched.write_first(["10.0.0.2:7443", "10.0.0.1:7444"], tmp_path / "cloud.txt")
     names = {address: Node(f"id-{address}", f"10.0.0.{address}", f"gpu-{address}", 1, {}) for address in (2, 5)}
     ray.nodes.append(names[2])
     stop, written = Stop(9), list[tuple[str, ...]]()
 
     def then(look: int) -> None:
-        text = watched.state.read_text()
-        found = () if text == "{}" else ConnectionString.parse(json.loads(text)["connection"]).addresses
-        written.append(found)
+        written.append(ConnectionString.parse(json.loads(watched.state.read_text())["connection"]).addresses)
         if look == 2:  # a worker goes to a machine that has joined; the other one is started again where it is
             ray.nodes.append(names[5])
             ray.controller.states = [{"places": ["10.0.0.5:7443"]}] * 3
@@ -326,13 +324,15 @@ def test_a_connection_string_is_written_anew_when_machines_come_and_go(
     assert watched.look_after(stop)
     said = " ".join(watched.said.getvalue().split())
     told = f"its connection string with them: the new one is in {tmp_path / 'cloud.txt'}, for the edges"
+    before = ConnectionString.parse(first).addresses
     if advertise:
-        assert set(written) == {()}
+        assert set(written) == {before} == {("lb.example:7443",)}
         assert told not in said
         return
     more = ("10.0.0.5:7443", "10.0.0.1:7443", "10.0.0.2:7443", "10.0.0.1:7444")
     less = ("10.0.0.5:7443", "10.0.0.1:7444", "10.0.0.1:7443")
-    assert written == [()] * 2 + [more] * 3 + [less] * 4
+    assert before == ("10.0.0.2:7443", "10.0.0.1:7444", "10.0.0.1:7443")
+    assert written == [before] * 2 + [more] * 3 + [less] * 4
     assert said.count(told) == 2
     assert ConnectionString.parse((tmp_path / "cloud.txt").read_text().strip()).addresses == less
     assert ConnectionString.parse((tmp_path / "cloud.txt").read_text().strip()).pin == owner.pin
@@ -346,7 +346,7 @@ def test_what_attaches_on_another_machine_writes_nothing(
     shutil.rmtree(owner.folder)
     if folder == "of another cloud":
         OwnersFolder(owner.folder.parent)
-    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: True)
+    monkeypatch.setattr(watched_cloud.WatchedCloud, "look_after", lambda self, stop: True)
     attached.attach("auto", "cloud")
     assert not (owner.folder / "serving.json").exists()
 
@@ -360,7 +360,7 @@ def test_a_disk_that_is_full_does_not_end_what_attaches(
 
     monkeypatch.setattr(cloud_records, "write_state", full)
     looked: list[object] = []
-    monkeypatch.setattr(attached._Watched, "look_after", lambda self, stop: looked.append(stop))
+    monkeypatch.setattr(watched_cloud.WatchedCloud, "look_after", lambda self, stop: looked.append(stop))
     attached.attach("auto", "cloud")
     assert len(looked) == 1
     assert "serving.json cannot be written" in capsys.readouterr().err
@@ -390,7 +390,7 @@ def test_a_cloud_that_is_not_there_is_not_found(ray: Ray, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("state", "said"), [("is_silent", "does not answer"), ("is_gone", "is gone: The actor")])
 def test_a_controller_that_does_not_answer_is_told_of(ray: Ray, watched: Watched, state: str, said: str) -> None:
-    assert attached._ask(ray.actor, "state")["ready"]
+    assert watched_cloud.ask(ray.actor, "state")["ready"]
     setattr(ray.actor, state, True)
     with pytest.raises(UnreachableError, match=said):
-        attached._ask(ray.actor, "state")
+        watched_cloud.ask(ray.actor, "state")

@@ -10,7 +10,7 @@ import pytest
 from support.cluster.joined import Ray, Stop, serve
 from support.cluster.owners_folder import OwnersFolder
 
-from isthmus.cloud.cluster import attached
+from isthmus.cloud.cluster import attached, watched_cloud
 from isthmus.cloud.cluster.attached import serve_on_cluster
 from isthmus.cloud.cluster.joined_cluster import Node
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
@@ -82,7 +82,7 @@ def test_a_cloud_that_is_not_detached_is_looked_after_until_a_signal_and_goes_on
         looks.append(stop)
         return True
 
-    monkeypatch.setattr(attached._Watched, "look_after", look_after)
+    monkeypatch.setattr(watched_cloud.WatchedCloud, "look_after", look_after)
     serve(options, cluster=ClusterOptions("auto"))
     assert len(looks) == 1
     said = " ".join(capsys.readouterr().err.split())

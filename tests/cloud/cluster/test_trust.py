@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.cloud.cluster.trust import check_trust, uses_tls
+from isthmus.cloud.cluster.ray_tls import check_trust, uses_tls
 from isthmus.common.errors import ConfigError
 
 ONE, TWO = "10.0.0.1", "10.0.0.2"

@@ -13,7 +13,7 @@ from rich.console import Console
 from support.cluster.fake_actors import FakeActor, FakeCluster
 from support.cluster.owners_folder import OwnersFolder
 
-from isthmus.cloud.cluster import attached
+from isthmus.cloud.cluster import attached, watched_cloud
 from isthmus.cloud.cluster.attached import serve_on_cluster
 from isthmus.cloud.cluster.cluster_controller import ClusterController
 from isthmus.cloud.cluster.cluster_spec import ClusterSpec
@@ -96,12 +96,13 @@ class Ray:
         self.joined: list[str] = []
         self.cluster = FakeCluster(self._make)
         self.prepare: Callable[[FakeController], object] = lambda controller: None
-        patch.setattr(attached, "JoinedCluster", lambda address: FakeJoined(self, address))
-        for name in ("find_actor", "start_here"):
-            patch.setattr(attached, name, getattr(self.cluster, name))
+        for module in (attached, watched_cloud):
+            patch.setattr(module, "JoinedCluster", lambda address: FakeJoined(self, address))
+            patch.setattr(module, "find_actor", self.cluster.find_actor)
+            patch.setattr(module, "stop_on_signals", lambda stop: None)
+        patch.setattr(watched_cloud, "start_here", self.cluster.start_here)
         patch.setattr(attached, "named_actors", self.cluster.named_actors)
         patch.setattr(attached, "log_to", lambda path: None)
-        patch.setattr(attached, "stop_on_signals", lambda stop: None)
 
     def _make(self, kind: type, spec: ClusterSpec) -> FakeController:
         assert kind is ClusterController
@@ -153,13 +154,13 @@ class Watched:
         self.state = owner.folder / "serving.json"
         self.state.write_text("{}")
         self.spec = ClusterSpec("cloud", str(owner.folder), node, 2, 4)
-        patch.setattr(attached, "is_open", lambda address: self.is_up)
+        patch.setattr(watched_cloud, "is_open", lambda address: self.is_up)
         joined = FakeJoined(ray, "auto")
         console = Console(file=self.said, width=200)
-        self.watched = attached._Watched(joined, ClusterOptions("auto"), self.spec, console)
+        self.watched = watched_cloud.WatchedCloud(joined, ClusterOptions("auto"), self.spec, console)
 
     def look_after(self, stop: Stop) -> bool:
-        self._patch.setattr(attached, "time", SimpleNamespace(monotonic=lambda: stop.now))
+        self._patch.setattr(watched_cloud, "time", SimpleNamespace(monotonic=lambda: stop.now))
         return self.watched.look_after(stop)
 
 
