@@ -98,7 +98,7 @@ def _fail(message: str, code: int) -> None:
 
 def console() -> None:
     """Entry point of the console script."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC tells of connections that were closed as idle, too
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a connection that ends is told by whoever uses it
     guard_messages()
     run_to_end(main)
 

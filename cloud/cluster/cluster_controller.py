@@ -85,15 +85,21 @@ class ClusterController:
         self._issuer_until: int | None = None
         self._files_at = ""
         self._files = ModelFiles(spec, self._office, self._known.keys)
+        taken: list[PortInUseError] = []
         try:
             self._files_at = self._files.start()
+        except PortInUseError as error:
+            taken.append(error)
+        try:
             serve_pages(spec.metrics, self.metrics, self.status)
         except PortInUseError as error:
-            if not was_restarted():
-                self._failure = error  # raised by `state`: of an actor that dies in its constructor, Ray keeps a text
-                return
-            # Nobody waits to be told, and the workers need their certificates more than this needs the port.
-            self._faults.note("ports", f"{error}; it is tried again in {PORT_SECONDS / 60:.0f} minutes at most")
+            taken.append(error)
+        if taken and not was_restarted():
+            self._failure = taken[0]  # raised by `state`: of an actor that dies in its constructor, Ray keeps a text
+            return
+        if taken:  # nobody waits to be told, and the workers need their certificates more than this needs the port
+            said = "; ".join(map(str, taken))
+            self._faults.note("ports", f"{said}; the controller starts again in {PORT_SECONDS / 60:.0f} minutes")
             threading.Thread(target=self._end_later, name="ports", daemon=True).start()
         rounds = (self._round, self._scale, self._look_at_the_issuer)
         threading.Thread(target=self._run, args=rounds, name="rounds", daemon=True).start()

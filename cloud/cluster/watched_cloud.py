@@ -154,8 +154,7 @@ class WatchedCloud:
                     self._say_stopped()
                     return False
                 alive = self._cluster.addresses()
-                self.write_where(state, alive)
-                self._tell([*state["faults"], *self._trust_faults(alive)])
+                self._tell([*state["faults"], *self._trust_faults(alive), *self._writing_faults(state, alive)])
             except IsthmusError:  # or it could not start
                 with contextlib.suppress(UnreachableError):  # the next look asks again
                     if self._was_stopped():
@@ -199,10 +198,24 @@ class WatchedCloud:
         self._connection_file = connection_file
         return write_serving(self._spec, places, connection_file)
 
-    def write_where(self, state: Mapping[str, Any], alive: Collection[str]) -> None:
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Write where a cloud serves that was found."""
+        self._tell(self._writing_faults(state, self._cluster.addresses()))
+
+    def _writing_faults(self, state: Mapping[str, Any], alive: Collection[str]) -> list[str]:
+        """What keeps this process from writing where the cloud serves, which it does all the same."""
+        try:
+            self._write_where(state, alive)
+        except DiskError as error:
+            return [str(error)]
+        return []
+
+    def _write_where(self, state: Mapping[str, Any], alive: Collection[str]) -> None:
         """Write where the cloud serves, once it does, for `isthmus cloud status`, and anew when its machines change.
 
         A place whose worker is away for a moment stays for as long as its machine is one of those `alive`.
+
+        Raises DiskError where it cannot be written.
         """
         if not state["ready"]:
             return
@@ -210,14 +223,11 @@ class WatchedCloud:
         before, now = self._places, tuple(dict.fromkeys((*state["places"], *known)))
         if before and (self._spec.worker.advertise or machines_of(before) == machines_of(now)):
             return
-        self._places = now
         try:
             write_serving(dataclasses.replace(self._spec, places=now), state["places"], self._connection_file)
         except KeyFileError:
             return  # the owner's folder is on another machine
-        except DiskError as error:  # the cloud serves all the same
-            self._console.print(str(error), highlight=False, markup=False)
-            return
+        self._places = now
         if before:
             file = self._connection_file or Path(self._spec.home) / STATE_FILE
             self._console.print(_MOVED.format(file=file), highlight=False, markup=False)

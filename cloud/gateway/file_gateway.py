@@ -66,7 +66,6 @@ class FileGateway:
         )
         self._metrics = Metrics()
         self._sessions = Sessions(self._metrics)
-        self._open: set[OpenSession] = set()
         half_open = HalfOpen(self._bounds)
         self._admission = Admission(info, identity, edges, self._sessions, self._metrics, half_open, clock)
         self._hang_up = HangUp(self._bounds.linger_seconds)
@@ -95,11 +94,9 @@ class FileGateway:
         try:
             session = await self._admission.admit(protocol, stream, context)
             if session is not None:
-                self._open.add(session)
                 try:
                     await self._converse(stream, session)
                 finally:
-                    self._open.discard(session)
                     self._sessions.leave(session)
         except (RemoteProtocolError, VersionError) as error:
             self._admission.offended(protocol, context)
@@ -120,12 +117,8 @@ class FileGateway:
         """
         while True:
             await asyncio.sleep(REVIEW_SECONDS)
-            edges, now = self._edges(), self._clock()
-            for session in self._open:
-                if edges.of(session.enrolled.fingerprint) is None:
-                    session.end("this worker is no longer enrolled")
-                elif now - session.since >= self._bounds.max_session_age:
-                    session.end("the session has reached its greatest age")
+            edges, max_age = self._edges(), self._bounds.max_session_age
+            self._sessions.review(edges, self._clock(), max_age, names_matter=False)
 
     async def _converse(self, stream: SealedStream, session: OpenSession) -> None:
         while True:

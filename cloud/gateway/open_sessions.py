@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from isthmus.cloud.directory import Peer, SessionEntry, less_loaded, newer_elsewhere, ranks, sessions_elsewhere
 from isthmus.cloud.telemetry.event_history import record
@@ -201,7 +201,7 @@ class Sessions:
         for session in staying[max(0, len(staying) - count) :]:
             session.end("another worker has fewer sessions")
 
-    def review(self, edges: AuthorizedEdges, now: float, max_age: float) -> None:
+    def review(self, edges: AuthorizedEdges, now: float, max_age: float, *, names_matter: bool = True) -> None:
         """End the sessions whose enrolment was removed or changed, and those that are too old.
 
         They end between two calls, and their edges may open others. A session whose edge is not enrolled at all is cut
@@ -211,9 +211,12 @@ class Sessions:
             edges: who is enrolled now.
             now: on the server's clock.
             max_age: seconds that a session may last.
+            names_matter: whether another name is a change of the enrolment.
         """
         for session in self._open.values():
             enrolled = edges.of(session.enrolled.fingerprint)
+            if enrolled is not None and not names_matter:
+                enrolled = replace(enrolled, name=session.enrolled.name)
             if enrolled is None and session.ending.is_set():
                 session.cut()
             elif enrolled is None:

@@ -126,14 +126,22 @@ def _used_at(kept: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def _remove_another(kept: Path) -> bool:
+def _remove_another(kept: Path, lacking: int) -> bool:
     """Remove the model beside this one that was used least recently, of those that no process uses, or its part.
 
-    Returns whether there was one.
+    Returns whether there was one; False, too, where all of them together have fewer bytes than are lacking.
     """
     names = {path.name.removesuffix(_PART) for path in kept.parent.iterdir() if path.is_dir()} - {kept.name}
     others = [kept.with_name(name) for name in names if re.fullmatch("[0-9a-f]{16}", name)]
+    if sum(map(_bytes_of, others)) < lacking:
+        return False
     return any(_removed(other) for other in sorted(others, key=_used_at))
+
+
+def _bytes_of(kept: Path) -> int:
+    """Of a model and its part."""
+    folders = (kept, kept.with_name(f"{kept.name}{_PART}"))
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def _removed(kept: Path) -> bool:

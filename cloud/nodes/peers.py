@@ -53,7 +53,7 @@ class Peers:
         file_set: m.FileSet,
         folder: Path,
         told: Callable[[int, int], None] = lambda done, total: None,
-        make_room: Callable[[], bool] = lambda: False,
+        make_room: Callable[[int], bool] = lambda lacking: False,
     ) -> list[str]:
         """Fetch the files of a file set into a folder; what is there of an earlier fetch stays. Returns their names.
 
@@ -62,7 +62,8 @@ class Peers:
             file_set: which.
             folder: where to; it exists.
             told: called with the bytes that are here, and those of all.
-            make_room: called while there is no room for them: removes something, and returns whether it has.
+            make_room: called with the bytes that lack while there is no room for them: removes something, and returns
+                whether it has.
 
         Raises:
             ConnectionLostError: the worker is gone.
@@ -125,7 +126,10 @@ def _told(told: Callable[[int, int], None], before: int, total: int, of_file: in
 
 
 def _check(
-    entries: Sequence[m.FileEntry], file_set: m.FileSet, folder: Path, make_room: Callable[[], bool] = lambda: False
+    entries: Sequence[m.FileEntry],
+    file_set: m.FileSet,
+    folder: Path,
+    make_room: Callable[[int], bool] = lambda lacking: False,
 ) -> None:
     if len(entries) > MAX_FILES:
         raise RemoteProtocolError(f"another worker offers {len(entries)} files: at most {MAX_FILES} are taken")
@@ -135,7 +139,7 @@ def _check(
     places = [(entry, (folder / entry.name, _unfinished(entry.name, folder))) for entry in entries]
     missing = sum(entry.size - max(_held(path, entry) for path in paths) for entry, paths in places)
     while missing and missing + RESERVE > (free := _free(folder)):
-        if not make_room():
+        if not make_room(missing + RESERVE - free):
             raise DiskError(f"{folder} has {free} bytes free, and {missing} bytes are to be fetched: make room")
 
 

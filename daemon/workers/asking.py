@@ -124,7 +124,7 @@ class WorkerProcess:
                         stdin=asyncio.subprocess.PIPE,
                         stdout=asyncio.subprocess.PIPE,
                         stderr=log,
-                        env={"GRPC_VERBOSITY": "NONE", **os.environ},  # a link that ends is told by whoever uses it
+                        env={"GRPC_VERBOSITY": "NONE", **os.environ},  # as of commands
                         start_new_session=True,  # else Ctrl-C at the daemon's terminal would end it, too
                     )
                 self._reader = asyncio.create_task(self._read(self._process))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
@@ -211,14 +212,11 @@ class BudgetWatch:
 
     def _leaks(self) -> Iterator[Leak]:
         texts, codecs = self._texts, self._rehearsal.codecs
-        public: tuple[Traffic, Truth] | None = None  # crosses once, and only where an attack needs it
 
+        @cache
         def crossed() -> tuple[Traffic, Truth]:
-            nonlocal public
-            if public is None:
-                public = self._rehearsal.gradients(self._public_sent())
-                self._outputs = _outputs_of(public[0])
-            return public
+            """The public texts' own traffic: they cross once, and only where an attack needs it."""
+            return self._rehearsal.gradients(self._public_sent())
 
         if self._attacks_texts:
             knowledge = self._knows(texts.public, codecs.forward_up)
@@ -233,14 +231,15 @@ class BudgetWatch:
 
             judged, guess = attack_texts(knowledge, first, self._other_passes(), truth, answers, enough, self._between)
             if self._gradients and not enough(judged):
-                crossed()
-                judged += self._by_gradients_of_texts(guess, truth, answers, enough)
+                judged += self._by_gradients_of_texts(_outputs_of(crossed()[0]), guess, truth, answers, enough)
             yield from found(judged)
         if self._attacks_labels:
             yield self._by_gradients(*crossed())
         elif "labels" in self._limits and "labels" not in self._in_texts:
             yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
         if self._attacks_anything:
+            if self._gradients:
+                self._outputs = _outputs_of(crossed()[0])
             self._states = self._expected()
 
     def _other_passes(self) -> Iterator[Traffic]:
@@ -265,10 +264,15 @@ class BudgetWatch:
             return found(attack_gradients(knowledge, traffic, truth, enough, self._between))
 
     def _by_gradients_of_texts(
-        self, guess: Sequence[Tensor], truth: Truth, answers: Sequence[Tensor], enough: Enough
+        self,
+        outputs: list[Tensor],
+        guess: Sequence[Tensor],
+        truth: Truth,
+        answers: Sequence[Tensor],
+        enough: Enough,
     ) -> list[Judged]:
         """What gradients give of the sample's tokens, as if the cloud had answered what it did for public texts."""
-        traffic, _ = self._rehearsal.gradients(self._texts.sample, self._outputs)
+        traffic, _ = self._rehearsal.gradients(self._texts.sample, outputs)
         with self._knows_of_gradients() as knowledge:
             return attack_learned_texts(knowledge, traffic, guess, truth, answers, enough, self._between)
 

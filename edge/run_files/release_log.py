@@ -7,14 +7,15 @@ counts what it begins to send.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import write_atomic
 from isthmus.edge.run_files.run_identity import START_ANEW
-from isthmus.privacy.defences.accountant import Guarantee, Releases
+from isthmus.privacy.defences.accountant import Exposure, Guarantee, Releases, guarantee
+from isthmus.privacy.defences.defence_options import DefenceOptions
 
 RELEASES_FILE = "defence-releases"
 """Inside the run's folder: what the folder's runs have begun to send, as JSON, each by the fingerprint of its noise."""
@@ -29,36 +30,43 @@ class ReleaseLog:
     Args:
         path: The file.
         run: The fingerprint of the run's noise.
-        promise: What is guaranteed of a run that goes on after so many steps, and has shown so much before.
+        defences: Of the run.
+        exposure_after: What a run shows that goes on after so many applied steps, and whose processes have begun to
+            send so much before.
         say: Told what is guaranteed, before this process sends an example of the run.
 
     Attributes:
-        done: Applied steps that this process goes on from.
         guarantee: None where no defence claims an (ε, δ), and until `settle` or `add` is called.
     """
 
     def __init__(
-        self, path: Path, run: str, promise: Callable[[int, Releases], Guarantee | None], say: Callable[[str], None]
+        self,
+        path: Path,
+        run: str,
+        defences: Sequence[DefenceOptions],
+        exposure_after: Callable[[int, Releases], Exposure],
+        say: Callable[[str], None],
     ) -> None:
         self.guarantee: Guarantee | None = None
-        self.done = 0
+        self._done = 0
         self._path = path
         self._run = run
-        self._promise = promise
+        self._defences = defences
+        self._exposure_after = exposure_after
         self._say = say
         self._settled = False
         self._before: Releases | None = None
 
     @property
-    def before(self) -> Releases:
-        """What other processes of the run have begun to send, before this one has.
+    def exposure(self) -> Exposure:
+        """What the run does with the example that it shows most, in all of its processes.
 
         Raises:
             ConfigError: The file cannot be read.
         """
-        if self._before is None:
+        if self._before is None:  # before this process has sent anything
             self._before = self._runs().get(self._run, Releases())
-        return self._before
+        return self._exposure_after(self._done, self._before)
 
     def go_on(self, done: int) -> None:
         """Let this process go on after `done` applied steps.
@@ -72,7 +80,7 @@ class ReleaseLog:
                 f"the run cannot be resumed: {self._path}, which counts what it has sent, is missing or of other runs. "
                 f"Put it back, or {START_ANEW}."
             )
-        self.done = done
+        self._done = done
 
     def settle(self) -> None:
         """Find out what is guaranteed, with what other processes have sent, and say it; once.
@@ -83,7 +91,7 @@ class ReleaseLog:
         if self._settled:
             return
         self._settled = True
-        self.guarantee = self._promise(self.done, self.before)
+        self.guarantee = guarantee(self._defences, self.exposure)
         if self.guarantee is not None:
             self._say(guarantee_line(self.guarantee))
 

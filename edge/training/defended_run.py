@@ -53,7 +53,6 @@ class DefendedRun:
     """A `StepObserver`, so that its key is in the checkpoints, and what the loop asks of defences.
 
     Args:
-        shown: See `exposure_of`, which has the same last arguments.
         per_epoch: Steps of an epoch.
 
     Attributes:
@@ -68,8 +67,7 @@ class DefendedRun:
         defences: Sequence[Defence],
         modules: Sequence[nn.Module],
         noise: SecretNoise,
-        account: ReleaseLog,
-        shown: Callable[[int, Releases], Exposure],
+        releases: ReleaseLog,
         decoys: str | None,
         eval_every: int | None,
         per_epoch: int,
@@ -80,8 +78,7 @@ class DefendedRun:
         self._noise = noise
         self._private = next((each for each in options if isinstance(each, DpSgd)), None)
         self._modules = modules
-        self._account = account
-        self._shown = shown
+        self._releases = releases
         self._per_epoch = per_epoch
         # What was guaranteed at the start goes by how often held-out texts are sent.
         self._identity = {"key": noise.fingerprint, "decoys": decoys, "eval_every": eval_every}
@@ -93,16 +90,16 @@ class DefendedRun:
     @property
     def guarantee(self) -> Guarantee | None:
         """What they guarantee of the run, once this process has sent something; None where none claims an (ε, δ)."""
-        return self._account.guarantee
+        return self._releases.guarantee
 
     @property
     def exposure(self) -> Exposure:
         """What the run does with the example that it shows most, in all of its processes."""
-        return self._shown(self._account.done, self._account.before)
+        return self._releases.exposure
 
     def figures(self) -> dict[str, Any]:
         """What the report says of them, under the names that `Report` has for it."""
-        self._account.settle()  # a run that has ended is resumed without sending anything
+        self._releases.settle()  # a run that has ended is resumed without sending anything
         promised = self.guarantee
         if promised is None:
             return {"defences": self.texts}
@@ -138,7 +135,7 @@ class DefendedRun:
         follows = self._begun == step - 1 and (step - 1) % self._per_epoch > 0
         self._step = self._begun = step
         self._span.answers = self._answers
-        before_first = None if follows else partial(self._account.add, epochs=1)
+        before_first = None if follows else partial(self._releases.add, epochs=1)
         self._span.begin("step", step, learned_from=True, before_first=before_first)
 
     def after_step(self, step: int) -> None:
@@ -170,13 +167,13 @@ class DefendedRun:
                     f"started with, or {START_ANEW}."
                 )
         self._step = int(state["step"])
-        self._account.go_on(self._step)
+        self._releases.go_on(self._step)
         self._answers = self._span.answers = bytes.fromhex(state["answers"])
         self._await_evaluation()
 
     def _await_evaluation(self) -> None:
         """What passes next, if no step does, is an evaluation, from whose answers nothing is learned."""
-        self._span.begin("after", self._step, before_first=partial(self._account.add, evaluations=1))
+        self._span.begin("after", self._step, before_first=partial(self._releases.add, evaluations=1))
 
 
 @contextmanager
@@ -207,13 +204,10 @@ def defended_run(
     key = read_key(config.defence_key or config.out / KEY_FILE, make=config.defence_key is None)
     noise = SecretNoise(hmac.digest(key, _of_run(config, identity, data), "sha256"))
 
-    def shown(done: int, before: Releases) -> Exposure:
+    def exposure_after(done: int, before: Releases) -> Exposure:
         return exposure_of(model, trained, config, data, done, before)
 
-    def promise(done: int, before: Releases) -> Guarantee | None:
-        return guarantee(options, shown(done, before))
-
-    promise(_BEFORE, _NOTHING)  # refuses now what it would refuse later
+    guarantee(options, exposure_after(_BEFORE, _NOTHING))  # refuses now what it would refuse later
     try:
         defences = build_defences(options, model.config.hidden_size)
     except ValueError as error:
@@ -223,12 +217,11 @@ def defended_run(
     for each in options:
         broken = each.broken_by
         say(f"defence {each.text()}: {f'an example, broken by {broken}' if broken else f'claims {each.claim}'}")
-    account = ReleaseLog(config.out / RELEASES_FILE, noise.fingerprint, promise, say)
+    releases = ReleaseLog(config.out / RELEASES_FILE, noise.fingerprint, options, exposure_after, say)
     per_epoch = steps_per_epoch(config, len(data.train))
     span = DefendedSpan(model, defences, noise, decoys)
     with span.in_place():
-        every = config.eval_every
-        yield DefendedRun(options, span, defences, modules, noise, account, shown, made_of, every, per_epoch)
+        yield DefendedRun(options, span, defences, modules, noise, releases, made_of, config.eval_every, per_epoch)
 
 
 def read_key(path: Path, *, make: bool) -> bytes:

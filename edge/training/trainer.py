@@ -207,11 +207,11 @@ class Trainer:
         with claim(self.config.out):
             with self._loop.listening():
                 self._resume()
-                if left_out := self._data.dropped:
-                    kept = (
-                        f"cut to {self.config.max_length} tokens, they have no label: a larger --max-length keeps them"
+                if self._data.dropped:
+                    cut = (
+                        f"cut to {self.config.max_length} tokens, they have no label; a larger --max-length keeps them"
                     )
-                    self._progress.message(f"{left_out} examples are left out ({kept})")
+                    self._progress.message(f"{self._data.dropped} examples are left out: {cut}")
                 if self._evidence is not None:
                     self._evidence.begin()
                 if self._leak is not None:

@@ -104,8 +104,8 @@ class ModelTop:
             received = self._received(given)
             columns = torch.eye(len(own)).to(own)[:, None, None]
             (jacobian,) = torch.autograd.grad(received, given, columns, is_grads_batched=True)
-            # A denoiser may take away whole directions; of these nothing comes back. Least squares by singular values
-            # would say the same, but now and then they do not converge.
+            # A denoiser may take away whole directions; of these nothing comes back, and of those that it keeps less of
+            # than rounding, little. Singular values would tell them apart more sharply, but do not always converge.
             system = jacobian[:, 0, 0].T.double()
             gram = system.T @ system
             ridge = torch.eye(len(gram)).to(gram) * (gram.trace() * _ROUNDING**2).clamp(min=_TINY)

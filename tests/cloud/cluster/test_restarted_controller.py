@@ -40,14 +40,15 @@ def test_a_controller_that_ray_restarts_does_without_a_port_that_is_taken_and_th
     monkeypatch.setattr(controller_module, "threading", SimpleNamespace(RLock=threading.RLock, Thread=thread))
     monkeypatch.setattr(controller_module.time, "sleep", slept.append)
     monkeypatch.setattr(controller_module, "was_restarted", lambda: True)
-    if what == "its status":
-        monkeypatch.setattr(controller_module, "serve_pages", taken)
-    else:
+    pages = list[object]()
+    monkeypatch.setattr(controller_module, "serve_pages", taken if what == "its status" else lambda *_: pages.append(_))
+    if what != "its status":
         monkeypatch.setattr(controller_module, "ModelFiles", lambda *_: SimpleNamespace(start=taken))
     controller = cloud.begin()
     state = controller.state()
     assert state["ready"]
-    assert state["faults"] == [f"the port for {what} is taken; it is tried again in 5 minutes at most"]
+    assert state["faults"] == [f"the port for {what} is taken; the controller starts again in 5 minutes"]
+    assert len(pages) == (what != "its status")  # a port that is free is used
     assert cloud.worker(0).is_certified
     assert set(threads) == {"ports", "rounds", "starts"}
     monkeypatch.setattr(controller_module, "os", SimpleNamespace(_exit=exits.append))

@@ -231,6 +231,16 @@ def test_models_that_no_process_uses_make_room_and_the_one_used_last_stays(
     assert removed == [str(part).removesuffix(".part"), str(oldest)]
 
 
+@pytest.mark.usefixtures("disk")
+def test_models_stay_where_their_room_is_not_enough(node: Path, model: Path) -> None:
+    wanted = node / "models" / ("f" * 16)
+    others = [fetched_before(node, model, name * 16) for name in "ab"]
+    assert not node_models._remove_another(wanted, 2 * size_of(model) + 1)
+    assert all(other.exists() for other in others)
+    assert node_models._remove_another(wanted, 2 * size_of(model))
+    assert sum(other.exists() for other in others) == 1
+
+
 def test_models_stay_where_there_is_room(
     wanted: NodeModel, peers: Peers, address: str, node: Path, model: Path
 ) -> None:

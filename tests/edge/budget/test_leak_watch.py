@@ -195,7 +195,6 @@ def test_a_recovered_secret_breaks_the_budget(cloud: Recorded, tmp_path: Path) -
         cloud.train(tmp_path / "out", secrets=secrets)
 
 
-@pytest.mark.long
 def test_a_token_budget_is_broken_by_gradients_too(cloud: Recorded, tmp_path: Path) -> None:
     """What is learned of a plain text is the text."""
     before = len(cloud.private())

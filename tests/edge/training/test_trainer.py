@@ -167,7 +167,7 @@ def test_a_run_without_validation(model_folder: Path, tmp_path: Path) -> None:
         model_folder, options, data=bare, progress=progress, span_parameters=10, cloud_peak=lambda: 77
     ).fit()
     report = result.report
-    assert "2 examples are left out (cut to 512 tokens, they have no label" in told.getvalue()
+    assert "2 examples are left out: cut to 512 tokens, they have no label" in told.getvalue()
     assert (report.loss_before, report.loss_after, report.dropped_examples) == (None, None, 2)
     assert (report.cloud_flops, report.peak_bytes_cloud) == (40 * report.positions, 77)
 
