@@ -10,6 +10,16 @@ import torch
 from isthmus.common.machine import usable_cores
 
 
+def set_torch_threads(number: int) -> None:
+    """Have torch compute with so many threads in this thread, whatever others set.
+
+    At a thread's first use of them, torch gives it the number that any thread has set last: what was set before in this
+    one is lost, if another came in between. To ask for the number is such a use.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(number)
+
+
 def use_threads(number: int | None) -> None:
     """Have torch compute with so many threads from now on; None for its own choice, but no more than usable cores.
 
@@ -18,7 +28,7 @@ def use_threads(number: int | None) -> None:
     """
     if number is None and torch.get_num_threads() <= usable_cores():
         return  # to set even the same number would change how MKL computes
-    torch.set_num_threads(number or usable_cores())
+    set_torch_threads(number or usable_cores())
 
 
 @contextmanager

@@ -22,8 +22,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_batch_invariance
 from isthmus.backbone.runtime.numerics import VARYING
 from isthmus.cloud.bounds import EngineOptions
@@ -31,6 +29,7 @@ from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.requests import NotBegun, Request, TooLate
 from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler
+from isthmus.common.torch_threads import set_torch_threads
 
 R = TypeVar("R")
 
@@ -188,7 +187,7 @@ class Engine:
             return False
         start, failed, begun = time.perf_counter(), batch, batch
         try:
-            torch.set_num_threads(threads)
+            set_torch_threads(threads)
             _compute(batch)
             begun = [each for each in batch if not _was_not_begun(each.future)]
             failed = [each for each in begun if not self._was_computed(each.future)]

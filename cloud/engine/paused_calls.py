@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar, cast
 
-import torch
+from isthmus.common.torch_threads import set_torch_threads
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -65,7 +65,7 @@ class CallThreads:
     def __init__(self, threads: int, limit: int, nbytes: float = math.inf) -> None:
         self._nbytes, self._free_bytes = nbytes, nbytes
         self._held_bytes: Counter[str] = Counter()  # by tenant
-        self._pool = ThreadPoolExecutor(limit, "call", initializer=torch.set_num_threads, initargs=(threads,))
+        self._pool = ThreadPoolExecutor(limit, "call", initializer=set_torch_threads, initargs=(threads,))
         self._books = threading.Lock()
         self._free = limit
         self._held: Counter[str] = Counter()  # by tenant

@@ -9,8 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.protocol import messages as m
 
 R = TypeVar("R")
@@ -40,7 +39,7 @@ class FileThreads:
     def __init__(self) -> None:
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
         # A check computes the edge's own layers beside the compute threads, so it has one torch thread.
-        self._checks = ThreadPoolExecutor(1, "checks", initializer=torch.set_num_threads, initargs=(1,))
+        self._checks = ThreadPoolExecutor(1, "checks", initializer=set_torch_threads, initargs=(1,))
         self._turns: dict[bytes, _Turn] = {}  # by tenant
 
     async def run(self, tenant: bytes, work: Callable[[], R], over: Callable[[], None], *, check: bool = False) -> R:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.run_report import WireMeter, WireTotals
 
 if TYPE_CHECKING:  # training on an emulator loads no gRPC
@@ -131,7 +132,7 @@ class InFlight:
 
         try:
             # set_num_threads speaks of the calling thread's OpenMP team, and bits depend on it.
-            with ThreadPoolExecutor(len(self._slots), "micro-batch", torch.set_num_threads, (threads,)) as pool:
+            with ThreadPoolExecutor(len(self._slots), "micro-batch", set_torch_threads, (threads,)) as pool:
                 begun = deque(pool.submit(run, item, seed) for item, seed in zip(items, seeds, strict=True))
                 try:
                     while begun:

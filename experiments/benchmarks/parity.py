@@ -20,6 +20,7 @@ from torch import Tensor
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError, DataError, IsthmusError
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, encode
@@ -110,7 +111,7 @@ def _run(mode: str, settings: ParitySettings, folder: Path, cloud: LocalCloud | 
 def _main(parent: Parent) -> None:
     task = parent.task
     settings = ParitySettings(**task["settings"])
-    torch.set_num_threads(settings.threads)
+    set_torch_threads(settings.threads)
     config = TrainConfig(
         cloud="-",
         data=settings.data,

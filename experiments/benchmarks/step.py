@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft
@@ -31,7 +30,7 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
     opening on both sides; codecs count as computing of the side that runs them. Bytes are of whole frames per token
     position.
     """
-    torch.set_num_threads(settings.threads)
+    set_torch_threads(settings.threads)
     options = (
         *("--edge-layers", settings.edge_layers, "--dtype", settings.cloud_dtype),
         *("--threads", str(settings.threads), "--quantize", settings.quantize),

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.client.link import connect
 from isthmus.edge.generation.exact import exact_decoding
 from isthmus.experiments.harness.processes import Parent, serve
@@ -17,7 +18,7 @@ MODULE: Final = "isthmus.experiments.generation.generate_process"
 
 def _main(parent: Parent) -> None:
     task = parent.task
-    torch.set_num_threads(1)
+    set_torch_threads(1)
     with connect(task["connection"], key=task["key"], interactive=True) as link:
         model = link.load_model().eval()
         parent.say("ready")

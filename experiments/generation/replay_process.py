@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft
@@ -79,7 +80,7 @@ def _answer_all(parent: Parent, models: list[Any], question: dict[str, Any]) -> 
         finally:
             free.put(model)
 
-    with ThreadPoolExecutor(len(models), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(len(models), initializer=set_torch_threads, initargs=(1,)) as pool:
         answers = []
         for request in question["requests"]:
             time.sleep(max(0.0, start + request["at"] - time.monotonic()))
@@ -110,7 +111,7 @@ def _train(parent: Parent, model: Any) -> None:
 
 def _main(parent: Parent) -> None:
     task = parent.task
-    torch.set_num_threads(1)
+    set_torch_threads(1)
     with ExitStack() as stack:
         links = [
             stack.enter_context(connect(task["connection"], key=task["key"], interactive=not task["trains"]))

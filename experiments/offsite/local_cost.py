@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
@@ -113,7 +112,7 @@ def _main(parent: Parent) -> None:
     task = parent.task
     kind, emulator = task.pop("kind"), Path(task.pop("emulator"))
     settings = LocalCostSettings(**task)
-    torch.set_num_threads(settings.threads)
+    set_torch_threads(settings.threads)
     before = own_bytes("VmRSS")
     model = _model(kind, settings, emulator)
     batch = random_batch(model.config.vocab_size, settings.batch, settings.seq)

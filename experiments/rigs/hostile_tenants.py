@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 
 from isthmus.common.errors import ConnectionLostError, IsthmusError, RefusedError
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.experiments.harness.blocking_stream import BlockingStream, NothingYetError
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.protocol import messages as m
@@ -269,7 +270,7 @@ def main(parent: Parent) -> None:
     """Do what the questions say; see the module."""
     task = parent.task
     yield_to_all()  # elsewhere it would take none of these cores: what it makes the cloud do is what counts
-    torch.set_num_threads(1)
+    set_torch_threads(1)
     rest = (Path(task["key"]), task["batch"], task["seq"], task["seed"])
     tenants = [Hostile(worker, *rest) for worker in task["workers"]]
 

@@ -32,6 +32,7 @@ from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
 from isthmus.cloud.engine.scheduler import Scheduler
 from isthmus.cloud.session.handler import BACKWARD, FORWARD, KEPT_FORWARD
 from isthmus.common.machine import usable_cores
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.experiments.harness.bench_flags import numbers_of
 from isthmus.experiments.harness.bench_settings import QosSettings
 from isthmus.experiments.harness.launch import stderr_progress
@@ -92,7 +93,7 @@ def run_qos(settings: QosSettings) -> dict[str, Any]:
     """
     loads = numbers_of(settings.loads, "loads")
     threads = settings.threads or usable_cores()
-    torch.set_num_threads(threads)
+    set_torch_threads(threads)
     checkpoint = resolve(settings.model)
     span = load_span(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers))
     executor = Executor(SiteHost(span), torch.float32, 1 << 40)

@@ -33,6 +33,7 @@ from isthmus.cloud.engine.executor import BackwardCall, Executor
 from isthmus.common.errors import IsthmusError
 from isthmus.common.figures import plotting, save_figure
 from isthmus.common.machine import usable_cores
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.experiments.harness.bench_settings import TenantSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.harness.single_process import losses_of
@@ -238,7 +239,7 @@ class SpanGain:
     """What one pass over all tenants' calls takes, with one thread and in seconds of a processor."""
 
     def __init__(self, settings: TenantSettings) -> None:
-        torch.set_num_threads(1)
+        set_torch_threads(1)
         span, self._calls, self._gradients = tenants_calls(settings)
         self.span_bytes = sum(each.numel() * each.element_size() for each in (*span.parameters(), *span.buffers()))
         self._executor = Executor(SiteHost(span), torch.float32, 1 << 40)

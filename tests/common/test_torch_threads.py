@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -18,3 +22,26 @@ def test_torch_takes_no_more_threads_by_itself_than_there_are_cores(monkeypatch:
     assert set_to == [2, 5]
     monkeypatch.undo()
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_keeps_its_number_from_the_start() -> None:
+    def kept(set_to: Callable[[int], None]) -> int:
+        """How many a new thread has that sets one, before another thread sets two."""
+        mine, others = threading.Event(), threading.Event()
+
+        def compute() -> int:
+            set_to(1)
+            mine.set()
+            assert others.wait(10)
+            return torch.get_num_threads()
+
+        with torch_threads.torch_threads(1), ThreadPoolExecutor(1) as pool:
+            found = pool.submit(compute)
+            assert mine.wait(10)
+            torch.set_num_threads(2)
+            others.set()
+            return found.result(10)
+
+    assert kept(torch_threads.set_torch_threads) == 1
+    # The control: torch alone gives it the other thread's.
+    assert kept(torch.set_num_threads) == 2

@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import resolve
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.rigs.lying.audited_cloud import QUANTIZED, AuditedCloud
@@ -33,7 +33,7 @@ from isthmus.experiments.rigs.lying.lies import KINDS
 from isthmus.privacy.transcript.detection import share_interval
 
 CELLS = "cells.jsonl"
-VERSION = 2
+VERSION = 3
 """Of what a cell holds, raised where that changes: cells that an earlier one has left are made anew."""
 LONGER = (2, 8)
 """Times the length of most calls, 64 and 256 tokens by default: a short text's and a long one's, with thresholds of
@@ -49,7 +49,7 @@ def run_audit_bench(settings: AuditSettings, folder: Path) -> dict[str, Any]:
         lengths, by their thresholds; `forgeries`: transcripts that were tampered with; `cost`: of transcript, sample
         and replay. The keys of `Measurement.passed` sum them up.
     """
-    torch.set_num_threads(settings.threads)
+    set_torch_threads(settings.threads)
     cells = Cells(folder / CELLS, Console(stderr=True))
     longest = resolve(settings.model).config.max_position_embeddings
     lengths = sorted({min(times * settings.seq, longest) for times in (1, *LONGER)})

@@ -28,6 +28,7 @@ from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.logs import log_to
 from isthmus.common.errors import IsthmusError
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.client.link import connect
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.rigs.secrets.broken_random import SOURCES
@@ -76,7 +77,7 @@ class Nursery(TaskProcess):
 
 def _main(parent: Parent) -> None:
     task = parent.task
-    torch.set_num_threads(1)
+    set_torch_threads(1)
     served = _served(task)
     if threading.active_count() > 1:
         raise IsthmusError("a process with several threads must not fork: none may be started before")

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import resolve
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft
@@ -45,7 +45,7 @@ def run_secrets(settings: SecretsSettings, folder: Path) -> dict[str, Any]:
         what `look` says. `step`: the time of a training step with the option, over that without. `no_reuse`,
         `nothing_elsewhere`, `freed_wiped` (see there) and `controls_found` sum them up.
     """
-    torch.set_num_threads(settings.threads)
+    set_torch_threads(settings.threads)
     cells, parts = Cells(folder / CELLS, Console(stderr=True)), Parts(settings, folder)
     cells.expect(3 + len(OPTIONS))
 

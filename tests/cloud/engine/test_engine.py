@@ -73,6 +73,22 @@ def test_work_is_done_on_one_thread_with_its_number_of_torch_threads(engine: Eng
     assert submit(engine, torch.get_num_threads).result(10) == 1
 
 
+def test_the_first_work_of_a_thread_has_its_number_whatever_others_set(engine: Engine) -> None:
+    """Bits depend on it."""
+    before = torch.get_num_threads()
+
+    def work() -> int:
+        other = threading.Thread(target=torch.set_num_threads, args=(2,))
+        other.start()
+        other.join()
+        return torch.get_num_threads()
+
+    try:
+        assert submit(engine, work).result(10) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_errors_come_to_who_waits_and_the_thread_goes_on(engine: Engine) -> None:
     with pytest.raises(ZeroDivisionError):
         submit(engine, lambda: 1 // 0).result(10)
