@@ -58,7 +58,7 @@ class Work:
         calls: Of each.
         seq: Tokens of a sequence at most, and at least 4; where `fixed`, of all.
         batching: Whether their calls share passes.
-        leased: Whether they train adapters that are leased, instead of calling with random numbers.
+        leased: Whether they train adapters that are leased, instead of asking for the gradients of a first step.
         breaks: Whether each tenant's session breaks once, after three quarters of its calls or just before the first
             signature is due: the cloud has signed nothing of it, and then signs what is left.
     """
@@ -200,16 +200,15 @@ def _begin_pair(work: Work, link: Link, executor: LyingExecutor, number: int) ->
 
 
 def _ask(settings: AuditSettings, work: Work, link: Link, seed: int, begin: Callable[[int], None]) -> None:
-    """Forwards and backwards of random hidden states and lengths."""
-    draw = random.Random(seed)  # noqa: S311  # is no secret
-    generator = torch.Generator().manual_seed(seed)
+    """Forwards and backwards of a training's first step, each of other random tokens, of random lengths."""
+    model = link.load_model()
+    tuned = build_peft(model, TrainConfig(cloud="-", data="-", method="lora", rank=2))
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)  # noqa: S311  # is no secret
     for number in range(work.calls // 2):
         begin(number)
         length = work.seq if work.fixed else draw.randint(4, work.seq)
-        shape = (settings.batch, length, link.info.hidden_size)
-        hidden, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
-        _, kept = link.forward_span(hidden, None, None, keep=True)
-        link.backward_span(kept, gradient, hidden, None, None)
+        ids = torch.randint(model.config.vocab_size, (settings.batch, length), generator=generator)
+        tuned(input_ids=ids, labels=ids).loss.backward()
 
 
 def _train_leased(settings: AuditSettings, work: Work, link: Link, seed: int, begin: Callable[[int], None]) -> None:
