@@ -1,4 +1,6 @@
-"""The attacks of a cloud on what crosses: one file each, one shape (`attack.Attack`). `weights` has those on weights.
+"""The attacks of a cloud on what crosses: one file each, one shape (`attack.Attack`).
+
+`labels` has those on labels, `weights` those on weights.
 
 It may import `isthmus.privacy.recording` and what that may import, `isthmus.backbone`, and `isthmus.privacy.defences`,
 which an attacker knows; never the measures.

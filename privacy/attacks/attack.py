@@ -30,10 +30,12 @@ class KnownDefence:
     Attributes:
         on_embeddings: Whether `embedded` changes anything.
         label_smoothing: Share of the uniform distribution in each label.
+        own_share: Of a row in what it is mixed to; 1 where rows are not mixed.
     """
 
     on_embeddings: bool = False
     label_smoothing: float = 0.0
+    own_share: float = 1.0
 
     def embedded(self, embedded: Tensor) -> Tensor:
         """What the edge would give to its first layer."""
@@ -66,12 +68,13 @@ class KnownDefence:
         """What the edge would send of the gradient at the span's output."""
         return gradient
 
-    def of_pass(self, ids: Tensor, real: Tensor) -> KnownDefence:
+    def of_pass(self, ids: Tensor, real: Tensor, mixed_in: Tensor | None = None) -> KnownDefence:
         """The same defence in one pass of rows: what is drawn once and used in several places is the same in all.
 
         Args:
             ids: Token ids, `[batch, sequence]`.
             real: Where the rows have tokens, `[batch, sequence]` bool.
+            mixed_in: Hidden states `[n, h]` that rows are mixed with; None for those of a text that is drawn.
         """
         return self
 
@@ -151,6 +154,11 @@ class Knowledge:
     def label_smoothing(self) -> float:
         """Share of the uniform distribution in each label."""
         return 0.0 if self.defence is None else self.defence.label_smoothing
+
+    @property
+    def own_share(self) -> float:
+        """Of a row in what it is mixed to; 1 where rows are not mixed."""
+        return 1.0 if self.defence is None else self.defence.own_share
 
     def expect(self, hidden: Tensor) -> Tensor:
         """What comes of hidden states `[n, h]` on average, `[n, h]`."""

@@ -20,11 +20,15 @@ from isthmus.privacy.defences.defence_options import Mixing
 
 
 class RowMixing(Defence):
-    """See the top of the file."""
+    """See the top of the file.
+
+    Attributes:
+        own: Share of a row in what it becomes.
+    """
 
     def __init__(self, options: Mixing, width: int) -> None:
         super().__init__(options, width)
-        self._own = options.share
+        self.own = options.share
 
     def hidden(self, hidden: Tensor, now: Pass) -> Tensor:
         """See `Defence`.
@@ -34,7 +38,7 @@ class RowMixing(Defence):
         """
         partner, place = _partners(now)
         other = hidden[partner.unsqueeze(-1), place]
-        mixed = self._own * hidden + (1 - self._own) * other
+        mixed = self.own * hidden + (1 - self.own) * other
         return mixed * now.real.unsqueeze(-1).to(hidden.dtype)  # what lies on padding is of the own text alone
 
     def extra_loss(self, logits: Tensor, labels: Tensor, now: Pass) -> Tensor:
@@ -47,7 +51,7 @@ class RowMixing(Defence):
             cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED) / count
             for wanted in (ahead, theirs)
         )
-        return (1 - self._own) * (other - own)
+        return (1 - self.own) * (other - own)
 
 
 def _partners(now: Pass) -> tuple[Tensor, Tensor]:

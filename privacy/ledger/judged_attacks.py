@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from isthmus.privacy.attacks.attack import Attack, Guess, Knowledge
-from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels
+from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels, ExactLabels
 from isthmus.privacy.attacks.learned_inverter import LearnedInverter
 from isthmus.privacy.attacks.nearest_neighbour import NearestNeighbour
 from isthmus.privacy.attacks.ridge_inversion import RidgeInversion

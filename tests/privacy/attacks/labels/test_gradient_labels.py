@@ -14,11 +14,11 @@ from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import DataError
-from isthmus.privacy.attacks import gradient_labels
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, Row, _Matched, labelled_row
-from isthmus.privacy.attacks.model_top import ModelTop, RowTop
+from isthmus.privacy.attacks.labels import gradient_labels
+from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels, ExactLabels, Row, _Matched, labelled_row
+from isthmus.privacy.attacks.labels.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
 
 LENGTH, START = 12, 5

@@ -14,9 +14,9 @@ from torch.nn.functional import cosine_similarity
 from isthmus.privacy.attacks import known_defences
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
-from isthmus.privacy.attacks.gradient_labels import DirectLabels, ExactLabels, labelled_row
 from isthmus.privacy.attacks.known_defences import KnownDefences
-from isthmus.privacy.attacks.model_top import ModelTop
+from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels, ExactLabels, labelled_row
+from isthmus.privacy.attacks.labels.model_top import ModelTop
 from isthmus.privacy.defences.defence import Pass
 from isthmus.privacy.defences.secret_noise import SecretNoise
 

@@ -287,9 +287,10 @@ class RowTop:
         tokens = (lengths.abs() * lengths / twice[place] + self.prior[place]).topk(count).indices
         return tokens, drawn(slopes[tokens], self._head[tokens])
 
-    def drawn_together(self, tokens: Tensor, scales: Tensor) -> Tensor:
-        """What all labels `[S]`, with the weights `[S, 1]`, give to each position, `[S, h]`."""
-        given = (scales * self.direction(tokens)).to(self._read)
+    def drawn_together(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """What all labels `[S, labels of a position]`, with their weights, give to each position, `[S, h]`."""
+        pairs = zip(tokens.T, weights.T, strict=True)
+        given = torch.stack([weight[:, None] * self.direction(each) for each, weight in pairs]).sum(0).to(self._read)
         (together,) = torch.autograd.grad(self._read, self._output, given, retain_graph=True)
         return together[0]
 

@@ -9,7 +9,7 @@ from support.privacy.attacked import tiny_model
 from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.privacy.attacks.model_top import ModelTop
+from isthmus.privacy.attacks.labels.model_top import ModelTop
 
 LENGTH, PADDING = 18, 3  # longer than two windows
 

@@ -3,7 +3,8 @@
 The loss of a position with the label y is the cross entropy of the head's logits. Its gradient, where the head reads,
 is `u = c * W^T (p - onehot(y))`: p is the model's own prediction, `c` one over the number of labels. What the edge
 sends is `J^T u`, J the Jacobian of the top layers and the final norm, and of a denoiser before them where the edge has
-one. With label smoothing, `onehot(y)` is mixed with the uniform distribution, in a share that the attacker knows.
+one. With label smoothing, `onehot(y)` is mixed with the uniform distribution, in a share that the attacker knows; where
+rows are mixed, with that of the other row's label. Then candidates are pairs of labels.
 
 `DirectLabels` takes J for the identity and p for nothing: the label's row of the head points against the gradient.
 Behind a denoiser it takes J for the denoiser's Jacobian, and solves for the gradient above it.
@@ -31,13 +32,14 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge, KnownDefence
 from isthmus.privacy.attacks.known_defences import defended
-from isthmus.privacy.attacks.model_top import ModelTop, RowTop
+from isthmus.privacy.attacks.labels.candidates import choose, without_best
+from isthmus.privacy.attacks.labels.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
 
 LISTS = (16, 64, 256)
@@ -79,11 +81,30 @@ class LabelledRow:
         row: As the edge would send it.
         labels: `[S]`: at place t what position t learns to predict.
         noise: What defence and codec have added to the gradient, `[1, S, h]`.
+        mixed_in: `[S]`, the labels of the row that it is mixed with, at the places where it is mixed in; None for none.
     """
 
     row: Row
     labels: Tensor
     noise: Tensor
+    mixed_in: Tensor | None = None
+
+    @property
+    def labelled(self) -> Tensor:
+        """Where a label is, of the row or of what is mixed in, `[S]` bool."""
+        own = self.labels != UNKNOWN
+        return own if self.mixed_in is None else own | (self.mixed_in != UNKNOWN)
+
+    def in_lists(self, lists: Tensor) -> Tensor:
+        """Whether a list has all labels of its position, `[labelled positions]` as 0 and 1.
+
+        Args:
+            lists: `[S, candidates]`.
+        """
+        found = torch.ones_like(self.labels, dtype=torch.bool)
+        for labels in (self.labels, self.labels if self.mixed_in is None else self.mixed_in):
+            found &= (lists == labels[:, None]).any(1) | (labels == UNKNOWN)
+        return found[self.labelled].float()
 
 
 class _LabelAttack:
@@ -104,17 +125,19 @@ class _LabelAttack:
         """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
         received = (knowledge.defence or KnownDefence()).expect_output
         self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan, received), knowledge.label_places
-        self._smoothing = knowledge.label_smoothing
+        self._smoothing, self._own_share = knowledge.label_smoothing, knowledge.own_share
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
-        self.calibrate([labelled_row(knowledge, tokens, len(tokens) // 2, n) for n, tokens in enumerate(texts)])
+        mixed_in = texts[1:] + texts[:1] if self._own_share < 1 else [None] * len(texts)
+        pairs = enumerate(zip(texts, mixed_in, strict=True))
+        self.calibrate([labelled_row(knowledge, own, len(own) // 2, n, other) for n, (own, other) in pairs])
 
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
         """Set the threshold."""
-        cosines = torch.cat([self.match(each.row)[1] for each in public])
-        self._set_threshold(cosines, torch.cat([each.labels for each in public]))
+        self._set_threshold(torch.cat([self.match(each.row)[1] for each in public]), public)
 
-    def _set_threshold(self, cosines: Tensor, labels: Tensor) -> None:
-        self.threshold = float(cosines[labels == UNKNOWN].quantile(_SILENT))
+    def _set_threshold(self, cosines: Tensor, public: Sequence[LabelledRow]) -> None:
+        labelled = torch.cat([each.labelled for each in public])
+        self.threshold = float(cosines[~labelled].quantile(_SILENT))
 
     def run(self, traffic: Traffic) -> Guess:
         """Guess the labels of each row of each backward: at place t the token that position t learns to predict.
@@ -173,21 +196,18 @@ class ExactLabels(_LabelAttack):
         labels = torch.cat([each.labels for each in public])
         for self._listed in LISTS:
             self._explained = float("inf")
-            plain = [self._match(each.row, each.labels != UNKNOWN) for each in public]
+            plain = [self._match(each.row, each.labelled) for each in public]
             right = torch.cat([each.tokens for each in plain]) == labels
             if right.any():
                 own, others = (
                     torch.cat(each)[right] for each in zip(*((e.unexplained, e.others) for e in plain), strict=True)
                 )
                 self._explained = float(max(own.quantile(_EXPLAINED), (own.median() * others.median()).sqrt()))
-            matched = [self._match(each.row, each.labels != UNKNOWN) for each in public]
-            self.listed = tuple(
-                (found.lists == each.labels[:, None]).any(1)[each.labels != UNKNOWN].float()
-                for each, found in zip(public, matched, strict=True)
-            )
+            matched = [self._match(each.row, each.labelled) for each in public]
+            self.listed = tuple(each.in_lists(found.lists) for each, found in zip(public, matched, strict=True))
             if torch.cat(self.listed).all():
                 break
-        self._set_threshold(torch.cat([each.cosines for each in matched]), labels)
+        self._set_threshold(torch.cat([each.cosines for each in matched]), public)
 
     def match(self, row: Row) -> tuple[Tensor, Tensor]:
         """See `_LabelAttack`."""
@@ -203,8 +223,7 @@ class ExactLabels(_LabelAttack):
         top, gradient = RowTop(self._top, (row.output, row.mask, row.positions), self._smoothing), row.gradient[0]
         twice, left = 2 * self._noise.power(gradient)[:, None], gradient
         for _ in range(_LISTINGS):
-            along = top.along(left)
-            lists = (along.abs() * along / twice + top.prior).topk(min(self._listed, top.size)).indices
+            lists = self._lists(top, left, twice)
             listed_of = left
             found = self._chosen(top, gradient, lists, top.drawn(lists), left, twice)
             left = found.left
@@ -221,9 +240,36 @@ class ExactLabels(_LabelAttack):
             place = int(due.max())  # the last one first: its label hides those before it
             searched[place] = True
             lists, directions = found.lists.clone(), found.directions.clone()
-            lists[place], directions[place] = top.nearest(place, found.left, twice, lists.shape[1])
+            lists[place], directions[place] = self._nearest(top, place, found.left, twice)
             found = self._chosen(top, gradient, lists, directions, found.left, twice)
         return found
+
+    def _lists(self, top: RowTop, left: Tensor, twice: Tensor) -> Tensor:
+        """Candidates by how well they explain what is left; where rows are mixed, half of them what the best leaves."""
+
+        def scores(left: Tensor) -> Tensor:
+            along = top.along(left)
+            return along.abs() * along / twice + top.prior
+
+        if self._own_share == 1:
+            return scores(left).topk(min(self._listed, top.size)).indices
+        half = min(self._listed, top.size) // 2
+        lists = scores(left).topk(half).indices
+        rest = without_best(left, top.drawn(lists), top.prior.gather(1, lists), twice)
+        return torch.cat([lists, scores(rest).scatter(1, lists, -torch.inf).topk(half).indices], 1)
+
+    def _nearest(self, top: RowTop, place: int, left: Tensor, twice: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for one position, by exact directions of the whole vocabulary; see `RowTop.nearest`."""
+        if self._own_share == 1:
+            return top.nearest(place, left, twice, min(self._listed, top.size))
+        half = min(self._listed, top.size) // 2
+        tokens, directions = top.nearest(place, left, twice, half)
+        here = slice(place, place + 1)
+        rest = left.clone()
+        rest[here] = without_best(left[here], directions[None], top.prior[here, tokens], twice[here])
+        further, beside = top.nearest(place, rest, twice, 2 * half)
+        new = (~torch.isin(further, tokens)).nonzero()[:half, 0]
+        return torch.cat([tokens, further[new]]), torch.cat([directions, beside[new]])
 
     def _chosen(
         self, top: RowTop, gradient: Tensor, lists: Tensor, directions: Tensor, left: Tensor, twice: Tensor
@@ -234,22 +280,19 @@ class ExactLabels(_LabelAttack):
             lists: `[S, candidates]`.
             directions: The gradient of each candidate, `[S, candidates, h]`.
         """
-        places = torch.arange(len(gradient))
         prior = top.prior.gather(1, lists)
+        shares = torch.tensor([self._own_share, 1 - self._own_share] if self._own_share < 1 else [1.0])
         for _ in range(len(lists)):
-            cosines = cosine_similarity(left[:, None], directions, dim=-1, eps=_TINY)
-            power = left.double().square().sum(-1, keepdim=True)
-            best = (cosines.abs() * cosines * power / twice + prior).argmax(-1)
-            others = 1 - cosines.double().scatter(1, best[:, None], 0).square().max(1).values
-            cosines, chosen = cosines[places, best], directions[places, best]
+            best = choose(left, directions, prior, twice, self._own_share)
+            tokens, chosen = lists.gather(1, best.picked), best.direction
             scales = (left * chosen).sum(-1) / chosen.square().sum(-1).clamp_min(_TINY)
-            scales = scales.where(cosines > self.threshold, 0)[:, None]
-            together = top.drawn_together(lists[places, best], scales)
+            scales = scales.where(best.cosine > self.threshold, 0)[:, None]
+            together = top.drawn_together(tokens, scales * shares)
             before, left = left, gradient - (together - scales * chosen)  # without what later labels give
             if (left - before).norm() <= _SETTLED * gradient.norm():
                 break
-        unexplained = 1 - cosines.double().square()
-        return _Matched(lists, directions, lists[places, best], cosines, unexplained, others, left)
+        unexplained = 1 - best.cosine.square()
+        return _Matched(lists, directions, tokens[:, 0], best.cosine, unexplained, best.others, left)
 
 
 class _Matched(NamedTuple):
@@ -258,7 +301,7 @@ class _Matched(NamedTuple):
     Attributes:
         lists: The candidates of each position, `[S, candidates]`.
         directions: Their gradients, `[S, candidates, h]`.
-        tokens: The best of each, `[S]`.
+        tokens: The best of each, `[S]`: the row's own one, where rows are mixed.
         cosines: What speaks for it, `[S]`.
         unexplained: The share of the gradient's power that it leaves, `[S]`.
         others: The share that the others leave at least, `[S]`.
@@ -304,11 +347,15 @@ def _rows(forward: Forward, output: Tensor, gradient: Tensor) -> list[Row]:
     ]
 
 
-def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int, number: int = 0) -> LabelledRow:
+def labelled_row(
+    knowledge: Knowledge, tokens: Tensor, start: int, number: int = 0, mixed_in: Tensor | None = None
+) -> LabelledRow:
     """What the edge would send for a text `[n]` whose tokens from `start` on, 1 at least, are labels.
 
     Args:
         number: Another one draws other noise.
+        mixed_in: Tokens `[m]` of the text that it is mixed with, from whose quarter on are labels; None where rows are
+            not mixed.
     """
     model = knowledge.model
     family = family_of(model.config)
@@ -319,18 +366,30 @@ def labelled_row(knowledge: Knowledge, tokens: Tensor, start: int, number: int =
         kept.append(output.detach().requires_grad_())
         return kept[0]
 
+    other = None if mixed_in is None else knowledge.front.states(mixed_in)
     handle = layer.register_forward_hook(keep)  # before those of the defence, so that it keeps what the cloud gives
     try:
         with knowledge.drawing(number):
             ids = tokens[None]
-            now = (knowledge.defence or KnownDefence()).of_pass(ids, torch.ones_like(ids, dtype=torch.bool))
+            known = knowledge.defence or KnownDefence()
+            now = known.of_pass(ids, torch.ones_like(ids, dtype=torch.bool), other)
             with defended(model, knowledge.plan, now):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         handle.remove()
-    labels = torch.full_like(tokens, UNKNOWN)
-    labels[start - 1 : -1] = tokens[start:]
+    labels, theirs = _ahead(tokens, start), None
     loss = cross_entropy(logits, labels, ignore_index=UNKNOWN, label_smoothing=knowledge.label_smoothing)
+    if mixed_in is not None:  # as the edge mixes the loss: where the other is shorter, it begins again
+        theirs = _ahead(mixed_in, max(len(mixed_in) // 4, 1))[torch.arange(len(tokens)) % len(mixed_in)]
+        of_theirs = cross_entropy(logits, theirs, ignore_index=UNKNOWN, reduction="sum") / (labels != UNKNOWN).sum()
+        loss = knowledge.own_share * loss + (1 - knowledge.own_share) * of_theirs
     (gradient,) = torch.autograd.grad(loss, kept)
     sent = knowledge.sent_gradient(gradient, number)
-    return LabelledRow(Row(kept[0].detach(), sent), labels, sent - gradient)
+    return LabelledRow(Row(kept[0].detach(), sent), labels, sent - gradient, theirs)
+
+
+def _ahead(tokens: Tensor, start: int) -> Tensor:
+    """What each position learns to predict where the tokens from `start` on are labels, `[n]`."""
+    labels = torch.full_like(tokens, UNKNOWN)
+    labels[start - 1 : -1] = tokens[start:]
+    return labels
