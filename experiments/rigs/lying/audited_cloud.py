@@ -41,8 +41,9 @@ CHEAPER = {"none": "none", "int8": "nf4"}
 """What a lying cloud computes in instead: bf16 where there are no quantized weights, nf4 in the place of int8."""
 ELSEWHERE = "eager"
 """The attention of the worker with other numerics."""
-MARGIN = 4.0
-"""A threshold is so many times the largest distance of honest answers that it was measured on."""
+MARGIN = 10.0
+"""A threshold is so many times the largest distance of honest answers that it was measured on. Few gradients are far
+apart, and those much farther than most: of thousands some have several times the largest distance of some hundreds."""
 TRAINED = ("stale_adapter",)
 """Lies that need a run that trains, at one length."""
 Calls = set[tuple[str, int, str]]
