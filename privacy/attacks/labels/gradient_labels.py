@@ -38,7 +38,7 @@ from isthmus.backbone.families import family_of
 from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge, KnownDefence
 from isthmus.privacy.attacks.known_defences import defended
-from isthmus.privacy.attacks.labels.candidates import choose, without_best
+from isthmus.privacy.attacks.labels.label_candidates import choose, without_best
 from isthmus.privacy.attacks.labels.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
 

@@ -19,8 +19,8 @@ from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.known_defences import KnownDefences
 from isthmus.privacy.attacks.labels import gradient_labels
-from isthmus.privacy.attacks.labels.candidates import choose
 from isthmus.privacy.attacks.labels.gradient_labels import ExactLabels, labelled_row
+from isthmus.privacy.attacks.labels.label_candidates import choose
 from isthmus.privacy.attacks.labels.model_top import RowTop
 from isthmus.privacy.defences.defence import IGNORED, Pass
 from isthmus.privacy.defences.defence_options import read_defence
