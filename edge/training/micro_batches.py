@@ -131,7 +131,7 @@ class InFlight:
                 free.put(slot)
 
         try:
-            # set_num_threads speaks of the calling thread's OpenMP team, and bits depend on it.
+            # The number belongs to the thread that sets it, and bits depend on it.
             with ThreadPoolExecutor(len(self._slots), "micro-batch", set_torch_threads, (threads,)) as pool:
                 begun = deque(pool.submit(run, item, seed) for item, seed in zip(items, seeds, strict=True))
                 try:

@@ -148,7 +148,7 @@ class AuditSettings:
     seq: Annotated[int, Option(min=5, help="Tokens of a sequence at most; short, for many calls.")] = 32
     measured: Annotated[
         int, Option(min=2, help="Calls of each tenant that a threshold is measured on, or that go without batching.")
-    ] = 125
+    ] = 126
     cost_batch: Annotated[int, Option(min=1, help="Sequences of a step whose time is measured.")] = 4
     cost_seq: Annotated[int, Option(min=5, help="Tokens of their sequences.")] = 64
     cost_steps: Annotated[int, Option(min=1, help="Such steps, with a transcript and without.")] = 12

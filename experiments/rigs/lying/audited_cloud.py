@@ -42,8 +42,8 @@ CHEAPER = {"none": "none", "int8": "nf4"}
 ELSEWHERE = "eager"
 """The attention of the worker with other numerics."""
 MARGIN = 10.0
-"""A threshold is so many times the largest distance of honest answers that it was measured on. Few gradients are far
-apart, and those much farther than most: of thousands some have several times the largest distance of some hundreds."""
+"""A threshold is so many times the largest distance among the honest answers that it was measured on. A few gradients
+are much farther apart than the rest: of thousands, some are several times as far as the farthest of some hundreds."""
 TRAINED = ("stale_adapter",)
 """Lies that need a run that trains, at one length."""
 Calls = set[tuple[str, int, str]]

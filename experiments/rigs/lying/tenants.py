@@ -19,6 +19,7 @@ import torch
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.served_model import Served
+from isthmus.common.torch_threads import set_torch_threads
 from isthmus.edge.audit.audit_run import AuditReport, audit
 from isthmus.edge.audit.replay import CloudReplayer, Replayer
 from isthmus.edge.client.link import Link, connect
@@ -55,7 +56,7 @@ class Work:
     Attributes:
         name: Of the folder in which their runs are.
         tenants: How many of them call at the same time.
-        calls: Of each.
+        calls: Of each; a forward and its backward are two, so an odd number is one less.
         seq: Tokens of a sequence at most, and at least 4; where `fixed`, of all.
         batching: Whether their calls share passes.
         leased: Whether they train adapters that are leased, instead of asking for the gradients of a first step.
@@ -119,7 +120,7 @@ def call(bench: Bench, model: Served, executor: LyingExecutor, work: Work) -> Ca
     with (
         ThreadCloud(model, bench.keys, executor, batching=work.batching, threads=bench.settings.threads) as cloud,
         ExitStack() as stack,
-        ThreadPoolExecutor(len(runs)) as pool,
+        ThreadPoolExecutor(len(runs), "tenant", set_torch_threads, (bench.settings.threads,)) as pool,
     ):
         links = []
         for run, key in zip(runs, edges, strict=True):
@@ -143,7 +144,7 @@ def call(bench: Bench, model: Served, executor: LyingExecutor, work: Work) -> Ca
         seconds = time.perf_counter() - started
         for link in links:
             link.end_transcript()
-        return Called(runs, cloud.shared_calls, seconds / (work.calls * len(runs)))
+        return Called(runs, cloud.shared_calls, seconds / (work.calls // 2 * 2 * len(runs)))
 
 
 def replay(

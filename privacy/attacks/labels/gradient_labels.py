@@ -125,9 +125,12 @@ class _LabelAttack:
         """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
         received = (knowledge.defence or KnownDefence()).expect_output
         self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan, received), knowledge.label_places
-        self._smoothing, self._own_share = knowledge.label_smoothing, knowledge.own_share
+        self._smoothing, mixes = knowledge.label_smoothing, knowledge.own_share < 1
+        # Smoothing takes all of its share from the row's own label; candidates are smoothed alike.
+        own = (knowledge.own_share - self._smoothing) / (1 - self._smoothing)
+        self._own_share = own if mixes else 1.0
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
-        mixed_in = texts[1:] + texts[:1] if self._own_share < 1 else [None] * len(texts)
+        mixed_in = texts[1:] + texts[:1] if mixes else [None] * len(texts)
         pairs = enumerate(zip(texts, mixed_in, strict=True))
         self.calibrate([labelled_row(knowledge, own, len(own) // 2, n, other) for n, (own, other) in pairs])
 
@@ -137,7 +140,8 @@ class _LabelAttack:
 
     def _set_threshold(self, cosines: Tensor, public: Sequence[LabelledRow]) -> None:
         labelled = torch.cat([each.labelled for each in public])
-        self.threshold = float(cosines[~labelled].quantile(_SILENT))
+        silent = cosines[~labelled]  # none where public texts are so short that labels are everywhere
+        self.threshold = float(silent.quantile(_SILENT)) if len(silent) else 0.0
 
     def run(self, traffic: Traffic) -> Guess:
         """Guess the labels of each row of each backward: at place t the token that position t learns to predict.
@@ -381,8 +385,10 @@ def labelled_row(
     loss = cross_entropy(logits, labels, ignore_index=UNKNOWN, label_smoothing=knowledge.label_smoothing)
     if mixed_in is not None:  # as the edge mixes the loss: where the other is shorter, it begins again
         theirs = _ahead(mixed_in, max(len(mixed_in) // 4, 1))[torch.arange(len(tokens)) % len(mixed_in)]
-        of_theirs = cross_entropy(logits, theirs, ignore_index=UNKNOWN, reduction="sum") / (labels != UNKNOWN).sum()
-        loss = knowledge.own_share * loss + (1 - knowledge.own_share) * of_theirs
+        of_own, of_theirs = (
+            cross_entropy(logits, each, ignore_index=UNKNOWN, reduction="sum") for each in (labels, theirs)
+        )
+        loss = loss + (1 - knowledge.own_share) * (of_theirs - of_own) / (labels != UNKNOWN).sum()
     (gradient,) = torch.autograd.grad(loss, kept)
     sent = knowledge.sent_gradient(gradient, number)
     return LabelledRow(Row(kept[0].detach(), sent), labels, sent - gradient, theirs)

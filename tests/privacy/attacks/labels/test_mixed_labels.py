@@ -44,14 +44,19 @@ def mixing() -> RowMixing:
     return defence
 
 
-def knowing(model: Any) -> Knowledge:
-    front, public = Front(model, PLAN.bottom), texts(1, 14, 11, 12)
-    defence = KnownDefences([mixing()], lambda: [front.states(tokens) for tokens in public])
+def knowing(model: Any, *others: str, public_lengths: tuple[int, ...] = (14, 11, 12)) -> Knowledge:
+    front, public = Front(model, PLAN.bottom), texts(1, *public_lengths)
+    defences = [mixing(), *build_defences([read_defence(other) for other in others], HIDDEN)]
+    defence = KnownDefences(defences, lambda: [front.states(tokens) for tokens in public])
     return Knowledge(model, tiny_tokenizer(), PLAN, front, tuple(public), defence=defence)
 
 
-def sent(model: Any, rows: list[Tensor], starts: list[int]) -> tuple[Traffic, list[Tensor]]:
-    """What an edge sends of a micro-batch that it mixes, of whose rows the tokens from `starts` on are labels."""
+def sent(model: Any, rows: list[Tensor], starts: list[int], *others: str) -> tuple[Traffic, list[Tensor]]:
+    """What an edge sends of a micro-batch that it mixes, of whose rows the tokens from `starts` on are labels.
+
+    Args:
+        others: Further defences of the loss.
+    """
     ids = pad_sequence(rows, batch_first=True)
     real = pad_sequence([torch.ones_like(tokens) for tokens in rows], batch_first=True).bool()
     wanted = ids.masked_fill(~real, IGNORED)
@@ -73,7 +78,11 @@ def sent(model: Any, rows: list[Tensor], starts: list[int]) -> tuple[Traffic, li
     for hook in hooks:
         hook.remove()
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=IGNORED)
-    (gradient,) = torch.autograd.grad(loss + defence.extra_loss(logits, wanted, now), kept)
+    for each in (defence, *build_defences([read_defence(other) for other in others], HIDDEN)):
+        extra = each.extra_loss(logits, wanted, now)
+        assert extra is not None
+        loss = loss + extra
+    (gradient,) = torch.autograd.grad(loss, kept)
     output = kept[0].detach()
     forward = Forward(0, 0, output, real, None, "fp32", output, True)
     ahead = torch.cat([wanted[:, 1:], torch.full((len(rows), 1), IGNORED)], 1)
@@ -106,10 +115,12 @@ def test_the_labels_of_mixed_rows_come_out() -> None:
     assert accuracy(replace(knowledge, defence=KnownDefence()), traffic, labels) < 0.6
 
 
-def test_a_public_text_is_mixed_as_the_edge_would_mix_it() -> None:
+@pytest.mark.parametrize("others", [(), ("smoothing:share=0.2",)])
+def test_a_public_text_is_mixed_as_the_edge_would_mix_it(others: tuple[str, ...]) -> None:
     model, (own, other) = tiny_model("llama"), texts(3, 14, 9)
-    traffic, labels = sent(model, [own, other], [7, 2])
-    found = labelled_row(knowing(model), own, 7, mixed_in=other)
+    # Smoothed labels are a mean over a row's own ones, so here each row has as many labels as the other.
+    traffic, labels = sent(model, [own, other], [7, 2], *others)
+    found = labelled_row(knowing(model, *others), own, 7, mixed_in=other)
     # Of all labels of the micro-batch the loss is a mean; a text alone has its own.
     size = sum(int((each != UNKNOWN).sum()) for each in labels) / int((labels[0] != UNKNOWN).sum())
     assert traffic.forwards[0].output is not None
@@ -153,3 +164,15 @@ def test_the_larger_share_is_the_rows_own() -> None:
     alone = choose(0.3 * directions[:, 2], directions, prior, twice, SHARE)  # of one row alone, own or not
     assert alone.picked.tolist() == [[2, 2]]
     assert choose(mixed, directions, prior, twice, 1).picked.tolist() == [[3]]
+
+
+def test_smoothed_labels_of_mixed_rows_come_out() -> None:
+    model, smoothing = tiny_model("llama"), "smoothing:share=0.3"
+    traffic, labels = sent(model, texts(2, 13, 16), [6, 7], smoothing)
+    assert accuracy(knowing(model, smoothing), traffic, labels) == 1
+
+
+def test_public_texts_may_have_labels_everywhere() -> None:
+    model = tiny_model("llama")
+    traffic, labels = sent(model, texts(2, 13, 16), [6, 7])
+    assert accuracy(knowing(model, public_lengths=(6, 7, 6)), traffic, labels) > 0.9
