@@ -3,7 +3,8 @@
 A row's hidden states become λ times its own and 1 - λ times those of another row of the micro-batch, token by token;
 where the other is shorter, it begins again. The loss is mixed alike. Partners are drawn anew for each pass.
 
-Claims: nothing. Matching can take the larger part for the text; `isthmus experiment leak --row mixing` measures it.
+Claims: nothing. Matching can take the larger part for the text, and gradients give the labels of both rows;
+`isthmus experiment leak --row mixing` measures it.
 
 Held-out examples are mixed as well when they are evaluated, so the losses that a run reports are those of mixed rows.
 """
