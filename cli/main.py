@@ -98,7 +98,7 @@ def _fail(message: str, code: int) -> None:
 
 def console() -> None:
     """Entry point of the console script."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a connection that ends is told by whoever uses it
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors say that a connection was lost
     guard_messages()
     run_to_end(main)
 

@@ -13,8 +13,8 @@ from isthmus.common.machine import usable_cores
 def set_torch_threads(number: int) -> None:
     """Have torch compute with so many threads in this thread, whatever others set.
 
-    At a thread's first use of them, torch gives it the number that any thread has set last: what was set before in this
-    one is lost, if another came in between. To ask for the number is such a use.
+    At a thread's first use of its threads torch sets their number to what any thread has set last. To set it is no such
+    use, so a number that was only set may be lost; to ask for it is one.
     """
     torch.get_num_threads()
     torch.set_num_threads(number)

@@ -115,7 +115,7 @@ def attach(address: str, name: str) -> None:
     stop = threading.Event()
     stop_on_signals(stop)
     watched = WatchedCloud(cluster, options, state["spec"], console)
-    watched.begin(state)
+    watched.write_found(state)
     console.print(f"the cloud {name} serves; Ctrl-C leaves it", highlight=False)
     watched.look_after(stop)
     watched.leave()

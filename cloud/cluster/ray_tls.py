@@ -1,4 +1,4 @@
-"""Ray's own TLS and token: whether its traffic may cross the network as it is, and certificates for its TLS.
+"""Ray's own TLS and token: a check that they are on, and certificates for the TLS.
 
 The owner makes a CA once, and it signs a certificate for each node. Ray reads them as the files that
 `RAY_TLS_SERVER_CERT`, `RAY_TLS_SERVER_KEY` and `RAY_TLS_CA_CERT` name, and checks that a certificate has the name or
@@ -44,15 +44,16 @@ def uses_tls() -> bool:
 
 
 def check_trust(addresses: Iterable[str], *, autoscaled: bool = False) -> None:
-    """Check that a cluster asks for a token, as `ray start` listens on all of a machine's addresses, and that one of
-    several nodes uses Ray's TLS.
+    """Check by this process's environment that Ray asks for a token, and uses TLS where its cluster gets several nodes.
+
+    A token is needed with one node as well: `ray start` listens on all of a machine's addresses.
 
     Args:
         addresses: of its nodes.
         autoscaled: whether nodes are added by themselves; there may be one yet.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the environment does not say so.
     """
     several = len(set(addresses)) > 1
     if (several or autoscaled) and not uses_tls():

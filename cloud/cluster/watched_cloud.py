@@ -33,11 +33,12 @@ from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import ConfigError, DiskError, IsthmusError, KeyFileError, UnreachableError
 
 POLL_SECONDS = 2.0
-"""Between two looks at the cloud, as on one machine: an operator notices no less, and a look takes milliseconds."""
+"""Between two looks at the cloud, as on one machine, and for the controller to answer one: the next look asks again."""
 ANSWER_SECONDS = 10.0
-"""How long the controller may take to answer: a process that imports torch beside it answers late."""
+"""How long the controller may take to answer a command: beside a process that imports torch it answers late."""
 SILENT_SECONDS = 30.0
-"""For which Ray's control store may be silent before this process leaves it: after 60 Ray would end the process."""
+"""For which Ray's control store may be silent before this process leaves it: after 60, by default, Ray would end the
+process."""
 LOST_SECONDS = 60.0
 """For which the controller may be silent, while the control store answers, before it is looked for anew.
 
@@ -139,9 +140,8 @@ class WatchedCloud:
             if is_open(self._cluster.control_store):
                 heard = now
             elif now - heard > SILENT_SECONDS:
-                log("control_store_lost", logging.ERROR)
-                self._console.print("Ray's control store does not answer: waiting for the cluster", highlight=False)
-                if not self._rejoin(stop):
+                what = "Ray's control store does not answer: waiting for the cluster"
+                if not self._rejoin("control_store_lost", what, stop):
                     return False
                 answered = heard = time.monotonic()
                 continue
@@ -154,15 +154,14 @@ class WatchedCloud:
                     self._say_stopped()
                     return False
                 alive = self._cluster.addresses()
-                self._tell([*state["faults"], *self._trust_faults(alive), *self._writing_faults(state, alive)])
+                self._tell([*state["faults"], *self._trust_faults(alive), *self._write_where(state, alive)])
             except IsthmusError:  # or it could not start
                 with contextlib.suppress(UnreachableError):  # the next look asks again
                     if self._was_stopped():
                         return False
                 if now - answered > LOST_SECONDS:
-                    log("controller_lost", logging.ERROR)
-                    self._console.print("the controller does not answer: looking for it anew", highlight=False)
-                    if not self._rejoin(stop):
+                    what = "the controller does not answer: looking for it anew"
+                    if not self._rejoin("controller_lost", what, stop):
                         return False
                     answered = heard = time.monotonic()
         return True
@@ -198,39 +197,34 @@ class WatchedCloud:
         self._connection_file = connection_file
         return write_serving(self._spec, places, connection_file)
 
-    def begin(self, state: Mapping[str, Any]) -> None:
-        """Write where a cloud serves that was found."""
-        self._tell(self._writing_faults(state, self._cluster.addresses()))
+    def write_found(self, state: Mapping[str, Any]) -> None:
+        """Write where a cloud serves that was found running."""
+        self._tell(self._write_where(state, self._cluster.addresses()))
 
-    def _writing_faults(self, state: Mapping[str, Any], alive: Collection[str]) -> list[str]:
-        """What keeps this process from writing where the cloud serves, which it does all the same."""
-        try:
-            self._write_where(state, alive)
-        except DiskError as error:
-            return [str(error)]
-        return []
-
-    def _write_where(self, state: Mapping[str, Any], alive: Collection[str]) -> None:
+    def _write_where(self, state: Mapping[str, Any], alive: Collection[str]) -> list[str]:
         """Write where the cloud serves, once it does, for `isthmus cloud status`, and anew when its machines change.
 
         A place whose worker is away for a moment stays for as long as its machine is one of those `alive`.
 
-        Raises DiskError where it cannot be written.
+        Returns what keeps it from that: one line, or none.
         """
         if not state["ready"]:
-            return
+            return []
         known = [place for place in (*self._spec.places, *self._places) if machines_of([place]) <= set(alive)]
         before, now = self._places, tuple(dict.fromkeys((*state["places"], *known)))
         if before and (self._spec.worker.advertise or machines_of(before) == machines_of(now)):
-            return
+            return []
         try:
             write_serving(dataclasses.replace(self._spec, places=now), state["places"], self._connection_file)
         except KeyFileError:
-            return  # the owner's folder is on another machine
+            return []  # the owner's folder is on another machine, or its keys cannot be read
+        except DiskError as error:
+            return [str(error)]
         self._places = now
         if before:
             file = self._connection_file or Path(self._spec.home) / STATE_FILE
             self._console.print(_MOVED.format(file=file), highlight=False, markup=False)
+        return []
 
     def _tell(self, faults: Iterable[str]) -> None:
         current = list(faults)
@@ -239,11 +233,19 @@ class WatchedCloud:
                 self._console.print(line, highlight=False, markup=False)
         self._faults = current
 
-    def _rejoin(self, stop: threading.Event) -> bool:
+    def _rejoin(self, event: str, why: str, stop: threading.Event) -> bool:
         """Leave the cluster, join it again once it answers, and start what it has not. Errors are tried again.
 
-        Returns False where somebody has stopped the cloud meanwhile.
+        Args:
+            event: for the log.
+            why: for the operator.
+            stop: ends it.
+
+        Returns:
+            False where somebody has stopped the cloud meanwhile.
         """
+        log(event, logging.ERROR)
+        self._console.print(why, highlight=False)
         self._cluster.leave()
         said = ""
         while not stop.is_set():

@@ -211,7 +211,8 @@ class Sessions:
             edges: who is enrolled now.
             now: on the server's clock.
             max_age: seconds that a session may last.
-            names_matter: whether another name is a change of the enrolment.
+            names_matter: whether another name is a change of the enrolment; not where names are numbers that are given
+                anew.
         """
         for session in self._open.values():
             enrolled = edges.of(session.enrolled.fingerprint)
@@ -220,9 +221,9 @@ class Sessions:
             if enrolled is None and session.ending.is_set():
                 session.cut()
             elif enrolled is None:
-                session.end("this edge is no longer enrolled")
+                session.end("this key is no longer enrolled")
             elif enrolled != session.enrolled:
-                session.end("the edge's enrolment has changed")
+                session.end("the key's enrolment has changed")
             elif now - session.since >= max_age:
                 session.end("the session has reached its greatest age")
 

@@ -129,13 +129,26 @@ def _used_at(kept: Path) -> float:
 def _remove_another(kept: Path, lacking: int) -> bool:
     """Remove the model beside this one that was used least recently, of those that no process uses, or its part.
 
-    Returns whether there was one; False, too, where all of them together have fewer bytes than are lacking.
+    Returns whether there was one; False, too, where all that no process uses has fewer bytes than are lacking.
     """
     names = {path.name.removesuffix(_PART) for path in kept.parent.iterdir() if path.is_dir()} - {kept.name}
     others = [kept.with_name(name) for name in names if re.fullmatch("[0-9a-f]{16}", name)]
+    others = [other for other in others if not _is_used(other)]
     if sum(map(_bytes_of, others)) < lacking:
         return False
     return any(_removed(other) for other in sorted(others, key=_used_at))
+
+
+def _is_used(kept: Path) -> bool:
+    """Whether a process uses a model; it may be so a moment later."""
+    if not _use_of(kept).exists():  # and to open it would make it, as if the model had been used now
+        return False
+    with _open_use(kept) as use:
+        try:
+            fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _bytes_of(kept: Path) -> int:

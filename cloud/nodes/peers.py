@@ -62,7 +62,7 @@ class Peers:
             file_set: which.
             folder: where to; it exists.
             told: called with the bytes that are here, and those of all.
-            make_room: called with the bytes that lack while there is no room for them: removes something, and returns
+            make_room: called with the number of bytes lacking while there is no room: removes something, and returns
                 whether it has.
 
         Raises:

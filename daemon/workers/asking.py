@@ -124,7 +124,7 @@ class WorkerProcess:
                         stdin=asyncio.subprocess.PIPE,
                         stdout=asyncio.subprocess.PIPE,
                         stderr=log,
-                        env={"GRPC_VERBOSITY": "NONE", **os.environ},  # as of commands
+                        env={"GRPC_VERBOSITY": "NONE", **os.environ},  # as `isthmus.cli.main.console` has it
                         start_new_session=True,  # else Ctrl-C at the daemon's terminal would end it, too
                     )
                 self._reader = asyncio.create_task(self._read(self._process))

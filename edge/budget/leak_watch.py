@@ -215,7 +215,7 @@ class BudgetWatch:
 
         @cache
         def crossed() -> tuple[Traffic, Truth]:
-            """The public texts' own traffic: they cross once, and only where an attack needs it."""
+            """The public texts' own traffic: they cross once, for the attacks and to measure later changes from."""
             return self._rehearsal.gradients(self._public_sent())
 
         if self._attacks_texts:

@@ -31,8 +31,8 @@ class ReleaseLog:
         path: The file.
         run: The fingerprint of the run's noise.
         defences: Of the run.
-        exposure_after: What a run shows that goes on after so many applied steps, and whose processes have begun to
-            send so much before.
+        exposure_after: Gives the exposure of a run that is resumed after so many applied steps, and whose earlier
+            processes have begun to send so much.
         say: Told what is guaranteed, before this process sends an example of the run.
 
     Attributes:
@@ -59,7 +59,7 @@ class ReleaseLog:
 
     @property
     def exposure(self) -> Exposure:
-        """What the run does with the example that it shows most, in all of its processes.
+        """How often the example that is sent most often is sent, by all processes of the run.
 
         Raises:
             ConfigError: The file cannot be read.

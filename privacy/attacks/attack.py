@@ -30,7 +30,7 @@ class KnownDefence:
     Attributes:
         on_embeddings: Whether `embedded` changes anything.
         label_smoothing: Share of the uniform distribution in each label.
-        own_share: Of a row in what it is mixed to; 1 where rows are not mixed.
+        own_share: λ of mixup, the weight of a row's own hidden states and labels; 1 without mixup.
     """
 
     on_embeddings: bool = False
@@ -68,13 +68,13 @@ class KnownDefence:
         """What the edge would send of the gradient at the span's output."""
         return gradient
 
-    def of_pass(self, ids: Tensor, real: Tensor, mixed_in: Tensor | None = None) -> KnownDefence:
+    def of_pass(self, ids: Tensor, real: Tensor, partner: Tensor | None = None) -> KnownDefence:
         """The same defence in one pass of rows: what is drawn once and used in several places is the same in all.
 
         Args:
             ids: Token ids, `[batch, sequence]`.
             real: Where the rows have tokens, `[batch, sequence]` bool.
-            mixed_in: Hidden states `[n, h]` that rows are mixed with; None for those of a text that is drawn.
+            partner: Hidden states `[n, h]` that rows are mixed with; None for those of a text that is drawn.
         """
         return self
 
@@ -157,7 +157,7 @@ class Knowledge:
 
     @property
     def own_share(self) -> float:
-        """Of a row in what it is mixed to; 1 where rows are not mixed."""
+        """λ of mixup; 1 without."""
         return 1.0 if self.defence is None else self.defence.own_share
 
     def expect(self, hidden: Tensor) -> Tensor:

@@ -55,15 +55,15 @@ class KnownDefences(KnownDefence):
             raise ConfigError("mixing needs something to mix with: give the hidden states of public texts")
         self._mean = torch.cat([states[1:] for states in self._others]).mean(0, keepdim=True) if mixes else None
         self._now: Pass | None = None
-        self._mixed_in: Tensor | None = None
+        self._partner: Tensor | None = None
         self.on_embeddings = any(isinstance(each, MetricNoise) for each in defences)
         self.label_smoothing = sum(each.share for each in defences if isinstance(each, LabelSmoothing))
         self.own_share = min((each.own for each in defences if isinstance(each, RowMixing)), default=1.0)
 
-    def of_pass(self, ids: Tensor, real: Tensor, mixed_in: Tensor | None = None) -> KnownDefences:
+    def of_pass(self, ids: Tensor, real: Tensor, partner: Tensor | None = None) -> KnownDefences:
         """See `KnownDefence`."""
         bound = copy.copy(self)
-        bound._now, bound._mixed_in = Pass(_drawn(), (), ids, real), mixed_in
+        bound._now, bound._partner = Pass(_drawn(), (), ids, real), partner
         return bound
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class KnownDefences(KnownDefence):
     @torch.no_grad()
     def send(self, hidden: Tensor) -> Tensor:
         """See `KnownDefence`."""
-        other = self._mixed_in
+        other = self._partner
         if other is None and self._others:
             other = self._others[int(torch.randint(len(self._others), ()))]
         return self._sent(hidden, self._pass(hidden), other)

@@ -24,7 +24,7 @@ class RowMixing(Defence):
     """See the top of the file.
 
     Attributes:
-        own: Share of a row in what it becomes.
+        own: λ, the weight of the row itself.
     """
 
     def __init__(self, options: Mixing, width: int) -> None:

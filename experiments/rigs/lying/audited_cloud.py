@@ -42,8 +42,9 @@ CHEAPER = {"none": "none", "int8": "nf4"}
 ELSEWHERE = "eager"
 """The attention of the worker with other numerics."""
 MARGIN = 10.0
-"""A threshold is so many times the largest distance among the honest answers that it was measured on. A few gradients
-are much farther apart than the rest: of thousands, some are several times as far as the farthest of some hundreds."""
+"""A threshold is so many times the largest distance among the honest answers that it was measured on. It is chosen: of
+2,504 honest calls with random numbers, one lay over four times the largest distance of 200. The larger it is, the
+larger are the altered answers that pass."""
 TRAINED = ("stale_adapter",)
 """Lies that need a run that trains, at one length."""
 Calls = set[tuple[str, int, str]]

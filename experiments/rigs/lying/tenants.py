@@ -56,7 +56,7 @@ class Work:
     Attributes:
         name: Of the folder in which their runs are.
         tenants: How many of them call at the same time.
-        calls: Of each; a forward and its backward are two, so an odd number is one less.
+        calls: Of each, rounded down to an even number: forwards, each with its backward.
         seq: Tokens of a sequence at most, and at least 4; where `fixed`, of all.
         batching: Whether their calls share passes.
         leased: Whether they train adapters that are leased, instead of asking for the gradients of a first step.

@@ -27,18 +27,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
-from isthmus.backbone.families import family_of
 from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge, KnownDefence
-from isthmus.privacy.attacks.known_defences import defended
 from isthmus.privacy.attacks.labels.label_candidates import choose, without_best
+from isthmus.privacy.attacks.labels.labelled_rows import LabelledRow, Row, labelled_row
 from isthmus.privacy.attacks.labels.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Forward, Traffic
 
@@ -55,56 +53,6 @@ gradient than half-way, on a scale of factors, from what right labels leave to w
 not explained the whole vocabulary is searched."""
 _SETTLED = 1e-4  # of the gradient's norm, that a round changes at most where no further one is needed
 _TINY = 1e-30
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A sequence whose gradient the edge sent.
-
-    Attributes:
-        output: What the span gave, `[1, S, h]`.
-        gradient: The loss's gradient of it, `[1, S, h]`.
-        mask, positions: `[1, S]`, or None.
-    """
-
-    output: Tensor
-    gradient: Tensor
-    mask: Tensor | None = None
-    positions: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledRow:
-    """A sequence of a public text.
-
-    Attributes:
-        row: As the edge would send it.
-        labels: `[S]`: at place t what position t learns to predict.
-        noise: What defence and codec have added to the gradient, `[1, S, h]`.
-        mixed_in: `[S]`, the labels of the row that it is mixed with, at the places where it is mixed in; None for none.
-    """
-
-    row: Row
-    labels: Tensor
-    noise: Tensor
-    mixed_in: Tensor | None = None
-
-    @property
-    def labelled(self) -> Tensor:
-        """Where a label is, of the row or of what is mixed in, `[S]` bool."""
-        own = self.labels != UNKNOWN
-        return own if self.mixed_in is None else own | (self.mixed_in != UNKNOWN)
-
-    def in_lists(self, lists: Tensor) -> Tensor:
-        """Whether a list has all labels of its position, `[labelled positions]` as 0 and 1.
-
-        Args:
-            lists: `[S, candidates]`.
-        """
-        found = torch.ones_like(self.labels, dtype=torch.bool)
-        for labels in (self.labels, self.labels if self.mixed_in is None else self.mixed_in):
-            found &= (lists == labels[:, None]).any(1) | (labels == UNKNOWN)
-        return found[self.labelled].float()
 
 
 class _LabelAttack:
@@ -125,14 +73,13 @@ class _LabelAttack:
         """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
         received = (knowledge.defence or KnownDefence()).expect_output
         self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan, received), knowledge.label_places
-        self._smoothing, mixes = knowledge.label_smoothing, knowledge.own_share < 1
-        # Smoothing takes all of its share from the row's own label; candidates are smoothed alike.
-        own = (knowledge.own_share - self._smoothing) / (1 - self._smoothing)
-        self._own_share = own if mixes else 1.0
+        self._smoothing = knowledge.label_smoothing
+        # The edge smooths a row's own label alone, and candidates are smoothed all: this is the own share of a pair.
+        self._own_share = (knowledge.own_share - self._smoothing) / (1 - self._smoothing)
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
-        mixed_in = texts[1:] + texts[:1] if mixes else [None] * len(texts)
-        pairs = enumerate(zip(texts, mixed_in, strict=True))
-        self.calibrate([labelled_row(knowledge, own, len(own) // 2, n, other) for n, (own, other) in pairs])
+        partners = texts[1:] + texts[:1] if self._own_share < 1 else [None] * len(texts)
+        pairs = enumerate(zip(texts, partners, strict=True))
+        self.calibrate([labelled_row(knowledge, own, len(own) // 2, n, partner) for n, (own, partner) in pairs])
 
     def calibrate(self, public: Sequence[LabelledRow]) -> None:
         """Set the threshold."""
@@ -271,9 +218,9 @@ class ExactLabels(_LabelAttack):
         here = slice(place, place + 1)
         rest = left.clone()
         rest[here] = without_best(left[here], directions[None], top.prior[here, tokens], twice[here])
-        further, beside = top.nearest(place, rest, twice, 2 * half)
+        further, further_directions = top.nearest(place, rest, twice, 2 * half)
         new = (~torch.isin(further, tokens)).nonzero()[:half, 0]
-        return torch.cat([tokens, further[new]]), torch.cat([directions, beside[new]])
+        return torch.cat([tokens, further[new]]), torch.cat([directions, further_directions[new]])
 
     def _chosen(
         self, top: RowTop, gradient: Tensor, lists: Tensor, directions: Tensor, left: Tensor, twice: Tensor
@@ -349,53 +296,3 @@ def _rows(forward: Forward, output: Tensor, gradient: Tensor) -> list[Row]:
         )
         for place in range(len(output))
     ]
-
-
-def labelled_row(
-    knowledge: Knowledge, tokens: Tensor, start: int, number: int = 0, mixed_in: Tensor | None = None
-) -> LabelledRow:
-    """What the edge would send for a text `[n]` whose tokens from `start` on, 1 at least, are labels.
-
-    Args:
-        number: Another one draws other noise.
-        mixed_in: Tokens `[m]` of the text that it is mixed with, from whose quarter on are labels; None where rows are
-            not mixed.
-    """
-    model = knowledge.model
-    family = family_of(model.config)
-    layer = getattr(model.get_submodule(family.base), family.layers)[knowledge.plan.cloud.stop - 1]
-    kept = []
-
-    def keep(_module: object, _args: object, output: Tensor) -> Tensor:
-        kept.append(output.detach().requires_grad_())
-        return kept[0]
-
-    other = None if mixed_in is None else knowledge.front.states(mixed_in)
-    handle = layer.register_forward_hook(keep)  # before those of the defence, so that it keeps what the cloud gives
-    try:
-        with knowledge.drawing(number):
-            ids = tokens[None]
-            known = knowledge.defence or KnownDefence()
-            now = known.of_pass(ids, torch.ones_like(ids, dtype=torch.bool), other)
-            with defended(model, knowledge.plan, now):
-                logits = model(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    labels, theirs = _ahead(tokens, start), None
-    loss = cross_entropy(logits, labels, ignore_index=UNKNOWN, label_smoothing=knowledge.label_smoothing)
-    if mixed_in is not None:  # as the edge mixes the loss: where the other is shorter, it begins again
-        theirs = _ahead(mixed_in, max(len(mixed_in) // 4, 1))[torch.arange(len(tokens)) % len(mixed_in)]
-        of_own, of_theirs = (
-            cross_entropy(logits, each, ignore_index=UNKNOWN, reduction="sum") for each in (labels, theirs)
-        )
-        loss = loss + (1 - knowledge.own_share) * (of_theirs - of_own) / (labels != UNKNOWN).sum()
-    (gradient,) = torch.autograd.grad(loss, kept)
-    sent = knowledge.sent_gradient(gradient, number)
-    return LabelledRow(Row(kept[0].detach(), sent), labels, sent - gradient, theirs)
-
-
-def _ahead(tokens: Tensor, start: int) -> Tensor:
-    """What each position learns to predict where the tokens from `start` on are labels, `[n]`."""
-    labels = torch.full_like(tokens, UNKNOWN)
-    labels[start - 1 : -1] = tokens[start:]
-    return labels

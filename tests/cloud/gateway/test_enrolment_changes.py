@@ -67,7 +67,7 @@ def test_a_removed_line_cuts_a_session_in_the_middle_of_its_call(
         eventually(lambda: to_drain.server.status()["sessions"] == {})  # while it is still being computed
         assert not held.release.is_set()
         eventually(lambda: to_drain.server.status()["in_flight"] == 0)
-    assert "this edge is no longer enrolled" in [line.get("ending") for line in log()]
+    assert "this key is no longer enrolled" in [line.get("ending") for line in log()]
     eventually(lambda: cloud.executor.cache.used == 0)
     to_drain.drain(5)
 

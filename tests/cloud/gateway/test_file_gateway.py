@@ -116,7 +116,7 @@ def test_a_session_ends_once_its_key_is_taken_off_the_list(controller: Controlle
 
     controller.converse(talk)
     closed = [line["ending"] for line in log() if line["event"] == "session_closed"]
-    assert closed == ["this edge is no longer enrolled"]
+    assert closed == ["this key is no longer enrolled"]
     with pytest.raises(NotEnrolledError):
         controller.converse(talk)
 

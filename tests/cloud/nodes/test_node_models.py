@@ -241,6 +241,17 @@ def test_models_stay_where_their_room_is_not_enough(node: Path, model: Path) -> 
     assert sum(other.exists() for other in others) == 1
 
 
+@pytest.mark.usefixtures("disk")
+def test_what_a_process_uses_counts_as_no_room(node: Path, model: Path) -> None:
+    wanted = node / "models" / ("f" * 16)
+    used, free = (fetched_before(node, model, name * 16) for name in "ab")
+    with node_models._using(used):
+        assert not node_models._remove_another(wanted, size_of(model) + 1)
+        assert free.exists()  # it would have gone in vain
+        assert node_models._remove_another(wanted, size_of(model))
+    assert [used.exists(), free.exists()] == [True, False]
+
+
 def test_models_stay_where_there_is_room(
     wanted: NodeModel, peers: Peers, address: str, node: Path, model: Path
 ) -> None:

@@ -16,7 +16,8 @@ from isthmus.edge.data.batches import Encoded
 from isthmus.privacy.attacks import known_defences
 from isthmus.privacy.attacks.attack import Knowledge
 from isthmus.privacy.attacks.known_defences import KnownDefences
-from isthmus.privacy.attacks.labels.gradient_labels import ExactLabels, labelled_row
+from isthmus.privacy.attacks.labels.gradient_labels import ExactLabels
+from isthmus.privacy.attacks.labels.labelled_rows import labelled_row
 from isthmus.privacy.defences.secret_noise import SecretNoise
 
 LENGTH, START = 12, 5

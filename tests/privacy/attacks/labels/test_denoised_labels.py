@@ -15,7 +15,8 @@ from isthmus.privacy.attacks import known_defences
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.known_defences import KnownDefences
-from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels, ExactLabels, labelled_row
+from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels, ExactLabels
+from isthmus.privacy.attacks.labels.labelled_rows import labelled_row
 from isthmus.privacy.attacks.labels.model_top import ModelTop
 from isthmus.privacy.defences.defence import Pass
 from isthmus.privacy.defences.secret_noise import SecretNoise

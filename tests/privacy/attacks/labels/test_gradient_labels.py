@@ -17,7 +17,8 @@ from isthmus.common.errors import DataError
 from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.labels import gradient_labels
-from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels, ExactLabels, Row, _Matched, labelled_row
+from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels, ExactLabels, _Matched
+from isthmus.privacy.attacks.labels.labelled_rows import Row, labelled_row
 from isthmus.privacy.attacks.labels.model_top import ModelTop, RowTop
 from isthmus.privacy.recording.traffic import Backward, Forward, Traffic
 

@@ -19,8 +19,9 @@ from isthmus.privacy.attacks.attack import UNKNOWN, Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.attacks.known_defences import KnownDefences
 from isthmus.privacy.attacks.labels import gradient_labels
-from isthmus.privacy.attacks.labels.gradient_labels import ExactLabels, labelled_row
+from isthmus.privacy.attacks.labels.gradient_labels import ExactLabels
 from isthmus.privacy.attacks.labels.label_candidates import choose
+from isthmus.privacy.attacks.labels.labelled_rows import labelled_row
 from isthmus.privacy.attacks.labels.model_top import RowTop
 from isthmus.privacy.defences.defence import IGNORED, Pass
 from isthmus.privacy.defences.defence_options import read_defence
@@ -120,7 +121,7 @@ def test_a_public_text_is_mixed_as_the_edge_would_mix_it(others: tuple[str, ...]
     model, (own, other) = tiny_model("llama"), texts(3, 14, 9)
     # Smoothed labels are a mean over a row's own ones, so here each row has as many labels as the other.
     traffic, labels = sent(model, [own, other], [7, 2], *others)
-    found = labelled_row(knowing(model, *others), own, 7, mixed_in=other)
+    found = labelled_row(knowing(model, *others), own, 7, partner=other)
     # Of all labels of the micro-batch the loss is a mean; a text alone has its own.
     size = sum(int((each != UNKNOWN).sum()) for each in labels) / int((labels[0] != UNKNOWN).sum())
     assert traffic.forwards[0].output is not None
