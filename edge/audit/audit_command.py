@@ -45,12 +45,18 @@ def run_audit(run: Path, config: AuditCommandConfig) -> AuditReport:
 
 def lines(report: AuditReport) -> str:
     """The report for a person, within 80 columns."""
-    close = report.replayed - report.identical - len(report.lies) - report.undecided
     which = " without adapters" if report.skipped else ""
+    rounding = report.ill_conditioned
+    close = report.replayed - report.identical - len(report.lies) - report.undecided - rounding
     said = [
         f"replayed {report.replayed} of {report.calls} calls",
         f"  {report.identical:6} have the same bits",
         *([f"  {close:6} are within the threshold"] if close else []),
+        *(
+            [f"  {report.ill_conditioned:6} are above it, as far as rounding explains"]
+            if report.ill_conditioned
+            else []
+        ),
         *([f"  {report.undecided:6} differ, undecided: no --threshold is given"] if report.undecided else []),
         f"  {len(report.lies):6} are wrong",
         "probability that such an audit finds a cloud that alters",

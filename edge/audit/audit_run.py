@@ -2,8 +2,9 @@
 
 Bits are compared first. Where they differ and both sides name the same numerics (`isthmus.backbone.runtime.numerics`),
 the answer is a lie. Where the numerics differ, or do not tell all, honest answers differ a little, too: then an answer
-is a lie if its distance is over a threshold that the caller states, and undecided where none is stated. The distance of
-two answers is the largest, over their tensors, of |a - b| / |b| in Euclidean norms.
+is a lie if its distance is over a threshold that the caller states and rounding does not explain it
+(`isthmus.edge.audit.conditioning`), and undecided where no threshold is stated. The distance of two answers is the
+largest of their tensors'.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 
 from isthmus.backbone.runtime.numerics import are_complete
 from isthmus.common.errors import TranscriptError, UnsupportedCallError
+from isthmus.edge.audit.conditioning import distances, is_rounding
 from isthmus.edge.audit.replay import Replayer
 from isthmus.edge.witness.audit_sample import SampledCall, read_sample, too_large
 from isthmus.privacy.transcript.chain import NOTHING, Exchange, adapters_digest, digest
 from isthmus.privacy.transcript.detection import probability_of_catching
 from isthmus.privacy.transcript.transcript_file import SessionTranscript, Transcript
 from isthmus.protocol import messages as m
-from isthmus.protocol.tensor_codecs import Payload, decode
 
 SHARES = (0.001, 0.01, 0.1)
 """Of calls that a cloud may have altered, for which a report says how likely it was caught."""
@@ -69,6 +70,7 @@ class AuditReport:
         lies: Those that were others, in the order of the run.
         undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
         numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
+        ill_conditioned: How many answers were over the threshold and no lies, as rounding explains them.
         largest_distance: Of the answers that were no lies.
         threshold: By which answers of other numerics were judged; None where none was given.
         unsigned: Exchanges of the run that the cloud has not signed.
@@ -85,6 +87,7 @@ class AuditReport:
     lies: tuple[Lie, ...]
     undecided: int
     numerics: tuple[tuple[str, str], ...]
+    ill_conditioned: int
     largest_distance: float
     threshold: float | None
     unsigned: int
@@ -110,7 +113,8 @@ def audit(
         folder: Of the sample.
         replayer: Who computes.
         calls: How many at most; None for all. The sample's order is random, so any number of it is a sample.
-        threshold: The distance up to which answers of other numerics are honest; None to leave such answers undecided.
+        threshold: The distance up to which answers of other numerics are honest in any case; None to leave such answers
+            undecided.
 
     Raises:
         ConfigError: There is no sample.
@@ -119,7 +123,7 @@ def audit(
     """
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
-    skipped = identical = undecided = 0
+    skipped = identical = undecided = ill_conditioned = 0
     largest, lies, replayed, numerics = 0.0, [], list[Exchange](), set[tuple[str, str]]()
     for call in islice(read_sample(folder), calls):
         of = sessions.get(call.session)
@@ -130,19 +134,24 @@ def audit(
             skipped += 1
             continue
         replayed.append(exchange)
-        both = (sessions[call.session].session.numerics, replayer.numerics())
+        session = sessions[call.session].session
+        both = (session.numerics, replayer.numerics())
         numerics.add(both)
         if digest(answer) == exchange.answered:
             identical += 1
             continue
-        apart = distance(answer, call.answer)
+        apart = distances(answer, call.answer)
+        farthest = None if apart is None else max(apart, default=0.0)
         exact = both[0] == both[1] and are_complete(both[0])
         if not exact and threshold is None:
             undecided += 1
             continue
-        if not exact and apart is not None and threshold is not None and apart <= threshold:
-            largest = max(largest, apart)
-            continue
+        if not exact and threshold is not None and apart is not None and farthest is not None:
+            over = farthest > threshold
+            if not over or is_rounding(apart, threshold, call, answer, replayer, session.span_dtype):
+                ill_conditioned += over
+                largest = max(largest, farthest)
+                continue
         signed = call.exchange <= sessions[call.session].signed
         lies.append(
             Lie(
@@ -153,7 +162,7 @@ def audit(
                 exchange.call.call,
                 digest(answer).hex(),
                 exchange.answered.hex(),
-                apart,
+                farthest,
                 signed,
             )
         )
@@ -173,6 +182,7 @@ def audit(
         tuple(lies),
         undecided,
         tuple(sorted(numerics)),
+        ill_conditioned,
         largest,
         threshold,
         transcript.unsigned,
@@ -188,27 +198,6 @@ def auditable(exchanges: Sequence[Exchange]) -> list[Exchange]:
 
 def _without_adapters(exchanges: Sequence[Exchange]) -> list[Exchange]:
     return [each for each in exchanges if each.adapters == NOTHING]
-
-
-def distance(ours: m.Message, theirs: m.Message) -> float | None:
-    """How far two answers are apart; None where they have other tensors."""
-    pairs = list(zip(_tensors(ours), _tensors(theirs), strict=False))
-    if len(_tensors(ours)) != len(_tensors(theirs)) or any(a.shape != b.shape for a, b in pairs):
-        return None
-    apart = 0.0
-    for a, b in pairs:
-        mine, other = decode(a).double(), decode(b).double()
-        norm = float(mine.norm())
-        apart = max(apart, float((mine - other).norm()) / norm if norm else float((other != 0).any()))
-    return apart
-
-
-def _tensors(answer: m.Message) -> tuple[Payload, ...]:
-    if isinstance(answer, m.ForwardReply):
-        return answer.hidden, *answer.taps
-    if isinstance(answer, m.BackwardReply):
-        return (*(() if answer.gradient is None else (answer.gradient,)), *answer.leased)
-    return ()
 
 
 def _exchange(of: SessionTranscript | None, call: SampledCall) -> Exchange:

@@ -50,7 +50,8 @@ class ReplayConfig(Settings):
         None,
         ge=0,
         description="Distance |a - b| / |b| up to which answers are the same where they were computed by other "
-        "numerics (processor, torch, threads); without it, such answers are undecided where their bits differ.",
+        "numerics (processor, torch, threads). One above it is computed again with its inputs changed in their last "
+        "place, and is wrong where that does not explain it. Without a threshold, such answers are undecided.",
     )
     threads: int | None = Field(None, ge=1, description="torch threads of a replay with --model.")
 

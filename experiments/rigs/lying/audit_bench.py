@@ -33,7 +33,7 @@ from isthmus.experiments.rigs.lying.lies import KINDS
 from isthmus.privacy.transcript.detection import share_interval
 
 CELLS = "cells.jsonl"
-VERSION = 4
+VERSION = 5
 """Of what a cell holds, raised where that changes: cells that an earlier one has left are made anew."""
 LONGER = (2, 8)
 """Times the length of most calls, 64 and 256 tokens by default: a short text's and a long one's, with thresholds of
@@ -111,6 +111,7 @@ def show(result: dict[str, Any]) -> None:
     for row in result["honest_clouds"]:
         how = "batching" if row["batching"] else "alone"
         there = f"elsewhere {row['elsewhere_alarms']} in {row['elsewhere_calls']}"
+        there += f" ({row['elsewhere_ill_conditioned']} ill-conditioned)"
         print(f"honest {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls, {there}")
         again = row["again"]
         found = f"{again['same_bits']} have the same bits, {again['undecided']} are undecided without a threshold"

@@ -41,10 +41,6 @@ CHEAPER = {"none": "none", "int8": "nf4"}
 """What a lying cloud computes in instead: bf16 where there are no quantized weights, nf4 in the place of int8."""
 ELSEWHERE = "eager"
 """The attention of the worker with other numerics."""
-MARGIN = 10.0
-"""A threshold is so many times the largest distance among the honest answers that it was measured on. It is chosen: of
-2,504 honest calls with random numbers, one lay over four times the largest distance of 200. The larger it is, the
-larger are the altered answers that pass."""
 TRAINED = ("stale_adapter",)
 """Lies that need a run that trains, at one length."""
 Calls = set[tuple[str, int, str]]
@@ -108,14 +104,12 @@ class AuditedCloud:
         work = Work(f"threshold-{self._quantize}-{length}", len(TENANTS), calls, length, fixed=length > settings.seq)
         runs = call(self._bench, self._model, LyingExecutor(self._model.executor, None, 0.0), work).runs
         found = [report for report, _ in replay(self._bench, self._model, runs, self._elsewhere, threshold=math.inf)]
-        largest = max(report.largest_distance for report in found)
         return {
             "quantize": self._quantize,
             "seq": length,
             "calls": sum(report.replayed for report in found),
             "same_bits": sum(report.identical for report in found),
-            "largest_distance": largest,
-            "threshold": MARGIN * largest,
+            "threshold": max(report.largest_distance for report in found),
         }
 
     def honest(self, threshold: float, *, batching: bool) -> dict[str, Any]:
@@ -138,6 +132,7 @@ class AuditedCloud:
             "false_alarms": sum(len(each.lies) + each.undecided for each in reports),
             "elsewhere_calls": sum(each.replayed for each in there),
             "elsewhere_alarms": sum(len(each.lies) for each in there),
+            "elsewhere_ill_conditioned": sum(each.ill_conditioned for each in there),
             "again": self._again_without_batching(called.runs, threshold, here=not batching),
         }
 
@@ -148,11 +143,12 @@ class AuditedCloud:
             session = read_transcript(runs[0] / TRANSCRIPT_FILE).sessions[0].session
             local = Remembered(LocalReplayer(bench.checkpoint.folder, session, settings.threads))
             with torch_threads(settings.threads):
-                found = [(_audited(run, local, some, None), local) for run in runs]
+                judged = [_audited(run, local, some, threshold) for run in runs]
+            replayers = [local] * len(runs)
         else:
-            found = replay(bench, self._model, runs, batching=False, calls=some)
-        judged = [_audited(run, replayer, some, threshold) for run, (_, replayer) in zip(runs, found, strict=True)]
-        bare = [report for report, _ in found]
+            found = replay(bench, self._model, runs, threshold=threshold, batching=False, calls=some)
+            judged, replayers = [report for report, _ in found], [replayer for _, replayer in found]
+        bare = [_audited(run, replayer, some, None) for run, replayer in zip(runs, replayers, strict=True)]
         return {
             "by": "this process" if here else "a worker without batching",
             "numerics": sorted({pair for report in bare for pair in report.numerics}),
@@ -219,7 +215,10 @@ class AuditedCloud:
         altered = [_crossed(run) & told for run in runs]
         unsigned = set(chain.from_iterable(_crossed(run, unsigned=True) & told for run in runs))
         accused, accused_unsigned = _accused(found), _accused(found, unsigned=True)
-        return _Judged(runs, found, altered, unsigned, told, accused, accused_unsigned, _accused(there))
+        ill_conditioned = sum(report.ill_conditioned for report, _ in there)
+        return _Judged(
+            runs, found, altered, unsigned, told, accused, accused_unsigned, _accused(there), ill_conditioned
+        )
 
     def forgeries(self) -> dict[str, Any]:
         """What is found in forged transcripts of an honest run, which the cloud has signed twice."""
@@ -250,6 +249,7 @@ class _Judged:
         accused: What those replays accuse.
         accused_unsigned: Of that, what they call unsigned.
         elsewhere: What replays with other numerics accuse.
+        ill_conditioned: How many answers are over the threshold there, as far as rounding explains.
     """
 
     runs: Sequence[Path]
@@ -260,6 +260,7 @@ class _Judged:
     accused: Calls
     accused_unsigned: Calls
     elsewhere: Calls
+    ill_conditioned: int
 
     def counts(self) -> dict[str, int]:
         """Calls of each kind."""
@@ -272,6 +273,7 @@ class _Judged:
             "false_alarms": len(self.accused - self.told),
             "elsewhere_found": len(self.elsewhere & self.told),
             "elsewhere_alarms": len(self.elsewhere - self.told),
+            "elsewhere_ill_conditioned": self.ill_conditioned,
         }
 
 

@@ -31,6 +31,7 @@ from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.harness.single_process import random_batch, stepper
 from isthmus.experiments.rigs.lying.lies import LyingExecutor
 from isthmus.experiments.rigs.lying.lying_cloud import Keys, ThreadCloud
+from isthmus.privacy.transcript.chain import digest
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import GIB
@@ -98,7 +99,7 @@ class Remembered:
 
     def __init__(self, inner: Replayer, elsewhere: str = "") -> None:
         self._inner, self._elsewhere = inner, elsewhere
-        self._answers: dict[tuple[bytes, int], m.Message] = {}
+        self._answers: dict[tuple[bytes, int, bytes], m.Message] = {}
 
     def numerics(self) -> str:
         """See `Replayer`."""
@@ -106,7 +107,7 @@ class Remembered:
 
     def answer(self, call: SampledCall) -> m.Message:
         """See `Replayer`."""
-        name = (call.session, call.exchange)
+        name = (call.session, call.exchange, digest(call.question))  # whose inputs may have been changed
         if name not in self._answers:
             self._answers[name] = self._inner.answer(call)
         return self._answers[name]

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from support.cloud.clouds import ThreadServer
 from support.cloud.train_runs import Runs, interrupted
 from support.commands import in_process, refused
@@ -15,14 +16,17 @@ from isthmus.common.errors import CheckpointError, ConfigError, TranscriptError
 from isthmus.edge.audit import replay as replay_module
 from isthmus.edge.audit.audit_command import lines, run_audit
 from isthmus.edge.audit.audit_run import AuditReport, audit
-from isthmus.edge.audit.replay import LocalReplayer, Replayer
+from isthmus.edge.audit.conditioning import distances, is_rounding, perturbed
+from isthmus.edge.audit.replay import CloudReplayer, LocalReplayer, Replayer
+from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.audit_config import AuditCommandConfig
-from isthmus.edge.witness.audit_sample import SampledCall
+from isthmus.edge.witness.audit_sample import SampledCall, read_sample
 from isthmus.experiments.rigs.lying.lies import KINDS, LyingExecutor
-from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
+from isthmus.privacy.transcript.chain import digest
+from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
 from isthmus.privacy.transcript.verified_run import verify_run
 from isthmus.protocol import messages as m
-from isthmus.protocol.tensor_codecs import decode, encode
+from isthmus.protocol.tensor_codecs import Payload, Role, decode, encode
 
 SITES = {"sites": "all", "leased": "all", "target_modules": "q_proj"}
 
@@ -187,6 +191,78 @@ def test_answers_of_other_numerics_are_judged_by_a_threshold(runs: Runs, honest_
     assert undecided.numerics == ((transcript.sessions[0].session.numerics, "elsewhere"),)
     assert "no --threshold is given" in lines(undecided)
     assert all(len(line) <= 80 for line in lines(undecided).splitlines())
+
+
+class Shaky:
+    """Computes calls so ill-conditioned that each change of the input moves the answer by a share of its norm."""
+
+    def __init__(self, inner: Replayer, error: float) -> None:
+        self._inner, self._error = inner, error
+
+    def numerics(self) -> str:
+        return "elsewhere"
+
+    def answer(self, call: SampledCall) -> m.Message:
+        name = int.from_bytes(digest(call.question)[:4])
+        return Elsewhere(self._inner, "", self._error * (name / (1 << 32) - 0.5)).answer(call)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_an_answer_is_accused_where_rounding_does_not_explain_it(
+    runs: Runs, honest_run: Path, tmp_path: Path, codec: str
+) -> None:
+    """Where a change in the last place of the input moves the answer as far as it is off, nobody has lied."""
+    run = honest_run
+    if codec != "fp32":
+        run = tmp_path / "run"
+        runs.train(run, audit_sample=64, codec=codec)
+    transcript = read_transcript(run / TRANSCRIPT_FILE)
+    config = AuditCommandConfig.model_validate({"cloud": runs.server.address, "key": runs.server.home.key_file})
+    with open_link(config) as link:
+        link.keep_transcript(TranscriptLog(tmp_path / "audit-transcript.jsonl"))
+        cloud = CloudReplayer(link, transcript.sessions[0].session)
+
+        def found(replayer: Replayer) -> AuditReport:
+            return audit(transcript, run / "audit", replayer, threshold=1e-6)
+
+        shaky = found(Shaky(cloud, 1e-1))
+        assert (shaky.lies, shaky.ill_conditioned) == ((), shaky.replayed)
+        assert 1e-3 < shaky.largest_distance < 1e-1
+        assert "above it, as far as rounding explains" in lines(shaky)
+        assert all(len(line) <= 80 for line in lines(shaky).splitlines())
+        lied = found(Elsewhere(cloud, "elsewhere", 5e-2))  # as far off, wherever the input lies
+        assert (len(lied.lies), lied.ill_conditioned) == (lied.replayed, 0)
+
+
+def hidden_states(call: SampledCall) -> Payload:
+    inputs = call.question.inputs if isinstance(call.question, m.Forward) else call.question.replay
+    assert inputs is not None
+    return inputs.hidden
+
+
+def test_a_change_in_the_last_place_is_no_more_and_no_less(honest_run: Path) -> None:
+    for call in read_sample(honest_run / "audit"):
+        for dtype, least, most in (("fp32", 2**-24, 2**-22), ("bf16+int8", 2**-8, 2**-6)):
+            changed = perturbed(call, dtype, 0)
+            before, after = (decode(hidden_states(each)) for each in (call, changed))
+            moved = ((after - before) / before).abs()
+            assert least <= moved.min() <= moved.max() <= most
+        assert digest(perturbed(call, "fp32", 0).question) != digest(perturbed(call, "fp32", 1).question)
+        assert changed.answer == call.answer
+
+
+def test_each_tensor_of_an_answer_is_judged_by_its_own_condition() -> None:
+    """One that is ill-conditioned does not excuse another."""
+    payload = encode(torch.ones(1, 2, 4), "fp32", Role.ACTIVATION)
+    moved, wrong = (encode(torch.full((1, 2, 4), each), "fp32", Role.ACTIVATION) for each in (1.1, 1.2))
+    forward = m.Forward(m.CallId(0, 1, 1), False, payload, None, None, payload.codec)
+    honest, other = (m.ForwardReply(forward.id, payload, 0, 0, 0, taps=(each,)) for each in (payload, moved))
+    call = SampledCall(b"", 1, (), forward, honest)
+    for tensors, explained in (((payload, wrong), True), ((wrong, payload), False), ((wrong, wrong), False)):
+        told = m.ForwardReply(forward.id, tensors[0], 0, 0, 0, taps=tensors[1:])
+        apart = distances(honest, told)
+        assert apart is not None
+        assert is_rounding(apart, 1e-6, call, honest, Fixed(other), "fp32") == explained
 
 
 def test_a_session_that_broke_before_it_was_signed_is_judged_like_the_others(
