@@ -18,7 +18,7 @@ from typing import Any
 
 from isthmus.backbone.runtime.numerics import are_complete
 from isthmus.common.errors import TranscriptError, UnsupportedCallError
-from isthmus.edge.audit.conditioning import distances, is_rounding
+from isthmus.edge.audit.conditioning import distances, rounding_ratio
 from isthmus.edge.audit.replay import Replayer
 from isthmus.edge.witness.audit_sample import SampledCall, read_sample, too_large
 from isthmus.privacy.transcript.chain import NOTHING, Exchange, adapters_digest, digest
@@ -71,6 +71,7 @@ class AuditReport:
         undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
         numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
         ill_conditioned: How many answers were over the threshold and no lies, as rounding explains them.
+        largest_rounding: Of these, the largest distance over how far the last place of the input moves the answer.
         largest_distance: Of the answers that were no lies.
         threshold: By which answers of other numerics were judged; None where none was given.
         unsigned: Exchanges of the run that the cloud has not signed.
@@ -88,6 +89,7 @@ class AuditReport:
     undecided: int
     numerics: tuple[tuple[str, str], ...]
     ill_conditioned: int
+    largest_rounding: float
     largest_distance: float
     threshold: float | None
     unsigned: int
@@ -123,8 +125,9 @@ def audit(
     """
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
-    skipped = identical = undecided = ill_conditioned = 0
+    skipped = identical = undecided = 0
     largest, lies, replayed, numerics = 0.0, [], list[Exchange](), set[tuple[str, str]]()
+    ill_conditioned: list[float] = []
     for call in islice(read_sample(folder), calls):
         of = sessions.get(call.session)
         exchange = _exchange(of, call)
@@ -147,9 +150,12 @@ def audit(
             undecided += 1
             continue
         if not exact and threshold is not None and apart is not None and farthest is not None:
-            over = farthest > threshold
-            if not over or is_rounding(apart, threshold, call, answer, replayer, session.span_dtype):
-                ill_conditioned += over
+            if farthest <= threshold:
+                largest = max(largest, farthest)
+                continue
+            ratio = rounding_ratio(apart, threshold, call, answer, replayer, session.span_dtype)
+            if ratio is not None:
+                ill_conditioned.append(ratio)
                 largest = max(largest, farthest)
                 continue
         signed = call.exchange <= sessions[call.session].signed
@@ -182,7 +188,8 @@ def audit(
         tuple(lies),
         undecided,
         tuple(sorted(numerics)),
-        ill_conditioned,
+        len(ill_conditioned),
+        max(ill_conditioned, default=0.0),
         largest,
         threshold,
         transcript.unsigned,

@@ -111,7 +111,7 @@ def show(result: dict[str, Any]) -> None:
     for row in result["honest_clouds"]:
         how = "batching" if row["batching"] else "alone"
         there = f"elsewhere {row['elsewhere_alarms']} in {row['elsewhere_calls']}"
-        there += f" ({row['elsewhere_ill_conditioned']} ill-conditioned)"
+        there += f" ({row['elsewhere_ill_conditioned']} above the threshold and explained by rounding)"
         print(f"honest {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls, {there}")
         again = row["again"]
         found = f"{again['same_bits']} have the same bits, {again['undecided']} are undecided without a threshold"

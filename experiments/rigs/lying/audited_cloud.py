@@ -133,6 +133,8 @@ class AuditedCloud:
             "elsewhere_calls": sum(each.replayed for each in there),
             "elsewhere_alarms": sum(len(each.lies) for each in there),
             "elsewhere_ill_conditioned": sum(each.ill_conditioned for each in there),
+            "elsewhere_largest_rounding": max(each.largest_rounding for each in there),
+            "elsewhere_largest_distance": max(each.largest_distance for each in there),
             "again": self._again_without_batching(called.runs, threshold, here=not batching),
         }
 

@@ -16,7 +16,7 @@ from isthmus.common.errors import CheckpointError, ConfigError, TranscriptError
 from isthmus.edge.audit import replay as replay_module
 from isthmus.edge.audit.audit_command import lines, run_audit
 from isthmus.edge.audit.audit_run import AuditReport, audit
-from isthmus.edge.audit.conditioning import distances, is_rounding, perturbed
+from isthmus.edge.audit.conditioning import ROUNDING, distances, perturbed, rounding_ratio
 from isthmus.edge.audit.replay import CloudReplayer, LocalReplayer, Replayer
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.audit_config import AuditCommandConfig
@@ -228,10 +228,11 @@ def test_an_answer_is_accused_where_rounding_does_not_explain_it(
         shaky = found(Shaky(cloud, 1e-1))
         assert (shaky.lies, shaky.ill_conditioned) == ((), shaky.replayed)
         assert 1e-3 < shaky.largest_distance < 1e-1
+        assert 0 < shaky.largest_rounding <= ROUNDING
         assert "above it, as far as rounding explains" in lines(shaky)
         assert all(len(line) <= 80 for line in lines(shaky).splitlines())
         lied = found(Elsewhere(cloud, "elsewhere", 5e-2))  # as far off, wherever the input lies
-        assert (len(lied.lies), lied.ill_conditioned) == (lied.replayed, 0)
+        assert (len(lied.lies), lied.ill_conditioned, lied.largest_rounding) == (lied.replayed, 0, 0)
 
 
 def hidden_states(call: SampledCall) -> Payload:
@@ -262,7 +263,8 @@ def test_each_tensor_of_an_answer_is_judged_by_its_own_condition() -> None:
         told = m.ForwardReply(forward.id, tensors[0], 0, 0, 0, taps=tensors[1:])
         apart = distances(honest, told)
         assert apart is not None
-        assert is_rounding(apart, 1e-6, call, honest, Fixed(other), "fp32") == explained
+        ratio = rounding_ratio(apart, 1e-6, call, honest, Fixed(other), "fp32")
+        assert ratio == (pytest.approx(2, rel=1e-5) if explained else None)
 
 
 def test_a_session_that_broke_before_it_was_signed_is_judged_like_the_others(
