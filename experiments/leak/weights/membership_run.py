@@ -1,13 +1,14 @@
 """Membership inference on returned adapters: what an adapter says of who was in its data, with and without DP-SGD.
 
-The same LoRA is trained twice on the members, without a defence and with one. Members and non-members are drawn alike,
-each with a prompt of its own. The loss on the non-members, on which nothing was trained, is the price.
+The same LoRA is trained twice on the members, without a defence and with one, and by the attacker on as many other
+texts each time, in the same way. Members, non-members and the attacker's texts are drawn alike, each with a prompt of
+its own. The loss on the non-members, on which nothing was trained, is the price.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from isthmus.edge.data.batches import Encoded
 from isthmus.experiments.harness.launch import write_key
 from isthmus.experiments.leak.weights.local_split import LocalSplit
 from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
-from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership
+from isthmus.privacy.attacks.weights.membership_scores import (
+    CalibratedMembership,
+    Candidate,
+    LossMembership,
+    ReferenceMembership,
+)
 from isthmus.privacy.defences.accountant import Guarantee
 from isthmus.privacy.measures.bootstrap import Interval, mean_interval
 from isthmus.privacy.measures.membership import membership_auc, membership_interval, true_positive_rate
@@ -36,7 +42,7 @@ class MembershipSettings:
     Attributes:
         model, edge_layers: The model and its split plan; LoRA is on the edge's layers.
         task, data_folder: Where the texts come from; see `distinct_texts`.
-        members: Texts that are trained on.
+        members: Texts that are trained on; the attacker has as many for its own adapter.
         others: Texts that are not; 1,000 at least for a rate at 1 % false positives that means something.
         epochs: Passes over the members.
         batch: Texts of a step.
@@ -137,25 +143,31 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
             f"members = {settings.members} and others = {settings.others} are too few: give 2 and "
             f"{math.ceil(1 / FALSE_POSITIVES)} or more"
         )
-    configs = [_config(settings, folder, None), _config(settings, folder, settings.defence)]
+    attacker = replace(settings, seed=settings.seed + 1)
+    configs = [
+        (_config(settings, folder / "owner", defence), _config(attacker, folder / "attacker", defence))
+        for defence in (None, settings.defence)
+    ]
     use_threads(settings.threads)
     split = LocalSplit(settings.model, settings.edge_layers)
-    count = settings.members + settings.others
-    texts = distinct_texts(settings.task, settings.data_folder, split.tokenizer, count, seed=settings.seed)
-    members = texts[: settings.members]
-    candidates = [_candidate(text) for text in texts]
+    n = settings.members
+    count = n + settings.others
+    texts = distinct_texts(settings.task, settings.data_folder, split.tokenizer, count + n, seed=settings.seed)
+    members, public = texts[:n], texts[count:]
+    candidates = [_candidate(text) for text in texts[:count]]
     before = LossMembership(split.edge()).scores(candidates)
     runs = []
-    for config in configs:
-        tuned, promised = split.train(members, config)
-        after = LossMembership(tuned).scores(candidates)
-        runs.append(_run(config, promised, before, after, settings.members))
+    for own, attackers in configs:
+        tuned, promised = split.train(members, own)
+        reference, _ = split.train(public, attackers)
+        after, other = (LossMembership(model).scores(candidates) for model in (tuned, reference))
+        runs.append(_run(own, promised, before, other, after, n))
     undefended, defended = runs
     return MembershipResult(
-        settings.members,
+        n,
         settings.others,
-        settings.epochs * math.ceil(settings.members / settings.batch),
-        mean_interval(-before[settings.members :]),
+        settings.epochs * math.ceil(n / settings.batch),
+        mean_interval(-before[n:]),
         (undefended, defended),
         defended.loss.value / undefended.loss.value,
     )
@@ -182,9 +194,15 @@ def _candidate(text: Encoded) -> Candidate:
     return Candidate(tokens_of(text), text.learned_from)
 
 
-def _run(config: TrainConfig, promised: Guarantee | None, before: Tensor, after: Tensor, members: int) -> MembershipRun:
-    """One adapter's figures, from the scores of all texts before and after."""
-    scores = {LossMembership.name: after, CalibratedMembership.name: calibrated_scores(before, after)}
+def _run(
+    config: TrainConfig, promised: Guarantee | None, before: Tensor, other: Tensor, after: Tensor, members: int
+) -> MembershipRun:
+    """One adapter's figures, from the scores by the untuned model, the attacker's, and the attacked one."""
+    scores = {
+        LossMembership.name: after,
+        CalibratedMembership.name: calibrated_scores(before, after),
+        ReferenceMembership.name: calibrated_scores(other, after),
+    }
     epsilon, delta = (None, None) if promised is None else (promised.epsilon, promised.delta)
     return MembershipRun(
         defence=config.defence[0] if config.defence else None,
@@ -198,13 +216,13 @@ def _run(config: TrainConfig, promised: Guarantee | None, before: Tensor, after:
     )
 
 
-def calibrated_scores(before: Tensor, after: Tensor) -> Tensor:
-    """The scores of `CalibratedMembership` whose reference is the untuned model, which costs no passes of its own.
+def calibrated_scores(reference: Tensor, tuned: Tensor) -> Tensor:
+    """The scores of `CalibratedMembership` and `ReferenceMembership`, without passes of their own.
 
     Args:
-        before, after: The scores of `LossMembership` for the untuned model and the tuned one.
+        reference, tuned: The scores of `LossMembership` for the reference and the attacked model.
     """
-    return after - before
+    return tuned - reference
 
 
 def _attacked(name: str, members: Tensor, others: Tensor) -> AttackedMembership:

@@ -29,7 +29,7 @@ from isthmus.privacy.measures.bootstrap import Interval
 PROMISED = "the adapters, of each example; the messages have none"
 LARGE = Fidelity(12.345, 12.345, 0.1)
 SOME = Interval(1.234567, 0.123456, 12.345678)
-ATTACKED = tuple(AttackedMembership(name, SOME, SOME) for name in ("membership-loss", "membership-calibrated"))
+ATTACKED = tuple(AttackedMembership(name, SOME, SOME) for name in ("membership-loss", "membership-reference"))
 
 
 @pytest.fixture(scope="module")
