@@ -11,6 +11,7 @@ from isthmus.common.errors import ConfigError
 from isthmus.common.terminal import printable
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.audit.audit_run import AuditReport, audit
+from isthmus.edge.audit.conditioning import ROUNDING
 from isthmus.edge.audit.replay import CloudReplayer, LocalReplayer
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.audit_config import AuditCommandConfig
@@ -46,17 +47,14 @@ def run_audit(run: Path, config: AuditCommandConfig) -> AuditReport:
 def lines(report: AuditReport) -> str:
     """The report for a person, within 80 columns."""
     which = " without adapters" if report.skipped else ""
-    rounding = report.ill_conditioned
-    close = report.replayed - report.identical - len(report.lies) - report.undecided - rounding
+    explained = len(report.explained)
+    close = report.replayed - report.identical - len(report.lies) - report.undecided - explained
+    by = f"by rounding, {report.largest_rounding:.1f} of {ROUNDING:g} at most"
     said = [
         f"replayed {report.replayed} of {report.calls} calls",
         f"  {report.identical:6} have the same bits",
         *([f"  {close:6} are within the threshold"] if close else []),
-        *(
-            [f"  {report.ill_conditioned:6} are above it, as far as rounding explains"]
-            if report.ill_conditioned
-            else []
-        ),
+        *([f"  {explained:6} are above it, and explained {by}"] if explained else []),
         *([f"  {report.undecided:6} differ, undecided: no --threshold is given"] if report.undecided else []),
         f"  {len(report.lies):6} are wrong",
         "probability that such an audit finds a cloud that alters",
@@ -78,6 +76,10 @@ def lines(report: AuditReport) -> str:
         signed = "signed by the cloud" if lie.signed else "not signed"
         apart = "another shape" if lie.distance is None else f"distance {lie.distance:.2g}"
         said.append(f"first lie: {lie.question.lower()} call {lie.call}, step {lie.step}, {signed}, {apart}")
+        if lie.rounding is not None:
+            said.append(
+                f"  {lie.rounding:.3g} times as far as its input's last place moves it; {ROUNDING:g} is allowed"
+            )
         said.append(f"  expected {lie.expected}")
         said.append(f"  found    {lie.found}")
     return "\n".join(said)

@@ -18,7 +18,7 @@ from typing import Any
 
 from isthmus.backbone.runtime.numerics import are_complete
 from isthmus.common.errors import TranscriptError, UnsupportedCallError
-from isthmus.edge.audit.conditioning import distances, rounding_ratio
+from isthmus.edge.audit.conditioning import ROUNDING, distances, rounding_ratio
 from isthmus.edge.audit.replay import Replayer
 from isthmus.edge.witness.audit_sample import SampledCall, read_sample, too_large
 from isthmus.privacy.transcript.chain import NOTHING, Exchange, adapters_digest, digest
@@ -31,7 +31,7 @@ SHARES = (0.001, 0.01, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
-class Lie:
+class OtherAnswer:
     """An answer that is another one elsewhere.
 
     Attributes:
@@ -43,6 +43,8 @@ class Lie:
         expected: Digest of what it is elsewhere, in hexadecimal.
         found: Digest of what the cloud has answered.
         distance: Between the two; None where their shapes differ.
+        rounding: How many times as far that is as changes in the last place of the input move the answer; None where
+            that is not known or does not matter, as the numerics are the same.
         signed: Whether the cloud has signed that answer.
     """
 
@@ -54,6 +56,7 @@ class Lie:
     expected: str
     found: str
     distance: float | None
+    rounding: float | None
     signed: bool
 
 
@@ -68,14 +71,14 @@ class AuditReport:
         skipped: How many of the sample could not be.
         identical: Of those replayed, how many had the same bits.
         lies: Those that were others, in the order of the run.
+        explained: Those above the threshold that were no lies, as rounding explains them, in the order of the run.
         undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
         numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
-        ill_conditioned: How many answers were over the threshold and no lies, as rounding explains them.
-        largest_rounding: Of these, the largest distance over how far the last place of the input moves the answer.
-        largest_distance: Of the answers that were no lies.
+        largest_distance: Of the answers within the threshold.
         threshold: By which answers of other numerics were judged; None where none was given.
         unsigned: Exchanges of the run that the cloud has not signed.
-        caught: For shares of altered calls, one call at least, how likely this audit was to meet one. They are shares
+        caught: For shares of altered calls, one call at least, how likely this audit was to meet one among those that
+            it could judge: answers that are undecided, or explained by rounding, are not among these. They are shares
             of the calls that were not too large; where calls with adapters were skipped, of all calls without adapters,
             and the figure holds if none of these was too large.
     """
@@ -85,11 +88,10 @@ class AuditReport:
     replayed: int
     skipped: int
     identical: int
-    lies: tuple[Lie, ...]
+    lies: tuple[OtherAnswer, ...]
+    explained: tuple[OtherAnswer, ...]
     undecided: int
     numerics: tuple[tuple[str, str], ...]
-    ill_conditioned: int
-    largest_rounding: float
     largest_distance: float
     threshold: float | None
     unsigned: int
@@ -100,9 +102,14 @@ class AuditReport:
         return {**asdict(self), "first_lie": None if self.first_lie is None else asdict(self.first_lie)}
 
     @property
-    def first_lie(self) -> Lie | None:
+    def first_lie(self) -> OtherAnswer | None:
         """The first of the lies, in the order of the run."""
         return self.lies[0] if self.lies else None
+
+    @property
+    def largest_rounding(self) -> float:
+        """How near those that rounding explains came to what it may explain at most, `ROUNDING`."""
+        return max((each.rounding for each in self.explained if each.rounding is not None), default=0.0)
 
 
 def audit(
@@ -125,9 +132,9 @@ def audit(
     """
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
-    skipped = identical = undecided = 0
-    largest, lies, replayed, numerics = 0.0, [], list[Exchange](), set[tuple[str, str]]()
-    ill_conditioned: list[float] = []
+    skipped = replayed = identical = undecided = 0
+    largest, judged, numerics = 0.0, list[Exchange](), set[tuple[str, str]]()
+    lies, explained = list[OtherAnswer](), list[OtherAnswer]()
     for call in islice(read_sample(folder), calls):
         of = sessions.get(call.session)
         exchange = _exchange(of, call)
@@ -136,60 +143,62 @@ def audit(
         except UnsupportedCallError:
             skipped += 1
             continue
-        replayed.append(exchange)
+        replayed += 1
         session = sessions[call.session].session
         both = (session.numerics, replayer.numerics())
         numerics.add(both)
         if digest(answer) == exchange.answered:
             identical += 1
+            judged.append(exchange)
             continue
         apart = distances(answer, call.answer)
-        farthest = None if apart is None else max(apart, default=0.0)
         exact = both[0] == both[1] and are_complete(both[0])
         if not exact and threshold is None:
             undecided += 1
             continue
+        farthest = None if apart is None else max(apart, default=0.0)
+        ratio = None
         if not exact and threshold is not None and apart is not None and farthest is not None:
             if farthest <= threshold:
                 largest = max(largest, farthest)
+                judged.append(exchange)
                 continue
-            ratio = rounding_ratio(apart, threshold, call, answer, replayer, session.span_dtype)
-            if ratio is not None:
-                ill_conditioned.append(ratio)
-                largest = max(largest, farthest)
-                continue
-        signed = call.exchange <= sessions[call.session].signed
-        lies.append(
-            Lie(
-                call.session.hex(),
-                call.exchange,
-                exchange.question,
-                exchange.call.step,
-                exchange.call.call,
-                digest(answer).hex(),
-                exchange.answered.hex(),
-                farthest,
-                signed,
-            )
+            ratio = rounding_ratio(apart, threshold, call, replayer, session.span_dtype)
+        other = OtherAnswer(
+            call.session.hex(),
+            call.exchange,
+            exchange.question,
+            exchange.call.step,
+            exchange.call.call,
+            digest(answer).hex(),
+            exchange.answered.hex(),
+            farthest,
+            ratio,
+            call.exchange <= sessions[call.session].signed,
         )
-    lies.sort(key=lambda lie: (places[bytes.fromhex(lie.session)], lie.exchange))
+        if ratio is not None and ratio <= ROUNDING:
+            explained.append(other)
+        else:
+            lies.append(other)
+            judged.append(exchange)
+    for others in (lies, explained):
+        others.sort(key=lambda other: (places[bytes.fromhex(other.session)], other.exchange))
     eligible = [exchange for each in transcript.sessions for exchange in auditable(each.exchanges)]
     without_room = too_large(folder)
     if skipped:
-        n, drawn = (len(_without_adapters(part)) for part in (eligible, replayed))
+        n, drawn = (len(_without_adapters(part)) for part in (eligible, judged))
     else:
-        n, drawn = len(eligible) - without_room, len(replayed)
+        n, drawn = len(eligible) - without_room, len(judged)
     return AuditReport(
         len(eligible),
         without_room,
-        len(replayed),
+        replayed,
         skipped,
         identical,
         tuple(lies),
+        tuple(explained),
         undecided,
         tuple(sorted(numerics)),
-        len(ill_conditioned),
-        max(ill_conditioned, default=0.0),
         largest,
         threshold,
         transcript.unsigned,

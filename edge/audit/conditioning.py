@@ -19,7 +19,7 @@ from isthmus.backbone.split.span import DTYPES
 from isthmus.edge.audit.replay import Replayer
 from isthmus.edge.witness.audit_sample import SampledCall
 from isthmus.protocol import messages as m
-from isthmus.protocol.tensor_codecs import Payload, Role, decode, encode
+from isthmus.protocol.tensor_codecs import Payload, Role, codec_by_id, decode, encode
 
 PERTURBATIONS: Final = 4
 """How often a call is computed with a changed input. The change may by chance be one that moves the answer little; of n
@@ -42,7 +42,7 @@ def distances(ours: m.Message, theirs: m.Message) -> list[float] | None:
 
 
 def rounding_ratio(
-    apart: Sequence[float], threshold: float, call: SampledCall, answer: m.Message, replayer: Replayer, span_dtype: str
+    apart: Sequence[float], threshold: float, call: SampledCall, replayer: Replayer, span_dtype: str
 ) -> float | None:
     """How far an answer is from the run's, over how far changes in the last place of the input move it.
 
@@ -50,36 +50,36 @@ def rounding_ratio(
         apart: Their distance for each tensor.
         threshold: The distance that any tensor may have.
         call: What was asked.
-        answer: The replay's.
-        replayer: Who computes the call with changed inputs.
+        replayer: Who computes the call, as it was and with changed inputs.
         span_dtype: What the run's cloud computes in, as its session says.
 
     Returns:
-        The largest ratio of the tensors above the threshold, with as many changes as it takes until all are `ROUNDING`
-        at most. None where they never are: rounding does not explain the distance.
+        The largest of the tensors above the threshold. None where such changes move one of them not at all, or where
+        the answer crosses in a codec that loses them: then nothing is known.
 
     Raises:
         IsthmusError: Whatever the replayer raises.
     """
+    if codec_by_id(call.question.reply_codec).name != "fp32":
+        return None
+    numerics, answer = replayer.numerics(), replayer.answer(call)
     moved = [0.0] * len(apart)
     for seed in range(PERTURBATIONS):
         found = distances(answer, replayer.answer(perturbed(call, span_dtype, seed)))
-        if found is None:
-            return None
-        moved = list(map(max, moved, found))
-        over = [(far, move) for far, move in zip(apart, moved, strict=True) if far > threshold]
-        if all(far <= ROUNDING * move for far, move in over):
-            return max((far / move for far, move in over), default=0.0)
-    return None
+        moved = [0.0] * len(apart) if found is None else list(map(max, moved, found))
+    if replayer.numerics() != numerics:  # another worker has taken over: the answers are not of one
+        return rounding_ratio(apart, threshold, call, replayer, span_dtype)
+    over = [(far, move) for far, move in zip(apart, moved, strict=True) if far > threshold]
+    return max(far / move for far, move in over) if all(move for _, move in over) else None
 
 
 def perturbed(call: SampledCall, span_dtype: str, seed: int) -> SampledCall:
-    """The call with each number of its hidden states changed by one in the last place, at random up or down.
+    """The call with each number of its hidden states changed by one or two in the last place, up or down.
 
     Args:
         call: A forward, or a backward with its forward's inputs.
         span_dtype: Whose last place it is.
-        seed: Of the signs.
+        seed: Of the signs, which are the same in each audit, so that an audit can be repeated.
     """
     question = call.question
     inputs = question.inputs if isinstance(question, m.Forward) else question.replay

@@ -152,6 +152,7 @@ class AuditSettings:
     cost_batch: Annotated[int, Option(min=1, help="Sequences of a step whose time is measured.")] = 4
     cost_seq: Annotated[int, Option(min=5, help="Tokens of their sequences.")] = 64
     cost_steps: Annotated[int, Option(min=1, help="Such steps, with a transcript and without.")] = 12
+    seed: Annotated[int, Option(min=0, help="Of the calls' tokens and lengths.")] = 0
     threads: flags.Threads = 2  # with one, batching changes nothing that bits depend on
 
 

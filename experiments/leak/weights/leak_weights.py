@@ -29,6 +29,10 @@ _NO_PART_OF_A_RESULT = ("data_folder", "text", "threads")
 """Settings that do not say what was measured, or say it with paths of this machine."""
 
 
+VERSION = 2
+"""Of what a part's result holds, raised where that changes: results that an earlier one has left are made anew."""
+
+
 def run_leak_weights(settings: LeakWeightsSettings) -> dict[str, Any]:
     """Measure, or go on.
 
@@ -51,8 +55,9 @@ def run_leak_weights(settings: LeakWeightsSettings) -> dict[str, Any]:
         about = {name: value for name, value in asdict(own).items() if name not in _NO_PART_OF_A_RESULT}
         # Through JSON's lists, so that a result is the same whether it was measured now or is taken from the file.
         about = {name: list(value) if isinstance(value, tuple) else value for name, value in about.items()}
+        key = {**about, "digest": digest, "version": VERSION}
         with working_folder() as folder:
-            found = cells.get(part, {**about, "digest": digest}, lambda: _plain(asdict(measure(folder))))  # noqa: B023
+            found = cells.get(part, key, lambda: _plain(asdict(measure(folder))))  # noqa: B023
         result[part] = {**found, "settings": about}
     return result
 

@@ -39,7 +39,8 @@ class LeakWeightsSettings:
     edge_layers: flags.EdgeLayers = "2:2"
     task: Annotated[str, Option(help="Where the texts come from: e2e, openbookqa, arc_easy or sst2.")] = "e2e"
     members: Annotated[
-        int, Option(min=2, help="Texts that the attacked adapters are trained on, and as many the attacker's.")
+        int,
+        Option(min=2, help="Texts that the attacked adapters are trained on; the attacker trains on as many others."),
     ] = 80
     others: Annotated[int, Option(min=1000, help="Texts that they are told from.")] = 1000
     epochs: Annotated[int, Option(min=1, help="Passes over the members.")] = 8

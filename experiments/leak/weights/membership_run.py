@@ -8,6 +8,7 @@ its own. The loss on the non-members, on which nothing was trained, is the price
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from isthmus.privacy.measures.membership import membership_auc, membership_inter
 
 FALSE_POSITIVES = 0.01
 """The rate at which the true positives are counted."""
+UNDEFENDED_REFERENCE = f"{ReferenceMembership.name}-undefended"
+"""The attack on a defended adapter by a reference that was trained without the defence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +159,15 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
     members, public = texts[:n], texts[count:]
     candidates = [_candidate(text) for text in texts[:count]]
     before = LossMembership(split.edge()).scores(candidates)
-    runs = []
+    runs, references = [], {CalibratedMembership.name: before}
     for own, attackers in configs:
         tuned, promised = split.train(members, own)
         reference, _ = split.train(public, attackers)
         after, other = (LossMembership(model).scores(candidates) for model in (tuned, reference))
-        runs.append(_run(own, promised, before, other, after, n))
+        if ReferenceMembership.name in references:  # that of the run without a defence: it may tell more
+            references[UNDEFENDED_REFERENCE] = references[ReferenceMembership.name]
+        references[ReferenceMembership.name] = other
+        runs.append(_run(own, promised, references, after, n))
     undefended, defended = runs
     return MembershipResult(
         n,
@@ -195,14 +201,11 @@ def _candidate(text: Encoded) -> Candidate:
 
 
 def _run(
-    config: TrainConfig, promised: Guarantee | None, before: Tensor, other: Tensor, after: Tensor, members: int
+    config: TrainConfig, promised: Guarantee | None, references: Mapping[str, Tensor], after: Tensor, members: int
 ) -> MembershipRun:
-    """One adapter's figures, from the scores by the untuned model, the attacker's, and the attacked one."""
-    scores = {
-        LossMembership.name: after,
-        CalibratedMembership.name: calibrated_scores(before, after),
-        ReferenceMembership.name: calibrated_scores(other, after),
-    }
+    """One adapter's figures, from all texts' scores by the attacks' references and by the attacked model."""
+    scores = {LossMembership.name: after}
+    scores |= {name: calibrated_scores(reference, after) for name, reference in references.items()}
     epsilon, delta = (None, None) if promised is None else (promised.epsilon, promised.delta)
     return MembershipRun(
         defence=config.defence[0] if config.defence else None,

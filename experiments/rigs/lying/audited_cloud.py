@@ -22,7 +22,7 @@ from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.torch_threads import torch_threads
-from isthmus.edge.audit.audit_run import AuditReport, audit
+from isthmus.edge.audit.audit_run import AuditReport, OtherAnswer, audit
 from isthmus.edge.audit.replay import LocalReplayer
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
 from isthmus.edge.witness.session_witness import SIGN_EVERY
@@ -132,9 +132,11 @@ class AuditedCloud:
             "false_alarms": sum(len(each.lies) + each.undecided for each in reports),
             "elsewhere_calls": sum(each.replayed for each in there),
             "elsewhere_alarms": sum(len(each.lies) for each in there),
-            "elsewhere_ill_conditioned": sum(each.ill_conditioned for each in there),
+            "elsewhere_explained": sum(len(each.explained) for each in there),
             "elsewhere_largest_rounding": max(each.largest_rounding for each in there),
-            "elsewhere_largest_distance": max(each.largest_distance for each in there),
+            "elsewhere_largest_distance": max(
+                (each.distance or 0.0 for report in there for each in report.explained), default=0.0
+            ),
             "again": self._again_without_batching(called.runs, threshold, here=not batching),
         }
 
@@ -217,10 +219,8 @@ class AuditedCloud:
         altered = [_crossed(run) & told for run in runs]
         unsigned = set(chain.from_iterable(_crossed(run, unsigned=True) & told for run in runs))
         accused, accused_unsigned = _accused(found), _accused(found, unsigned=True)
-        ill_conditioned = sum(report.ill_conditioned for report, _ in there)
-        return _Judged(
-            runs, found, altered, unsigned, told, accused, accused_unsigned, _accused(there), ill_conditioned
-        )
+        explained = {_call_of(each) for report, _ in there for each in report.explained}
+        return _Judged(runs, found, altered, unsigned, told, accused, accused_unsigned, _accused(there), explained)
 
     def forgeries(self) -> dict[str, Any]:
         """What is found in forged transcripts of an honest run, which the cloud has signed twice."""
@@ -251,7 +251,7 @@ class _Judged:
         accused: What those replays accuse.
         accused_unsigned: Of that, what they call unsigned.
         elsewhere: What replays with other numerics accuse.
-        ill_conditioned: How many answers are over the threshold there, as far as rounding explains.
+        explained: What is above the threshold there, and explained by rounding.
     """
 
     runs: Sequence[Path]
@@ -262,7 +262,7 @@ class _Judged:
     accused: Calls
     accused_unsigned: Calls
     elsewhere: Calls
-    ill_conditioned: int
+    explained: Calls
 
     def counts(self) -> dict[str, int]:
         """Calls of each kind."""
@@ -275,14 +275,18 @@ class _Judged:
             "false_alarms": len(self.accused - self.told),
             "elsewhere_found": len(self.elsewhere & self.told),
             "elsewhere_alarms": len(self.elsewhere - self.told),
-            "elsewhere_ill_conditioned": self.ill_conditioned,
+            "elsewhere_explained": len(self.explained - self.told),
+            "elsewhere_explained_lies": len(self.explained & self.told),
         }
 
 
 def _accused(found: Sequence[tuple[AuditReport, Remembered]], *, unsigned: bool = False) -> Calls:
     """What replays accuse, or those alone of which they say that the cloud has not signed them."""
-    lies = [lie for report, _ in found for lie in report.lies]
-    return {(lie.session, lie.call, lie.question) for lie in lies if not (unsigned and lie.signed)}
+    return {_call_of(lie) for report, _ in found for lie in report.lies if not (unsigned and lie.signed)}
+
+
+def _call_of(answer: OtherAnswer) -> tuple[str, int, str]:
+    return answer.session, answer.call, answer.question
 
 
 def _audited(run: Path, replayer: Remembered, calls: int, threshold: float | None) -> AuditReport:

@@ -135,7 +135,7 @@ def call(bench: Bench, model: Served, executor: LyingExecutor, work: Work) -> Ca
         ask = _train_leased if work.leased else _ask
         started = time.perf_counter()
         # Of the measurement's name, so that no two have an input in common: a threshold must not be judged on its own.
-        seeds = [crc32(f"{work.name}/{edge.name}".encode()) for edge in edges]
+        seeds = [crc32(f"{bench.settings.seed}/{work.name}/{edge.name}".encode()) for edge in edges]
         jobs = [
             pool.submit(ask, bench.settings, work, link, seed, partial(_begin_pair, work, link, executor))
             for seed, link in zip(seeds, links, strict=True)

@@ -71,7 +71,7 @@ class ReferenceMembership(CalibratedMembership):
     """The same, where the reference was tuned on other texts of the kind, as the attacked model was on its own."""
 
     name: ClassVar[str] = "membership-reference"
-    knows: ClassVar[str] = "other texts of the kind, how the adapter was trained, and candidate texts"
+    knows: ClassVar[str] = "the base weights, other texts of the kind, how the adapter was trained, candidate texts"
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from safetensors.torch import load_file
 from support.cloud.train_runs import cloud_for_runs
 from support.models.tiny import tiny_checkpoint
 from support.privacy.distinct_texts import distinct_task
+from torch import Tensor
 
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.edge.data.batches import load_data
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.data.batches import Encoded, load_data
 from isthmus.experiments.leak.weights.local_split import LocalSplit
 from isthmus.experiments.leak.weights.membership_run import (
     MembershipResult,
@@ -56,6 +59,7 @@ def test_an_undefended_adapter_tells_its_members_and_a_private_one_does_not(resu
     undefended, defended = result.runs
     names = ["membership-loss", "membership-calibrated", "membership-reference"]
     assert [attack.attack for attack in undefended.attacks] == names
+    assert [attack.attack for attack in defended.attacks] == [*names, "membership-reference-undefended"]
     for attack in undefended.attacks:
         assert attack.auc.value > 0.85
         assert attack.auc.low > 0.6
@@ -75,6 +79,34 @@ def test_the_guarantee_is_the_accountants_and_the_price_is_stated(result: Member
     assert "each example" in defended.guarantee
     assert result.steps == EPOCHS * 2
     assert result.loss_ratio == defended.loss.value / undefended.loss.value
+
+
+def test_the_attackers_texts_are_no_candidates(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[set[tuple[int, ...]]] = []
+    scored: list[tuple[set[tuple[int, ...]], Tensor]] = []
+    train, scores = LocalSplit.train, LossMembership.scores
+
+    def noted_train(split: LocalSplit, texts: Sequence[Encoded], config: TrainConfig) -> Any:
+        trained.append({tuple(text.input_ids) for text in texts})
+        return train(split, texts, config)
+
+    def noted_scores(attack: LossMembership, candidates: Sequence[Candidate]) -> Tensor:
+        scored.append(({tuple(each.tokens.tolist()) for each in candidates}, scores(attack, candidates)))
+        return scored[-1][1]
+
+    monkeypatch.setattr(LocalSplit, "train", noted_train)
+    monkeypatch.setattr(LossMembership, "scores", noted_scores)
+    measure_membership(MembershipSettings(**{**settings, "epochs": 1}), tmp_path)
+    candidates = scored[0][0]
+    owners, attackers = trained[::2], trained[1::2]
+    assert all(texts <= candidates and len(texts) == MEMBERS for texts in owners)
+    assert all(texts.isdisjoint(candidates) and len(texts) == MEMBERS for texts in attackers)
+    assert all(texts == candidates for texts, _ in scored)
+    before, *tuned = (found for _, found in scored)
+    assert len(tuned) == 4
+    assert not any(torch.equal(found, before) for found in tuned)  # each reference was trained
 
 
 def test_a_calibrated_score_is_the_attacks_own(settings: dict[str, Any]) -> None:
