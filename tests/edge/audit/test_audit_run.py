@@ -244,6 +244,26 @@ def test_an_answer_is_accused_where_rounding_does_not_explain_it(
     assert all(len(line) <= 80 for report in (shaky, lied) for line in lines(report).splitlines())
 
 
+@pytest.mark.parametrize(("times", "explained"), [(9, True), (11, False)])
+def test_rounding_explains_ten_times_what_a_changed_input_does(
+    runs: Runs, honest_run: Path, times: int, explained: bool
+) -> None:
+    transcript = read_transcript(honest_run / TRANSCRIPT_FILE)
+    local = LocalReplayer(runs.model, transcript.sessions[0].session, 1)
+    asked = {digest(call.question) for call in read_sample(honest_run / "audit")}
+
+    class Near(Elsewhere):
+        """Off by so many thousandths, and by one more where the input has changed."""
+
+        def answer(self, call: SampledCall) -> m.Message:
+            changed = digest(call.question) not in asked
+            return Elsewhere(local, "", 1e-3 * (times + changed)).answer(call)
+
+    found = audit(transcript, honest_run / "audit", Near(local, "elsewhere", 0), threshold=1e-6)
+    assert (len(found.explained), len(found.lies)) == ((found.replayed, 0) if explained else (0, found.replayed))
+    assert all(each.rounding == pytest.approx(times, rel=0.05) for each in (*found.explained, *found.lies))
+
+
 def hidden_states(call: SampledCall) -> Payload:
     inputs = call.question.inputs if isinstance(call.question, m.Forward) else call.question.replay
     assert inputs is not None
@@ -262,16 +282,20 @@ def test_a_change_in_the_last_place_is_no_more_and_no_less(honest_run: Path) -> 
 
 
 class Moved:
-    """Gives one answer to a call as it was, and another where its input has changed."""
+    """Gives one answer to a call as it was, and another to the first that it sees with a changed input."""
 
     def __init__(self, call: SampledCall, changed: m.Message, numerics: Sequence[str] = ("elsewhere",)) -> None:
         self._call, self._changed, self._numerics = call, changed, list(numerics)
+        self._first = b""
 
     def numerics(self) -> str:
         return self._numerics[0] if len(self._numerics) == 1 else self._numerics.pop(0)
 
     def answer(self, call: SampledCall) -> m.Message:
-        return self._call.answer if digest(call.question) == digest(self._call.question) else self._changed
+        asked = digest(call.question)
+        if asked != digest(self._call.question):
+            self._first = self._first or asked
+        return self._changed if asked == self._first else self._call.answer
 
 
 def tensors(*values: float) -> tuple[m.ForwardReply, SampledCall]:
