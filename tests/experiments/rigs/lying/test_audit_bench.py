@@ -144,6 +144,7 @@ def test_a_threshold_of_nothing_accuses_the_honest(
     assert large["elsewhere_found"] == 0  # smaller than the threshold
 
 
+@pytest.mark.long
 def test_rounding_excuses_no_lie_that_matters(settings: AuditSettings, tmp_path: Path) -> None:
     cloud = AuditedCloud(settings, tmp_path, "none")
     threshold = cloud.threshold(settings.seq)["threshold"]
