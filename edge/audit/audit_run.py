@@ -28,6 +28,9 @@ from isthmus.protocol import messages as m
 
 SHARES = (0.001, 0.01, 0.1)
 """Of calls that a cloud may have altered, for which a report says how likely it was caught."""
+USUAL = 0.9
+"""Of honest answers of other numerics, those of a usual distance. A few are much farther apart: the largest distance of
+some hundreds differs tenfold from draw to draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class AuditReport:
         explained: Those above the threshold that were no lies, as rounding explains them, in the order of the run.
         undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
         numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
-        largest_distance: Of the answers within the threshold.
+        usual_distance: The distance up to which a share of `USUAL` of the answers within the threshold lie.
         threshold: By which answers of other numerics were judged; None where none was given.
         unsigned: Exchanges of the run that the cloud has not signed.
         caught: For shares of altered calls, one call at least, how likely this audit was to meet one among those that
@@ -92,7 +95,7 @@ class AuditReport:
     explained: tuple[OtherAnswer, ...]
     undecided: int
     numerics: tuple[tuple[str, str], ...]
-    largest_distance: float
+    usual_distance: float
     threshold: float | None
     unsigned: int
     caught: dict[str, float]
@@ -133,7 +136,7 @@ def audit(
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
     skipped = replayed = identical = undecided = 0
-    largest, judged, numerics = 0.0, list[Exchange](), set[tuple[str, str]]()
+    within, judged, numerics = list[float](), list[Exchange](), set[tuple[str, str]]()
     lies, explained = list[OtherAnswer](), list[OtherAnswer]()
     for call in islice(read_sample(folder), calls):
         of = sessions.get(call.session)
@@ -160,7 +163,7 @@ def audit(
         ratio = None
         if not exact and threshold is not None and apart is not None and farthest is not None:
             if farthest <= threshold:
-                largest = max(largest, farthest)
+                within.append(farthest)
                 judged.append(exchange)
                 continue
             ratio = rounding_ratio(apart, threshold, call, replayer, session.span_dtype)
@@ -199,7 +202,7 @@ def audit(
         tuple(explained),
         undecided,
         tuple(sorted(numerics)),
-        largest,
+        sorted(within)[math.ceil(USUAL * len(within)) - 1] if within else 0.0,
         threshold,
         transcript.unsigned,
         {f"{share:g}": probability_of_catching(n, math.ceil(share * n), drawn) for share in SHARES},

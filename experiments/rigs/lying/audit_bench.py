@@ -34,7 +34,7 @@ from isthmus.experiments.rigs.lying.lies import KINDS
 from isthmus.privacy.transcript.detection import share_interval
 
 CELLS = "cells.jsonl"
-VERSION = 6
+VERSION = 7
 """Of what a cell holds, raised where that changes: cells that an earlier one has left are made anew."""
 LONGER = (2, 8)
 """Times the length of most calls, 64 and 256 tokens by default: a short text's and a long one's, with thresholds of

@@ -109,7 +109,7 @@ class AuditedCloud:
             "seq": length,
             "calls": sum(report.replayed for report in found),
             "same_bits": sum(report.identical for report in found),
-            "threshold": max(report.largest_distance for report in found),
+            "threshold": max(report.usual_distance for report in found),
         }
 
     def honest(self, threshold: float, *, batching: bool) -> dict[str, Any]:

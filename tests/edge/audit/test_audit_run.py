@@ -184,7 +184,7 @@ def test_answers_of_other_numerics_are_judged_by_a_threshold(runs: Runs, honest_
         return audit(transcript, honest_run / "audit", Elsewhere(local, numerics, 1e-4), threshold=threshold)
 
     assert found("elsewhere", 1e-3).lies == ()
-    assert found("elsewhere", 1e-3).largest_distance == pytest.approx(1e-4, rel=1e-2)
+    assert found("elsewhere", 1e-3).usual_distance == pytest.approx(1e-4, rel=1e-2)
     assert len(found("elsewhere", 1e-5).lies) == found("elsewhere", 1e-5).replayed
     assert len(found(local.numerics(), 1e-3).lies) == found(local.numerics(), 1e-3).replayed
     undecided = found("elsewhere", None)
@@ -192,6 +192,20 @@ def test_answers_of_other_numerics_are_judged_by_a_threshold(runs: Runs, honest_
     assert undecided.numerics == ((transcript.sessions[0].session.numerics, "elsewhere"),)
     assert "no --threshold is given" in lines(undecided)
     assert all(len(line) <= 80 for line in lines(undecided).splitlines())
+
+
+def test_one_call_that_is_farther_apart_makes_no_threshold(runs: Runs, honest_run: Path) -> None:
+    transcript = read_transcript(honest_run / TRANSCRIPT_FILE)
+    local = LocalReplayer(runs.model, transcript.sessions[0].session, 1)
+    far = digest(next(iter(read_sample(honest_run / "audit"))).question)
+
+    class OneFar(Elsewhere):
+        def answer(self, call: SampledCall) -> m.Message:
+            return Elsewhere(local, "", 0.1 if digest(call.question) == far else 1e-4).answer(call)
+
+    found = audit(transcript, honest_run / "audit", OneFar(local, "elsewhere", 0), threshold=1.0)
+    assert (found.replayed, found.lies, found.explained) == (20, (), ())
+    assert found.usual_distance == pytest.approx(1e-4, rel=1e-2)
 
 
 class Shaky:
@@ -236,7 +250,7 @@ def test_an_answer_is_accused_where_rounding_does_not_explain_it(
     assert all(each.rounding is not None and each.rounding > ROUNDING for each in lied.lies)
     assert "times as far as its input's last place moves it" in lines(lied)
     assert set(lied.caught.values()) == {1.0}
-    assert (shaky.lies, len(shaky.explained), shaky.largest_distance) == ((), shaky.replayed, 0)
+    assert (shaky.lies, len(shaky.explained), shaky.usual_distance) == ((), shaky.replayed, 0)
     assert all(1e-3 < (each.distance or 0) < 1e-1 for each in shaky.explained)
     assert 0 < shaky.largest_rounding <= ROUNDING
     assert set(shaky.caught.values()) == {0.0}  # they are not judged
