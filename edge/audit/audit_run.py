@@ -29,8 +29,8 @@ from isthmus.protocol import messages as m
 SHARES = (0.001, 0.01, 0.1)
 """Of calls that a cloud may have altered, for which a report says how likely it was caught."""
 USUAL = 0.9
-"""Of honest answers of other numerics, those of a usual distance. A few are much farther apart: the largest distance of
-some hundreds differs tenfold from draw to draw."""
+"""The share of honest answers of other numerics whose distance counts as usual. It is chosen: few enough are above it
+for a second look at each, and this quantile of some hundreds differs less between draws than their largest distance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class AuditReport:
         explained: Those above the threshold that were no lies, as rounding explains them, in the order of the run.
         undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
         numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
-        usual_distance: The distance up to which a share of `USUAL` of the answers within the threshold lie.
+        usual_distance: The distance that a share of `USUAL` of the answers within the threshold do not exceed.
         threshold: By which answers of other numerics were judged; None where none was given.
         unsigned: Exchanges of the run that the cloud has not signed.
         caught: For shares of altered calls, one call at least, how likely this audit was to meet one among those that
@@ -135,7 +135,7 @@ def audit(
     """
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
-    skipped = replayed = identical = undecided = 0
+    skipped = identical = undecided = 0
     within, judged, numerics = list[float](), list[Exchange](), set[tuple[str, str]]()
     lies, explained = list[OtherAnswer](), list[OtherAnswer]()
     for call in islice(read_sample(folder), calls):
@@ -146,7 +146,6 @@ def audit(
         except UnsupportedCallError:
             skipped += 1
             continue
-        replayed += 1
         session = sessions[call.session].session
         both = (session.numerics, replayer.numerics())
         numerics.add(both)
@@ -166,7 +165,7 @@ def audit(
                 within.append(farthest)
                 judged.append(exchange)
                 continue
-            ratio = rounding_ratio(apart, threshold, call, replayer, session.span_dtype)
+            ratio = rounding_ratio(apart, threshold, call, answer, replayer, session.span_dtype)
         other = OtherAnswer(
             call.session.hex(),
             call.exchange,
@@ -195,7 +194,7 @@ def audit(
     return AuditReport(
         len(eligible),
         without_room,
-        replayed,
+        len(judged) + len(explained) + undecided,
         skipped,
         identical,
         tuple(lies),

@@ -1,10 +1,9 @@
 """How far rounding alone can take the answer to a call: how much the answer moves with the last place of its input.
 
 Two honest computations with other orders of sums differ by rounding. Most answers differ by much the same amount, which
-a threshold is measured on. In a few calls the gradient is ill-conditioned: a change of its input in the last place
-moves it a hundred times as far as that of another call. Computing such a call with random changes of this size, some
-times, and taking the largest effect, estimates its condition (Kenney and Laub 1994, small-sample statistical condition
-estimates).
+a threshold is measured on. In a few calls the gradient is ill-conditioned: a change of the input in the last place
+moves it many times as far as in others. Computing such a call with random changes of this size, some times, and taking
+the largest effect, estimates its condition (after Kenney and Laub 1994, small-sample statistical condition estimates).
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def distances(ours: m.Message, theirs: m.Message) -> list[float] | None:
 
 
 def rounding_ratio(
-    apart: Sequence[float], threshold: float, call: SampledCall, replayer: Replayer, span_dtype: str
+    apart: Sequence[float], threshold: float, call: SampledCall, answer: m.Message, replayer: Replayer, span_dtype: str
 ) -> float | None:
     """How far an answer is from the run's, over how far changes in the last place of the input move it.
 
@@ -50,7 +49,8 @@ def rounding_ratio(
         apart: Their distance for each tensor.
         threshold: The distance that any tensor may have.
         call: What was asked.
-        replayer: Who computes the call, as it was and with changed inputs.
+        answer: The replay's.
+        replayer: Who has computed it, and computes the call with changed inputs.
         span_dtype: What the run's cloud computes in, as its session says.
 
     Returns:
@@ -62,13 +62,13 @@ def rounding_ratio(
     """
     if codec_by_id(call.question.reply_codec).name != "fp32":
         return None
-    numerics, answer = replayer.numerics(), replayer.answer(call)
+    numerics = replayer.numerics()
     moved = [0.0] * len(apart)
     for seed in range(PERTURBATIONS):
         found = distances(answer, replayer.answer(perturbed(call, span_dtype, seed)))
         moved = [0.0] * len(apart) if found is None else list(map(max, moved, found))
     if replayer.numerics() != numerics:  # another worker has taken over: the answers are not of one
-        return rounding_ratio(apart, threshold, call, replayer, span_dtype)
+        return rounding_ratio(apart, threshold, call, replayer.answer(call), replayer, span_dtype)
     over = [(far, move) for far, move in zip(apart, moved, strict=True) if far > threshold]
     return max(far / move for far, move in over) if all(move for _, move in over) else None
 

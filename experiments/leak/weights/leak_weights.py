@@ -27,8 +27,6 @@ from isthmus.privacy.measures.bootstrap import Interval
 
 _NO_PART_OF_A_RESULT = ("data_folder", "text", "threads")
 """Settings that do not say what was measured, or say it with paths of this machine."""
-
-
 VERSION = 2
 """Of what a part's result holds, raised where that changes: results that an earlier one has left are made anew."""
 

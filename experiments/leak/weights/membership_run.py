@@ -131,7 +131,7 @@ class MembershipResult:
 
 
 def measure_membership(settings: MembershipSettings, folder: Path) -> MembershipResult:
-    """Train both adapters and attack them.
+    """Train the attacker's adapters, and those that it attacks.
 
     Args:
         folder: For the runs' files; must hold none.
@@ -147,10 +147,8 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
             f"{math.ceil(1 / FALSE_POSITIVES)} or more"
         )
     attacker = replace(settings, seed=settings.seed + 1)
-    configs = [
-        (_config(settings, folder / "owner", defence), _config(attacker, folder / "attacker", defence))
-        for defence in (None, settings.defence)
-    ]
+    configs = [_config(settings, folder / "owner", defence) for defence in (None, settings.defence)]
+    attackers = [_config(attacker, folder / "attacker", defence) for defence in (None, settings.defence)]
     use_threads(settings.threads)
     split = LocalSplit(settings.model, settings.edge_layers)
     n = settings.members
@@ -159,15 +157,15 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
     members, public = texts[:n], texts[count:]
     candidates = [_candidate(text) for text in texts[:count]]
     before = LossMembership(split.edge()).scores(candidates)
-    runs, references = [], {CalibratedMembership.name: before}
-    for own, attackers in configs:
-        tuned, promised = split.train(members, own)
-        reference, _ = split.train(public, attackers)
-        after, other = (LossMembership(model).scores(candidates) for model in (tuned, reference))
-        if ReferenceMembership.name in references:  # that of the run without a defence: it may tell more
-            references[UNDEFENDED_REFERENCE] = references[ReferenceMembership.name]
-        references[ReferenceMembership.name] = other
-        runs.append(_run(own, promised, references, after, n))
+    plain, alike = (LossMembership(split.train(public, config)[0]).scores(candidates) for config in attackers)
+    references = (
+        {CalibratedMembership.name: before, ReferenceMembership.name: plain},
+        {CalibratedMembership.name: before, ReferenceMembership.name: alike, UNDEFENDED_REFERENCE: plain},
+    )
+    runs = []
+    for config, compared in zip(configs, references, strict=True):
+        tuned, promised = split.train(members, config)
+        runs.append(_run(config, promised, compared, LossMembership(tuned).scores(candidates), n))
     undefended, defended = runs
     return MembershipResult(
         n,

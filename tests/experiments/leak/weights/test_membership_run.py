@@ -100,7 +100,8 @@ def test_the_attackers_texts_are_no_candidates(
     monkeypatch.setattr(LossMembership, "scores", noted_scores)
     measure_membership(MembershipSettings(**{**settings, "epochs": 1}), tmp_path)
     candidates = scored[0][0]
-    owners, attackers = trained[::2], trained[1::2]
+    attackers, owners = trained[:2], trained[2:]
+    assert len(owners) == 2
     assert all(texts <= candidates and len(texts) == MEMBERS for texts in owners)
     assert all(texts.isdisjoint(candidates) and len(texts) == MEMBERS for texts in attackers)
     assert all(texts == candidates for texts, _ in scored)
