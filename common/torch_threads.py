@@ -13,8 +13,8 @@ from isthmus.common.machine import usable_cores
 def set_torch_threads(number: int) -> None:
     """Have torch compute with so many threads in this thread, whatever others set.
 
-    At a thread's first use of its threads torch sets their number to what any thread has set last. To set it is no such
-    use, so a number that was only set may be lost; to ask for it is one.
+    At a thread's first use of its threads torch sets their number to what any thread has set last. Setting the number
+    does not count as a use, so it could be overwritten; asking for it does, so this asks first.
     """
     torch.get_num_threads()
     torch.set_num_threads(number)

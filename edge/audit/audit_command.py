@@ -11,7 +11,7 @@ from isthmus.common.errors import ConfigError
 from isthmus.common.terminal import printable
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.audit.audit_run import AuditReport, audit
-from isthmus.edge.audit.conditioning import ROUNDING
+from isthmus.edge.audit.conditioning import MAX_ROUNDING_RATIO
 from isthmus.edge.audit.replay import CloudReplayer, LocalReplayer
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.audit_config import AuditCommandConfig
@@ -49,17 +49,23 @@ def lines(report: AuditReport) -> str:
     which = " without adapters" if report.skipped else ""
     explained = len(report.explained)
     close = report.replayed - report.identical - len(report.lies) - report.undecided - explained
-    by = f"by rounding, {report.largest_rounding:.1f} of {ROUNDING:g} at most"
     said = [
         f"replayed {report.replayed} of {report.calls} calls",
         f"  {report.identical:6} have the same bits",
         *([f"  {close:6} are within the threshold"] if close else []),
-        *([f"  {explained:6} are above it, and explained {by}"] if explained else []),
+        *([f"  {explained:6} are above it, and explained by rounding"] if explained else []),
         *([f"  {report.undecided:6} differ, undecided: no --threshold is given"] if report.undecided else []),
         f"  {len(report.lies):6} are wrong",
         "probability that such an audit finds a cloud that alters",
         *(f"  {float(share):6.1%} of the calls{which}: {caught:.1%}" for share, caught in report.caught.items()),
     ]
+    if explained:
+        largest = max(each.rounding_ratio or 0.0 for each in report.explained)
+        said.append("explained by rounding: no more than so many times as far off as changes")
+        said.append(f"  in the last place of the input move the answer: {largest:.1f} (limit {MAX_ROUNDING_RATIO:g})")
+    if report.threshold is not None:
+        said.append("the probabilities are of lies that are larger than the threshold and than")
+        said.append("  what rounding explains, in calls that were not chosen by how it acts there")
     if report.too_large:
         said.append(f"{report.too_large} calls were larger than --audit-sample, and had no chance to be kept")
     if report.skipped:
@@ -76,9 +82,9 @@ def lines(report: AuditReport) -> str:
         signed = "signed by the cloud" if lie.signed else "not signed"
         apart = "another shape" if lie.distance is None else f"distance {lie.distance:.2g}"
         said.append(f"first lie: {lie.question.lower()} call {lie.call}, step {lie.step}, {signed}, {apart}")
-        if lie.rounding is not None:
+        if lie.rounding_ratio is not None:
             said.append(
-                f"  {lie.rounding:.3g} times as far as its input's last place moves it; {ROUNDING:g} is allowed"
+                f"  {lie.rounding_ratio:.3g} times what its input's last place does (limit {MAX_ROUNDING_RATIO:g})"
             )
         said.append(f"  expected {lie.expected}")
         said.append(f"  found    {lie.found}")

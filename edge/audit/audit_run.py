@@ -10,18 +10,19 @@ largest of their tensors'.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from isthmus.backbone.runtime.numerics import are_complete
-from isthmus.common.errors import TranscriptError, UnsupportedCallError
-from isthmus.edge.audit.conditioning import ROUNDING, distances, rounding_ratio
+from isthmus.common.errors import ConnectionLostError, TranscriptError, UnsupportedCallError
+from isthmus.edge.audit.conditioning import MAX_ROUNDING_RATIO, distances, rounding_ratio
 from isthmus.edge.audit.replay import Replayer
 from isthmus.edge.witness.audit_sample import SampledCall, read_sample, too_large
-from isthmus.privacy.transcript.chain import NOTHING, Exchange, adapters_digest, digest
+from isthmus.privacy.transcript.chain import NOTHING, Exchange, Session, adapters_digest, digest
 from isthmus.privacy.transcript.detection import probability_of_catching
 from isthmus.privacy.transcript.transcript_file import SessionTranscript, Transcript
 from isthmus.protocol import messages as m
@@ -29,8 +30,13 @@ from isthmus.protocol import messages as m
 SHARES = (0.001, 0.01, 0.1)
 """Of calls that a cloud may have altered, for which a report says how likely it was caught."""
 USUAL = 0.9
-"""The share of honest answers of other numerics whose distance counts as usual. It is chosen: few enough are above it
-for a second look at each, and this quantile of some hundreds differs less between draws than their largest distance."""
+"""The quantile of honest answers' distances that is proposed as a threshold. It is chosen: few enough are above it for
+a second look at each, and between draws of some hundreds it differs less than their largest distance."""
+TAKEOVERS = 3
+"""Times that a call is asked anew because another worker took over before its second look was done."""
+Verdict = Literal["identical", "within", "explained", "undecided", "lie"]
+"""Of an answer: the same bits; other bits within the threshold, or above it as far as rounding explains; other bits
+that nothing is said about, as no threshold is stated; none of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,8 @@ class OtherAnswer:
         expected: Digest of what it is elsewhere, in hexadecimal.
         found: Digest of what the cloud has answered.
         distance: Between the two; None where their shapes differ.
-        rounding: How many times as far that is as changes in the last place of the input move the answer; None where
-            that is not known or does not matter, as the numerics are the same.
+        rounding_ratio: How many times as far that is as changes in the last place of the input move the answer; None
+            where that is not known or does not matter, as the numerics are the same.
         signed: Whether the cloud has signed that answer.
     """
 
@@ -59,7 +65,7 @@ class OtherAnswer:
     expected: str
     found: str
     distance: float | None
-    rounding: float | None
+    rounding_ratio: float | None
     signed: bool
 
 
@@ -77,13 +83,14 @@ class AuditReport:
         explained: Those above the threshold that were no lies, as rounding explains them, in the order of the run.
         undecided: How many others had other bits, from other numerics, without a threshold to judge them by.
         numerics: What the run's cloud and the replay's have said that their bits depend on, for each pair that met.
-        usual_distance: The distance that a share of `USUAL` of the answers within the threshold do not exceed.
+        distances: Of the answers within the threshold whose bits differ, in rising order.
         threshold: By which answers of other numerics were judged; None where none was given.
         unsigned: Exchanges of the run that the cloud has not signed.
         caught: For shares of altered calls, one call at least, how likely this audit was to meet one among those that
-            it could judge: answers that are undecided, or explained by rounding, are not among these. They are shares
-            of the calls that were not too large; where calls with adapters were skipped, of all calls without adapters,
-            and the figure holds if none of these was too large.
+            it could judge: answers that are undecided, or explained by rounding, are not among these. It holds for
+            alterations above the threshold that rounding does not explain, in calls that were not chosen by their
+            condition. They are shares of the calls that were not too large; where calls with adapters were skipped, of
+            all calls without adapters, and the figure holds if none of these was too large.
     """
 
     calls: int
@@ -95,14 +102,15 @@ class AuditReport:
     explained: tuple[OtherAnswer, ...]
     undecided: int
     numerics: tuple[tuple[str, str], ...]
-    usual_distance: float
+    distances: tuple[float, ...]
     threshold: float | None
     unsigned: int
     caught: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values."""
-        return {**asdict(self), "first_lie": None if self.first_lie is None else asdict(self.first_lie)}
+        more = {"first_lie": None if self.first_lie is None else asdict(self.first_lie)}
+        return {**asdict(self), **more, "usual_distance": usual(self.distances)}
 
     @property
     def first_lie(self) -> OtherAnswer | None:
@@ -110,9 +118,16 @@ class AuditReport:
         return self.lies[0] if self.lies else None
 
     @property
-    def largest_rounding(self) -> float:
-        """How near those that rounding explains came to what it may explain at most, `ROUNDING`."""
-        return max((each.rounding for each in self.explained if each.rounding is not None), default=0.0)
+    def rounding_ratios(self) -> tuple[float, ...]:
+        """Of all answers above the threshold, explained or not, where it is known."""
+        others = (*self.explained, *self.lies)
+        return tuple(each.rounding_ratio for each in others if each.rounding_ratio is not None)
+
+
+def usual(distances: Iterable[float]) -> float:
+    """The distance that a share of `USUAL` of these do not exceed; 0 where there are none."""
+    rising = sorted(distances)
+    return rising[math.ceil(USUAL * len(rising)) - 1] if rising else 0.0
 
 
 def audit(
@@ -135,54 +150,26 @@ def audit(
     """
     sessions = {each.session.id: each for each in transcript.sessions}
     places = {name: place for place, name in enumerate(sessions)}
-    skipped = identical = undecided = 0
-    within, judged, numerics = list[float](), list[Exchange](), set[tuple[str, str]]()
-    lies, explained = list[OtherAnswer](), list[OtherAnswer]()
+    skipped = 0
+    counts, judged, numerics = Counter[Verdict](), list[Exchange](), set[tuple[str, str]]()
+    within, lies, explained = list[float](), list[OtherAnswer](), list[OtherAnswer]()
     for call in islice(read_sample(folder), calls):
         of = sessions.get(call.session)
         exchange = _exchange(of, call)
+        session = sessions[call.session]
         try:
-            answer = replayer.answer(call)
+            found = _replayed(call, exchange, session.session, replayer, threshold)
         except UnsupportedCallError:
             skipped += 1
             continue
-        session = sessions[call.session].session
-        both = (session.numerics, replayer.numerics())
-        numerics.add(both)
-        if digest(answer) == exchange.answered:
-            identical += 1
+        numerics.add((session.session.numerics, found.numerics))
+        counts[found.verdict] += 1
+        if found.verdict not in ("undecided", "explained"):
             judged.append(exchange)
-            continue
-        apart = distances(answer, call.answer)
-        exact = both[0] == both[1] and are_complete(both[0])
-        if not exact and threshold is None:
-            undecided += 1
-            continue
-        farthest = None if apart is None else max(apart, default=0.0)
-        ratio = None
-        if not exact and threshold is not None and apart is not None and farthest is not None:
-            if farthest <= threshold:
-                within.append(farthest)
-                judged.append(exchange)
-                continue
-            ratio = rounding_ratio(apart, threshold, call, answer, replayer, session.span_dtype)
-        other = OtherAnswer(
-            call.session.hex(),
-            call.exchange,
-            exchange.question,
-            exchange.call.step,
-            exchange.call.call,
-            digest(answer).hex(),
-            exchange.answered.hex(),
-            farthest,
-            ratio,
-            call.exchange <= sessions[call.session].signed,
-        )
-        if ratio is not None and ratio <= ROUNDING:
-            explained.append(other)
-        else:
-            lies.append(other)
-            judged.append(exchange)
+        if found.verdict == "within" and found.distance is not None:
+            within.append(found.distance)
+        if found.verdict in ("explained", "lie"):
+            (lies if found.verdict == "lie" else explained).append(_other_answer(call, exchange, session, found))
     for others in (lies, explained):
         others.sort(key=lambda other: (places[bytes.fromhex(other.session)], other.exchange))
     eligible = [exchange for each in transcript.sessions for exchange in auditable(each.exchanges)]
@@ -194,17 +181,78 @@ def audit(
     return AuditReport(
         len(eligible),
         without_room,
-        len(judged) + len(explained) + undecided,
+        counts.total(),
         skipped,
-        identical,
+        counts["identical"],
         tuple(lies),
         tuple(explained),
-        undecided,
+        counts["undecided"],
         tuple(sorted(numerics)),
-        sorted(within)[math.ceil(USUAL * len(within)) - 1] if within else 0.0,
+        tuple(sorted(within)),
         threshold,
         transcript.unsigned,
         {f"{share:g}": probability_of_catching(n, math.ceil(share * n), drawn) for share in SHARES},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Replayed:
+    """A call that was computed again: the answer's digest, and what is made of it; see `OtherAnswer`."""
+
+    digest: bytes
+    numerics: str
+    verdict: Verdict
+    distance: float | None = None
+    rounding_ratio: float | None = None
+
+
+def _replayed(
+    call: SampledCall, exchange: Exchange, session: Session, replayer: Replayer, threshold: float | None
+) -> _Replayed:
+    """Have a call computed again, and with changed inputs where its answer is above the threshold.
+
+    Raises:
+        UnsupportedCallError: The replayer cannot compute it.
+        ConnectionLostError: Other workers took over again and again.
+        IsthmusError: Whatever else the replayer raises.
+    """
+    for _ in range(TAKEOVERS):
+        answer = replayer.answer(call)
+        told, numerics = digest(answer), replayer.numerics()
+        if told == exchange.answered:
+            return _Replayed(told, numerics, "identical")
+        apart = distances(answer, call.answer)
+        if apart is None:
+            return _Replayed(told, numerics, "lie")
+        farthest = max(apart, default=0.0)
+        if numerics == session.numerics and are_complete(numerics):
+            return _Replayed(told, numerics, "lie", farthest)
+        if threshold is None:
+            return _Replayed(told, numerics, "undecided", farthest)
+        if farthest <= threshold:
+            return _Replayed(told, numerics, "within", farthest)
+        ratio = rounding_ratio(apart, threshold, call, answer, replayer, session.span_dtype)
+        if replayer.numerics() == numerics:  # else the answers are not of one worker
+            explained = ratio is not None and ratio <= MAX_ROUNDING_RATIO
+            return _Replayed(told, numerics, "explained" if explained else "lie", farthest, ratio)
+    raise ConnectionLostError(
+        f"other workers took over {TAKEOVERS} times while call {exchange.call.call} was computed again: audit again "
+        "when the replaying cloud is stable"
+    )
+
+
+def _other_answer(call: SampledCall, exchange: Exchange, session: SessionTranscript, found: _Replayed) -> OtherAnswer:
+    return OtherAnswer(
+        call.session.hex(),
+        call.exchange,
+        exchange.question,
+        exchange.call.step,
+        exchange.call.call,
+        found.digest.hex(),
+        exchange.answered.hex(),
+        found.distance,
+        found.rounding_ratio,
+        call.exchange <= session.signed,
     )
 
 

@@ -3,7 +3,8 @@
 Two honest computations with other orders of sums differ by rounding. Most answers differ by much the same amount, which
 a threshold is measured on. In a few calls the gradient is ill-conditioned: a change of the input in the last place
 moves it many times as far as in others. Computing such a call with random changes of this size, some times, and taking
-the largest effect, estimates its condition (after Kenney and Laub 1994, small-sample statistical condition estimates).
+the largest effect, estimates its condition (the idea
+of small-sample condition estimates, Kenney and Laub 1994; theirs are averages over random directions).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from isthmus.protocol.tensor_codecs import Payload, Role, codec_by_id, decode, e
 PERTURBATIONS: Final = 4
 """How often a call is computed with a changed input. The change may by chance be one that moves the answer little; of n
 changes, all do with the n-th power of that chance."""
-ROUNDING: Final = 10.0
-"""How many times as far as such changes move an answer, rounding may take it. It is chosen: rounding inside the layers
-has more places than the input. `isthmus bench audit` says how near honest answers come to it."""
+MAX_ROUNDING_RATIO: Final = 10.0
+"""How many times as far as such changes move an answer, rounding may take it. It is chosen: rounding also happens at
+each place inside the layers. `isthmus bench audit` says how near honest answers come to it."""
 
 
 def distances(ours: m.Message, theirs: m.Message) -> list[float] | None:
@@ -54,21 +55,20 @@ def rounding_ratio(
         span_dtype: What the run's cloud computes in, as its session says.
 
     Returns:
-        The largest of the tensors above the threshold. None where such changes move one of them not at all, or where
-        the answer crosses in a codec that loses them: then nothing is known.
+        The largest of the tensors above the threshold. None where nothing is known: such changes move one of them not
+        at all, the answers have other tensors, or they cross in another codec than fp32, which may lose them.
 
     Raises:
         IsthmusError: Whatever the replayer raises.
     """
     if codec_by_id(call.question.reply_codec).name != "fp32":
         return None
-    numerics = replayer.numerics()
     moved = [0.0] * len(apart)
     for seed in range(PERTURBATIONS):
         found = distances(answer, replayer.answer(perturbed(call, span_dtype, seed)))
-        moved = [0.0] * len(apart) if found is None else list(map(max, moved, found))
-    if replayer.numerics() != numerics:  # another worker has taken over: the answers are not of one
-        return rounding_ratio(apart, threshold, call, replayer.answer(call), replayer, span_dtype)
+        if found is None:
+            return None
+        moved = list(map(max, moved, found))
     over = [(far, move) for far, move in zip(apart, moved, strict=True) if far > threshold]
     return max(far / move for far, move in over) if all(move for _, move in over) else None
 
@@ -88,7 +88,7 @@ def perturbed(call: SampledCall, span_dtype: str, seed: int) -> SampledCall:
     hidden = decode(inputs.hidden)
     signs = torch.randint(2, hidden.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     step = torch.finfo(DTYPES.get(span_dtype.partition("+")[0], torch.float32)).eps
-    # In fp32, whatever the run's codec is: it might lose so small a change.
+    # In fp32, also where hidden states have crossed in another codec, which might lose so small a change.
     changed = encode(hidden * (1 + step * signs), "fp32", Role.ACTIVATION)
     if isinstance(question, m.Forward):
         return replace(call, question=replace(question, hidden=changed))

@@ -26,7 +26,6 @@ from isthmus.privacy.attacks.weights.membership_scores import (
     CalibratedMembership,
     Candidate,
     LossMembership,
-    ReferenceMembership,
 )
 from isthmus.privacy.defences.accountant import Guarantee
 from isthmus.privacy.measures.bootstrap import Interval, mean_interval
@@ -34,8 +33,8 @@ from isthmus.privacy.measures.membership import membership_auc, membership_inter
 
 FALSE_POSITIVES = 0.01
 """The rate at which the true positives are counted."""
-UNDEFENDED_REFERENCE = f"{ReferenceMembership.name}-undefended"
-"""The attack on a defended adapter by a reference that was trained without the defence."""
+REFERENCE, UNDEFENDED_REFERENCE = "membership-reference", "membership-reference-undefended"
+"""`CalibratedMembership` by a reference that was tuned on other texts as the adapter was, or without its defence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +158,8 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
     before = LossMembership(split.edge()).scores(candidates)
     plain, alike = (LossMembership(split.train(public, config)[0]).scores(candidates) for config in attackers)
     references = (
-        {CalibratedMembership.name: before, ReferenceMembership.name: plain},
-        {CalibratedMembership.name: before, ReferenceMembership.name: alike, UNDEFENDED_REFERENCE: plain},
+        {CalibratedMembership.name: before, REFERENCE: plain},
+        {CalibratedMembership.name: before, REFERENCE: alike, UNDEFENDED_REFERENCE: plain},
     )
     runs = []
     for config, compared in zip(configs, references, strict=True):
@@ -218,7 +217,7 @@ def _run(
 
 
 def calibrated_scores(reference: Tensor, tuned: Tensor) -> Tensor:
-    """The scores of `CalibratedMembership` and `ReferenceMembership`, without passes of their own.
+    """The scores of `CalibratedMembership`, without passes of their own.
 
     Args:
         reference, tuned: The scores of `LossMembership` for the reference and the attacked model.

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.torch_threads import set_torch_threads
-from isthmus.edge.audit.conditioning import ROUNDING
+from isthmus.edge.audit.conditioning import MAX_ROUNDING_RATIO
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.rigs.lying.audited_cloud import QUANTIZED, AuditedCloud
@@ -34,7 +34,7 @@ from isthmus.experiments.rigs.lying.lies import KINDS
 from isthmus.privacy.transcript.detection import share_interval
 
 CELLS = "cells.jsonl"
-VERSION = 7
+VERSION = 8
 """Of what a cell holds, raised where that changes: cells that an earlier one has left are made anew."""
 LONGER = (2, 8)
 """Times the length of most calls, 64 and 256 tokens by default: a short text's and a long one's, with thresholds of
@@ -112,8 +112,8 @@ def show(result: dict[str, Any]) -> None:
     for row in result["honest_clouds"]:
         how = "batching" if row["batching"] else "alone"
         there = f"elsewhere {row['elsewhere_alarms']} in {row['elsewhere_calls']}"
-        there += f"; {row['elsewhere_explained']} above the threshold are explained by rounding, "
-        there += f"{row['elsewhere_largest_rounding']:.1f} of {ROUNDING:g} at most"
+        ratio = f"largest ratio {row['elsewhere_largest_ratio']:.1f}, limit {MAX_ROUNDING_RATIO:g}"
+        there += f"; {row['elsewhere_explained']} above the threshold are explained by rounding ({ratio})"
         print(f"honest {row['quantize']:5} {how}: {row['false_alarms']} false alarms in {row['calls']} calls, {there}")
         again = row["again"]
         found = f"{again['same_bits']} have the same bits, {again['undecided']} are undecided without a threshold"

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -22,7 +22,7 @@ from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.torch_threads import torch_threads
-from isthmus.edge.audit.audit_run import AuditReport, OtherAnswer, audit
+from isthmus.edge.audit.audit_run import AuditReport, OtherAnswer, audit, usual
 from isthmus.edge.audit.replay import LocalReplayer
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
 from isthmus.edge.witness.session_witness import SIGN_EVERY
@@ -109,7 +109,7 @@ class AuditedCloud:
             "seq": length,
             "calls": sum(report.replayed for report in found),
             "same_bits": sum(report.identical for report in found),
-            "threshold": max(report.usual_distance for report in found),
+            "threshold": usual(chain.from_iterable(report.distances for report in found)),
         }
 
     def honest(self, threshold: float, *, batching: bool) -> dict[str, Any]:
@@ -133,10 +133,7 @@ class AuditedCloud:
             "elsewhere_calls": sum(each.replayed for each in there),
             "elsewhere_alarms": sum(len(each.lies) for each in there),
             "elsewhere_explained": sum(len(each.explained) for each in there),
-            "elsewhere_largest_rounding": max(each.largest_rounding for each in there),
-            "elsewhere_largest_distance": max(
-                (each.distance or 0.0 for report in there for each in report.explained), default=0.0
-            ),
+            "elsewhere_largest_ratio": max(chain.from_iterable(each.rounding_ratios for each in there), default=0.0),
             "again": self._again_without_batching(called.runs, threshold, here=not batching),
         }
 
@@ -183,6 +180,7 @@ class AuditedCloud:
             "kind": kind,
             "quantize": self._quantize,
             **judged.counts(),
+            "elsewhere_least_ratio": judged.least_ratio(),
             "least_distance": min(apart, default=None),
             "sample": sample,
             "kept": kept,
@@ -218,9 +216,7 @@ class AuditedCloud:
         told = {(session.hex(), call, question) for session, call, question in executor.altered}
         altered = [_crossed(run) & told for run in runs]
         unsigned = set(chain.from_iterable(_crossed(run, unsigned=True) & told for run in runs))
-        accused, accused_unsigned = _accused(found), _accused(found, unsigned=True)
-        explained = {_call_of(each) for report, _ in there for each in report.explained}
-        return _Judged(runs, found, altered, unsigned, told, accused, accused_unsigned, _accused(there), explained)
+        return _Judged(runs, found, [report for report, _ in there], altered, unsigned, told)
 
     def forgeries(self) -> dict[str, Any]:
         """What is found in forged transcripts of an honest run, which the cloud has signed twice."""
@@ -245,48 +241,46 @@ class _Judged:
     Attributes:
         runs: Of each tenant.
         found: What replays by the cloud's like found of each, and what has replayed.
+        there: What replays with other numerics found.
         altered: Of each run, what the cloud altered and the tenant got.
         unsigned: Of all of that, what the cloud has not signed.
         told: All that the cloud altered.
-        accused: What those replays accuse.
-        accused_unsigned: Of that, what they call unsigned.
-        elsewhere: What replays with other numerics accuse.
-        explained: What is above the threshold there, and explained by rounding.
     """
 
     runs: Sequence[Path]
     found: Sequence[tuple[AuditReport, Remembered]]
+    there: Sequence[AuditReport]
     altered: Sequence[Calls]
     unsigned: Calls
     told: Calls
-    accused: Calls
-    accused_unsigned: Calls
-    elsewhere: Calls
-    explained: Calls
 
     def counts(self) -> dict[str, int]:
         """Calls of each kind."""
+        here = [lie for report, _ in self.found for lie in report.lies]
+        accused, elsewhere = _calls_of(here), _calls_of(lie for report in self.there for lie in report.lies)
+        explained = _calls_of(each for report in self.there for each in report.explained)
         return {
             "calls": sum(report.replayed for report, _ in self.found),
             "altered": sum(map(len, self.altered)),
-            "detected": len(self.accused & self.told),
+            "detected": len(accused & self.told),
             "altered_unsigned": len(self.unsigned),
-            "detected_unsigned": len(self.accused_unsigned & self.unsigned),
-            "false_alarms": len(self.accused - self.told),
-            "elsewhere_found": len(self.elsewhere & self.told),
-            "elsewhere_alarms": len(self.elsewhere - self.told),
-            "elsewhere_explained": len(self.explained - self.told),
-            "elsewhere_explained_lies": len(self.explained & self.told),
+            "detected_unsigned": len(_calls_of(lie for lie in here if not lie.signed) & self.unsigned),
+            "false_alarms": len(accused - self.told),
+            "elsewhere_found": len(elsewhere & self.told),
+            "elsewhere_alarms": len(elsewhere - self.told),
+            "elsewhere_explained": len(explained - self.told),
+            "elsewhere_explained_lies": len(explained & self.told),
         }
 
+    def least_ratio(self) -> float | None:
+        """Of altered answers above the threshold elsewhere, the smallest ratio to what rounding does."""
+        others = [each for report in self.there for each in (*report.lies, *report.explained)]
+        ratios = [each.rounding_ratio for each in others if not _calls_of([each]).isdisjoint(self.told)]
+        return min((each for each in ratios if each is not None), default=None)
 
-def _accused(found: Sequence[tuple[AuditReport, Remembered]], *, unsigned: bool = False) -> Calls:
-    """What replays accuse, or those alone of which they say that the cloud has not signed them."""
-    return {_call_of(lie) for report, _ in found for lie in report.lies if not (unsigned and lie.signed)}
 
-
-def _call_of(answer: OtherAnswer) -> tuple[str, int, str]:
-    return answer.session, answer.call, answer.question
+def _calls_of(answers: Iterable[OtherAnswer]) -> Calls:
+    return {(each.session, each.call, each.question) for each in answers}
 
 
 def _audited(run: Path, replayer: Remembered, calls: int, threshold: float | None) -> AuditReport:

@@ -55,23 +55,16 @@ class CalibratedMembership(LossMembership):
     """How much lower the loss of a text is than a reference model's."""
 
     name: ClassVar[str] = "membership-calibrated"
-    knows: ClassVar[str] = "the base weights, and candidate texts"
+    knows: ClassVar[str] = "the base weights, candidate texts, and perhaps other texts of the kind to tune them on"
 
     def __init__(self, tuned: Any, reference: Any) -> None:
-        """Attack `tuned` with `reference`, such as the base model; both transformers causal LMs with one vocabulary."""
+        """Attack `tuned` with `reference`: the base model, or it tuned on other texts; both transformers causal LMs."""
         super().__init__(tuned)
         self._reference = reference
 
     def scores(self, candidates: Sequence[Candidate]) -> Tensor:
         """See `LossMembership`."""
         return _losses(self._reference, candidates) + super().scores(candidates)
-
-
-class ReferenceMembership(CalibratedMembership):
-    """The same, where the reference was tuned on other texts of the kind, as the attacked model was on its own."""
-
-    name: ClassVar[str] = "membership-reference"
-    knows: ClassVar[str] = "the base weights, other texts of the kind, how the adapter was trained, candidate texts"
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.common.errors import CheckpointError, ConfigError, TranscriptError
 from isthmus.edge.audit import replay as replay_module
 from isthmus.edge.audit.audit_command import lines, run_audit
-from isthmus.edge.audit.audit_run import AuditReport, audit
+from isthmus.edge.audit.audit_run import AuditReport, audit, usual
 from isthmus.edge.audit.replay import LocalReplayer
 from isthmus.edge.config.audit_config import AuditCommandConfig
 from isthmus.edge.witness.audit_sample import SampledCall
@@ -153,7 +153,7 @@ def test_answers_of_other_numerics_are_judged_by_a_threshold(runs: Runs, honest_
         return audit(transcript, honest_run / "audit", Elsewhere(local, numerics, 1e-4), threshold=threshold)
 
     assert found("elsewhere", 1e-3).lies == ()
-    assert found("elsewhere", 1e-3).usual_distance == pytest.approx(1e-4, rel=1e-2)
+    assert usual(found("elsewhere", 1e-3).distances) == pytest.approx(1e-4, rel=1e-2)
     assert len(found("elsewhere", 1e-5).lies) == found("elsewhere", 1e-5).replayed
     assert len(found(local.numerics(), 1e-3).lies) == found(local.numerics(), 1e-3).replayed
     undecided = found("elsewhere", None)

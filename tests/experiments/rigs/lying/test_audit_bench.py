@@ -16,10 +16,10 @@ from isthmus.backbone.runtime.batch_invariance import BatchInvariance
 from isthmus.backbone.split.span import load_span
 from isthmus.cloud.engine import engine
 from isthmus.edge.audit import audit_run, replay as edge_replay
-from isthmus.edge.audit.conditioning import ROUNDING
+from isthmus.edge.audit.conditioning import MAX_ROUNDING_RATIO
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, read_sample
 from isthmus.experiments.harness.rig_settings import AuditSettings
-from isthmus.experiments.rigs.lying import audit_bench, audited_cloud, forgeries, tenants
+from isthmus.experiments.rigs.lying import audit_bench, audited_cloud, forgeries, lies, tenants
 from isthmus.experiments.rigs.lying.audit_bench import run_audit_bench, show
 from isthmus.experiments.rigs.lying.audit_cost import cost_of, step_ratio
 from isthmus.experiments.rigs.lying.audited_cloud import ELSEWHERE, AuditedCloud
@@ -134,33 +134,40 @@ def test_a_threshold_of_nothing_accuses_the_honest(
     row = cloud.honest(0.0, batching=True)
     assert row["false_alarms"] == 0
     assert row["elsewhere_explained"] > row["elsewhere_calls"] / 2
-    assert 0 < row["elsewhere_largest_rounding"] <= ROUNDING
-    assert 0 < row["elsewhere_largest_distance"] < 1e-3
-    monkeypatch.setattr(audit_run, "ROUNDING", 0.0)
+    monkeypatch.setattr(audit_run, "MAX_ROUNDING_RATIO", 0.0)
     bare = cloud.honest(0.0, batching=True)
-    assert bare["elsewhere_alarms"] == row["elsewhere_alarms"] + row["elsewhere_explained"]
+    assert bare["elsewhere_alarms"] > bare["elsewhere_calls"] / 2
+    assert (bare["elsewhere_explained"], bare["elsewhere_largest_ratio"]) == (0, row["elsewhere_largest_ratio"])
     large = cloud.lie("noise", 1.0)
     assert large["detected"] == large["altered"] > 0
     assert large["elsewhere_found"] == 0  # smaller than the threshold
 
 
 @pytest.mark.long
-def test_rounding_excuses_no_lie_that_matters(settings: AuditSettings, tmp_path: Path) -> None:
+def test_rounding_excuses_the_honest_and_no_skipped_layer_or_scaled_answer(
+    settings: AuditSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cloud = AuditedCloud(settings, tmp_path, "none")
     threshold = cloud.threshold(settings.seq)["threshold"]
+    honest = cloud.honest(threshold, batching=True)
+    assert honest["elsewhere_alarms"] == 0 < honest["elsewhere_explained"]
+    assert 0 < honest["elsewhere_largest_ratio"] <= MAX_ROUNDING_RATIO
     for kind in ("layer_skipped", "tenant_altered"):
         row = cloud.lie(kind, threshold)
         assert row["elsewhere_found"] == row["altered"] > 0
         assert (row["elsewhere_explained_lies"], row["elsewhere_alarms"]) == (0, 0)
-    largest = cloud.lie("noise", 0.0)  # no larger than what rounding does to some of its calls
-    assert largest["elsewhere_found"] + largest["elsewhere_explained_lies"] == largest["altered"]
+        assert row["elsewhere_least_ratio"] > 10 * MAX_ROUNDING_RATIO
+    monkeypatch.setattr(lies, "NOISE", 1e-7)  # as large as what rounding does
+    row = cloud.lie("noise", 0.0)
+    assert row["detected"] == row["altered"]
+    assert row["elsewhere_explained_lies"] > row["altered"] / 2
 
 
 @pytest.mark.long
 def test_at_a_longer_length_its_own_threshold_decides(
     settings: AuditSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_run, "ROUNDING", 0.0)
+    monkeypatch.setattr(audit_run, "MAX_ROUNDING_RATIO", 0.0)
     cloud = AuditedCloud(settings, tmp_path, "none")
     row = cloud.longer(16, 0.0)
     assert row["false_alarms"] == 0
@@ -223,7 +230,7 @@ def test_numerics_that_differ_leave_calls_undecided_and_the_same_would_accuse_th
     ((ours, theirs),), found = again(fewer, 1.0)
     assert ours == f"{theirs}, 1 from 16 positions on"
     assert (found["undecided"], found["alarms"]) == (found["calls"], 0)
-    monkeypatch.setattr(audit_run, "ROUNDING", 0.0)
+    monkeypatch.setattr(audit_run, "MAX_ROUNDING_RATIO", 0.0)
     _, found = again(fewer, 0.0)  # a threshold that honest answers exceed
     assert (found["undecided"], found["alarms"]) == (found["calls"], found["calls"])
     ((ours, theirs),), found = again(same, 1.0)
