@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     By itself torch takes a thread for each core in each process. The run's processes share the cores, and threads that
     wait for one another then keep them from those that compute.
+
+    gRPC's fork handlers are off: a test's process has threads in gRPC, and with the handlers a child that it forks is
+    now and then ended by gRPC's own check (SIGABRT) before it comes to its program.
     """
     if _USERS_CACHE in os.environ:
         return
@@ -59,6 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
     (folder / "cache").mkdir(mode=0o700)
     os.environ |= {"ISTHMUS_CACHE": str(folder / "cache"), FOLDER: str(folder)}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.cloud.emulator_owner import Owner
+from support.emulator.emulator_owner import Owner
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cloud.emulator_owner import Owner
+from support.emulator.emulator_owner import Owner
 from typer.testing import CliRunner
 
 from isthmus.backbone.plan import SplitPlan

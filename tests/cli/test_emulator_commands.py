@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cloud.emulator_owner import Owner
+from support.emulator.emulator_owner import Owner
 from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer, served
-from support.cloud.packages import tiny_package, tuned
+from support.emulator.packages import tiny_package, tuned
 from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner, Result
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.cloud.clouds import Home, ThreadServer, served
-from support.cloud.packages import tiny_package, tuned
 from support.commands import Shell, ended, in_process, refused, skip_without_namespaces, wait_for
+from support.emulator.packages import tiny_package, tuned
 from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 

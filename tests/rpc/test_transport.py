@@ -335,9 +335,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 )
 def test_a_process_that_has_not_closed_its_streams_ends(rest: str, printed: list[str], code: int) -> None:
     program = PROGRAM.format(rest=rest)
+    as_users = {name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"}
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", program],
-        capture_output=True, text=True, timeout=60, check=False,
+        env=as_users, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ended.stdout.split() == ["ConnectionLostError", *printed]
     assert ended.returncode == code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.cloud.clouds import Home
-from support.cloud.packages import tiny_package
+from support.emulator.packages import tiny_package
 from support.models.tiny import tiny_checkpoint
 from support.other_user import as_nobody, place
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from support.cloud.packages import tiny_package, tuned
 from support.cloud.sessions import eventually, hidden
 from support.cluster.node_workers import FakeWorker, ask, certificate, settled, spec_of
 from support.cluster.owners_folder import OwnersFolder
+from support.emulator.packages import tiny_package, tuned
 
 from isthmus.cloud.control.ports import Ports
 from isthmus.cloud.nodes import node_worker

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cloud.clouds import served
-from support.cloud.packages import Owner
+from support.emulator.packages import Owner
 from support.models.tiny import tiny_checkpoint
 from support.protocol.wire import TENANT
 

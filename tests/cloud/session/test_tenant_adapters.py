@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.cloud.packages import Owner
+from support.emulator.packages import Owner
 from support.protocol.wire import TENANT
 
 from isthmus.cloud.session import tenant_adapters as adapters_module

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.cloud.packages import Owner
 from support.cloud.sessions import eventually
+from support.emulator.packages import Owner
 from support.protocol.wire import TENANT
 
 from isthmus.backbone.checkpoints.sources import is_model_file

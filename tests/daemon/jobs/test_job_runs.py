@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 from support.cloud.clouds import ThreadServer
-from support.cloud.packages import tiny_package
 from support.cloud.train_runs import Runs, cloud_for_runs
 from support.daemon.jobs import jobs_process
 from support.daemon.jobs.job_homes import TRAINING, Jobs, ended, jobs_of, said, training, until
+from support.emulator.packages import tiny_package
 from support.warm_processes import WarmPopen
 
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS

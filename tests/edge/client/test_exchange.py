@@ -16,7 +16,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud.memory_cloud import CUT, FaultyTransport, MemoryCloud, MemoryTransport, messages, new_link
-from support.cloud.packages import Owner, tiny_package
+from support.emulator.packages import Owner, tiny_package
 from support.models.tiny import tiny_checkpoint
 from support.protocol.wire import NOW, PIN, identity
 

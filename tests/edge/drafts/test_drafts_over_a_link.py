@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer
-from support.cloud.packages import tiny_package
+from support.emulator.packages import tiny_package
 from support.models.tiny import PAD
 from torch import Tensor
 

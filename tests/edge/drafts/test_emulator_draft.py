@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.cloud.packages import tiny_package
+from support.emulator.packages import tiny_package
 from support.models.tiny import HIDDEN, N_LAYERS, PAD, VOCAB, WINDOW
 from torch import Tensor
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.cloud.packages import tiny_package
+from support.emulator.packages import tiny_package
 from support.models.local_cache import CachingLocalSpan
 from support.models.sited_span import Sited
 from support.models.tiny import PAD, VOCAB

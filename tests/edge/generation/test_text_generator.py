@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from support.cloud.clouds import ThreadServer
-from support.cloud.packages import tiny_package
+from support.emulator.packages import tiny_package
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters.adapter_files import save_adapter

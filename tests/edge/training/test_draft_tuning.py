@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.cloud.packages import tiny_package
 from support.cloud.train_runs import Runs, cloud_for_runs
+from support.emulator.packages import tiny_package
 from support.models import draft_run as program
 from support.models.draft_run import PLAN, draft_run
 from support.models.small_training import Wire, config

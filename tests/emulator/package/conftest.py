@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.cloud.packages import tuned
+from support.emulator.packages import tuned
 from support.models.tiny import tiny_checkpoint
 from torch import Tensor
 

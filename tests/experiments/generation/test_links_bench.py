@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cloud.packages import tiny_package, tuned
+from support.emulator.packages import tiny_package, tuned
 from support.models.local_cache import CachingLocalSpan
 from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cloud.packages import tiny_package, tuned
+from support.emulator.packages import tiny_package, tuned
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.adapters.adapter_files import load_adapter

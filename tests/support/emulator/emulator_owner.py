@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from support.cloud.packages import tuned
+from support.emulator.packages import tuned
 from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
