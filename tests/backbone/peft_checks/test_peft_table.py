@@ -185,6 +185,7 @@ def test_no_method_is_silently_different(rows: Rows, options: dict[str, tuple[st
     assert sum(cell == EXACT for cell in cells.values()) > 40
 
 
+@pytest.mark.long
 @pytest.mark.skipif(peft.__version__ != VERSION, reason=f"the table is of PEFT {VERSION}")
 def test_the_table_is_of_every_method_and_every_configuration_is_valid(
     rows: Rows, options: dict[str, tuple[str]]
@@ -194,6 +195,7 @@ def test_the_table_is_of_every_method_and_every_configuration_is_valid(
     assert {name: cells for name, cells in every.items() if any(cell.startswith(INVALID) for cell in cells)} == {}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(peft.__version__ != VERSION, reason=f"the table is of PEFT {VERSION}")
 def test_the_committed_table_is_what_the_methods_do(rows: Rows, options: dict[str, tuple[str]]) -> None:
     document = _document(rows, options)

@@ -74,6 +74,7 @@ def test_what_a_run_lacks_is_named() -> None:
     assert broken.row() == {"cases": 51, "first": 25, "mended": 25, "distinct": 50, "5xx": 1, "fail": 0}
 
 
+@pytest.mark.long
 def test_the_command_ends_with_1_where_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--only", "GET /files/{file_id}/content", "--cases", "4", "--json"]
     assert main([*asked, "--distinct", "1"]) == 0

@@ -175,6 +175,7 @@ def test_a_top_only_run_that_withholds_answers_keeps_a_label_budget(
     assert not [call for call in cloud.seen() if isinstance(call, m.Backward)]
 
 
+@pytest.mark.long
 def test_a_recovered_secret_breaks_the_budget(cloud: Recorded, tmp_path: Path) -> None:
     secrets = tmp_path / "secrets.txt"
     secrets.write_text(f"{text(3, 9)}\n\n{text(17, 9)[2:]}\n")
@@ -195,6 +196,7 @@ def test_a_recovered_secret_breaks_the_budget(cloud: Recorded, tmp_path: Path) -
         cloud.train(tmp_path / "out", secrets=secrets)
 
 
+@pytest.mark.long
 def test_a_token_budget_is_broken_by_gradients_too(cloud: Recorded, tmp_path: Path) -> None:
     """What is learned of a plain text is the text."""
     before = len(cloud.private())
@@ -242,6 +244,7 @@ def test_a_run_that_goes_on_is_attacked_again_first(cloud: Recorded, tmp_path: P
     assert cloud.runs.train(tmp_path, resume=True, **values).leak_attacks == 2
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_attack")
 def test_only_training_counts_as_a_change_of_the_front(cloud: Recorded, tmp_path: Path) -> None:
     still = {"leak_budget": ["tokens<=1"], "leak_change": 1e-3, "leak_sample": 2, "steps": 2, "defence": ["mixing"]}

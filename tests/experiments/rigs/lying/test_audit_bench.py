@@ -49,6 +49,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> AuditSettings:
     )
 
 
+@pytest.mark.long
 def test_a_measurement_has_its_rows_and_an_interrupted_one_goes_on(
     settings: AuditSettings,
     tmp_path: Path,
@@ -205,6 +206,7 @@ def test_where_a_forgery_is_found(settings: AuditSettings, tmp_path: Path) -> No
     assert "has no signature" in said["signatures_left_out"]
 
 
+@pytest.mark.long
 def test_numerics_that_differ_leave_calls_undecided_and_the_same_would_accuse_them(
     settings: AuditSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,7 @@ def test_all_that_a_cloud_must_hold_has_to_be_found() -> None:
         assert not _held_found(found - Counter([kind]))
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_controls_that_are_not_found_are_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
