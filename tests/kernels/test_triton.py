@@ -32,6 +32,7 @@ def _passes(file: str, cache: Path, **variables: str) -> None:
 
 
 @needs_triton
+@pytest.mark.long
 def test_the_kernels_in_the_interpreter(tmp_path: Path) -> None:
     _passes("triton_checks.py", tmp_path, TRITON_INTERPRET="1")
 

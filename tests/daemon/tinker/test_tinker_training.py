@@ -124,6 +124,7 @@ def test_the_sdk_trains_as_what_trains_does(
     assert _logprobs(fresh.forward(_data(random_data(6)), "cross_entropy").result()) != last
 
 
+@pytest.mark.long
 def test_what_crosses_in_training_is_counted(client: tinker.ServiceClient, server: TinkerServer) -> None:
     model = client.create_lora_training_client(base_model=BASE, rank=4, seed=3).result()
     before = server.crossed()
