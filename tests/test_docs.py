@@ -21,6 +21,7 @@ from isthmus.common import errors
 from isthmus.common.errors import IsthmusError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.openai import training_files as rule
+from isthmus.privacy.ledger.mode_leaks import CLOUD_READS
 from isthmus.protocol import isthmus_pb2, messages, service, tensor_codecs
 from isthmus.protocol.secure import framing
 
@@ -330,6 +331,11 @@ def _architecture_faults(text: str) -> list[str]:
     packages = {package.removeprefix("isthmus.") for package in FOLDERS}
     faults += [f"{package} has no row" for package in sorted(packages - rows)]
     return faults + [f"{row} is no package" for row in sorted(rows - packages)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guides/choosing-a-mode.md", "docs/guides/daemon.md"])
+def test_the_documents_say_what_a_cloud_reads_in_the_same_words(name: str) -> None:
+    assert CLOUD_READS in " ".join((ROOT / name).read_text().split())
 
 
 def test_the_architecture_is_short_and_has_every_package() -> None:

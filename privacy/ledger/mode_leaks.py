@@ -17,6 +17,13 @@ from dataclasses import dataclass
 CHANNELS = {"tokens": "hidden states at the cut", "labels": "gradients at the output of the cloud's layers"}
 """What a budget limits, and what it is read from."""
 
+CLOUD_READS = (
+    "A cloud that attacks reads 98 to 100 % of the tokens of your texts from the activations, and 94 to 100 % of your "
+    "labels from the gradients."
+)
+"""What split training gives up, as it was measured at SmolLM2-135M; README, guides and the page say it in these words.
+"""
+
 _LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.]+)", re.ASCII)
 
 
