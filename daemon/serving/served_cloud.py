@@ -140,7 +140,7 @@ class ServedCloud:
         self._used: set[Link] = set()
         self._closed = WireTotals()  # what links have carried that are closed
         self._taken = WireTotals()
-        self._opening = 0
+        self._opening, self._looking = 0, 0  # links that are being opened, by `_take` and by `look`
         self._change = threading.Condition()
         self._loading = threading.Lock()
 
@@ -202,8 +202,12 @@ class ServedCloud:
             Whether it can be used. Where not, `seen` says why.
         """
         config = self._config.model_copy(update={"connect_timeout": min(self._config.connect_timeout, LOOK_SECONDS)})
+        with self._change:
+            self._looking += 1
         try:
             link = open_link(config, interactive=True)
+            with self._change:
+                self._used.add(link)
         except OverQuotaError:  # its other links are in use, so it is there
             self.seen = Seen(True)
             return self.parts is not None
@@ -211,9 +215,10 @@ class ServedCloud:
             self.seen = Seen(False, str(error))
             self._close_idle()
             return False
+        finally:
+            with self._change:
+                self._looking -= 1
         self._close_idle()
-        with self._change:
-            self._used.add(link)
         good = False
         try:
             self.load(link)
@@ -255,14 +260,15 @@ class ServedCloud:
                 self._opening += 1
             try:
                 return self._opened()
-            except OverQuotaError:
-                with self._change:
-                    if not self._used:
-                        raise
-                    self._change.wait(_MOMENT)  # for one that others use
+            except OverQuotaError as error:
+                refused = error
             finally:
                 with self._change:
                     self._opening -= 1
+            with self._change:
+                if not (self._used or self._opening or self._looking):
+                    raise refused  # what has the sessions is another process
+                self._change.wait(_MOMENT)
 
     def _opened(self) -> Link:
         try:

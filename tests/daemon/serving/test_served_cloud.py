@@ -17,15 +17,18 @@ from isthmus.common.errors import (
     ConnectionLostError,
     DataError,
     LocalProtocolError,
+    OverQuotaError,
     UnknownModelError,
     UnreachableError,
     UnsupportedCallError,
 )
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.serving import served_cloud
 from isthmus.daemon.serving.served_cloud import EdgeParts, ServedCloud
 from isthmus.daemon.serving.serving_worker import Serving
 from isthmus.daemon.workers.answering import Question
 from isthmus.edge.client.link import Link
+from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.run_report import WireTotals
 from isthmus.protocol.enrolment import Quota
@@ -142,6 +145,40 @@ def test_a_small_quota_is_enough(server: ThreadServer, clouds: Callable[..., Ser
         cloud.look()  # the cloud is there, and gives no second session
         assert cloud.seen.reachable
     assert len(cloud._used) == 1
+
+
+@pytest.mark.parametrize("opener", ["look", "link"])
+def test_the_only_session_is_waited_for_while_it_is_opened(
+    server: ThreadServer, clouds: Callable[..., ServedCloud], monkeypatch: pytest.MonkeyPatch, opener: str
+) -> None:
+    key = server.home.new_edge(f"opened-by-{opener}", quota=Quota(max_sessions=1))
+    cloud, other = clouds(server, key=key), clouds(server, key=key)
+    opened, asked = threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **options: Any) -> Link:
+        if threading.current_thread() is not first:
+            asked.set()
+            return open_link(*args, **options)
+        link = open_link(*args, **options)  # it has the session, and nobody knows it yet
+        opened.set()
+        assert asked.wait(60)
+        asked.clear()
+        assert asked.wait(60)  # the second thread was refused once, and asks again
+        return link
+
+    def use() -> None:
+        with cloud.link(nothing):
+            pass
+
+    monkeypatch.setattr(served_cloud, "open_link", slowly)
+    first = threading.Thread(target=use if opener == "link" else cloud.look)
+    first.start()
+    assert opened.wait(60)
+    use()
+    first.join(60)
+    assert len(cloud._used) == 1
+    with pytest.raises(OverQuotaError), other.link(nothing):  # where another program has it, nobody waits
+        pass
 
 
 def test_what_crosses_is_counted_once(server: ThreadServer, clouds: Callable[..., ServedCloud]) -> None:
