@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from isthmus.daemon.openai import file_routes, job_routes, model_routes
 from isthmus.daemon.openai.completions import chat_routes, completion_routes
+from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.bounded_body import shown
+
+ABSENT = ("responses", "embeddings", "batches", "assistants")
+"""Paths of the API that clients ask for, and that are not here."""
 
 
 def router() -> APIRouter:
@@ -13,4 +18,15 @@ def router() -> APIRouter:
     api = APIRouter(prefix="/v1")
     for part in (file_routes, job_routes, model_routes, chat_routes, completion_routes):
         api.include_router(part.routes)
+    for name in ABSENT:
+        api.add_api_route(f"/{name}{{rest:path}}", _absent, methods=["GET", "POST", "DELETE"])
     return api
+
+
+async def _absent(request: Request) -> None:
+    raise ApiError(
+        404,
+        f"{shown(request.url.path)} is not offered here: there are /v1/chat/completions, /v1/completions, /v1/files, "
+        "/v1/fine_tuning/jobs and /v1/models",
+        code="not_found",
+    )

@@ -47,12 +47,12 @@ class Message(Fields):
     """A message of a conversation."""
 
     role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
     name: Annotated[Any, only(why="chat templates show no names")] = None
     refusal: Annotated[Any, only(None, why="models here have no separate refusals")] = None
     audio: Annotated[Any, only(None, why="audio is not understood here")] = None
     tool_calls: Annotated[Any, only([], why=_NO_TOOLS)] = None
     function_call: Annotated[Any, only(None, why=_NO_TOOLS)] = None
+    content: Annotated[str, BeforeValidator(_text)]  # null beside some of the above, which are named first
 
 
 class ChatBody(SamplingFields):

@@ -104,6 +104,19 @@ def test_errors_without_a_status_have_classes(
     assert type(caught.value) is kind
 
 
+def test_a_path_that_is_not_there_names_those_that_are(client: OpenAI) -> None:
+    there = "there are /v1/chat/completions, /v1/completions, /v1/files, /v1/fine_tuning/jobs and /v1/models"
+    for path, ask in (
+        ("responses", lambda: client.responses.create(model=BASE, input="hi")),
+        ("embeddings", lambda: client.embeddings.create(model=BASE, input="hi")),
+    ):
+        with pytest.raises(NotFoundError, match=f"'/v1/{path}' is not offered here: {there}"):
+            ask()
+    with pytest.raises(NotFoundError) as caught:  # a path that is there names none
+        client.models.retrieve("other")
+    assert "/v1/completions" not in caught.value.message
+
+
 def test_every_class_of_the_sdk_occurs_or_is_named_as_one_that_cannot() -> None:
     public = {name: each for name, each in list(vars(openai).items()) if not name.startswith("_")}
     classes = {name for name, each in public.items() if isinstance(each, type) and issubclass(each, OpenAIError)}

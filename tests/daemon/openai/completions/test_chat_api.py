@@ -118,6 +118,7 @@ def test_a_client_that_goes_ends_its_answer(client: OpenAI, openai_daemon: OpenA
     assert openai_daemon.answers.closed.acquire(timeout=20)
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 SATISFIED: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "store": False, "metadata": {},
     "response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium", "reasoning_effort": "none",
@@ -171,6 +172,8 @@ def test_fields_that_ask_for_what_happens_anyway_are_taken(client: OpenAI, opena
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [*HI, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "messages[1].tool_calls"),
+        ({"messages": [*HI, {"role": "assistant", "tool_calls": [CALL]}]}, "messages[1].tool_calls"),
         ({"messages": [*HI, {"role": "user", "content": "x", "name": "me"}]}, "messages[1].name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
          "messages[0].content"),
