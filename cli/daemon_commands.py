@@ -18,6 +18,7 @@ import typer
 
 from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError
 from isthmus.daemon.daemon_settings import DEFAULT_HOME, EXPORT_NO_PROXY, FILE
+from isthmus.daemon.tokens import HUB
 
 if TYPE_CHECKING:
     from isthmus.daemon.daemon_server import Started
@@ -267,7 +268,8 @@ def _announce(started: Started) -> None:
 def _message(url: str, home: Home, clouds: list[str], *, remote: bool) -> list[str]:
     """What the start of the daemon says."""
     known = ", ".join(clouds) or f"none: add [clouds.NAME] to {home.path / FILE} (see `isthmus edge daemon config`)"
-    key = f"$(cat {shlex.quote(str(home.token))})"
+    file = shlex.quote(str(home.token))
+    key = f"$(cat {file})"
     return [
         f"page    {url}",
         *([_REMOTE] if remote else []),
@@ -277,7 +279,8 @@ def _message(url: str, home: Home, clouds: list[str], *, remote: bool) -> list[s
         "for scripts:",
         f"  {EXPORT_NO_PROXY}",
         f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
-        f"  export TINKER_BASE_URL={url} TINKER_API_KEY={key} HF_ENDPOINT={url}/hub HF_TOKEN={key}",
+        f"  export TINKER_BASE_URL={url} TINKER_API_KEY={key}",
+        f"  export HF_ENDPOINT={url}/hub HF_TOKEN={HUB}$(tr -d '\\n' < {file} | sha256sum | cut -c1-64)",
     ]
 
 

@@ -12,6 +12,9 @@ from isthmus.common.ownership import check_private
 
 PREFIX = "tml-"
 """Tinker's SDK takes no key without it; OpenAI's takes any."""
+HUB = "hub-"
+"""What stands before a token's hash where that opens the tokenizers (`/hub`) and nothing else. Programs read it as
+`HF_TOKEN`, and those that do not ask the daemon for it (`HF_ENDPOINT`) send it elsewhere, where it is worth nothing."""
 _TOKEN = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}", re.ASCII)
 
 

@@ -15,7 +15,7 @@ from isthmus.common.errors import ConfigError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Owner
-from isthmus.daemon.tokens import hash_of, new_token, read_token
+from isthmus.daemon.tokens import HUB, hash_of, new_token, read_token
 
 FIRST = "first"
 """The name of the owner whose token is in the home."""
@@ -105,10 +105,11 @@ class Owners:
         self._known: dict[str, Owner] = {}
         self._read_at: float | None = None
 
-    def find(self, token: str) -> Owner | None:
-        """Whose token it is; None for nobody's."""
+    def find(self, token: str, *, hub: bool = False) -> Owner | None:
+        """Whose token it is; None for nobody's. One for the `hub` counts only there (`isthmus.daemon.tokens.HUB`)."""
         if self._read_at is None or self._now() - self._read_at >= READ_EVERY:
             with self._database.reading() as session:
-                self._known = {owner.token_sha256: owner for owner in session.scalars(select(Owner))}
+                owners = session.scalars(select(Owner))
+                self._known = {owner.token_sha256: owner for owner in owners if not is_revoked(owner)}
             self._read_at = self._now()
-        return self._known.get(hash_of(token))
+        return self._known.get(token[len(HUB) :] if hub and token.startswith(HUB) else hash_of(token))

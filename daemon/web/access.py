@@ -36,6 +36,8 @@ log = logging.getLogger("isthmus.daemon")
 OPEN = frozenset({"/", "/healthz", "/favicon.ico"})
 OPEN_UNDER = "/static/"
 """The page and its files, which anybody may read, and which hold nothing of anybody's."""
+HUB_UNDER = "/hub/"
+"""Tokenizers, which a token for them alone opens, too."""
 ALWAYS = frozenset({"/healthz", "/isthmus/v1/status"})
 UPLOADS = frozenset({"/v1/files"})
 """Paths whose bodies are files."""
@@ -87,7 +89,7 @@ class Access:
             self._let_in(scope)
             body.bound(self._settings, scope)
             if not is_open:
-                state["owner"] = self._owner(Headers(scope=scope))
+                state["owner"] = self._owner(Headers(scope=scope), hub=scope["path"].startswith(HUB_UNDER))
             if scope["path"] not in ALWAYS:
                 if self._under_way[is_open] >= self._settings.requests_at_once:
                     raise overloaded("as many requests are under way as may be")
@@ -127,12 +129,12 @@ class Access:
         if "origin" in headers and _only(headers, "origin") != f"{scope['scheme']}://{host}":
             raise ApiError(403, "requests from pages of other origins are refused", code="other_origin")
 
-    def _owner(self, headers: Headers) -> Owner:
+    def _owner(self, headers: Headers, *, hub: bool) -> Owner:
         token = headers.get("x-api-key", "").strip()
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             token = bearer.strip()
-        owner = self._owners.find(token) if token else None
+        owner = self._owners.find(token, hub=hub) if token else None
         if owner is None:
             wrong = "the token is not one of this daemon's" if token else "a token is missing"
             raise ApiError(

@@ -22,6 +22,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+from isthmus.daemon.tokens import HUB, hash_of
 from isthmus.experiments.daemon.local_daemon import LocalDaemon
 from isthmus.experiments.harness.launch import LocalCloud
 
@@ -102,7 +103,7 @@ def _train(python: Path, daemon: LocalDaemon, folder: Path, data: Path, steps: i
         "TINKER_BASE_URL": url,
         "TINKER_API_KEY": daemon.token,
         "HF_ENDPOINT": f"{url}/hub",
-        "HF_TOKEN": daemon.token,
+        "HF_TOKEN": f"{HUB}{hash_of(daemon.token)}",
         "HF_HOME": str(folder / "hub"),
         "NO_PROXY": "127.0.0.1,localhost",
     }

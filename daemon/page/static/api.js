@@ -30,8 +30,8 @@ export const connection = new EventTarget();
 
 const tell = (name) => connection.dispatchEvent(new Event(name));
 
-function headers(body) {
-  const found = { Authorization: `Bearer ${token.get() ?? ""}` };
+function headers(body, as) {
+  const found = { Authorization: `Bearer ${as ?? ""}` };
   if (body !== undefined && !(body instanceof FormData)) found["Content-Type"] = "application/json";
   return found;
 }
@@ -46,13 +46,13 @@ async function errorOf(response) {
   return new ApiError(response.status, error);
 }
 
-/** A response that is not an error. Throws ApiError, AwayError; an AbortError where `signal` was aborted. */
-async function request(path, { method = "GET", body, signal } = {}) {
+/** A response that is not an error, to whoever has the token `as`. Throws ApiError, AwayError; an AbortError where `signal` was aborted. */
+async function request(path, { method = "GET", body, signal, as = token.get() } = {}) {
   let response;
   try {
     response = await fetch(path, {
       method,
-      headers: headers(body),
+      headers: headers(body, as),
       body: body === undefined || body instanceof FormData ? body : JSON.stringify(body),
       signal,
       cache: "no-store",
@@ -64,7 +64,7 @@ async function request(path, { method = "GET", body, signal } = {}) {
     throw new AwayError();
   }
   tell("back");
-  if (response.status === 401) tell("refused");
+  if (response.status === 401 && as === token.get()) tell("refused");
   if (!response.ok) throw await errorOf(response);
   return response;
 }

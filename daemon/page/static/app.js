@@ -3,7 +3,7 @@
 import { ask, connection, token } from "./api.js";
 import { showChat } from "./chat.js";
 import { showCrossed } from "./crossed.js";
-import { h, poll, say, setText } from "./dom.js";
+import { confirm, h, poll, say, setText } from "./dom.js";
 import { bytes } from "./formats.js";
 import { showJob } from "./job.js";
 import { showJobs } from "./jobs.js";
@@ -17,18 +17,32 @@ const PAGES = {
   crossed: { title: "What left this machine", tab: "crossed", show: showCrossed },
 };
 
+const UNKNOWN = "The daemon does not know this token.";
 const top = document.getElementById("top");
 const main = document.getElementById("main");
 const banner = document.getElementById("banner");
+const owner = document.getElementById("owner");
 let leaving = new AbortController();
 let meter = null;
 
-/** Take a token out of the address, so that it stays in no history and is in nobody's sight. */
-function takeToken() {
-  const found = /^#token=(.+)$/.exec(location.hash);
-  if (found === null) return;
-  token.set(decodeURIComponent(found[1]));
-  history.replaceState(null, "", `${location.pathname}#jobs`);
+/** Show the page of the address. A token in it is taken out, and stays in no history; it signs in once that is confirmed,
+ * since any page elsewhere can send the browser to such an address, and texts would then be another one's. */
+async function arrive(moved) {
+  const found = /^#token=(.*)$/.exec(location.hash);
+  if (found !== null) history.replaceState(null, "", `${location.pathname}#jobs`);
+  route(moved);
+  if (found === null || found[1] === token.get() || document.querySelector("dialog") !== null) return;
+  try {
+    const next = found[1];
+    const [name, now] = await Promise.all([next, token.get()].map(async (as) => as && (await ask("/isthmus/v1/status", { as })).owner));
+    const before = now ? ` Now you are signed in as “${now}”.` : "";
+    if (!(await confirm(`Sign in as “${name}”?`, `This address has the token of “${name}”: what you upload and ask is theirs then. Go on only if you meant to.${before}`, "Sign in", "Do not"))) return;
+    signOut();
+    token.set(next);
+    route(true);
+  } catch (error) {
+    if (token.get() === null) signIn(error.status === 401 ? UNKNOWN : error.message);
+  }
 }
 
 function route(moved) {
@@ -52,12 +66,13 @@ function route(moved) {
   watchMeter();
 }
 
-/** The counters in the header, on every page. */
+/** Who is signed in, and the counters, in the header of every page. */
 function watchMeter() {
   if (meter !== null) return;
   meter = new AbortController();
   poll(async () => {
     try {
+      if (owner.textContent === "") setText(owner, (await ask("/isthmus/v1/status", { signal: meter.signal })).owner);
       const { today } = await ask("/isthmus/v1/traffic", { signal: meter.signal });
       const shown = document.getElementById("meter");
       shown.hidden = today === null;
@@ -72,6 +87,7 @@ function signOut() {
   token.drop();
   meter?.abort();
   meter = null;
+  setText(owner, "");
   top.hidden = true;
   route(false);
 }
@@ -91,7 +107,7 @@ function signIn(problem) {
       route(true);
     } catch (failed) {
       token.drop();
-      signIn(failed.status === 401 ? "The daemon does not know this token." : failed.message);
+      signIn(failed.status === 401 ? UNKNOWN : failed.message);
     }
   };
   main.replaceChildren(
@@ -127,10 +143,6 @@ document.getElementById("skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();
 });
-addEventListener("hashchange", () => {
-  takeToken();
-  route(true);
-});
+addEventListener("hashchange", () => arrive(true));
 
-takeToken();
-route(false);
+arrive(false);

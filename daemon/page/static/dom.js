@@ -56,14 +56,14 @@ export function keyed(parent, items, key, make, update) {
 }
 
 /** Ask before something that cannot be undone. Resolves to whether it was confirmed. */
-export function confirm(title, explanation, action) {
+export function confirm(title, explanation, action, otherwise = "Keep it") {
   return new Promise((resolve) => {
     const dialog = h("dialog", { "aria-labelledby": "dialog-title" },
       h("form", { method: "dialog" },
         h("h2", { id: "dialog-title" }, title),
         h("p", {}, explanation),
         h("div", { class: "actions" },
-          h("button", { value: "no", class: "plain", autofocus: true }, "Keep it"),
+          h("button", { value: "no", class: "plain", autofocus: true }, otherwise),
           h("button", { value: "yes", class: "danger" }, action))));
     dialog.addEventListener("close", () => {
       resolve(dialog.returnValue === "yes");

@@ -1,7 +1,8 @@
 """A hub of tokenizers, since Tinker's SDK asks the hub for a model's tokenizer by name.
 
-A client sets `HF_ENDPOINT` to this daemon's address with `/hub` behind it, and `HF_TOKEN` to its token, which the hub's
-client sends as `Authorization: Bearer`. There is one revision of each repository: its commit is the hash of its files.
+A client sets `HF_ENDPOINT` to this daemon's address with `/hub` behind it, and `HF_TOKEN` to a token for it alone
+(`isthmus.daemon.tokens.HUB`), which the hub's client sends as `Authorization: Bearer`. There is one revision of each
+repository: its commit is the hash of its files.
 """
 
 from __future__ import annotations

@@ -255,6 +255,28 @@ def test_the_token_stays_in_no_address_and_in_no_cookie(fake: FakeDaemon, watch:
     assert page.evaluate("sessionStorage.length") == 0
 
 
+def test_an_address_signs_nobody_in_unasked_and_the_page_says_who_is(fake: FakeDaemon, watch: Opener) -> None:
+    second = give_token(fake.context.database, "second")
+    page = watch().open(fake.token)
+    expect(page.locator("#owner")).to_have_text("first")
+    for answer, name, token in (("Do not", "first", fake.token), ("Sign in", "second", second)):
+        page.goto(f"{fake.url}/#token={second}")
+        expect(page.locator("dialog")).to_contain_text("Sign in as “second”?")
+        expect(page.locator("dialog")).to_contain_text("Now you are signed in as “first”.")
+        assert page.evaluate("sessionStorage['isthmus-token']") == fake.token
+        page.get_by_role("button", name=answer, exact=True).click()
+        expect(page.locator("dialog")).to_have_count(0)
+        expect(page.locator("#owner")).to_have_text(name)
+        assert page.evaluate("sessionStorage['isthmus-token']") == token
+        assert "token" not in page.url
+    fresh = watch().page  # nobody is signed in here
+    fresh.goto(f"{fake.url}/#token={second}")
+    expect(fresh.locator("dialog")).not_to_contain_text("Now you are")
+    assert fresh.evaluate("sessionStorage.length") == 0
+    fresh.locator("dialog").get_by_role("button", name="Sign in").click()
+    expect(fresh.locator("#owner")).to_have_text("second")
+
+
 def test_a_daemon_that_goes_away_and_comes_back_is_told(fake: FakeDaemon, watch: Opener) -> None:
     watched = watch(faults=True)
     page = watched.open(fake.token, "crossed")

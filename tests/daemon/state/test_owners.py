@@ -10,7 +10,7 @@ import pytest
 from isthmus.common.errors import ConfigError, KeyFileError, OwnershipError
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import Owners, first_owner, give_token, is_revoked, list_owners, revoke_token
-from isthmus.daemon.tokens import read_token
+from isthmus.daemon.tokens import HUB, hash_of, read_token
 
 TOKEN = "tml-" + "a" * 43
 
@@ -119,3 +119,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_name_that_is_none_gets_no_token(database: Database, name: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(name))):
         give_token(database, name)
+
+
+def test_a_token_for_the_hub_counts_there_alone_and_ends_with_its_own(database: Database) -> None:
+    token = f"{HUB}{hash_of(give_token(database, 'ci'))}"
+    (owner,) = list_owners(database)
+    found = Owners(database).find(token, hub=True)
+    assert found is not None
+    assert found.id == owner.id
+    assert Owners(database).find(token) is None
+    assert Owners(database).find(f"{HUB}{hash_of('tml-another')}", hub=True) is None
+    revoke_token(database, "ci")
+    (owner,) = list_owners(database)
+    for ended in (token, f"{HUB}{owner.token_sha256}"):  # what stands in a hash's place is no token either
+        assert Owners(database).find(ended, hub=True) is None

@@ -18,6 +18,7 @@ from support.daemon.tinker_server import BASE
 from tinker import types
 
 from isthmus.daemon.tinker.endpoints.training_routes import MOST_MODELS
+from isthmus.daemon.tokens import HUB, hash_of
 
 pytestmark = [pytest.mark.server, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
 
@@ -296,7 +297,7 @@ def test_the_tokenizer_comes_from_the_daemon(server: TinkerServer, tmp_path: Pat
     environment = {
         **os.environ,
         "HF_ENDPOINT": f"{server.url}/hub",
-        "HF_TOKEN": server.token(),
+        "HF_TOKEN": f"{HUB}{hash_of(server.token())}",
         "HF_HOME": str(tmp_path),
         "TINKER_BASE_URL": server.url,
         "TINKER_API_KEY": server.token(),
@@ -307,5 +308,7 @@ def test_the_tokenizer_comes_from_the_daemon(server: TinkerServer, tmp_path: Pat
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[1, 7]"
+    elsewhere = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {environment['HF_TOKEN']}"})
+    assert elsewhere.status_code == 401
     headers = {"Authorization": "Bearer hf_other"}
     assert httpx.head(f"{server.url}/hub/{BASE}/resolve/main/tokenizer.json", headers=headers).status_code == 401

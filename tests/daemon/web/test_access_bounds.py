@@ -106,7 +106,7 @@ async def test_requests_without_a_token_take_no_place_of_those_with_one() -> Non
         await JSONResponse("ok")(scope, receive, send)
 
     class Nobody:
-        def find(self, _token: str) -> None:
+        def find(self, _token: str, *, hub: bool) -> None:
             return None
 
     door = Access(app, DaemonSettings(requests_at_once=8), Nobody())  # type: ignore[arg-type]

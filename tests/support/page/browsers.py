@@ -64,10 +64,11 @@ class Watched:
         return [*self.elsewhere, *self.problems, *self.violations]
 
     def open(self, token: str, place: str = "jobs") -> Page:
-        """Sign in by the address, and go to a place of the page."""
-        self.page.goto(f"{self.url}/#token={token}")
-        self.page.wait_for_selector("#top:not([hidden])")
+        """Sign in, at a place of the page."""
         self.page.goto(f"{self.url}/#{place}")
+        self.page.fill("#token", token)
+        self.page.press("#token", "Enter")
+        self.page.wait_for_selector("#top:not([hidden])")
         return self.page
 
     def close(self) -> None:

@@ -124,7 +124,7 @@ async def sent_by(app: Any, path: str, receive: Any, method: str = "GET") -> lis
 
 
 class Everybody:
-    def find(self, _token: str) -> object:
+    def find(self, _token: str, *, hub: bool) -> object:
         return object()
 
 
