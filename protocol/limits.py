@@ -40,9 +40,19 @@ class Limits:
     max_header_bytes: int = 64 * KIB
     max_rank: int = 4
     chunk_bytes: int = MIB
-    rekey_bytes: int = 64 * GIB
+    rekey_bytes: int = GIB
     rekey_seconds: float = 3600.0
-    rekey_frames: int = 1 << 31
+    rekey_frames: int = 1 << 20
+
+    @property
+    def max_key_bytes(self) -> int:
+        """A key's lifetime: a receiver takes no more under one than a sender changes it at, and a largest message."""
+        return self.rekey_bytes + self.max_message_bytes + self.max_header_bytes
+
+    @property
+    def max_key_records(self) -> int:
+        """The same in records: chunks and header of a largest message, and the change of keys itself."""
+        return self.rekey_frames + -(-self.max_message_bytes // self.chunk_bytes) + 2
 
 
 DEFAULT_LIMITS = Limits()

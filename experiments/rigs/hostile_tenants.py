@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,7 @@ from isthmus.experiments.harness.blocking_stream import BlockingStream, NothingY
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.limits import DEFAULT_LIMITS, MIB, Limits
 from isthmus.protocol.secure.keys import load_edge
 from isthmus.protocol.session import EdgeSession, NeedSend, Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
@@ -33,6 +36,7 @@ WAIT_SECONDS = 20.0
 HALF_OPEN = 96  # more than a cloud allows
 SESSIONS = 4  # what a tenant may have by default
 LOWEST = 19  # priority
+_ENDLESS: Final = replace(DEFAULT_LIMITS, rekey_bytes=1 << 60, rekey_frames=1 << 60, rekey_seconds=math.inf)
 AHEAD = 8  # calls that a flooding session has unanswered
 
 
@@ -43,10 +47,10 @@ class Session:
         computed: Calls that the cloud has computed and answered so far.
     """
 
-    def __init__(self, where: ConnectionString, key: Path) -> None:
+    def __init__(self, where: ConnectionString, key: Path, limits: Limits = DEFAULT_LIMITS) -> None:
         self.computed = 0
         self.stream = BlockingStream(where.address, connect_timeout=WAIT_SECONDS)
-        self._edge = EdgeSession(pin=where.pin, edge_key=load_edge(key))
+        self._edge = EdgeSession(pin=where.pin, edge_key=load_edge(key), limits=limits)
         try:
             self._establish()
         except IsthmusError:
@@ -182,6 +186,17 @@ class Hostile:
                 with contextlib.suppress(NothingYetError):
                     session.stream.receive(min(1.0, max(0.0, end - time.monotonic())))
 
+    def endless_key(self, seconds: float) -> None:
+        """Messages of 8 MiB, which the cloud refuses to compute, under a key that is never changed."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ConnectionLostError), self._session(_ENDLESS) as session:
+            rows = (8 * MIB) // (4 * session.info.hidden_size * self._shape[1])
+            large = session.forward(1, rows, self._shape[1])
+            for _ in during(seconds):
+                for frame in session.seal(large):
+                    self._send(session.stream, frame, end)
+                session.receive()
+
     def session_pings(self, seconds: float) -> None:
         """Ping a session as fast as it answers, and ask nothing else."""
         with contextlib.suppress(ConnectionLostError), self._session() as session:
@@ -226,8 +241,8 @@ class Hostile:
             yield stream
 
     @contextlib.contextmanager
-    def _session(self) -> Iterator[Session]:
-        session = Session(self._where, self._key)
+    def _session(self, limits: Limits = DEFAULT_LIMITS) -> Iterator[Session]:
+        session = Session(self._where, self._key, limits)
         try:
             yield session
         finally:
@@ -243,7 +258,7 @@ def during(seconds: float) -> Iterator[int]:
 
 CONTROL: Final = "further_tenant"
 """What a tenant that behaves does: it slows the others down, too, and a hostile one should not do so much more."""
-ENDED: Final = ("rekeys", "session_pings")
+ENDED: Final = ("rekeys", "endless_key", "session_pings")
 """What a cloud ends at once, so that it slows nobody down."""
 COMPUTED: Final = ("flood", "stash_evicted", CONTROL)
 """What makes the cloud compute, and reads its answers."""

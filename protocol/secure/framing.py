@@ -22,7 +22,7 @@ from isthmus.common.errors import LocalProtocolError
 from isthmus.protocol.limits import Buffer, TransferTimeout
 
 MAGIC = b"ISTH"
-VERSION = 10
+VERSION = 11
 TAG = 16
 KEY_BYTES = 32
 

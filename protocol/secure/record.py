@@ -11,7 +11,9 @@ Rules
        The side that asks says how much it has asked for (`expect`), and no message with more is begun.
     4. A key changes at most `MAX_REKEYS` times between two messages. An honest sender changes it once, or when it is
        told to.
-    5. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
+    5. A key has a lifetime, in records and bytes: a sender changes it before a message once it has reached it, and a
+       receiver takes one largest message more and nothing beyond.
+    6. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
        plaintext behind when it refuses; so on any failure the message's buffer is overwritten with zeros, and the
        opener is dead.
 
@@ -371,7 +373,12 @@ class Opener:
         return _Partial(header_bytes, chunks, total)
 
     def _decrypt(self, sealed: memoryview, aad: bytes, into: memoryview) -> None:
-        keys = self._keys
+        keys, limits = self._keys, self._limits
+        if keys.records >= limits.max_key_records or keys.bytes + len(into) > limits.max_key_bytes:
+            raise LimitError(
+                f"a key is used beyond its lifetime, {limits.max_key_records} records or {limits.max_key_bytes} bytes: "
+                "the other side does not change it"
+            )
         try:
             keys.aead.decrypt_into(keys.use(len(into)), sealed, aad, into)
         except InvalidTag:

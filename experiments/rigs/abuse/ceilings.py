@@ -66,6 +66,7 @@ _SPECIAL: Final = {
     "half_prefaces": CONNECTIONS,
     "idle_connections": CONNECTIONS,
     "rekeys": NOTHING,
+    "endless_key": NOTHING,
     "session_pings": NOTHING,
     "long_call": NOTHING,
     **dict.fromkeys(DECODE_COSTS, DECODING),

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from support.protocol.sealed import SECRET, SESSION, assert_refused, both_ends, deliver, message_frames
 from support.protocol.wire import SMALL, forward, new_pair
 
-from isthmus.common.errors import FrameError
+from isthmus.common.errors import FrameError, LimitError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Buffer
 from isthmus.protocol.secure import framing
@@ -72,6 +72,38 @@ def test_rekeying_by_frames() -> None:
         for frame in sealer.seal(b"h", [bytes(200)]):
             opener.open(frame)
     assert sealer._keys.epoch == opener._keys.epoch == 3
+
+
+@pytest.mark.parametrize("lifetime", [{"rekey_frames": 4}, {"rekey_bytes": 200}])
+def test_a_receiver_takes_nothing_beyond_a_keys_lifetime(lifetime: dict[str, int]) -> None:
+    """What a sender changes its key at, here two messages, and a largest message."""
+    careless = replace(SMALL, max_message_bytes=60, max_header_bytes=40)
+    sealer, opener = both_ends(careless)
+    opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD, replace(careless, **lifetime))
+
+    def send(count: int) -> None:
+        for _ in range(count):
+            for frame in sealer.seal(b"h" * 40, [bytes(60)]):  # two records, of 100 bytes
+                opener.open(frame)
+
+    send(2)
+    opener.open(sealer.rekey())
+    send(3)
+    with pytest.raises(LimitError, match="beyond its lifetime"):
+        send(2)
+    sealer, opener = both_ends(careless)  # with the lifetime that sessions have
+    send(200)
+
+
+@pytest.mark.parametrize("limits", [{"rekey_frames": 7}, {"rekey_bytes": 331}, {"rekey_frames": 1}, {"rekey_bytes": 1}])
+def test_a_sender_stays_within_its_keys_lifetime_whatever_it_sends(limits: dict[str, int]) -> None:
+    sealer, opener = both_ends(replace(SMALL, max_message_bytes=130, max_header_bytes=40, **limits))
+    for number in range(300):
+        for frame in sealer.seal(b"h" * (1 + number % 40), [bytes(number * 7 % 131)]):
+            opener.open(frame)
+        if number % 11 == 0:
+            opener.open(sealer.rekey())
+    assert opener._keys.epoch > 30
 
 
 def test_a_key_change_is_authentic_in_its_place_and_once() -> None:
