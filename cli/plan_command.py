@@ -32,6 +32,7 @@ def plan(
     edge_layers: EdgeLayers = "2:2",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Token positions of a sequence.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Steps whose time is given.")] = 200,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     target_modules: Annotated[
         str, typer.Option(help="Linears that carry adapters, comma-separated; by default PEFT's usual ones.")
@@ -110,7 +111,7 @@ def plan(
     )
     from isthmus.planner.link_spec import LinkSpec
     from isthmus.planner.model_facts import ModelFacts
-    from isthmus.planner.plan_report import assumptions, budget_lines, recommend, rows, table
+    from isthmus.planner.plan_report import assumptions, budget_lines, notes, recommend, rows, table
     from isthmus.planner.speed_profile import ProbeSettings, SpeedProfile
     from isthmus.privacy.ledger.mode_leaks import read_limits
 
@@ -147,28 +148,27 @@ def plan(
     else:
         cloud = _measure(config, facts, ProbeSettings(batch, seq, rank, cloud_dtype, threads))
     costs, positions = predict(facts, settings, where, edge, cloud), batch * seq
-    advice = recommend(costs, goal, positions, edge.memory_bytes, limits)
+    advice = recommend(costs, goal, positions, steps, edge.memory_bytes, limits)
     kept = budget_lines(costs, goal, limits)
     generation = predict_generation(facts, settings, generated, where, edge, cloud)
-    notes = assumptions(settings, where, edge, cloud) + generation_assumptions(generated)
     if as_json:
         tree = {
-            "modes": rows(costs, positions),
+            "modes": rows(costs, positions, steps),
             "recommendation": advice,
             "leak_budget": kept,
             "generation": generation_json(generation, generated),
-            "assumptions": notes,
+            "assumptions": assumptions(settings, where, edge, cloud) + generation_assumptions(generated),
         }
         typer.echo(json.dumps(tree))
         return
     from rich.console import Console
 
-    console = Console()
-    console.print(table(costs, positions))
+    console = Console(width=80)
+    console.print(table(costs, positions, steps))
     _print_lines("", *kept, *([""] if kept else []), advice, "")
     _print_lines(summary(generation, generated), "")
     console.print(draft_table(generation, generated))
-    _print_lines("", *notes)
+    _print_lines("", *notes(settings, edge, cloud))
 
 
 def _print_lines(*lines: str) -> None:

@@ -8,47 +8,62 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from isthmus.common.readable import size
+from isthmus.common.readable import period, size
 from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PlanSettings, StepCost
 from isthmus.planner.link_spec import LOCAL, LinkSpec
 from isthmus.planner.speed_profile import SpeedProfile
-from isthmus.privacy.ledger.mode_leaks import CHANNELS, MODE_LEAKS, ModeLeak
+from isthmus.privacy.ledger.mode_leaks import CHANNELS, MODE_LEAKS
 
 Goal = Literal["quality", "speed", "privacy"]
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 TOLERATED = 1.5
-"""So many times as long may `edge` take as the quickest other mode that trains inside, before that one is better."""
+"""So many times as long may `edge` take as `u_shape`, before that one is better."""
+
+_TYPED = {
+    "single": "one process, no cloud",
+    "u_shape": "split: no further option",
+    "tail_cache": "top only",
+    "taps": "--method ladder",
+    "edge": "--sites all",
+    "kill_revive": "--sites all --site-policy kill-revive",
+    "low_rank": "--sites all --method low_rank",
+    "leased": "--sites all --leased all",
+    "emulator": "isthmus emulator tune",
+}
 
 
-def rows(costs: Sequence[ModeCost], positions: int) -> list[dict[str, Any]]:
+def rows(costs: Sequence[ModeCost], positions: int, steps: int) -> list[dict[str, Any]]:
     """One row per mode, for JSON. Where later epochs are cheaper, the plain keys are theirs.
 
     Args:
         positions: Token positions of a step.
+        steps: Steps whose time is given.
     """
-    return [_row(cost, positions) for cost in costs]
+    return [_row(cost, positions, steps) for cost in costs]
 
 
 def recommend(
     costs: Sequence[ModeCost],
     goal: Goal,
     positions: int,
+    steps: int,
     memory_bytes: int,
     limits: Mapping[str, float] = NO_LIMITS,
 ) -> str:
-    """What to use, in one sentence.
+    """What to use and why, in one sentence.
 
     `single` is no choice, as it needs data and weights in one place, nor is `leased`, which lends the adapter to the
     cloud, nor anything that needs more memory than the edge has.
 
-    quality: a mode that trains inside the cloud's layers: `edge`, unless another is much quicker.
+    quality: `edge`, which learned most where the modes were compared, unless `u_shape` is much quicker.
     speed: the shortest step, of later epochs where they are cheaper.
     privacy: the shortest step of what keeps the leak budget; without one, nothing may be given up.
 
     Args:
         positions: Token positions of a step.
+        steps: Steps whose time is given.
         memory_bytes: Memory that the edge has; 0 if unknown.
         limits: The leak budget, which a mode must keep for any goal; see `isthmus.privacy.ledger.mode_leaks`.
     """
@@ -58,8 +73,8 @@ def recommend(
     if not choices:
         least = min(split, key=lambda cost: cost.edge_memory)
         return (
-            f"No mode fits the edge's {size(memory_bytes)}: {least.mode} needs the least, {size(least.edge_memory)}, "
-            "so use a smaller batch or fewer edge layers."
+            f"No mode fits the edge's {size(memory_bytes)}: {_title(least)} needs the least, "
+            f"{size(least.edge_memory)}, so use a smaller batch or fewer edge layers."
         )
     keeping = [cost for cost in choices if MODE_LEAKS[cost.mode].keeps(limits)]
     if not keeping:
@@ -68,8 +83,7 @@ def recommend(
             "emulator."
         )
     chosen, beside = _RULES[goal](keeping)
-    text = f"Use {chosen.mode}: {_figures(chosen, positions)}"
-    return f"{text}; {beside}." if beside else f"{text}."
+    return f"Use {_title(chosen)} ({MODE_LEAKS[chosen.mode].how}): {_figures(chosen, positions, steps)}; {beside}."
 
 
 def budget_of(goal: Goal, limits: Mapping[str, float]) -> dict[str, float]:
@@ -84,9 +98,9 @@ def budget_lines(costs: Sequence[ModeCost], goal: Goal, limits: Mapping[str, flo
         return []
     leaks = [MODE_LEAKS[cost.mode] for cost in costs if cost.mode in MODE_LEAKS]
     kept = [leak for leak in leaks if leak.keeps(limits)]
-    only = f": {kept[0].mode} only" if len(kept) == 1 else ""
+    only = f": {kept[0].title} only" if len(kept) == 1 else ""
     lines = [f"Leak budget {_budget(limits)}{only}. What attacks are taken to recover (without a defence):"]
-    lines += [f"{_named(leak)} {'keeps' if leak in kept else 'breaks'} it: {leak.why()}" for leak in leaks]
+    lines += [f"{leak.title} {'keeps' if leak in kept else 'breaks'} it: {leak.why()}" for leak in leaks]
     return [
         *lines,
         "These bounds are assumed from what each mode sends, and nothing was attacked. A label that is a token of the "
@@ -96,7 +110,7 @@ def budget_lines(costs: Sequence[ModeCost], goal: Goal, limits: Mapping[str, flo
 
 
 def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, cloud: SpeedProfile) -> list[str]:
-    """What the figures rest on, a line each."""
+    """All that the figures rest on, a line each, by the names of JSON."""
     lines = [
         f"A step is one micro-batch of {settings.batch} x {settings.length} positions; edge and cloud take turns.",
         f"Edge: measured at {_conditions(edge)}. Cloud: {'the same' if cloud is edge else _conditions(cloud)}.",
@@ -104,7 +118,6 @@ def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, clou
         f"over a run; taps has {settings.taps} taps of {_width(settings)}; emulator keeps "
         f"{settings.emulator_keep:.0%} of the cloud's layers.",
         f"tail_cache and taps are given for epochs after the first; tail_cache is for the plan 0:{settings.plan.top}.",
-        f"In the guides {', '.join(_renamed())}.",
         "Bytes are of whole sealed frames; gRPC, HTTP/2, TCP and TLS add about 1 %. What a session says once (its "
         "handshake, its list of sites) is not counted.",
         "Memory counts the process, weights, adapters with their optimizer, what autograd keeps and three tensors of "
@@ -115,21 +128,36 @@ def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, clou
     return lines
 
 
-def table(costs: Sequence[ModeCost], positions: int) -> Table:
-    """The modes for a person."""
-    result = Table(box=None, pad_edge=False)
-    for name in ("mode", "s/step", "up", "down", "bytes/token", "trips", "edge memory", "edge GFLOPs", "edge share"):
-        result.add_column(name, justify="left" if name == "mode" else "right")
+def notes(settings: PlanSettings, edge: SpeedProfile, cloud: SpeedProfile) -> list[str]:
+    """What a person has to know to read the table, a line each."""
+    return [
+        f"A step is {settings.batch} x {settings.length} positions with LoRA of rank {settings.rank}, measured on the "
+        f"edge at {_conditions(edge)}; the cloud at {'the same' if cloud is edge else _conditions(cloud)}.",
+        f"Top only: the cloud serves --edge-layers 0:{settings.plan.top}. Cached: with --span-cache-mib, after the "
+        "first epoch.",
+        "A draft pays above its break-even; its acceptance rate is assumed unless you give --acceptance-rate.",
+        "--json has directions, round trips, FLOPs, and all that is assumed.",
+    ]
+
+
+def table(costs: Sequence[ModeCost], positions: int, steps: int) -> Table:
+    """The modes for a person, in 80 columns."""
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("isthmus edge train ...", "s/step", f"{steps} steps", "per token", "memory"):
+        result.add_column(name, justify="left" if name.startswith("isthmus") else "right", no_wrap=True)
     for cost in costs:
+        name = _TYPED[cost.mode]
         if cost.first_epoch is not None:
-            result.add_row(f"{cost.mode}, first epoch", *_cells(cost, cost.first_epoch, positions))
-        result.add_row(cost.mode, *_cells(cost, cost.step, positions))
+            result.add_row(f"{name}, first epoch", *_cells(cost, cost.first_epoch, positions, steps))
+            name += ", cached"
+        result.add_row(name, *_cells(cost, cost.step, positions, steps))
     return result
 
 
-def _row(cost: ModeCost, positions: int) -> dict[str, Any]:
+def _row(cost: ModeCost, positions: int, steps: int) -> dict[str, Any]:
     step, first, leak = cost.step, cost.first_epoch, MODE_LEAKS.get(cost.mode)
     row: dict[str, Any] = {"mode": cost.mode, "trains_inside": cost.mode in TRAINS_INSIDE, "step_s": step.seconds}
+    row |= {"command": None if leak is None else leak.how, "steps_s": steps * step.seconds}
     row |= {f"leak_{channel}": None if leak is None else leak.bound(channel) for channel in CHANNELS}
     if first is not None:
         row |= {
@@ -153,77 +181,63 @@ def _row(cost: ModeCost, positions: int) -> dict[str, Any]:
     }
 
 
-def _cells(cost: ModeCost, step: StepCost, positions: int) -> list[str]:
-    share = step.edge.flops / (step.edge.flops + step.cloud.flops)
-    return [
-        f"{step.seconds:.3g}",
-        size(step.traffic.up),
-        size(step.traffic.down),
-        f"{step.traffic.total / positions:,.0f}",
-        f"{step.traffic.round_trips:g}",
-        size(cost.edge_memory),
-        f"{step.edge.flops / 1e9:,.0f}",
-        f"{share:.0%}",
-    ]
+def _cells(cost: ModeCost, step: StepCost, positions: int, steps: int) -> list[str]:
+    seconds = f"{step.seconds:.3g}" if step.seconds < 1000 else f"{step.seconds:.0f}"
+    per_token = size(step.traffic.total / positions)
+    return [seconds, period(steps * step.seconds), per_token, size(cost.edge_memory)]
 
 
-def _figures(cost: ModeCost, positions: int) -> str:
-    text = f"{_time(cost.step)} per step"
-    if cost.first_epoch is not None:
+def _figures(cost: ModeCost, positions: int, steps: int) -> str:
+    text = f"{_time(cost)} per step and {period(steps * cost.step.seconds)} for {steps}"
+    first = cost.first_epoch
+    if first is not None:
         return (
-            f"{text} after the first epoch, which takes {_time(cost.first_epoch)} and "
-            f"{size(cost.first_epoch.traffic.total / positions)} per token"
+            f"{text} after the first epoch, whose steps take {_time(cost, first)} and "
+            f"{size(first.traffic.total / positions)} per token"
         )
     if not cost.step.traffic.total:
         return f"{text}, and nothing crosses the link"
     return f"{text}, {size(cost.step.traffic.total / positions)} per token"
 
 
-def _time(step: StepCost) -> str:
-    return f"{step.seconds:.2g} s" if step.seconds < 10 else f"{step.seconds:.0f} s"
+def _time(cost: ModeCost, step: StepCost | None = None) -> str:
+    seconds = (step or cost.step).seconds
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _seconds(cost: ModeCost) -> float:
     return cost.step.seconds
 
 
+def _title(cost: ModeCost) -> str:
+    return MODE_LEAKS[cost.mode].title
+
+
 def _for_quality(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
-    inside = [cost for cost in choices if cost.mode in TRAINS_INSIDE]
-    if not inside:
-        return min(choices, key=_seconds), "nothing that trains inside the cloud's layers fits the edge's memory"
-    exact = next((cost for cost in inside if cost.mode == "edge"), None)
-    others = [cost for cost in inside if cost is not exact]
-    if exact is None or not others:
-        return min(inside, key=_seconds), ""
-    quickest = min(others, key=_seconds)
-    if _seconds(exact) <= TOLERATED * _seconds(quickest):
-        return exact, f"{quickest.mode} would take {_time(quickest.step)}"
-    return quickest, f"edge sites everywhere would take {_time(exact.step)} over this link"
+    split, sites = (next((cost for cost in choices if cost.mode == mode), None) for mode in ("u_shape", "edge"))
+    if sites is not None and (split is None or _seconds(sites) <= TOLERATED * _seconds(split)):
+        other = "" if split is None else f"; split would take {_time(split)} and keeps the adapter from the cloud"
+        return sites, f"sites in all layers learned most where the modes were compared{other}"
+    if split is None:
+        return min(choices, key=_seconds), "split and sites break the leak budget or need more memory than the edge has"
+    if sites is None:
+        return split, "sites in all layers, which learn more, need more memory than the edge has"
+    return split, f"sites in all layers, which learn more, would take {_time(sites)} over this link"
 
 
 def _for_speed(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
     chosen = min(choices, key=_seconds)
-    inside = [cost for cost in choices if cost.mode in TRAINS_INSIDE and cost is not chosen]
-    if not inside or chosen.mode in TRAINS_INSIDE:
-        return chosen, ""
-    quickest = min(inside, key=_seconds)
-    return chosen, f"to train inside the cloud's layers, {quickest.mode} takes {_time(quickest.step)}"
+    split = next((cost for cost in choices if cost.mode == "u_shape" and cost is not chosen), None)
+    other = "" if split is None else f"; split would take {_time(split)}"
+    return chosen, f"no step is shorter{other}"
 
 
 def _for_privacy(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
     chosen = min(choices, key=_seconds)
     if len(choices) == 1:
         return chosen, "no other mode keeps the leak budget"
-    others = " and ".join(cost.mode for cost in choices if cost is not chosen)
+    others = " and ".join(_title(cost) for cost in choices if cost is not chosen)
     return chosen, f"the leak budget is kept by {others}, too"
-
-
-def _renamed() -> list[str]:
-    return [f"{leak.mode} is {leak.title}" for leak in MODE_LEAKS.values() if leak.mode != leak.title]
-
-
-def _named(leak: ModeLeak) -> str:
-    return leak.mode if leak.mode == leak.title else f"{leak.mode} ({leak.title})"
 
 
 def _budget(limits: Mapping[str, float]) -> str:

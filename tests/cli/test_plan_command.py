@@ -109,21 +109,26 @@ def test_generation_is_predicted_with_and_without_drafts(model: Path, files: dic
 def test_a_person_gets_a_table_and_a_sentence(model: Path, files: dict[str, Path]) -> None:
     text = run(model, "--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]), "--goal", "privacy")
     assert "s/step" in text
-    assert "Use emulator: " in text
-    _, generation = text.split("Generation: ")
+    assert "Use emulator (isthmus emulator tune): " in text
+    recommended, generation = text.split("Generation: ")
     assert "n-grams" in generation
-    assert max(map(len, generation.splitlines())) <= 80
+    assert max(map(len, text.splitlines())) <= 80
+    code_names = [mode for mode in MODES if "_" in mode and mode != "low_rank"]  # that one is typed
+    assert not [mode for mode in code_names if mode in recommended]
+    longer = run(model, "--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]), "--steps", "7")
+    assert " 7 steps" in longer
+    assert " for 7" in " ".join(longer.split())
 
 
 def test_a_leak_budget_says_which_modes_keep_it_and_why(model: Path, files: dict[str, Path]) -> None:
     speeds = ("--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]))
     nothing = run(model, *speeds, "--goal", "privacy")
     assert "tokens<=0 and labels<=0: emulator only." in nothing
-    assert "tail_cache (top only) breaks it: tokens 1.00 (hidden states at the cut)" in nothing
+    assert "top only breaks it: tokens 1.00 (hidden states at the cut)" in nothing
     assert "emulator keeps it: nothing of the texts crosses" in nothing
     labels = run(model, *speeds, "--goal", "privacy", "--leak-budget", "labels<=0.1")
-    assert "tail_cache (top only) keeps it" in labels
-    assert "u_shape (split) breaks it" in labels
+    assert "top only keeps it" in labels
+    assert "split breaks it" in labels
 
 
 def test_the_probe_s_output_is_what_cloud_speed_takes(

@@ -12,9 +12,9 @@ from support.models.round_speeds import speed
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.codecs.wire_codecs import WireCodecs
-from isthmus.planner.cost_model import ModeCost, PlanSettings, StepCost, Work
+from isthmus.planner.cost_model import MODES, ModeCost, PlanSettings, StepCost, Work
 from isthmus.planner.link_spec import LinkSpec
-from isthmus.planner.plan_report import assumptions, budget_lines, recommend, rows, table
+from isthmus.planner.plan_report import assumptions, budget_lines, notes, recommend, rows, table
 from isthmus.planner.wire_cost import Traffic
 
 POSITIONS = 512
@@ -44,82 +44,91 @@ def costs(**seconds: float) -> list[ModeCost]:
     return [cost("tail_cache", 0.4, first=0.9), cost("emulator", 0.7, 0.0), *(cost(m, s) for m, s in values.items())]
 
 
-def test_quality_takes_what_is_quick_where_edge_sites_are_slow() -> None:
-    assert recommend(costs(), "quality", POSITIONS, 0) == (
-        "Use low_rank: 1.9 s per step, 1.0 KiB per token; edge sites everywhere would take 41 s over this link."
+def test_quality_takes_split_where_sites_are_slow() -> None:
+    assert recommend(costs(), "quality", POSITIONS, 200, 0) == (
+        "Use split (isthmus edge train): 1.2 s per step and 4.0 minutes for 200, 1.0 KiB per token; sites in all "
+        "layers, which learn more, would take 41 s over this link."
     )
+    slow = costs(u_shape=18.0, edge=120.0, kill_revive=20.0)
+    assert recommend(slow, "quality", POSITIONS, 200, 0).startswith("Use split (isthmus edge train): 18 s")
 
 
 def test_quality_takes_edge_sites_where_the_link_carries_them() -> None:
-    assert recommend(costs(edge=2.9), "quality", POSITIONS, 0) == (
-        "Use edge: 2.9 s per step, 1.0 KiB per token; low_rank would take 1.9 s."
+    assert recommend(costs(edge=1.79), "quality", POSITIONS, 10, 0) == (
+        "Use sites (isthmus edge train --sites all): 1.8 s per step and 17.9 s for 10, 1.0 KiB per token; sites in all "
+        "layers learned most where the modes were compared; split would take 1.2 s and keeps the adapter from the "
+        "cloud."
     )
-    assert recommend(costs(edge=2.95), "quality", POSITIONS, 0).startswith(
-        "Use low_rank"
-    )  # more than 1.5 times as long
+    assert "Use split" in recommend(costs(edge=1.81), "quality", POSITIONS, 10, 0)  # more than 1.5 times as long
 
 
-def test_speed_takes_the_shortest_step_and_says_what_inside_costs() -> None:
-    assert recommend(costs(), "speed", POSITIONS, 0) == (
-        "Use tail_cache: 0.4 s per step after the first epoch, which takes 0.9 s and 1.0 KiB per token; to train "
-        "inside the cloud's layers, low_rank takes 1.9 s."
+def test_speed_takes_the_shortest_step_and_says_what_split_costs() -> None:
+    assert recommend(costs(), "speed", POSITIONS, 200, 0) == (
+        "Use top only (adapters on the last layers alone, for labels --withhold-answers): 0.4 s per step and 80.0 s "
+        "for 200 after the first epoch, whose steps take 0.9 s and 1.0 KiB per token; no step is shorter; split would "
+        "take 1.2 s."
     )
 
 
 def test_privacy_takes_what_keeps_the_leak_budget_and_by_default_what_gives_up_nothing() -> None:
-    assert recommend(costs(), "privacy", POSITIONS, 0) == (
-        "Use emulator: 0.7 s per step, and nothing crosses the link; no other mode keeps the leak budget."
+    assert recommend(costs(), "privacy", POSITIONS, 200, 0) == (
+        "Use emulator (isthmus emulator tune): 0.7 s per step and 2.3 minutes for 200, and nothing crosses the link; "
+        "no other mode keeps the leak budget."
     )
     first, *lines, last = budget_lines(costs(), "privacy", {})
     assert first.startswith("Leak budget tokens<=0 and labels<=0: emulator only.")
     assert "emulator keeps it: nothing of the texts crosses" in lines
-    assert "tail_cache (top only) breaks it: tokens 1.00 (hidden states at the cut)" in lines
+    assert "top only breaks it: tokens 1.00 (hidden states at the cut)" in lines
     assert "nothing was attacked" in last
     without = [each for each in costs() if each.mode != "emulator"]
-    assert recommend(without, "privacy", POSITIONS, 0).startswith("No mode that fits the edge keeps tokens<=0")
+    assert recommend(without, "privacy", POSITIONS, 200, 0).startswith("No mode that fits the edge keeps tokens<=0")
 
 
 def test_a_label_budget_is_kept_where_no_gradients_go_up() -> None:
-    assert recommend(costs(), "privacy", POSITIONS, 0, {"labels": 0.1}) == (
-        "Use tail_cache: 0.4 s per step after the first epoch, which takes 0.9 s and 1.0 KiB per token; the leak "
-        "budget is kept by emulator, too."
+    assert recommend(costs(), "privacy", POSITIONS, 200, 0, {"labels": 0.1}) == (
+        "Use top only (adapters on the last layers alone, for labels --withhold-answers): 0.4 s per step and 80.0 s "
+        "for 200 after the first epoch, whose steps take 0.9 s and 1.0 KiB per token; the leak budget is kept by "
+        "emulator, too."
     )
     lines = budget_lines(costs(), "privacy", {"labels": 0.1})
     both = "tokens 1.00 (hidden states at the cut) and labels 1.00 (gradients at the output of the cloud's layers)"
-    assert f"u_shape (split) breaks it: {both}" in lines
+    assert f"split breaks it: {both}" in lines
     # For any goal, and the control: a budget that allows everything changes nothing.
-    assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 0.1}).startswith("Use tail_cache")
-    assert recommend(costs(), "quality", POSITIONS, 0, {"labels": 1.0}) == recommend(costs(), "quality", POSITIONS, 0)
+    assert recommend(costs(), "quality", POSITIONS, 200, 0, {"labels": 0.1}).startswith("Use top only")
+    assert recommend(costs(), "quality", POSITIONS, 200, 0, {"labels": 1.0}) == recommend(
+        costs(), "quality", POSITIONS, 200, 0
+    )
     assert budget_lines(costs(), "quality", {}) == []
 
 
 @pytest.mark.parametrize("goal", ["quality", "speed", "privacy"])
 def test_one_process_and_leased_adapters_are_never_recommended(goal: Any) -> None:
     quick = costs(single=0.01, leased=0.01)
-    assert "single" not in recommend(quick, goal, POSITIONS, 0)
-    assert "leased" not in recommend(quick, goal, POSITIONS, 0)
+    assert "single" not in recommend(quick, goal, POSITIONS, 200, 0)
+    assert "leased" not in recommend(quick, goal, POSITIONS, 200, 0)
 
 
 def test_what_does_not_fit_the_memory_is_no_choice() -> None:
     big = [cost("edge", 1.0, memory=4e9), cost("low_rank", 2.0, memory=3e9), cost("u_shape", 5.0, memory=1e9)]
-    assert recommend(big, "quality", POSITIONS, 0).startswith("Use edge")
-    assert recommend(big, "quality", POSITIONS, 3 * 10**9) == "Use low_rank: 2 s per step, 1.0 KiB per token."
-    assert recommend(big, "quality", POSITIONS, 2 * 10**9) == (
-        "Use u_shape: 5 s per step, 1.0 KiB per token; nothing that trains inside the cloud's layers fits the edge's "
-        "memory."
+    assert recommend(big, "quality", POSITIONS, 200, 0).startswith("Use sites")
+    assert recommend(big, "quality", POSITIONS, 200, 3 * 10**9).endswith(
+        "; sites in all layers, which learn more, need more memory than the edge has."
     )
-    assert recommend(big, "quality", POSITIONS, 10**8) == (
-        "No mode fits the edge's 95.4 MiB: u_shape needs the least, 953.7 MiB, so use a smaller batch or fewer edge "
+    assert recommend(big[:2], "quality", POSITIONS, 200, 3 * 10**9).startswith("Use low-rank sites")
+    assert recommend(big, "quality", POSITIONS, 200, 10**8) == (
+        "No mode fits the edge's 95.4 MiB: split needs the least, 953.7 MiB, so use a smaller batch or fewer edge "
         "layers."
     )
 
 
 def test_a_row_has_the_fixed_keys_and_is_json() -> None:
-    cached, _, *others = rows(costs(), POSITIONS)
+    cached, _, *others = rows(costs(), POSITIONS, 200)
     low_rank = next(row for row in others if row["mode"] == "low_rank")
     assert json.loads(json.dumps(low_rank)) == {
         "mode": "low_rank",
         "trains_inside": True,
+        "command": "isthmus edge train --sites all --method low_rank",
+        "steps_s": pytest.approx(388),
         "leak_tokens": 1.0,
         "leak_labels": 1.0,
         "step_s": pytest.approx(1.94),
@@ -145,23 +154,36 @@ def test_a_row_has_the_fixed_keys_and_is_json() -> None:
     assert cached["first_epoch_round_trips"] == 6
 
 
-def test_the_table_names_every_mode_and_its_first_epoch() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(table(costs(), POSITIONS))
+def test_the_table_has_what_one_types_in_80_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(costs(edge=123456.0), POSITIONS, 200))
     lines = console.export_text().splitlines()
-    assert lines[0].split()[:2] == ["mode", "s/step"]
+    assert lines[0].split("  ")[0] == "isthmus edge train ..."
+    assert lines[0].split()[-4:] == ["steps", "per", "token", "memory"]
     assert [line.split("  ")[0] for line in lines[1:]] == [
-        "tail_cache, first epoch",
-        "tail_cache",
-        "emulator",
-        "single",
-        "u_shape",
-        "edge",
-        "kill_revive",
-        "low_rank",
-        "leased",
+        "top only, first epoch",
+        "top only, cached",
+        "isthmus emulator tune",
+        "one process, no cloud",
+        "split: no further option",
+        "--sites all",
+        "--sites all --site-policy kill-revive",
+        "--sites all --method low_rank",
+        "--sites all --leased all",
     ]
-    assert "1.94" in next(line for line in lines if line.startswith("low_rank"))
+    assert next(line for line in lines if "low_rank" in line).split()[-7:-4] == ["1.94", "6.5", "minutes"]
+    assert all(line.rstrip().endswith("MiB") for line in lines[1:])  # nothing is cut off
+
+
+def test_every_mode_has_a_name_and_notes_are_few() -> None:
+    settings = PlanSettings(SplitPlan.parse("1:3", 8), 2, 64, WireCodecs())
+    shown = table([cost(mode, 1.0) for mode in MODES], POSITIONS, 200)
+    assert shown.row_count == len(MODES)
+    few = notes(settings, speed(), speed(dtype="bf16", threads=4))
+    assert len(few) <= 4
+    assert "2 x 64" in few[0]
+    assert few[0].endswith("the cloud at 2 x 10, bf16, 4 threads.")
+    assert "--edge-layers 0:3" in few[1]
 
 
 def test_assumptions_follow_the_settings() -> None:
@@ -173,7 +195,6 @@ def test_assumptions_follow_the_settings() -> None:
         "20%",
         "5 taps of width 32",
         "plan 0:3",
-        "u_shape is split, tail_cache is top only,",
         "Cloud: 2 x 10, bf16, 4 threads",
         "no slow start",
     ):
