@@ -4,7 +4,7 @@ import { ask, connection, token } from "./api.js";
 import { showChat } from "./chat.js";
 import { showCrossed } from "./crossed.js";
 import { confirm, h, poll, say, setText } from "./dom.js";
-import { bytes } from "./formats.js";
+import { CLOUD_READS, bytes } from "./formats.js";
 import { showJob } from "./job.js";
 import { showJobs } from "./jobs.js";
 import { showNew } from "./new_job.js";
@@ -14,7 +14,7 @@ const PAGES = {
   new: { title: "New job", tab: "jobs", show: showNew },
   job: { title: "Job", tab: "jobs", show: showJob },
   chat: { title: "Chat", tab: "chat", show: showChat },
-  crossed: { title: "What left this machine", tab: "crossed", show: showCrossed },
+  crossed: { title: "What crossed to the cloud", tab: "crossed", show: showCrossed },
 };
 
 const UNKNOWN = "The daemon does not know this token.";
@@ -114,7 +114,7 @@ function signIn(problem) {
     h("section", { class: "sign-in" },
       h("p", { class: "brand" }, top.querySelector(".brand svg").cloneNode(true), "Isthmus"),
       h("h1", {}, "Sign in"),
-      h("p", { class: "lead" }, "Your text stays on this machine, and so does this page: it talks to nothing but the daemon that sent it."),
+      h("p", { class: "lead" }, `No text leaves this machine as text, and this page talks to nothing but the daemon that sent it. ${CLOUD_READS}`),
       h("form", { onsubmit: submit, class: "stack" },
         h("div", { class: "field" },
           h("label", { for: "token" }, "Token"),

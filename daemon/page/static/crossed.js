@@ -1,11 +1,11 @@
-// What left this machine: which parts live where, what crossed to a cloud, and what did not.
+// What crossed to the cloud: which parts live where, what crossed to a cloud, and what did not.
 
 import { ask } from "./api.js";
 import { h, poll, s, setText } from "./dom.js";
 import { drawing } from "./drawing.js";
-import { bytes, count, many } from "./formats.js";
+import { CLOUD_READS, bytes, count, many } from "./formats.js";
 
-const INFERS = "A cloud that attacks can still work out your text: it knows the frozen weights, and whoever knows them can recover nearly all tokens from the activations, at any depth and in any codec; their gradients say something about labels and adapters, too.";
+const INFERS = "It knows the frozen weights, and needs nothing else: neither a deeper cut nor a coarser codec keeps texts or labels from it. A chat sends no gradients. Inside the cloud's layers it can work out what an adapter does.";
 
 const TRUST = "What stays here is kept out of the network and out of the cloud's logs, disks and backups. It is not hidden from a cloud that attacks: its owner must be trusted not to, by contract or under supervision.";
 
@@ -59,7 +59,7 @@ export function showCrossed(main, _argument, signal) {
   const picture = drawing(place, signal);
 
   main.append(
-    h("h1", {}, "What left this machine"),
+    h("h1", {}, "What crossed to the cloud"),
     h("p", { class: "lead" }, "The cloud computes the middle layers, so activations and their gradients cross to it, sealed on the way."),
     problem, none, choice, place, away,
     h("div", { class: "halves" },
@@ -67,7 +67,7 @@ export function showCrossed(main, _argument, signal) {
       h("div", { class: "stack" },
         h("section", { class: "card" }, h("h2", {}, "What did not"), stays,
           h("p", { class: "hint" }, "The protocol has no message for text, labels or optimizer state. Weights of adapters cross only where a job, or training_layers in daemon.toml, leases those inside the cloud's layers; what is said here of yours is kept, and never taken back.")),
-        h("section", { class: "card honest" }, h("h2", {}, "What a cloud can infer"), h("p", {}, INFERS), h("p", {}, TRUST)))),
+        h("section", { class: "card honest" }, h("h2", {}, "What a cloud can infer"), h("p", {}, h("strong", {}, CLOUD_READS)), h("p", {}, INFERS), h("p", {}, TRUST)))),
     server);
 
   poll(async () => {

@@ -1,7 +1,7 @@
 // The drawing of edge and cloud: beside each other where there is room, one above the other where there is not.
 
 import { s } from "./dom.js";
-import { bytes, many } from "./formats.js";
+import { CLOUD_READS, bytes, many } from "./formats.js";
 
 const UNCUT = "M0 0 10 5 0 10z";
 
@@ -12,7 +12,7 @@ function parts(plan) {
     { name: "Embedding", note: "frozen" },
     { name: layers(plan?.first ?? 0, "First"), note: "frozen, with adapters", faint: plan?.first === 0 },
     { name: layers(plan?.last ?? 0, "Last"), note: "frozen, with adapters", faint: plan?.last === 0 },
-    { name: "Head and loss", note: "frozen; labels stay" },
+    { name: "Head and loss", note: "frozen; no label is sent" },
   ];
 }
 
@@ -38,7 +38,7 @@ const cloudNote = (cloud) => (cloud.reachable === null ? "not asked yet" : cloud
 
 function keptBox(x, y, width, facts) {
   const rows = [["Text"], ["Labels"], ["Optimizer state"], ["Adapters", facts.adapters]];
-  const group = s("g", {}, s("rect", { class: "kept", x, y, width, height: 176, rx: 8 }), words(x + 14, y + 26, "part-name", "Stays here"), words(x + 14, y + 45, "part-note", "no message carries"));
+  const group = s("g", {}, s("rect", { class: "kept", x, y, width, height: 176, rx: 8 }), words(x + 14, y + 26, "part-name", "Sent in no message"), words(x + 14, y + 45, "part-note", "what is read: see below"));
   rows.forEach(([row, told], place) => {
     const line = y + 72 + place * 26 + (told ? 10 : 0);
     group.append(words(x + 14, line, "part-text", row), words(x + width - 14, line, "part-figure", told ?? "", "end"));
@@ -111,7 +111,7 @@ function spoken({ cloud, adapters }) {
   const plan = cloud.plan;
   const edge = plan ? `embedding, the first ${plan.first} and the last ${plan.last} of ${plan.n_layers} layers, head` : "embedding, first and last layers, head";
   const crossed = cloud.bytes_up === undefined ? "" : `${bytes(cloud.bytes_up)} of activations and gradients were sent, ${bytes(cloud.bytes_down)} came back. `;
-  const stay = adapters === "here" ? "Text, labels, adapters and optimizer state stay here." : "Text, labels and optimizer state stay here.";
+  const stay = `No message carries text, labels${adapters === "here" ? ", adapters" : ""} or optimizer state. ${CLOUD_READS}`;
   return `This machine holds ${edge}. Cloud ${cloud.name}, ${cloudNote(cloud)}, holds the middle layers. ${crossed}${stay}`;
 }
 

@@ -1,4 +1,7 @@
-// Figures as a person reads them.
+// Figures and facts as a person reads them.
+
+/** What split training gives up, in the words of the README (`isthmus.privacy.ledger.mode_leaks`). */
+export const CLOUD_READS = "A cloud that attacks reads 98 to 100 % of the tokens of your texts from the activations, and 94 to 100 % of your labels from the gradients.";
 
 const whole = new Intl.NumberFormat("en");
 

@@ -2,7 +2,7 @@
 
 import { list } from "./api.js";
 import { h, keyed, poll, setText } from "./dom.js";
-import { moment } from "./formats.js";
+import { CLOUD_READS, moment } from "./formats.js";
 import { kindOf, nameOf, pill, progress, stepsOf, timeOf, updatePill, updateProgress } from "./job_parts.js";
 
 function makeRow(job) {
@@ -25,7 +25,7 @@ function updateRow(row, job) {
 
 const empty = () => h("section", { class: "empty" },
   h("h2", {}, "Nothing has been tuned here yet"),
-  h("p", {}, "Give a file of examples, and the daemon tunes an adapter on it. The examples stay on this machine; the cloud computes the middle layers."),
+  h("p", {}, "Give a file of examples, and the daemon tunes an adapter on it. The cloud computes the middle layers. No text leaves this machine as text. "), h("p", {}, CLOUD_READS),
   h("p", {}, h("a", { class: "button primary", href: "#new" }, "Start the first job")));
 
 export function showJobs(main, _argument, signal) {

@@ -18,6 +18,7 @@ from support.page.browsers import Watched, chromium
 from support.page.page_fakes import BASE, FakeDaemon
 
 from isthmus.daemon.state.owners import READ_EVERY, give_token
+from isthmus.privacy.ledger.mode_leaks import CLOUD_READS
 
 pytestmark = pytest.mark.browser
 
@@ -180,7 +181,7 @@ def test_chat_compares_base_and_tuned_and_can_be_stopped(fake: FakeDaemon, watch
     expect(page.locator(".turn")).to_have_count(2)
 
 
-def test_what_left_is_told_as_it_is(fake: FakeDaemon, watch: Opener) -> None:
+def test_what_crossed_is_told_as_it_is(fake: FakeDaemon, watch: Opener) -> None:
     page = watch().open(fake.token, "crossed")
     picture = page.locator(".drawing svg")
     expect(picture).to_contain_text("11.8 MiB")
@@ -191,12 +192,13 @@ def test_what_left_is_told_as_it_is(fake: FakeDaemon, watch: Opener) -> None:
             "Adaptersnone was in the cloud's layers",
         ]
     )
-    expect(page.locator(".honest")).to_contain_text("recover nearly all tokens")
+    expect(page.locator(".honest")).to_contain_text(CLOUD_READS)
     fake.cross(10_000_000, 0, 1)
     expect(picture).to_contain_text("21.3 MiB")
     fake.put_adapter("leased")
     expect(page.locator(".stays .open")).to_contain_text("leased: the cloud has had weights of some")
-    assert "adapters" not in (picture.get_attribute("aria-label") or "").partition("Text, labels")[2]
+    spoken = picture.get_attribute("aria-label") or ""
+    assert "No message carries text, labels or optimizer state." in spoken
 
 
 def test_counters_are_shown_to_the_first_owner_alone(fake: FakeDaemon, watch: Opener) -> None:
@@ -219,6 +221,7 @@ def test_it_works_by_keyboard(fake: FakeDaemon, watch: Opener) -> None:
     page = watched.page
     page.goto(fake.url)
     expect(page.get_by_label("Token")).to_be_focused()
+    expect(page.locator(".sign-in")).to_contain_text(CLOUD_READS)
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
     expect(page.locator("#token-error")).to_have_text("The daemon does not know this token.")
@@ -233,7 +236,7 @@ def test_it_works_by_keyboard(fake: FakeDaemon, watch: Opener) -> None:
         seen.append(page.evaluate("document.activeElement.textContent.trim()"))
         style = page.evaluate(OUTLINE)
         assert style == ["solid", "3px"], seen
-    assert seen[:5] == ["Skip to the content", "Isthmus", "Jobs", "Chat", "What left"]
+    assert seen[:5] == ["Skip to the content", "Isthmus", "Jobs", "Chat", "What crossed"]
     page.reload()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")

@@ -16,6 +16,7 @@ from isthmus.daemon.adapter_places import PLACES
 from isthmus.daemon.page.static_files import FOLDER, POLICY, is_unchanged, read_static_files
 from isthmus.daemon.state.owners import give_token
 from isthmus.daemon.web.application import application
+from isthmus.privacy.ledger.mode_leaks import CLOUD_READS
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
 
@@ -144,6 +145,14 @@ def test_the_files_name_no_other_origin_and_put_no_html_together() -> None:
             name
         )
         assert not re.search(r'\son[a-z]+="|\sstyle="|<script>|<style>', text), name
+
+
+def test_the_page_says_what_a_cloud_reads_in_the_words_of_the_readme() -> None:
+    assert f'CLOUD_READS = "{CLOUD_READS}"' in TEXTS["formats.js"]
+    for name in ("app.js", "crossed.js", "jobs.js"):
+        assert "CLOUD_READS" in TEXTS[name], name
+    for name, text in TEXTS.items():
+        assert not re.search("stays? on this machine", text), name
 
 
 def test_an_address_elsewhere_is_noticed() -> None:
