@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from isthmus.common.bounded_values import brief
 from isthmus.common.errors import ConfigError, UnknownModelError
 from isthmus.common.files import disk_errors
 from isthmus.daemon.adapter_places import HERE, LEASED, SEEN, Cut, acts_in_cloud
@@ -179,11 +180,11 @@ def _links(spec: Mapping[str, Any], owner: str, session: Session, home: Home) ->
         if value is None:
             continue
         if not isinstance(value, str):
-            raise ConfigError(f"{name} = {value!r} is no text: give a file's id, or an absolute path")
+            raise ConfigError(f"{name} = {brief(value)} is no text: give a file's id, or an absolute path")
         if name in FILES and value.startswith("file-"):
             stored = session.scalar(select(StoredFile).where(StoredFile.id == value, StoredFile.owner == owner))
             if stored is None:
-                raise ConfigError(f"{name} = {value!r}: there is no such file; upload one first")
+                raise ConfigError(f"{name} = {brief(value)}: there is no such file; upload one first")
             ending = Path(stored.filename).suffix.lower()
             yield name + (ending if ending in _ENDINGS else _ENDINGS[0]), home.file(stored.id)
         elif name in _ADAPTERS and not value.startswith("/"):
@@ -197,7 +198,7 @@ def _adapter(name: str, value: str, owner: str, session: Session, home: Home) ->
         select(Model).where(or_(Model.name == value, Model.id == value), Model.owner == owner, Model.deleted.is_(False))
     )
     if found is None:
-        raise ConfigError(f"{name} = {value!r}: there is no such model; give the name of a tuned one")
+        raise ConfigError(f"{name} = {brief(value)}: there is no such model; give the name of a tuned one")
     return home.path / found.folder
 
 
@@ -206,6 +207,8 @@ def _check_path(name: str, value: str, home: Home) -> None:
         return
     path = Path(value)
     if not path.is_absolute():
-        raise ConfigError(f"{name} = {value!r} is neither an id nor an absolute path: the daemon has its own folder")
+        raise ConfigError(
+            f"{name} = {brief(value)} is neither an id nor an absolute path: the daemon has its own folder"
+        )
     if path.resolve().is_relative_to(home.path.resolve()):
-        raise ConfigError(f"{name} = {value!r} is inside the daemon's home: give an id instead")
+        raise ConfigError(f"{name} = {brief(value)} is inside the daemon's home: give an id instead")

@@ -23,6 +23,7 @@ from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
 
+from isthmus.common.bounded_values import shown
 from isthmus.common.errors import DataError
 from isthmus.common.files import disk_errors, sync
 from isthmus.daemon.home import Home
@@ -33,7 +34,6 @@ from isthmus.daemon.openai.training_files import LONGEST_LINE, TrainingFile, rea
 from isthmus.daemon.openai.upload_stream import UploadStream
 from isthmus.daemon.state.tables import StoredFile
 from isthmus.daemon.web.api_error import ApiError
-from isthmus.daemon.web.bounded_body import shown
 from isthmus.daemon.web.context import Asker, Context, Here
 
 routes = APIRouter(prefix="/files")

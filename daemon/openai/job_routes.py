@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from sqlalchemy.orm import Session
 
+from isthmus.common.bounded_values import shown
 from isthmus.daemon.jobs.job_service import NewJob, UnknownJobError
 from isthmus.daemon.jobs.kinds import TRAINING
 from isthmus.daemon.openai.job_bodies import JobBody
@@ -23,7 +24,6 @@ from isthmus.daemon.openai.request_fields import Fields, NoQuery, checked, json_
 from isthmus.daemon.openai.training_files import LONGEST_EXAMPLE, settings_of
 from isthmus.daemon.state.tables import BaseModel, Job, StoredFile
 from isthmus.daemon.web.api_error import ApiError
-from isthmus.daemon.web.bounded_body import shown
 from isthmus.daemon.web.context import Asker, Context, Here
 
 routes = APIRouter(prefix="/fine_tuning/jobs")

@@ -21,8 +21,9 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
+from isthmus.common.bounded_values import shown
 from isthmus.daemon.web.api_error import ApiError
-from isthmus.daemon.web.bounded_body import UNKNOWN, BoundedBody, shown
+from isthmus.daemon.web.bounded_body import UNKNOWN, BoundedBody
 from isthmus.daemon.web.json_object import parse_object
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isthmus.common.bounded_values import brief
 from isthmus.common.errors import DataError
 from isthmus.edge.config.data_config import ExamplesConfig
 from isthmus.edge.config.training_config import TrainConfig
@@ -142,7 +143,7 @@ def _check_keys(record: Record) -> None:
     form = next((form for form in _FORMS if form <= record.values.keys()), set(record.values))
     strange = sorted(record.values.keys() - form)
     if strange:
-        raise DataError(f"{record.where}: {strange[0]!r} is not understood beside {sorted(form)}; remove it.")
+        raise DataError(f"{record.where}: {brief(strange[0])} is not understood beside {sorted(form)}; remove it.")
     messages = record.values.get("messages")
     if not isinstance(messages, list):
         return  # the reader says what is wrong
@@ -151,10 +152,10 @@ def _check_keys(record: Record) -> None:
         what = f"{record.where}: message {at}"
         strange = sorted(set(message) - {"role", "content", "weight"}) if isinstance(message, Mapping) else []
         if strange:
-            raise DataError(f"{what}: {strange[0]!r} is not understood here; remove it.")
+            raise DataError(f"{what}: {brief(strange[0])} is not understood here; remove it.")
         if isinstance(message, Mapping) and "weight" in message and message["weight"] != int(at == last):
             raise DataError(
-                f"{what}: weight = {message['weight']!r} cannot be followed: the last message of the assistant is "
+                f"{what}: weight = {brief(message['weight'])} cannot be followed: the last message of the assistant is "
                 "learned, with weight 1, and the others are read, with weight 0."
             )
 

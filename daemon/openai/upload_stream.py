@@ -13,8 +13,8 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
+from isthmus.common.bounded_values import shown
 from isthmus.daemon.web.api_error import ApiError
-from isthmus.daemon.web.bounded_body import shown
 
 _FIELD, _HEADER, _HEADERS, _PARTS = 4096, 4096, 8, 16
 

@@ -1,7 +1,8 @@
 """What a body that is wrong may cost: pydantic keeps every error of it, with what it was, before the first is told.
 
-So lists end at their first error (`FailFast`), an object has no unknown names before its values are looked at, and what
-holds few entries is counted first (`few`).
+How many values a body of JSON may hold is checked before (`isthmus.common.bounded_values`). Here lists end at their
+first error (`FailFast`), an object has no unknown names before its values are looked at, and what holds few entries is
+counted first (`few`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+from isthmus.common.bounded_values import shown
 
 UNKNOWN = "unknown_field"
 """The error of a name that is not one of a model's; its `ctx` has it as `name`."""
@@ -40,9 +43,3 @@ def few(most: int) -> BeforeValidator:
         return values
 
     return BeforeValidator(check)
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: short, in one line, and always possible to encode."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any, NoReturn
 
+from isthmus.common.bounded_values import check_json
 from isthmus.daemon.web.api_error import ApiError
 
 
@@ -13,8 +14,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 
     Raises:
-        ApiError: It is none, says something twice, or has half of a surrogate pair or a number beyond all floats.
+        ApiError: It is none, has too many values, says something twice, or has half of a surrogate pair or a number
+            beyond all floats.
     """
+    check_values(body)
     try:
         values = json.loads(
             body.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite
@@ -26,6 +29,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ApiError(400, "the body is JSON, but no object: send one JSON object", code="invalid_json")
     return values
+
+
+def check_values(body: bytes) -> None:
+    """Refuse a body of JSON that has more values than may be, before it is parsed. Raises ApiError."""
+    try:
+        check_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body {error}: send less at a time", code="too_many_values") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
+from isthmus.common.bounded_values import brief
 from isthmus.common.errors import IsthmusError
 from isthmus.daemon.disk_room import NoRoomError
 from isthmus.daemon.jobs.job_service import UnknownJobError, WrongStateError
@@ -111,15 +112,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, first["msg"], param=str(first["ctx"]["name"])[:200], code=UNKNOWN)
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "literal_error":
-        reason = f"{_brief(first['input'])} is none of {first['ctx']['expected']}"
+        reason = f"{brief(first['input'])} is none of {first['ctx']['expected']}"
     more = "" if param is None else f"{param}: "
     return ApiError(400, f"{more}{reason}", param=param, code=first["type"])
-
-
-def _brief(value: Any) -> str:
-    """A client's value, as much of it as an error says."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _http_message(error: HTTPException) -> str:

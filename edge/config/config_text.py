@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from isthmus.common.bounded_values import brief
 from isthmus.common.errors import ConfigError
 
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # one number, or the two ends of a range
@@ -82,7 +83,7 @@ def check_name(name: str, path: Path | None, known: Sequence[str]) -> None:
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(known)}."
     place = f" in {path}" if path is not None else ""
-    raise ConfigError(f"unknown setting {name!r}{place}: {remedy}")
+    raise ConfigError(f"unknown setting {brief(name)}{place}: {remedy}")
 
 
 def one_line(error: ValidationError, cls: type[BaseModel]) -> str:
@@ -95,7 +96,7 @@ def one_line(error: ValidationError, cls: type[BaseModel]) -> str:
     meaning = cls.model_fields[name].description
     if first["type"] == "missing":
         return f"{name!r} is missing: give --{name.replace('_', '-')} or set it in the file. {meaning}"
-    return f"{name} = {first['input']!r}: {reason[:1].lower()}{reason[1:]}. {meaning}"
+    return f"{name} = {brief(first['input'])}: {reason[:1].lower()}{reason[1:]}. {meaning}"
 
 
 def _why(error: Exception) -> str:

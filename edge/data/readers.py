@@ -19,14 +19,18 @@ import csv
 import io
 import json
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from isthmus.common.bounded_values import brief, check_json
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.edge.config.data_config import ExamplesConfig
 
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+MOST_NAMES = 20
+"""Names of fields in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,10 @@ def json_lines(source: str, name: str | None = None) -> Iterator[Record]:
 
 def _json_record(line: bytes, source: str, number: int) -> Record:
     where = f"{source}, line {number}"
+    try:
+        check_json(line)
+    except ValueError as error:
+        raise DataError(f"{where} {error}: split it.") from error
     try:
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -223,7 +231,7 @@ class Columns:
         if "text" in keys:
             return cls(completion=_column("text"))
         raise DataError(
-            f"{first.where}: none of the keys {', '.join(map(repr, keys))} is 'text', 'prompt' with 'completion', "
+            f"{first.where}: none of the keys {_names(keys)} is 'text', 'prompt' with 'completion', "
             "or 'messages'; name the columns with --text-column, or --prompt-column and --completion-column."
         )
 
@@ -268,9 +276,7 @@ def _fill(template: Template, record: Record) -> str:
 
 def _string(record: Record, name: str) -> str:
     if name not in record.values:
-        raise DataError(
-            f"{record.where}: no {name!r}; it has {', '.join(map(repr, record.values)) or 'no fields at all'}."
-        )
+        raise DataError(f"{record.where}: no {name!r}; it has {_names(record.values) or 'no fields at all'}.")
     return checked_text(record.values[name], f"{record.where}: {name!r}")
 
 
@@ -323,6 +329,12 @@ def _answered(record: Record, key: str) -> tuple[tuple[str, str], ...]:
     if not turns[last][1].strip():
         raise DataError(f"{record.where}: the last assistant message is empty, so there is nothing to train on.")
     return turns[: last + 1]
+
+
+def _names(names: Collection[str]) -> str:
+    """Some names of fields, of which an error shows the first ones."""
+    first = [brief(name) for name in islice(names, MOST_NAMES)]
+    return ", ".join(first + ["…"] * (len(names) > len(first)))
 
 
 def _kind(value: object) -> str:

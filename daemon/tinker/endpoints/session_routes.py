@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from isthmus.common.bounded_values import brief
 from isthmus.common.errors import DiskError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerSampler, TinkerSession
@@ -113,7 +114,8 @@ async def create_session(request: Request, here: Here, owner: Asker) -> dict[str
     """Begin a session."""
     new = await read_json(request, NewSession)
     if new.project_id is not None:
-        problem = f"project_id = {new.project_id!r}: there are no projects here; leave it out (and TINKER_PROJECT_ID)"
+        name = brief(new.project_id)
+        problem = f"project_id = {name}: there are no projects here; leave it out (and TINKER_PROJECT_ID)"
         raise ApiError(400, problem, param="project_id")
     now = time.time()
     row = TinkerSession(
@@ -243,7 +245,9 @@ async def asample(request: Request, here: Here, owner: Asker, tinker: Tinker) ->
     sampler = await run_in_threadpool(get_sampler, new.sampling_session_id, here, owner)
     for name in ("base_model", "model_path"):
         if (asked := getattr(new, name)) not in {None, sampler[name]}:
-            problem = f"{name} = {asked!r}: the sampler has {sampler[name]!r}; leave it out, or make another sampler"
+            problem = (
+                f"{name} = {brief(asked)}: the sampler has {sampler[name]!r}; leave it out, or make another sampler"
+            )
             raise ApiError(400, problem, param=name)
     told: Told | None = None
     try:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from isthmus.daemon.state.tables import TinkerPromise
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.json_object import check_values
 
 SMALL_BODY = 256 << 10
 """Bytes of a body at most where it holds neither data nor a prompt."""
@@ -35,7 +36,8 @@ async def read_json(request: Request, kind: type[T], most: int = SMALL_BODY) -> 
 
 
 def parsed(body: bytes, kind: type[T]) -> T:
-    """The JSON of a body. Raises ApiError where it is no `kind`."""
+    """The JSON of a body. Raises ApiError where it is no `kind`, or has too many values."""
+    check_values(body)
     try:
         return kind.model_validate_json(body or b"{}")
     except ValidationError as error:

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from isthmus.common.bounded_values import brief
 from isthmus.common.errors import DiskError
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerSession
 from isthmus.daemon.tinker.endpoints.session_routes import open_session, sampler_name
@@ -115,7 +116,7 @@ async def optim_step(request: Request, here: Here, owner: Asker, tinker: Tinker)
 
     def values() -> dict[str, Any]:
         if new.optimizer_params is not None:
-            raise RefusalError(f"optimizer {new.optimizer_params.get('type')!r} is not offered: send AdamParams")
+            raise RefusalError(f"optimizer {brief(new.optimizer_params.get('type'))} is not offered: send AdamParams")
         try:
             adam = AdamParams.model_validate(new.adam_params or {})
         except ValidationError as error:
@@ -144,7 +145,7 @@ async def save_weights_for_sampler(request: Request, here: Here, owner: Asker, t
 
     def values() -> dict[str, Any]:
         if new.kind != "snapshot":
-            raise RefusalError(f"kind = {new.kind!r} is not offered: save a snapshot each time")
+            raise RefusalError(f"kind = {brief(new.kind)} is not offered: save a snapshot each time")
         if new.path is None and new.sampling_session_seq_id is not None:
             number = new.sampling_session_seq_id
             found = _saving(f"sampler-{number}", new.ttl_seconds, new.user_metadata, overwrite=True)
@@ -302,7 +303,9 @@ def _check_room(session: Session, new: TinkerModel) -> None:
 
 def _check_optimizer(config: dict[str, Any] | None) -> None:
     if config is not None and config.get("type") != _ADAM:
-        raise RefusalError(f"optimizer {config.get('type')!r} is not offered: leave optimizer_config out, for Adam")
+        raise RefusalError(
+            f"optimizer {brief(config.get('type'))} is not offered: leave optimizer_config out, for Adam"
+        )
 
 
 def _saving(name: str, ttl: int | None, labels: dict[str, Any] | None, *, overwrite: bool) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def test_a_stream_that_breaks_says_so_in_the_stream(client: OpenAI) -> None:
         (b'{"model": NaN}', "NaN is no JSON"),
         (b'{"model": "\\ud800"}', "not JSON"),
         (b'{"model": ' + b"1" * 5000 + b"}", "not JSON"),
-        (b'{"a":' * 100_000, "not JSON"),
+        (b'{"a":' * 10_000, "nested deeper than 64"),
+        (b'{"a":' * 100_000, "more than 65536 texts"),
         (b'{"model": "' + b"x" * 1000 + b'", "messages": []}', "messages"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -12,11 +13,14 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
+from isthmus.common.errors import DataError
 from isthmus.daemon.openai.completions.chat_bodies import ChatBody
 from isthmus.daemon.openai.completions.completion_bodies import CompletionBody
 from isthmus.daemon.openai.job_bodies import JobBody
 from isthmus.daemon.openai.request_fields import checked
+from isthmus.daemon.openai.training_files import read_training_file
 from isthmus.daemon.page.jobs_api import JobRequest
+from isthmus.daemon.tinker.endpoints.tinker_bodies import parsed
 from isthmus.daemon.tinker.tinker_requests import End, NewSession, Sample, SamplingParams
 from isthmus.daemon.web import refusals
 from isthmus.daemon.web.api_error import ApiError
@@ -115,6 +119,47 @@ def test_the_other_apis_bodies_are_bounded(kind: type[Any], tree: Any) -> None:
 )
 def test_a_jobs_body_is_bounded(tree: Any) -> None:
     assert _cost(lambda body: JobRequest.model_validate(parse_object(body)), tree) < MOST
+
+
+def _refusal(reads: str, body: bytes, folder: Path) -> str:
+    """What reading a body, or a line of data, is refused with; nothing where it is read."""
+    path = folder / "a.jsonl"
+    path.write_bytes(body)
+    ways: dict[str, Callable[[], object]] = {
+        "openai": lambda: parse_object(body),
+        "tinker": lambda: parsed(body, NewSession),
+        "line": lambda: read_training_file(path, path.name),
+    }
+    try:
+        ways[reads]()
+    except (ApiError, DataError) as error:
+        return f"{getattr(error, 'status', 400)}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("reads", ["openai", "tinker", "line"])
+@pytest.mark.parametrize(
+    ("part", "count", "says"),
+    [
+        ("[],", 70_000, "holds more than 65536 texts, lists and objects"),
+        ("1,", 330_000, "holds more than 327680 values"),
+        ("[" * 100 + "1" + "]" * 100 + ",", 1, "has lists and objects nested deeper than 64"),
+    ],
+)
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
+    tmp_path: Path, reads: str, part: str, count: int, says: str
+) -> None:
+    body = f'{{"messages":[{part * count}0]}}'.encode()
+    tracemalloc.start()
+    try:
+        refusal = _refusal(reads, body, tmp_path)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refusal.startswith("400: ")
+    assert says in refusal
+    assert taken < 8 * len(body) + (64 << 10)
+    assert says not in _refusal(reads, b'{"messages":[[],1,[[]]]}', tmp_path)
 
 
 def test_an_unknown_name_is_told_by_the_web_too() -> None:
