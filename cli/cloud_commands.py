@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.cli import cluster_commands
-from isthmus.cli.cloud_flags import DEFAULT_HOME, Home
+from isthmus.cli.cloud_flags import DEFAULT_HOME, Home, RootPassphraseFile, WithPassphrase
 from isthmus.cli.serve_command import serve
 from isthmus.experiments.harness.bench_flags import EdgeLayers, Model
 
@@ -21,17 +21,28 @@ app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_
 def keygen(
     home: Home = DEFAULT_HOME,
     days: Annotated[int, typer.Option(min=1, help="Days until the worker's certificate expires.")] = 90,
+    passphrase: WithPassphrase = True,
+    passphrase_file: RootPassphraseFile = None,
+    worker_passphrase_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that holds the worker key's passphrase; by default that key has none, as `serve` needs it."
+        ),
+    ] = None,
 ) -> None:
     """Make the root key (once) and a worker's key with a certificate; run again to renew the latter.
 
-    Keep root_key offline afterwards: a worker needs only worker_key and worker_cert.
+    Keep root_key offline afterwards: a worker needs only worker_key and worker_cert. The root key has a passphrase.
 
     Example: isthmus cloud keygen
     """
     from isthmus.common.errors import KeyFileError
     from isthmus.protocol.secure.keyfiles import check_folder, make_folder
-    from isthmus.protocol.secure.keys import generate_root, issue_worker, load_worker
+    from isthmus.protocol.secure.keys import OF_WORKER, generate_root, issue_worker, load_worker
+    from isthmus.protocol.secure.passphrases import Passphrase
 
+    root = Passphrase("root", passphrase_file, asks=True)
+    worker = None if worker_passphrase_file is None else Passphrase("worker", worker_passphrase_file)
     folder = home.expanduser()
     make_folder(folder)  # before anything is looked for in a place where this user may not look
     check_folder(folder)
@@ -41,11 +52,11 @@ def keygen(
                 f"{folder} has a worker's certificate but not the root_key that signed it, and a new one would lock "
                 "every edge out: bring root_key back to renew the certificate, or choose another --home"
             )
-        generate_root(folder)
-    issue_worker(folder, days)
+        generate_root(folder, root if passphrase else None)
+    issue_worker(folder, days, root=root, new=worker)
     typer.echo(f"root key     {folder / 'root_key'} (keep it offline)")
     typer.echo(f"worker key   {folder / 'worker_key'} (certificate good for {days} days)")
-    typer.echo(f"fingerprint  {load_worker(folder).pin}")
+    typer.echo(f"fingerprint  {load_worker(folder, passphrase=worker or OF_WORKER).pin}")
 
 
 @app.command()

@@ -13,3 +13,13 @@ DEFAULT_HOME = Path("~/.isthmus/cloud")
 CLUSTER = "On a Ray cluster"
 DEFAULT_NAME = "cloud"
 UNANSWERED = 60  # documented in docs/exit-codes.md
+
+RootPassphraseFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--passphrase-file",
+        help="File that holds the root key's passphrase, or ISTHMUS_ROOT_PASSPHRASE_FILE names it; by default it is "
+        "asked for at the terminal.",
+    ),
+]
+WithPassphrase = Annotated[bool, typer.Option(help="Whether a new key has a passphrase.")]

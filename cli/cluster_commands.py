@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from isthmus.cli.cloud_flags import CLUSTER, DEFAULT_HOME, DEFAULT_NAME, UNANSWERED, Home
+from isthmus.cli.cloud_flags import (
+    CLUSTER,
+    DEFAULT_HOME,
+    DEFAULT_NAME,
+    UNANSWERED,
+    Home,
+    RootPassphraseFile,
+    WithPassphrase,
+)
 
 Address = Annotated[
     str, typer.Option(help="Address of the Ray cluster that this machine is a node of, HOST:PORT or auto.")
@@ -19,6 +27,11 @@ Name = Annotated[str, typer.Option(help="Name of the cloud in its cluster.")]
 def issuer(
     home: Home = DEFAULT_HOME,
     days: Annotated[float, typer.Option(min=0.01, help="Days until the issuer's certificate expires.")] = 7,
+    passphrase: WithPassphrase = True,
+    passphrase_file: RootPassphraseFile = None,
+    issuer_passphrase_file: Annotated[
+        Path | None, typer.Option(help="The same for the issuer's key, with ISTHMUS_ISSUER_PASSPHRASE_FILE.")
+    ] = None,
 ) -> None:
     """Let a key sign workers' certificates in the root key's place, for some days; run again to renew.
 
@@ -28,11 +41,15 @@ def issuer(
     """
     from isthmus.common.readable import date
     from isthmus.protocol.secure.keyfiles import check_folder
-    from isthmus.protocol.secure.keys import make_issuer
+    from isthmus.protocol.secure.keys import ISSUER_KEY, make_issuer
+    from isthmus.protocol.secure.passphrases import Passphrase
 
     folder = home.expanduser()
     check_folder(folder)
-    certificate = make_issuer(folder, days)
+    own = Passphrase("issuer", issuer_passphrase_file, asks=True)
+    root = Passphrase("root", passphrase_file, asks=True)
+    new = own if passphrase or (folder / ISSUER_KEY).exists() else None
+    certificate = make_issuer(folder, days, root=root, new=new)
     typer.echo(f"issuer key   {folder / 'issuer_key'} (may sign workers until {date(certificate.not_after)})")
 
 

@@ -38,6 +38,15 @@ def keygen(
         Path, typer.Option(help="Where the private key goes; the public one gets `.pub` behind it.")
     ] = DEFAULT_KEY,
     comment: Annotated[str, typer.Option(help="A name for the key, which the cloud's owner sees.")] = "",
+    passphrase: Annotated[
+        bool, typer.Option(help="Whether the key has a passphrase, which each command that connects then asks for.")
+    ] = False,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that holds the passphrase; commands find it by ISTHMUS_EDGE_PASSPHRASE_FILE, or else ask."
+        ),
+    ] = None,
 ) -> None:
     """Make this edge's key pair. Send the .pub file to the cloud's owner.
 
@@ -46,9 +55,11 @@ def keygen(
     import getpass
 
     from isthmus.protocol.secure.keys import generate_edge
+    from isthmus.protocol.secure.passphrases import Passphrase
 
     path = out.expanduser()
-    line = generate_edge(path, comment or getpass.getuser())
+    new = Passphrase("edge", passphrase_file, asks=True) if passphrase or passphrase_file else None
+    line = generate_edge(path, comment or getpass.getuser(), new)
     typer.echo(f"private key  {path}")
     typer.echo(f"public key   {path}.pub (send it to the cloud's owner)")
     typer.echo(line.strip())

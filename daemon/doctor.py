@@ -199,7 +199,10 @@ def _remedy(code: int, name: str) -> str:
                 "the cloud's owner gives, or the path of a file that holds it"
             )
         case 30:
-            return "make a key with `isthmus edge keygen`, or set `key` of this cloud in daemon.toml"
+            return (
+                "make a key with `isthmus edge keygen`, set `key` of this cloud in daemon.toml, or do what the message "
+                "says"
+            )
         case 32:
             return "send the .pub file to the cloud's owner, who runs `isthmus cloud enroll`"
         case 31:

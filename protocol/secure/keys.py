@@ -3,7 +3,9 @@
 Rules
     1. A private key's file has mode 0600 and is never overwritten; one that others can read is refused.
     2. The root's private key signs workers and lies on no worker. An edge pins the root's fingerprint.
-    3. An edge is enrolled by a line in `authorized_edges`, as in SSH; a node of a cloud on several machines by one in
+    3. The root's and the issuer's key are made with a passphrase unless it is declined; a worker's and an edge's on
+       request. Whoever loads one says where the passphrase comes from (`isthmus.protocol.secure.passphrases`).
+    4. An edge is enrolled by a line in `authorized_edges`, as in SSH; a node of a cloud on several machines by one in
        `authorized_nodes`.
 
 Theory of operation
@@ -16,7 +18,7 @@ Theory of operation
     node_key         Ed25519 private key (OpenSSH, 0600)      a node's; signs its workers' requests; `.pub` beside it
     authorized_edges `[max-sessions=N,max-bytes-in-flight=SIZE] ssh-ed25519 AAAA... name`, one line per edge
     authorized_nodes `ssh-ed25519 AAAA... name`, one line per node
-    an edge's key    Ed25519 private key (OpenSSH, 0600), and `.pub` beside it
+    an edge's key    Ed25519 private key (OpenSSH, with a passphrase PKCS8 PEM; 0600), and `.pub` beside it
 
     A fingerprint is SHA-256 over the algorithm's name and the key in OpenSSH's encoding, so that a later algorithm
     gives other fingerprints. The signature of a certificate covers a label, so that it can be taken for nothing else.
@@ -37,6 +39,7 @@ from pathlib import Path
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -47,15 +50,20 @@ from cryptography.hazmat.primitives.serialization import (
 from isthmus.common.errors import ConfigError, FingerprintError, IsthmusError, KeyFileError
 from isthmus.protocol.secure.certificates import IssuerCertificate, WorkerCertificate
 from isthmus.protocol.secure.keyfiles import create_file, make_folder, read_private, read_text, replace_file
+from isthmus.protocol.secure.passphrases import Passphrase
 
 ALGORITHM = b"ssh-ed25519"
 ROOT_KEY, ROOT_PUB, WORKER_KEY, WORKER_CERT = "root_key", "root_key.pub", "worker_key", "worker_cert"
 ISSUER_KEY, ISSUER_CERT, NODE_KEY = "issuer_key", "issuer_cert", "node_key"
 DAY = 86_400
+OF_ROOT, OF_ISSUER, OF_WORKER = Passphrase("root"), Passphrase("issuer"), Passphrase("worker")
+OF_EDGE = Passphrase("edge", asks=True)
+"""Where the passphrases of keys come from that have one, for whoever loads them and knows nothing better."""
 _CLOUD_REMEDY = "run `isthmus cloud keygen`"
 _EDGE_REMEDY = "run `isthmus edge keygen`"
 _ISSUER_REMEDY = "run `isthmus cloud issuer` where the root key is"
 _NODE_REMEDY = "run `isthmus cloud node-keygen` on this node"
+_ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
 # What the library raises on a private key that is none; the last one comes from OpenSSL, on a key of another algorithm.
 _MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, InternalError)
 
@@ -140,8 +148,8 @@ class WorkerIdentity:
         return Fingerprint.of(self.certificate.root)
 
 
-def generate_root(folder: Path) -> Fingerprint:
-    """Make the root key in `folder` (`root_key`, `root_key.pub`) and return its fingerprint.
+def generate_root(folder: Path, passphrase: Passphrase | None = None) -> Fingerprint:
+    """Make the root key in `folder` (`root_key`, `root_key.pub`), with a passphrase or none; return its fingerprint.
 
     Raises:
         KeyFileError: there is a root key already, or it cannot be written.
@@ -149,45 +157,60 @@ def generate_root(folder: Path) -> Fingerprint:
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes_raw()
     make_folder(folder)
-    create_file(folder / ROOT_KEY, _pem(key), mode=0o600)
+    create_file(folder / ROOT_KEY, _pem(key, folder / ROOT_KEY, passphrase), mode=0o600)
     replace_file(folder / ROOT_PUB, (format_public_key(public, "isthmus-root") + "\n").encode(), mode=0o644)
     return Fingerprint.of(public)
 
 
-def issue_worker(folder: Path, days: float = 90, now: Callable[[], float] = time.time) -> WorkerCertificate:
+def issue_worker(
+    folder: Path,
+    days: float = 90,
+    now: Callable[[], float] = time.time,
+    root: Passphrase = OF_ROOT,
+    new: Passphrase | None = None,
+) -> WorkerCertificate:
     """Certify the worker's key in `folder` with the root key there, making the worker's key where there is none.
 
     Calling it again renews the certificate. A worker needs a folder with `worker_key` and `worker_cert` only.
 
+    Args:
+        folder: The cloud owner's.
+        days: Until the certificate expires.
+        now: Unix seconds.
+        root: The root key's passphrase.
+        new: The worker key's; None for a new key without one.
+
     Raises:
         KeyFileError: the root's or worker's key is missing, malformed, or readable by others.
     """
-    root_key = _load_pem(folder / ROOT_KEY, _CLOUD_REMEDY)
-    worker = make_worker_key(folder).public_key().public_bytes_raw()
+    root_key = _load_pem(folder / ROOT_KEY, _CLOUD_REMEDY, root)
+    worker = make_worker_key(folder, new).public_key().public_bytes_raw()
     certificate = WorkerCertificate.issue(root_key, worker, int(now() + days * DAY))
     replace_file(folder / WORKER_CERT, certificate.to_json().encode(), mode=0o644)
     return certificate
 
 
-def make_worker_key(folder: Path) -> Ed25519PrivateKey:
-    """The worker's key in `folder`, made where there is none.
+def make_worker_key(folder: Path, passphrase: Passphrase | None = None) -> Ed25519PrivateKey:
+    """The worker's key in `folder`, made where there is none, with a passphrase or without.
 
     Raises:
         KeyFileError: it is malformed, readable by others, or cannot be made.
     """
     path = folder / WORKER_KEY
     if not path.exists():
-        create_file(path, _pem(Ed25519PrivateKey.generate()), mode=0o600)
-    return _load_pem(path, _CLOUD_REMEDY)
+        create_file(path, _pem(Ed25519PrivateKey.generate(), path, passphrase), mode=0o600)
+    return _load_pem(path, _CLOUD_REMEDY, passphrase or OF_WORKER)
 
 
-def load_worker(folder: Path, now: Callable[[], float] = time.time) -> WorkerIdentity:
+def load_worker(
+    folder: Path, now: Callable[[], float] = time.time, passphrase: Passphrase = OF_WORKER
+) -> WorkerIdentity:
     """Load a worker's key and certificate.
 
     Raises:
         KeyFileError: one is missing, malformed, readable by others, or expired, or they do not belong together.
     """
-    key = _load_pem(folder / WORKER_KEY, _CLOUD_REMEDY)
+    key = _load_pem(folder / WORKER_KEY, _CLOUD_REMEDY, passphrase)
     path = folder / WORKER_CERT
     try:
         certificate = WorkerCertificate.from_json(read_text(path, _CLOUD_REMEDY, ours=True))
@@ -219,34 +242,47 @@ class Issuer:
         return WorkerCertificate.issue_by(self.key, self.certificate, self.root, worker, int(not_after))
 
 
-def make_issuer(folder: Path, days: float = 7, now: Callable[[], float] = time.time) -> IssuerCertificate:
+def make_issuer(
+    folder: Path,
+    days: float = 7,
+    now: Callable[[], float] = time.time,
+    root: Passphrase = OF_ROOT,
+    new: Passphrase | None = None,
+) -> IssuerCertificate:
     """Certify the issuer's key in `folder` with the root key there, making the issuer's key where there is none.
 
     Calling it again renews the certificate.
 
+    Args:
+        folder: The cloud owner's.
+        days: Until the certificate expires.
+        now: Unix seconds.
+        root: The root key's passphrase.
+        new: The issuer key's; None for a new key without one.
+
     Raises:
         KeyFileError: the root's or the issuer's key is missing, malformed, or readable by others.
     """
-    root_key = _load_pem(folder / ROOT_KEY, _CLOUD_REMEDY)
+    root_key = _load_pem(folder / ROOT_KEY, _CLOUD_REMEDY, root)
     path = folder / ISSUER_KEY
     if not path.exists():
-        create_file(path, _pem(Ed25519PrivateKey.generate()), mode=0o600)
-    issuer = _load_pem(path, _ISSUER_REMEDY).public_key().public_bytes_raw()
+        create_file(path, _pem(Ed25519PrivateKey.generate(), path, new), mode=0o600)
+    issuer = _load_pem(path, _ISSUER_REMEDY, new or OF_ISSUER).public_key().public_bytes_raw()
     certificate = IssuerCertificate.issue(root_key, issuer, int(now() + days * DAY))
-    root = root_key.public_key().public_bytes_raw()
-    encoded = [base64.b64encode(data).decode() for data in (root, certificate.to_bytes())]
+    signer = root_key.public_key().public_bytes_raw()
+    encoded = [base64.b64encode(data).decode() for data in (signer, certificate.to_bytes())]
     shown = {"version": 1, **dict(zip(("root", "issuer"), encoded, strict=True))}
     replace_file(folder / ISSUER_CERT, (json.dumps(shown, indent=1) + "\n").encode(), mode=0o644)
     return certificate
 
 
-def load_issuer(folder: Path, now: Callable[[], float] = time.time) -> Issuer:
+def load_issuer(folder: Path, now: Callable[[], float] = time.time, passphrase: Passphrase = OF_ISSUER) -> Issuer:
     """Load an issuer's key and certificate.
 
     Raises:
         KeyFileError: one is missing, malformed, readable by others, or expired, or they do not belong together.
     """
-    key = _load_pem(folder / ISSUER_KEY, _ISSUER_REMEDY)
+    key = _load_pem(folder / ISSUER_KEY, _ISSUER_REMEDY, passphrase)
     path = folder / ISSUER_CERT
     text = read_text(path, _ISSUER_REMEDY, ours=True)
     try:
@@ -269,8 +305,10 @@ def load_node(folder: Path) -> Ed25519PrivateKey:
     return _load_openssh(folder / NODE_KEY, _NODE_REMEDY)
 
 
-def generate_edge(path: Path, comment: str) -> str:
+def generate_edge(path: Path, comment: str, passphrase: Passphrase | None = None) -> str:
     """Make an edge's or a node's key at `path`, its public key beside it (`path.pub`); return the line to enrol.
+
+    With a passphrase it is in PKCS8 PEM, as OpenSSH's own format needs another library for that.
 
     Raises:
         KeyFileError: there is a key already, or it cannot be written.
@@ -278,7 +316,8 @@ def generate_edge(path: Path, comment: str) -> str:
     key = Ed25519PrivateKey.generate()
     line = format_public_key(key.public_key().public_bytes_raw(), comment)
     make_folder(path.parent)
-    create_file(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), mode=0o600)
+    plain = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    create_file(path, plain if passphrase is None else _pem(key, path, passphrase), mode=0o600)
     replace_file(path.with_name(path.name + ".pub"), (line + "\n").encode(), mode=0o644)
     return line
 
@@ -287,8 +326,10 @@ def load_edge(path: Path) -> Ed25519PrivateKey:
     """Load an edge's private key.
 
     Raises:
-        KeyFileError: it is missing, malformed, protected by a passphrase, or readable by others.
+        KeyFileError: it is missing, malformed, or readable by others; or it does not open with its passphrase.
     """
+    if _ENCRYPTED in read_private(path, _EDGE_REMEDY):
+        return _load_pem(path, _EDGE_REMEDY, OF_EDGE)
     return _load_openssh(path, _EDGE_REMEDY)
 
 
@@ -306,15 +347,20 @@ def _load_openssh(path: Path, remedy: str) -> Ed25519PrivateKey:
     return key
 
 
-def _pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def _pem(key: Ed25519PrivateKey, path: Path, passphrase: Passphrase | None) -> bytes:
+    """The file of a new key that goes to `path`. Raises KeyFileError where there is no passphrase to be had."""
+    sealing = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase.for_new(path))
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, sealing)
 
 
-def _load_pem(path: Path, remedy: str) -> Ed25519PrivateKey:
+def _load_pem(path: Path, remedy: str, passphrase: Passphrase) -> Ed25519PrivateKey:
     raw = read_private(path, remedy)
+    given = passphrase.of(path) if _ENCRYPTED in raw else None
     try:
-        key = load_pem_private_key(raw, password=None)
+        key = load_pem_private_key(raw, given)
     except _MALFORMED as error:
+        if given is not None:
+            raise passphrase.wrong(path) from error
         raise KeyFileError(
             f"{path} is not a private key in PEM format ({error}); {remedy} in an empty folder"
         ) from error

@@ -31,7 +31,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def home(tmp_path: Path, capsys: Capture) -> Path:
     """An owner's folder with a root key."""
-    assert in_process(capsys, "cloud", "keygen", "--home", tmp_path / "cloud").returncode == 0
+    assert in_process(capsys, "cloud", "keygen", "--home", tmp_path / "cloud", "--no-passphrase").returncode == 0
     return tmp_path / "cloud"
 
 
@@ -39,7 +39,7 @@ def home(tmp_path: Path, capsys: Capture) -> Path:
 
 
 def test_an_issuer_is_made_and_renewed(home: Path, capsys: Capture) -> None:
-    done = in_process(capsys, "cloud", "issuer", "--home", home, "--days", 2)
+    done = in_process(capsys, "cloud", "issuer", "--home", home, "--days", 2, "--no-passphrase")
     assert done.returncode == 0, done.stderr
     first = load_issuer(home)
     assert f"{home / 'issuer_key'} (may sign workers until 20" in done.stdout
@@ -236,7 +236,7 @@ def test_a_cloud_that_cannot_be_on_a_cluster_gives_one_line(
     on_nodes = (*words, "--listen", "node:7443")
     refused(in_process(capsys, *words), 10, "is one machine's: on a cluster write --listen node:7443")
     refused(in_process(capsys, *on_nodes), 30, "issuer_key does not exist: run `isthmus cloud")
-    assert in_process(capsys, "cloud", "issuer", "--home", home).returncode == 0
+    assert in_process(capsys, "cloud", "issuer", "--home", home, "--no-passphrase").returncode == 0
     refused(in_process(capsys, *on_nodes), 10, "no node is enrolled in")
     generate_edge(tmp_path / "node_key", "gpu-1")
     enrol = ("cloud", "enroll-node", tmp_path / "node_key.pub", "--home", home)

@@ -226,7 +226,7 @@ def test_ray_keeps_to_this_user_and_to_this_machine(place: Place) -> None:
 def test_a_port_in_use(place: Place) -> None:
     port = Path(place.cloud).read_text().split("#")[0].rpartition(":")[2]
     home = place.folder / "another"
-    place.good("cloud", "keygen", "--home", home)
+    place.good("cloud", "keygen", "--home", home, "--no-passphrase")
     done = place.run("cloud", "serve", "--model", place.model, "--home", home, "--listen", f"127.0.0.1:{port}")
     refused(done, 41, f"127.0.0.1:{port}", "--listen")
     done = place.run(

@@ -71,7 +71,7 @@ def served_place(folder: Path) -> Iterator[Place]:
     environment |= {"OMP_NUM_THREADS": "1", "ISTHMUS_CACHE": str(folder / "cache"), "HOME": str(folder)}
     place = Place(folder, tiny_checkpoint("llama", folder / "tiny"), environment)
     home = folder / "cloud"
-    assert "fingerprint  SHA256:" in place.good("cloud", "keygen", "--home", home)
+    assert "fingerprint  SHA256:" in place.good("cloud", "keygen", "--home", home, "--no-passphrase")
     assert "public key" in place.good("edge", "keygen", "--out", place.key, "--comment", "alice")
     assert "enrolled alice" in place.good("cloud", "enroll", f"{place.key}.pub", "--home", home)
     write_tickets(folder / "tickets.jsonl", 24)

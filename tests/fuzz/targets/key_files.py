@@ -6,9 +6,11 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -42,7 +44,8 @@ def _run(data: bytes) -> None:
     for each, raw in files.items():
         keyfiles.create_file(folder / each, raw, 0o600)
     try:
-        loaded = read(folder)
+        with patch.object(keys.OF_EDGE, "asks", False):
+            loaded = read(folder)
     except KeyFileError as error:
         str(error).encode(errors="backslashreplace")
         return
@@ -77,6 +80,7 @@ def _seeds() -> Iterator[bytes]:
     yield b"\1" + _key(_PEM)
     yield b"\1" + _key(_PEM, EDGE)
     yield b"\2" + _key(_SSH, EDGE)
+    yield b"\2" + _key(_PEM, EDGE, BestAvailableEncryption(b"secret"))
 
 
 TARGET = Target(
@@ -86,6 +90,7 @@ TARGET = Target(
         load_worker,
         load_edge,
         keys._load_pem,
+        keys.Passphrase.of,
         WorkerCertificate.from_json,
         WorkerCertificate.verify,
         keyfiles._read,

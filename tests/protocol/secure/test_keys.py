@@ -152,7 +152,7 @@ def test_keys_of_other_kinds_are_refused(tmp_path: Path) -> None:
     )
     generate_root(tmp_path)
     (tmp_path / "root_key").write_bytes(locked)
-    with pytest.raises(KeyFileError, match="not a private key in PEM"):
+    with pytest.raises(KeyFileError, match="root_key has a passphrase"):
         issue_worker(tmp_path)
 
 
