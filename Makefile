@@ -21,7 +21,7 @@ TEST_PROCESSES ?= 3
 PACKAGES    := backbone cli cloud common daemon edge emulator experiments kernels planner privacy protocol rpc training
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
-.PHONY: setup demo test test-long test-lowest fuzz lint format proto vectors lock audit conformance bench bench-wire bench-emulators clean
+.PHONY: setup demo test test-long test-lowest fuzz lint format proto vectors lock audit release conformance bench bench-wire bench-emulators clean
 
 setup: $(STAMP)
 
@@ -119,6 +119,10 @@ lock: $(STAMP)
 # Look the lock's versions up among the known vulnerabilities.
 audit: $(STAMP)
 	$(BIN)/python lock/audit.py $(AUDIT_FLAGS)
+
+# A release of the commit that is checked out, in dist/: wheel, source archive, SBOM, SHA256SUMS; each time the same bytes.
+release: $(STAMP)
+	$(BIN)/python lock/release.py
 
 # The figures of docs/results.md. Takes about three hours on two cores. DATA is the folder with e2e/, openbookqa/, arc_easy/,
 # sst2/ and shakespeare/.
