@@ -42,7 +42,8 @@
     ├── TranscriptError          70   a transcript does not verify, or the cloud signs another one than the edge's
     ├── AuditError               71   a cloud's answer, computed again elsewhere, has other bits
     ├── LeakBudgetError          72   attacks recover more of the private texts than a run's leak budget allows
-    └── AttackLimitedError       73   an attack got less than it could, for want of candidates
+    ├── AttackLimitedError       73   an attack got less than it could, for want of candidates
+    └── UnsignedError            75   a cloud has left more of its answers unsigned than it may
 
 Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
 pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.
@@ -296,3 +297,9 @@ class AttackLimitedError(IsthmusError, ArithmeticError):
     """An attack on an undefended run missed tokens that were not among its candidates, so it shows nothing."""
 
     exit_code = 73
+
+
+class UnsignedError(IsthmusError, PermissionError):
+    """A cloud has left more of its answers unsigned than it may."""
+
+    exit_code = 75

@@ -16,6 +16,13 @@ MAX_WORKERS = 128
 """Most workers of a cloud."""
 
 Buffer = bytes | bytearray | memoryview
+SIGN_EVERY = 32
+"""Exchanges of a session after which the edge asks for a signature under them, which costs a round trip."""
+MAX_UNSIGNED = 2 * SIGN_EVERY
+"""Exchanges that a cloud may leave unsigned in a run. Where a session breaks, fewer than `SIGN_EVERY` are lost, so two
+may break at the worst moment; after each, the edge asks more often (`TranscriptLog.sign_every`)."""
+SIGNED_FOR_ONE = 32
+"""Signed exchanges for which one more may be unsigned: a long run may break often, and 3 % of it stay unsigned."""
 KEEPALIVE_SECONDS = 20.0
 """Without a sign of the other side until it is asked for one, and as long again until it counts as gone."""
 LEAST_KEEPALIVE_SECONDS = 1.0

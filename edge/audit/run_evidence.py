@@ -11,7 +11,14 @@ from isthmus.edge.config.client_config import DEFAULT_KEY
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample
 from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, write_certificate
-from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
+from isthmus.privacy.transcript.transcript_file import (
+    TRANSCRIPT_FILE,
+    TranscriptLog,
+    check_unsigned,
+    judged,
+    may_be_unsigned,
+    read_transcript,
+)
 from isthmus.protocol.limits import MIB
 from isthmus.protocol.secure.keys import load_edge
 
@@ -35,7 +42,7 @@ class RunEvidence:
             return
         with disk_errors(config.out / CERTIFICATE_FILE):
             (config.out / CERTIFICATE_FILE).unlink(missing_ok=True)
-        log = TranscriptLog(config.out / TRANSCRIPT_FILE, resume=config.resume)
+        log = TranscriptLog(config.out / TRANSCRIPT_FILE, resume=config.resume, max_unsigned=config.max_unsigned)
         sample = None
         if config.audit_sample is not None:
             sample = AuditSample(config.out / AUDIT_FOLDER, config.audit_sample * MIB, resume=config.resume)
@@ -50,6 +57,7 @@ class RunEvidence:
 
         Raises:
             TranscriptError: The cloud signs something else.
+            UnsignedError: It has left too much unsigned. The certificate is there all the same.
         """
         config = self._config
         if not config.transcript:
@@ -58,8 +66,13 @@ class RunEvidence:
         transcript = read_transcript(config.out / TRANSCRIPT_FILE, self._links[0].pin)
         key = load_edge((config.key or DEFAULT_KEY).expanduser())
         write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key, leak)
-        signed = f"{transcript.exchanges - transcript.unsigned} of {transcript.exchanges} exchanges"
-        self._tell(f"the cloud has signed {signed}: {TRANSCRIPT_FILE} and {CERTIFICATE_FILE} in {config.out}")
+        signed, unsigned = transcript.exchanges - transcript.unsigned, transcript.unsigned
+        verdict = judged(unsigned, may_be_unsigned(signed, config.max_unsigned))
+        self._tell(
+            f"the cloud has signed {signed} of {transcript.exchanges} exchanges (unsigned: {verdict}): "
+            f"{TRANSCRIPT_FILE} and {CERTIFICATE_FILE} in {config.out}"
+        )
+        check_unsigned(config.out / TRANSCRIPT_FILE, signed, unsigned, config.max_unsigned)
 
     def close(self) -> None:
         """Have the cloud sign, and note nothing any more. Raises TranscriptError as `finish` does."""

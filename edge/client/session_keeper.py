@@ -210,6 +210,10 @@ class SessionKeeper:
         # Whatever interrupts this may leave a question half sent or an answer unread, which spoils the session.
         try:
             attempt = Attempt(number, self.traffic.sessions, lambda said: self._ask(stream, said, timeout, 0))
+
+            def sign(said: m.Message) -> m.Message:
+                return in_session(attempt.ask(said))
+
             message = question.message(attempt)
             answer = self._ask(stream, message, timeout, question.answer_bytes)
             answerer, asked = question.answerer, list[Asked]()
@@ -217,6 +221,8 @@ class SessionKeeper:
                 if len(asked) == answerer.questions:
                     raise RemoteProtocolError(f"the cloud asks about sites more than {len(asked)} times in one call")
                 asked.append(Asked(answer.phase, tuple(answer.sites)))
+                if self.witness is not None:
+                    self.witness.sign_when_due(sign)
                 begun = time.perf_counter_ns()
                 reply = answerer.answer(answer)
                 self.traffic.sites_ns += time.perf_counter_ns() - begun
@@ -224,13 +230,7 @@ class SessionKeeper:
             if answerer is not None and isinstance(answer, m.ForwardReply | m.BackwardReply):
                 answerer.check_asked(answer, asked)
             if self.witness is not None:
-                self.witness.settle(
-                    lambda said: in_session(attempt.ask(said)),
-                    message,
-                    answer,
-                    question.whole,
-                    asked_sites=bool(asked),
-                )
+                self.witness.settle(sign, message, answer, question.whole, asked_sites=bool(asked))
         except BaseException:
             self.drop()
             raise
@@ -312,11 +312,11 @@ class SessionKeeper:
         try:
             self._check_identity(stream.info)
             self._accept(stream.info)
+            if self.witness is not None:
+                self.witness.opened(stream.info)
         except BaseException:
             await stream.close()
             raise
-        if self.witness is not None:
-            self.witness.opened(stream.info)
         self._info, self._stream = stream.info, stream
         return stream
 

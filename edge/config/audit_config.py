@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.settings import Settings
+from isthmus.protocol.limits import MAX_UNSIGNED
 
 
 class AuditConfig(Settings):
@@ -19,6 +20,13 @@ class AuditConfig(Settings):
     transcript: bool = Field(
         True,
         description="Have the cloud sign what it was sent and what it answered, as digests, in OUT/transcript.jsonl.",
+    )
+    max_unsigned: int = Field(
+        MAX_UNSIGNED,
+        ge=0,
+        le=10**9,
+        description="Exchanges that the cloud may leave unsigned where sessions break, and one more for each 32 that "
+        "it signs. Beyond that the run stops.",
     )
     audit_sample: int | None = Field(
         None,

@@ -58,6 +58,7 @@ _FREE = {
     "defence_key",
     "transcript",
     "audit_sample",
+    "max_unsigned",
     "leak_budget",
     "secrets",
     "public",

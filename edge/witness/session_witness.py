@@ -14,10 +14,6 @@ from isthmus.privacy.transcript.transcript_file import TranscriptLog, check_head
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 
-SIGN_EVERY = 64
-"""Exchanges after which a signature is asked for, at the end of the call: it costs a round trip. So a session that
-breaks leaves at most one less unsigned, and those of a call."""
-
 CLOCK_SECONDS = 3600
 """Between the time that a cloud signs for and the edge's. Clocks of strangers' machines differ, and certificates last
 hours at least, so an hour tells a key that is in use from one that has expired long ago."""
@@ -44,12 +40,20 @@ class Witness:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._log, self._root, self._sample, self._clock = log, root, sample, clock
+        log.links += 1
         self._chain: Chain | None = None
         self._signed = 0  # exchanges of the session that are signed
         self._adapters: dict[tuple[type, int], bytes] = {}  # what crossed of sites and the newest lease, for the sample
 
     def opened(self, info: m.SessionInfo) -> None:
-        """A session was opened."""
+        """A session was opened: the one before it is over.
+
+        Raises:
+            UnsignedError: It has left too many exchanges unsigned, with those of earlier ones.
+        """
+        before, self._chain = self._chain, None
+        if before is not None:
+            self._log.lose(before.exchanges - self._signed)
         session = Session.of(info)
         self._chain, self._signed = Chain(session), 0
         self._adapters.clear()
@@ -79,7 +83,7 @@ class Witness:
         *,
         asked_sites: bool = False,
     ) -> None:
-        """A call was answered: sample it, and have the cloud sign when it is time.
+        """A call was answered: sample it, and have the cloud sign where it is time.
 
         Args:
             ask: Asks something in the session.
@@ -100,7 +104,11 @@ class Witness:
             adapters = [self._adapters[key] for key in keys if key in self._adapters]
             if isinstance(answer, m.ForwardReply | m.BackwardReply):
                 self._sample.offer(chain.session.id, chain.exchanges, call, answer, whole, adapters)
-        if chain.exchanges - self._signed >= SIGN_EVERY:
+        self.sign_when_due(ask)
+
+    def sign_when_due(self, ask: Ask) -> None:
+        """Have the cloud sign where it is time; raises what `sign` raises."""
+        if self._chain is not None and self._chain.exchanges - self._signed >= self._log.sign_every:
             self.sign(ask)
 
     def sign(self, ask: Ask) -> None:
@@ -127,4 +135,5 @@ class Witness:
             )
         self._log.signature(chain.session, signed)  # whatever it is of: what the cloud has signed is its own word
         check_head(statement, chain.exchanges, chain.head)
+        self._log.gain(chain.exchanges - self._signed)
         self._signed = chain.exchanges

@@ -17,11 +17,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from isthmus.common.errors import ConfigError, TranscriptError
+from isthmus.common.errors import ConfigError, TranscriptError, UnsignedError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.privacy.transcript.chain import Exchange, Session, Statement, certificate_of, statement_of
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import KIB
+from isthmus.protocol.limits import KIB, MAX_UNSIGNED, SIGN_EVERY, SIGNED_FOR_ONE
 from isthmus.protocol.secure.certificates import ISSUER_BYTES, IssuerCertificate, WorkerCertificate
 from isthmus.protocol.secure.keys import Fingerprint
 
@@ -37,17 +37,50 @@ class TranscriptLog:
     Args:
         path: The file; only its user may read it.
         resume: Whether to go on behind what is there, which is of the same run; a line that a crash has cut is dropped.
+        max_unsigned: Exchanges that the cloud may leave unsigned, see `may_be_unsigned`.
+
+    Attributes:
+        links: How many links note their sessions here.
 
     Raises:
         DiskError: It cannot be written.
+        TranscriptError, FingerprintError: What is there does not verify.
+        UnsignedError: Too much of what is there is unsigned.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
-        self._path, self._lock = path, threading.Lock()
+    def __init__(self, path: Path, *, resume: bool = False, max_unsigned: int = MAX_UNSIGNED) -> None:
+        self._path, self._lock, self._max_unsigned = path, threading.Lock(), max_unsigned
+        self._signed = self._lost = self.links = 0
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         kept = path.read_bytes() if resume and path.exists() else b""
         write_atomic(path, kept[: kept.rfind(b"\n") + 1], 0o600)
+        if kept:
+            before = read_transcript(path)
+            self._signed = before.exchanges - before.unsigned
+            self.lose(before.unsigned)
+
+    @property
+    def sign_every(self) -> int:
+        """Exchanges of a session after which a signature is due: half of what all links together may still lose."""
+        with self._lock:
+            left = may_be_unsigned(self._signed, self._max_unsigned) - self._lost
+        return min(SIGN_EVERY, max(1, left // (2 * max(1, self.links))))
+
+    def gain(self, exchanges: int) -> None:
+        """So many exchanges more are signed."""
+        with self._lock:
+            self._signed += exchanges
+
+    def lose(self, exchanges: int) -> None:
+        """A session has ended that leaves so many exchanges unsigned.
+
+        Raises:
+            UnsignedError: They are too many, with those of earlier sessions.
+        """
+        with self._lock:
+            self._lost += exchanges
+            check_unsigned(self._path, self._signed, self._lost, self._max_unsigned)
 
     def begin(self, session: Session) -> None:
         """A session begins."""
@@ -261,3 +294,27 @@ def check_signature(session: Session, signed: m.SignedTranscript, root: Fingerpr
     statement = statement_of(session.id, signed)
     statement.verify(signed.signature, certificate_of(signed), root)
     return statement
+
+
+def may_be_unsigned(signed: int, max_unsigned: int = MAX_UNSIGNED) -> int:
+    """How many exchanges of a run may be unsigned, where so many are signed."""
+    return max_unsigned + signed // SIGNED_FOR_ONE
+
+
+def judged(unsigned: int, allowed: int) -> str:
+    """What is unsigned of a transcript, and whether it may be, in words."""
+    if not unsigned:
+        return "none"
+    fits = "within" if unsigned <= allowed else "beyond"
+    return f"{unsigned} after the last signatures of sessions, {fits} the {allowed} allowed"
+
+
+def check_unsigned(path: Path, signed: int, unsigned: int, max_unsigned: int) -> None:
+    """Raises UnsignedError where more of a transcript's exchanges are unsigned than may be."""
+    allowed = may_be_unsigned(signed, max_unsigned)
+    if unsigned > allowed:
+        raise UnsignedError(
+            f"{path}: the cloud has left {unsigned} exchanges unsigned and signed {signed}, where {allowed} may be "
+            "unsigned: ask its owner why sessions end before it signs; if the network is to blame, give a larger "
+            "--max-unsigned"
+        )

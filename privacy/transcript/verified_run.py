@@ -9,7 +9,8 @@ from typing import Any
 from isthmus.common.errors import TranscriptError
 from isthmus.common.terminal import printable
 from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, check_certificate
-from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
+from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, judged, may_be_unsigned, read_transcript
+from isthmus.protocol.limits import MAX_UNSIGNED
 from isthmus.protocol.secure.keys import Fingerprint
 
 
@@ -20,6 +21,7 @@ class Verified:
     Attributes:
         path: The transcript.
         sessions, exchanges, unsigned: How many there are; `unsigned` exchanges are under no signature.
+        may_be_unsigned: How many may be.
         models: Digests of the models.
         root: Fingerprint of the cloud's root key; None where nothing is signed.
         edge: Fingerprint of the key that has signed the certificate; None where there is none.
@@ -32,6 +34,7 @@ class Verified:
     sessions: int
     exchanges: int
     unsigned: int
+    may_be_unsigned: int
     models: tuple[str, ...]
     root: str | None
     edge: str | None
@@ -49,6 +52,7 @@ class Verified:
             "model": f"\n{'':15}".join(printable(each) for each in self.models),
             "sessions": str(self.sessions),
             "exchanges": f"{self.exchanges}, of which the cloud has signed {self.exchanges - self.unsigned}",
+            "unsigned": judged(self.unsigned, self.may_be_unsigned),
             "cloud": self.root or "has signed nothing",
             "certificate": "none" if self.edge is None else f"of the edge {self.edge}",
             "adapter": "the one of the certificate" if self.adapter else "not compared",
@@ -58,12 +62,13 @@ class Verified:
         return "\n".join([f"{self.path} verifies", *(f"  {name:12} {said}" for name, said in found.items())])
 
 
-def verify_run(path: Path, root: Fingerprint | None = None) -> Verified:
+def verify_run(path: Path, root: Fingerprint | None = None, max_unsigned: int = MAX_UNSIGNED) -> Verified:
     """Check a transcript, or that of a run's folder, and the certificate beside it.
 
     Args:
         path: The transcript, or the run's folder.
         root: Fingerprint of the cloud's root key, which must then have signed something; None for any.
+        max_unsigned: Exchanges that may be unsigned, beside one for each 32 that are signed. More are no error here.
 
     Raises:
         ConfigError: There is no transcript.
@@ -84,6 +89,7 @@ def verify_run(path: Path, root: Fingerprint | None = None) -> Verified:
         len(transcript.sessions),
         transcript.exchanges,
         transcript.unsigned,
+        may_be_unsigned(transcript.exchanges - transcript.unsigned, max_unsigned),
         models,
         None if transcript.root is None else str(transcript.root),
         None if said is None else str(said.edge),

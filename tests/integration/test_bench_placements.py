@@ -62,8 +62,8 @@ def test_sites_on_the_edge_equal_one_process_bit_for_bit(
     assert len(cost.steps) == len(cost.alone) == len(cost.first_epoch) == EPOCH_STEPS
     signatures = cost.per_step("round_trips") - (
         2 + 2 * groups * (LAYERS - 2)
-    )  # of the transcript, one in 64 exchanges
-    assert signatures in (0, pytest.approx(1 / EPOCH_STEPS))
+    )  # of the transcript, one in 32 exchanges
+    assert signatures in (0, pytest.approx(1 / EPOCH_STEPS), pytest.approx(2 / EPOCH_STEPS))
     assert cost.ratio > 0
     assert cost.shares == {}
 

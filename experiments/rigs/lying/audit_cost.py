@@ -17,13 +17,12 @@ from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample
-from isthmus.edge.witness.session_witness import SIGN_EVERY
 from isthmus.experiments.rigs.lying.lying_cloud import ThreadCloud
 from isthmus.experiments.rigs.lying.tenants import Bench, step_of
 from isthmus.privacy.transcript.chain import digest
 from isthmus.privacy.transcript.transcript_file import TranscriptLog, read_transcript
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import MIB
+from isthmus.protocol.limits import MIB, SIGN_EVERY
 from isthmus.protocol.tensor_codecs import Role, encode
 
 SAMPLE_MIB = 64

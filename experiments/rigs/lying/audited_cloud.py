@@ -25,7 +25,6 @@ from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.audit.audit_run import AuditReport, OtherAnswer, audit, usual
 from isthmus.edge.audit.replay import LocalReplayer
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER
-from isthmus.edge.witness.session_witness import SIGN_EVERY
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.rigs.lying.audit_cost import cost_of
 from isthmus.experiments.rigs.lying.drawn_audits import drawn_audits
@@ -35,6 +34,7 @@ from isthmus.experiments.rigs.lying.lying_cloud import TENANTS, Keys, served
 from isthmus.experiments.rigs.lying.tenants import Bench, Remembered, Work, call, replay
 from isthmus.privacy.transcript.detection import share_interval
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
+from isthmus.protocol.limits import SIGN_EVERY
 
 QUANTIZED = ("none", "int8")
 CHEAPER = {"none": "none", "int8": "nf4"}

@@ -26,7 +26,6 @@ from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.witness.audit_sample import AUDIT_FOLDER, AuditSample, SampledCall
-from isthmus.edge.witness.session_witness import SIGN_EVERY
 from isthmus.experiments.harness.rig_settings import AuditSettings
 from isthmus.experiments.harness.single_process import random_batch, stepper
 from isthmus.experiments.rigs.lying.lies import LyingExecutor
@@ -34,7 +33,7 @@ from isthmus.experiments.rigs.lying.lying_cloud import Keys, ThreadCloud
 from isthmus.privacy.transcript.chain import digest
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import GIB
+from isthmus.protocol.limits import GIB, SIGN_EVERY
 
 _OPEN_SECONDS = 10.0
 _NO_BOUND = 64 * GIB  # the sample of a run keeps all calls: it shall be known of each what a replay says

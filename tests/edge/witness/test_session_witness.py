@@ -14,13 +14,14 @@ from support.cloud.span_calls import MASK, POSITIONS, hidden, three_calls
 from support.protocol.example_messages import MESSAGES
 from support.protocol.wire import NOW, PIN
 
-from isthmus.common.errors import FingerprintError, TranscriptError
+from isthmus.common.errors import ConnectionLostError, FingerprintError, TranscriptError, UnsignedError
 from isthmus.edge.client.link import Link
-from isthmus.edge.witness import session_witness
 from isthmus.edge.witness.audit_sample import AuditSample
-from isthmus.privacy.transcript.transcript_file import TranscriptLog, read_transcript
+from isthmus.privacy.transcript import transcript_file
+from isthmus.privacy.transcript.transcript_file import TranscriptLog, may_be_unsigned, read_transcript
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack
+from isthmus.protocol.limits import MAX_UNSIGNED
 
 SITES, LEASE = (next(each for each in MESSAGES if isinstance(each, kind)) for kind in (m.Sites, m.Lease))
 
@@ -73,7 +74,7 @@ def test_the_same_call_has_the_same_digests_in_another_session(cloud: MemoryClou
 
 
 def test_signatures_come_at_intervals(cloud: MemoryCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_witness, "SIGN_EVERY", 2)
+    monkeypatch.setattr(transcript_file, "SIGN_EVERY", 2)
     link = witnessed(cloud, tmp_path / "t.jsonl")
     for seed in range(5):
         forward(link, seed)
@@ -83,6 +84,74 @@ def test_signatures_come_at_intervals(cloud: MemoryCloud, tmp_path: Path, monkey
     link.close()
     found = read_transcript(tmp_path / "t.jsonl")
     assert (found.exchanges, found.unsigned) == (6, 1)
+
+
+@dataclasses.dataclass
+class Breaker:
+    """What a cloud that breaks off does with signatures: of each `cycle` that it is asked for, it sends `kept`."""
+
+    kept: int = 0
+    cycle: int = 1
+    asked: int = 0
+
+    def __call__(self, signed: m.Message) -> m.Message:
+        self.asked += 1
+        if (self.asked - 1) % self.cycle < self.kept:
+            return signed
+        raise ConnectionLostError("broke off")
+
+
+def calls_until_stopped(link: Link, most: int = 400) -> int:
+    """How many calls are answered before the link stops."""
+    for count in range(most):
+        try:
+            link.forward_span(hidden(1), MASK, POSITIONS, keep=False)
+        except UnsignedError:
+            return count
+    return most
+
+
+@pytest.mark.parametrize("kept_of", [(0, 1), (1, 2)])
+def test_a_cloud_that_breaks_off_at_signing_is_given_up(
+    cloud: MemoryCloud, tmp_path: Path, kept_of: tuple[int, int]
+) -> None:
+    """It never signs, or signs one exchange of many so that never many in a row are unsigned."""
+    path = tmp_path / "t.jsonl"
+    link = witnessed(cloud, path)
+    cloud.signs = Breaker(*kept_of)
+    assert calls_until_stopped(link) < 2 * MAX_UNSIGNED
+    found = read_transcript(path)
+    signed = found.exchanges - found.unsigned
+    assert MAX_UNSIGNED < found.unsigned <= may_be_unsigned(signed) + 1
+    cloud.signs = lambda said: said
+    with pytest.raises(UnsignedError, match="larger --max-unsigned"):  # a resumed run counts on
+        TranscriptLog(path, resume=True)
+    TranscriptLog(path, resume=True, max_unsigned=MAX_UNSIGNED + 1)
+
+
+def break_often(log: TranscriptLog, before: int) -> None:
+    """A thousand times, a session's first signature comes, and the session breaks `before` its second one is due."""
+    for _ in range(1000):
+        log.gain(log.sign_every)
+        log.lose(log.sign_every - before)
+
+
+def test_an_honest_cloud_whose_sessions_break_all_the_time_is_not_given_up(tmp_path: Path) -> None:
+    """Signatures are asked for more and more often."""
+    log = TranscriptLog(tmp_path / "t.jsonl")
+    break_often(log, before=1)
+    assert log.sign_every == 1
+    with pytest.raises(UnsignedError):  # the control: it breaks at each second signature
+        break_often(log, before=0)
+
+
+def test_links_of_a_run_share_what_may_be_unsigned(cloud: MemoryCloud, tmp_path: Path) -> None:
+    log = TranscriptLog(tmp_path / "t.jsonl")
+    links = [new_link(cloud) for _ in range(4)]
+    assert log.sign_every == 32
+    for link in links:
+        link.keep_transcript(log)
+    assert log.sign_every == 8  # so that a cloud that restarts loses less than half of 64
 
 
 def test_a_cloud_that_signs_other_answers_than_it_gave_is_noticed(cloud: MemoryCloud, tmp_path: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.protocol.wire import EDGE, NOW, PIN, identity
+from typer.testing import CliRunner
 
-from isthmus.common.errors import ConfigError, TranscriptError
+from isthmus.cli.main import app
+from isthmus.common.errors import ConfigError, IsthmusError, TranscriptError, UnsignedError
 from isthmus.privacy.transcript import run_certificate
 from isthmus.privacy.transcript.chain import CloudTranscript, Exchange, Session
 from isthmus.privacy.transcript.run_certificate import CERTIFICATE_FILE, write_certificate
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, TranscriptLog, read_transcript
 from isthmus.privacy.transcript.verified_run import verify_run
 from isthmus.protocol import messages as m
+from isthmus.protocol.limits import MAX_UNSIGNED
 from isthmus.protocol.secure.keys import WorkerIdentity
 
 SESSION = Session(bytes(range(16)), "ab" * 32, "2:2", "fp32", "sdpa", "here")
@@ -62,6 +66,7 @@ def test_a_leak_of_several_lines_adds_none_to_what_is_verified(tmp_path: Path) -
         "model",
         "sessions",
         "exchanges",
+        "unsigned",
         "cloud",
         "certificate",
         "adapter",
@@ -76,6 +81,29 @@ def test_nothing_that_was_signed_is_nothing_of_a_pinned_cloud(tmp_path: Path) ->
         begin()
         with pytest.raises(TranscriptError, match="has no signature"):
             verify_run(tmp_path, PIN)
+
+
+def test_verify_says_whether_what_is_unsigned_is_fine_and_ends_with_75_where_not(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    (run / CERTIFICATE_FILE).unlink()
+    assert verified("run", tmp_path) == (0, "none")
+    log = TranscriptLog(run / TRANSCRIPT_FILE, resume=True)
+    other = replace(SESSION, id=bytes(16))
+    log.begin(other)
+    for number in range(1, MAX_UNSIGNED + 1):
+        log.exchange(other, number, EXCHANGE)
+    assert verified("run", tmp_path) == (0, "64 after the last signatures of sessions, within the 64 allowed")
+    log.exchange(other, MAX_UNSIGNED + 1, EXCHANGE)
+    beyond = "65 after the last signatures of sessions, beyond the 64 allowed"
+    assert verified("run", tmp_path) == (UnsignedError.exit_code, beyond)
+    assert verified("run", tmp_path, "--max-unsigned", "65")[0] == 0
+
+
+def verified(name: str, folder: Path, *options: str) -> tuple[int, str]:
+    """The exit code of `audit verify`, and what it says of what is unsigned."""
+    done = CliRunner().invoke(app, ["audit", "verify", str(folder / name), *options])
+    (said,) = [line.split(maxsplit=1)[1] for line in done.output.splitlines() if line.split()[0] == "unsigned"]
+    return (done.exception.exit_code if isinstance(done.exception, IsthmusError) else done.exit_code), said
 
 
 def test_an_adapter_may_have_files_of_any_name(tmp_path: Path) -> None:

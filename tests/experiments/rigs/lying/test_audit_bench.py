@@ -26,6 +26,7 @@ from isthmus.experiments.rigs.lying.audited_cloud import ELSEWHERE, AuditedCloud
 from isthmus.experiments.rigs.lying.lying_cloud import ThreadCloud
 from isthmus.experiments.rigs.lying.tenants import Work
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
+from isthmus.protocol.limits import SIGN_EVERY
 from isthmus.protocol.messages import Forward
 
 
@@ -201,8 +202,8 @@ def test_where_a_forgery_is_found(settings: AuditSettings, tmp_path: Path) -> No
     assert not said.pop("untouched")
     assert all(each.startswith("RUN/") for each in said.values())
     assert said["call_left_out"].startswith("RUN/transcript.jsonl, line 4: ")
-    assert said["answer_changed"].startswith("RUN/transcript.jsonl, line 66: ")  # where the first signature stands
-    assert "67 exchanges; the certificate has 68" in said["end_cut"]
+    assert said["answer_changed"].startswith("RUN/transcript.jsonl, line 34: ")  # where the first signature stands
+    assert "35 exchanges; the certificate has 36" in said["end_cut"]
     assert "has no signature" in said["signatures_left_out"]
 
 
@@ -269,7 +270,7 @@ def test_a_tenant_is_lied_to_in_the_session_that_broke_and_in_the_one_after(
     assert (row["altered_unsigned"], row["detected_unsigned"]) == (8, 8)
     broken, signed = read_transcript(tmp_path / "tenant_altered-none" / "alice" / TRANSCRIPT_FILE).sessions
     assert [(len(each.exchanges), each.signed) for each in (broken, signed)] == [(8, 0), (4, 4)]
-    assert [Work("", 1, calls, 8, breaks=True).breaks_before for calls in (4, 60, 626)] == [1, 22, 31]  # pairs
+    assert [Work("", 1, calls, 8, breaks=True).breaks_before for calls in (4, 60, 626)] == [1, 15, 15]  # pairs
     # The control: without a break the cloud has signed all.
     monkeypatch.setattr(Work, "breaks_before", None)
     row = cloud.lie("tenant_altered", 1.0)
@@ -279,9 +280,9 @@ def test_a_tenant_is_lied_to_in_the_session_that_broke_and_in_the_one_after(
 def test_a_step_bears_its_share_of_a_signature(settings: AuditSettings, tmp_path: Path) -> None:
     cloud = AuditedCloud(settings, tmp_path, "none")
     found = cost_of(cloud._bench, cloud._model)
-    assert found["signatures_per_step"] == 2 / 64
+    assert found["signatures_per_step"] == 2 / SIGN_EVERY
     assert found["sign_ms"] > 0
-    assert 1 < found["wire_bytes_per_exchange"] < 700 / 64
+    assert 1 < found["wire_bytes_per_exchange"] < 700 / SIGN_EVERY
     assert 300 < found["file_bytes_per_exchange"] < 400  # although this file has a signature for each step
     steps, plain = [2.0, 3.0, 4.0], [2.0, 2.0, 2.0]
     assert step_ratio(steps, [32.0] * 3, plain, 2 / 64) == pytest.approx(2.0)
