@@ -82,7 +82,7 @@ def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
 
     Example: isthmus edge daemon status --json
     """
-    from isthmus.common.readable import size
+    from isthmus.common.readable import moment, size
     from isthmus.common.terminal import printable
     from isthmus.daemon.daemon_client import DaemonClient
 
@@ -100,6 +100,11 @@ def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
         f"clouds  {', '.join(said['clouds']) or 'none'}",
         *_models(said),
         f"jobs    {jobs}",
+        *(
+            f"waits   {each['job']} for the cloud {each['cloud']}, since {moment(each['since'])}, until "
+            f"{moment(each['until'])}: {each['reason']}"
+            for each in said["waiting"]
+        ),
     ]
     typer.echo("\n".join(map(printable, lines)))
 
@@ -331,8 +336,11 @@ def _seen(home: Home) -> dict[str, Any]:
 
 def _models(said: dict[str, Any]) -> list[str]:
     """Which models there are, and which clouds are not to be had."""
+    from isthmus.common.readable import moment
+
     named = ", ".join(f"{model['name']} ({model['cloud']})" for model in said["models"]) or "none seen yet"
-    away = [f"away    {each['name']}: {each['error']}" for each in said["answers"].get("clouds", []) if each["error"]]
+    clouds = [each for each in said["answers"].get("clouds", []) if each["error"]]
+    away = [f"away    {each['name']}: {each['error']} (since {moment(each['since'])})" for each in clouds]
     return [f"models  {named}", *away]
 
 

@@ -46,6 +46,9 @@ def list_jobs(
 
     Example: isthmus edge jobs list
     """
+    from isthmus.common.readable import date
+    from isthmus.common.terminal import printable
+
     jobs = _client(home).get(JOBS, limit=limit)["jobs"]
     if as_json:
         typer.echo(json.dumps(jobs))
@@ -54,6 +57,9 @@ def list_jobs(
         typer.echo(f"{'JOB':30} {'KIND':8} {'STATUS':9} {'DONE':>13} {'LEFT':>12}")
     for job in jobs:
         typer.echo(f"{job['id']:30} {job['kind']:8} {_status(job):9} {_done(job):>13} {_left(job):>12}".rstrip())
+        named = f"  {date(job['created_at'])}  {job['model']}  {job['suffix']}".rstrip()
+        for line in (named, *([f"  waits for {_wait(job['waiting'])}"] if job["waiting"] else [])):
+            typer.echo(printable(line if len(line) <= 80 else f"{line[:79]}…"))
 
 
 @app.command()
@@ -303,6 +309,8 @@ def _print(job: dict[str, Any], *, as_json: bool) -> None:
         "model": job["model"],
         "tuned model": job["tuned_model"],
         "adapter": job["adapter"],
+        "waits for": job["waiting"] and _wait(job["waiting"], job["status"]),
+        "because": job["waiting"] and job["waiting"]["reason"],
         "done": _done(job),
         "left": _left(job),
         "created": when("created_at"),
@@ -317,7 +325,22 @@ def _print(job: dict[str, Any], *, as_json: bool) -> None:
 
 def _status(job: dict[str, Any]) -> str:
     ways = {"pause": "pausing", "cancel": "ending"}
-    return ways.get(job["wanted"], job["status"]) if job["status"] == "running" else str(job["status"])
+    shown = "waiting" if job["waiting"] else str(job["status"])
+    return ways.get(job["wanted"], shown) if job["status"] == "running" else shown
+
+
+def _wait(waiting: dict[str, Any], status: str = "") -> str:
+    """The cloud that is waited for, since when, and until when; with a job's status also what follows then."""
+    from isthmus.common.readable import moment, period
+
+    if not status:
+        now = time.time()
+        away, left = period(max(0.0, now - waiting["since"])), period(max(0.0, waiting["until"] - now))
+        return f"the cloud {waiting['cloud']}, away for {away}; gives up in {left}"
+    then = "it is queued again" if status == "running" else "the job has failed"
+    return (
+        f"the cloud {waiting['cloud']}, since {moment(waiting['since'])}, until {moment(waiting['until'])}: then {then}"
+    )
 
 
 def _done(job: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from isthmus.common.errors import DiskError, IsthmusError, WorkerDiedError
+from isthmus.common.readable import moment
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
@@ -68,9 +69,27 @@ class Patience:
     in_all: float = 86_400.0
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A cloud that a job waits for. Times are seconds since 1970.
+
+    Attributes:
+        cloud: Its name in daemon.toml.
+        since: When it failed first.
+        until: When a job that runs goes back into the queue, and one that is queued has failed.
+        reason: What is wrong, in a line.
+    """
+
+    cloud: str
+    since: float
+    until: float
+    reason: str
+
+
 @dataclass
 class _Running:
     process: subprocess.Popen[bytes]
+    cloud: str = ""
     asked: bool = False
     refused: str | None = None
 
@@ -110,6 +129,7 @@ class JobRunner:
     def __post_init__(self) -> None:
         self._running: dict[str, _Running] = {}
         self._trouble: dict[str, _Trouble] = {}
+        self._waiting: dict[str, Waiting] = {}
         self._defects: dict[str, float] = {}  # when a job that met a defect is looked at again (monotonic)
         self._woken = threading.Event()
         self._ending = False
@@ -148,11 +168,15 @@ class JobRunner:
             if job_id in self._running:
                 self._running[job_id].ask_to_stop()
 
+    def waiting(self, job_id: str) -> Waiting | None:
+        """The cloud that a job waits for; None for none."""
+        return self._waiting.get(job_id)
+
     def forgive(self, job_id: str) -> None:
         """Forget what has gone wrong with a job."""
         with self.lock:
-            self._trouble.pop(job_id, None)
-            self._defects.pop(job_id, None)
+            for noted in (self._trouble, self._waiting, self._defects):
+                noted.pop(job_id, None)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
@@ -212,8 +236,24 @@ class JobRunner:
                 job = session.get_one(Job, job_id)
                 obsolete = hear(session, job, self.home, reports, self.settings.checkpoints_per_job)
                 job.heard = heard
+                for report in reports:
+                    if report["kind"] == "waiting":
+                        self._hear_wait(session, job, report)
             for folder in obsolete:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _hear_wait(self, session: Session, job: Job, report: Mapping[str, Any]) -> None:
+        known = self._waiting.get(job.id)
+        running = self._running.get(job.id)
+        if report["since"] is None:
+            if known is not None:
+                tell(session, job, f"The cloud {known.cloud} answers again")
+                del self._waiting[job.id]
+        elif running is not None:
+            since = report["since"] if known is None else known.since
+            self._waiting[job.id] = Waiting(running.cloud, since, report["until"], report["reason"])
+            message = f"The cloud {running.cloud} does not answer ({report['reason']}). The job waits for it until "
+            tell(session, job, message + moment(report["until"]), level="warn")
 
     def _begin_jobs(self) -> float:
         """Begin jobs while there is room; returns the seconds until one may be tried again."""
@@ -260,6 +300,7 @@ class JobRunner:
                 except IsthmusError as error:
                     _fail(session, job, error.exit_code, str(error))
                     return
+                base = session.get(BaseModel, job.model)
                 tell(session, job, "The job goes on" if again else "The job has begun")
             with (folder / LOG).open("ab") as log:
                 process = subprocess.Popen(
@@ -269,7 +310,7 @@ class JobRunner:
                     stderr=log,
                     start_new_session=True,  # Ctrl-C at a terminal is the daemon's alone
                 )
-            self._running[job_id] = _Running(process)
+            self._running[job_id] = _Running(process, "" if base is None else base.cloud)
 
     def _write_work(self, session: Session, job: Job, folder: Path) -> None:
         cloud = None if job.kind == "tune" else cloud_of(job.model, session, self.settings)
@@ -306,7 +347,7 @@ class JobRunner:
                     job.status, job.wanted = "paused", "run"
                     tell(session, job, f"The job is paused after step {job.step}")
                 elif found is not None and found["outcome"] == "failed":
-                    self._rest(session, job, found)
+                    self._rest(session, job, found, "" if running is None else running.cloud)
                 elif found is None and running is not None and not running.asked:
                     self._count_death(session, job, running.process.returncode)
             if running is not None:
@@ -314,6 +355,8 @@ class JobRunner:
                 del self._running[job_id]
             if job.status in ENDED:
                 self._trouble.pop(job_id, None)
+            if job.status in (*ENDED, "paused"):
+                self._waiting.pop(job_id, None)
         obsolete = [] if result is None else _of_a_run(folder)
         if job.status in ENDED:
             with self.database.reading() as session:
@@ -321,7 +364,7 @@ class JobRunner:
         for path in obsolete:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _rest(self, session: Session, job: Job, found: Mapping[str, Any]) -> None:
+    def _rest(self, session: Session, job: Job, found: Mapping[str, Any], cloud: str) -> None:
         """A cloud is away: the job goes back into the queue, for a while."""
         trouble = self._trouble_of(job)
         now = time.monotonic()
@@ -332,6 +375,10 @@ class JobRunner:
             _fail(session, job, found["code"], message)
             return
         trouble.waits, trouble.until = trouble.waits + 1, now + wait
+        before = self._waiting.get(job.id)
+        since = time.time() if before is None else before.since
+        until = time.time() + trouble.since + self.patience.in_all - now
+        self._waiting[job.id] = Waiting(cloud, since, until, found["message"])
         job.status = "queued"
         tell(session, job, f"{found['message']} The next attempt is in {wait:.0f} s.", level="warn")
 

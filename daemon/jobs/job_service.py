@@ -21,7 +21,7 @@ from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_names import MOST_SUFFIX, new_job_id, suffix_of
 from isthmus.daemon.jobs.job_rows import ENDED, end, forget_oldest, tell
-from isthmus.daemon.jobs.job_runner import JobRunner, Patience
+from isthmus.daemon.jobs.job_runner import JobRunner, Patience, Waiting
 from isthmus.daemon.jobs.job_specs import make_links, prepare
 from isthmus.daemon.jobs.kinds import LOSSES, RUN
 from isthmus.daemon.state.database import Database
@@ -158,6 +158,10 @@ class JobService:
         """A job. Raises UnknownJobError."""
         with self._database.reading() as session:
             return _job(session, owner, job_id)
+
+    def waiting(self, job: Job) -> Waiting | None:
+        """The cloud that a job waits for; None for none."""
+        return self._runner.waiting(job.id) if job.status in ("queued", "running") else None
 
     def list(
         self,

@@ -49,7 +49,7 @@ def do(work: Work, folder: Path, reporter: Reporter) -> None:
         else:
             with open_link(cast(ClientConfig, config)) as link:
                 _check_model(link, work.model)
-                follower.meter = link
+                follower.meter = follower.link = link
                 _do_over(link, work, config, folder, follower)
         if work.kind in TRAINING:
             _keep_adapter(folder / RUN / "adapter", Path(work.models) / result_id(work.job))
@@ -95,12 +95,15 @@ class Follower:
 
     Attributes:
         meter: Says what has crossed; None where nothing does, or not yet.
+        link: Says whether the cloud is waited for; None where there is no cloud, or not yet.
     """
 
     go_on = "retry the job to go on"
 
     def __init__(self, work: Work, config: Any, reporter: Reporter) -> None:
         self.meter: WireMeter | None = None
+        self.link: Link | None = None
+        self._waited: float | None = 0.0  # since when, as it was told last; a process before this one may have waited
         self._work = work
         self._save_every: int = getattr(config, "save_every", 1)
         self._reporter = reporter
@@ -167,7 +170,13 @@ class Follower:
         self.count(done, total)
 
     def tick(self) -> None:
-        """Report progress, and what has crossed since the last report."""
+        """Report progress, what has crossed since the last report, and whether the cloud is waited for."""
+        if self.link is not None:
+            wait = self.link.wait
+            since, until, reason = (None, None, None) if wait is None else (wait.since, wait.until, wait.reason[:500])
+            if since != self._waited:
+                self._waited = since
+                self._reporter.tell("waiting", since=since, until=until, reason=reason)
         totals = self._crossed if self.meter is None else self.meter.totals()
         crossed, place = totals - self._crossed, (self._step, self._total)
         if place == self._told and not crossed.calls and not crossed.bytes_up:

@@ -5,6 +5,7 @@
         metrics     message, data
         checkpoint  id, step, metrics: an adapter lies in `models/<id>`
         message     message
+        waiting     since, until, reason: as in `isthmus.edge.client.session_keeper.Wait`; None once the cloud answers
     end.json        `attempt`, `outcome` ("succeeded", "stopped", "failed"), and where it failed `code`, `message`, and
                     `passing`: whether another time may do
 

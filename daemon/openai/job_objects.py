@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from isthmus.daemon.jobs.job_rows import ENDED
+from isthmus.daemon.jobs.job_runner import Waiting
 from isthmus.daemon.jobs.job_service import EVENT
 from isthmus.daemon.openai.training_files import hyperparameters_of
 from isthmus.daemon.state.tables import Event, Job, Model
@@ -45,17 +47,18 @@ def results_of(session: Session, jobs: Sequence[Job]) -> dict[str | None, str]:
     return {row.job: row.name for row in session.execute(found)}
 
 
-def job_object(job: Job, result: str | None) -> dict[str, Any]:
+def job_object(job: Job, result: str | None, waiting: Waiting | None = None) -> dict[str, Any]:
     """A job as the API tells it.
 
     Args:
         job: The job.
         result: The name of the model that it made.
+        waiting: The cloud that it waits for, where it does: `isthmus.waiting` says it, and no end is estimated.
     """
     numbers = hyperparameters_of(job.spec)
     ended = None if job.finished_at is None else int(job.finished_at)
     left = None
-    if job.status == "running" and job.speed is not None and job.total is not None:
+    if waiting is None and job.status == "running" and job.speed is not None and job.total is not None:
         left = int(time.time() + (job.total - job.step) * job.speed)
     error = job.error and {"code": f"isthmus_{job.error['code']}", "message": job.error["message"], "param": None}
     return {
@@ -68,7 +71,8 @@ def job_object(job: Job, result: str | None) -> dict[str, Any]:
         "finished_at": ended,
         "hyperparameters": numbers,
         "integrations": [],
-        "isthmus": {"status": job.status, "step": job.step, "total": job.total},
+        "isthmus": {"status": job.status, "step": job.step, "total": job.total}
+        | ({} if waiting is None else {"waiting": asdict(waiting)}),
         "metadata": job.labels or None,
         "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
         "model": job.request.get("model", job.model),

@@ -102,7 +102,8 @@ def list_jobs(request: Request, here: Here, asker: Asker) -> Any:
         jobs, more = here.jobs.list(asker.id, after=page.after, limit=page.limit, labels=labels, kinds=TRAINING)
     with here.database.reading() as session:
         results = results_of(session, jobs)
-    return {"object": "list", "data": [job_object(job, results.get(job.id)) for job in jobs], "has_more": more}
+    data = [job_object(job, results.get(job.id), here.jobs.waiting(job)) for job in jobs]
+    return {"object": "list", "data": data, "has_more": more}
 
 
 @routes.get("/{job_id}")
@@ -202,4 +203,4 @@ def _known(after: str | None) -> Iterator[None]:
 
 def _told(here: Context, job: Job) -> dict[str, Any]:
     with here.database.reading() as session:
-        return job_object(job, results_of(session, [job]).get(job.id))
+        return job_object(job, results_of(session, [job]).get(job.id), here.jobs.waiting(job))

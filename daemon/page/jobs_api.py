@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -170,8 +171,8 @@ def _trees(here: Here, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     trees = []
     for job in jobs:
         model = tuned.get(job.id)
-        left = None
-        if job.status == "running" and job.speed is not None and job.total is not None:
+        left, waiting = None, here.jobs.waiting(job)
+        if waiting is None and job.status == "running" and job.speed is not None and job.total is not None:
             left = job.speed * (job.total - job.step)
         trees.append(
             {
@@ -179,6 +180,7 @@ def _trees(here: Here, jobs: Sequence[Job]) -> list[dict[str, Any]]:
                 "kind": job.kind,
                 "status": job.status,
                 "wanted": job.wanted,
+                "waiting": None if waiting is None else asdict(waiting),
                 "model": job.model,
                 "tuned_model": None if model is None else model.name,
                 "adapter": None if model is None else str(here.home.path / model.folder),

@@ -133,11 +133,12 @@ class Answers:
 
         Returns:
             `pid`, None where it does not run; `rss_bytes`; `hot`, folders of adapters in memory; `clouds`, each with
-            `name`, `reachable` (None before it was asked), `model`, `error`, and `bytes_up` and `bytes_down` since the
-            process has started.
+            `name`, `reachable` (None before it was asked), `model`, `error`, `since` and `until` (see
+            `isthmus.daemon.serving.served_cloud.Seen`), and `bytes_up` and `bytes_down` since the process has started.
         """
         if self._worker.pid is None:
-            nothing = {"reachable": None, "model": None, "error": None, "bytes_up": 0, "bytes_down": 0}
+            unknown = dict.fromkeys(("reachable", "model", "error", "since", "until"))
+            nothing = {**unknown, "bytes_up": 0, "bytes_down": 0}
             clouds = [{"name": name, **nothing} for name in self._settings.clouds]
             return {"pid": None, "rss_bytes": 0, "hot": [], "clouds": clouds}
         values, _ = await self._worker.ask("state")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -112,10 +113,14 @@ class Seen:
     Attributes:
         reachable: Whether it could be used when it was asked last; None before.
         error: Why it could not.
+        since: Since when it could not, in seconds since 1970.
+        until: Until when an answer that is under way waits for it; None where none does.
     """
 
     reachable: bool | None = None
     error: str | None = None
+    since: float | None = None
+    until: float | None = None
 
 
 class ServedCloud:
@@ -164,7 +169,7 @@ class ServedCloud:
             good = True
             raise
         except UnreachableError as error:
-            self.seen = Seen(False, str(error))
+            self._miss(error)
             raise
         finally:
             link.watch(lambda: None)
@@ -212,7 +217,7 @@ class ServedCloud:
             self.seen = Seen(True)
             return self.parts is not None
         except IsthmusError as error:
-            self.seen = Seen(False, str(error))
+            self._miss(error)
             self._close_idle()
             return False
         finally:
@@ -224,7 +229,7 @@ class ServedCloud:
             self.load(link)
             good = True
         except IsthmusError as error:  # nothing can be asked of it, and the other clouds go on
-            self.seen = Seen(False, str(error))
+            self._miss(error)
             return False
         finally:
             self._give_back(link, good=good)
@@ -236,6 +241,14 @@ class ServedCloud:
         self._close_idle()
         if self.parts is not None:
             self.parts.close()
+
+    @property
+    def now(self) -> Seen:
+        """`seen`, or that an answer waits for the cloud just now."""
+        with self._change:
+            waits = [link.wait for link in self._used]
+        wait = next((wait for wait in waits if wait is not None), None)
+        return self.seen if wait is None else Seen(False, wait.reason, wait.since, wait.until)
 
     @property
     def totals(self) -> WireTotals:
@@ -274,12 +287,16 @@ class ServedCloud:
         try:
             link = open_link(self._config, interactive=True)
         except UnreachableError as error:
-            self.seen = Seen(False, str(error))
+            self._miss(error)
             raise
         self.seen = Seen(True)
         with self._change:
             self._used.add(link)
         return link
+
+    def _miss(self, error: IsthmusError) -> None:
+        since = time.time() if self.seen.since is None else self.seen.since
+        self.seen = Seen(False, str(error), since)
 
     def _close_idle(self) -> None:
         with self._change:

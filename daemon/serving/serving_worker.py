@@ -143,12 +143,14 @@ def _check_of(question: Question) -> Callable[[], None]:
 
 
 def _state_of(cloud: ServedCloud) -> dict[str, Any]:
-    totals = cloud.totals
+    totals, seen = cloud.totals, cloud.now
     return {
         "name": cloud.name,
-        "reachable": cloud.seen.reachable,
+        "reachable": seen.reachable,
         "model": None if cloud.parts is None else cloud.parts.info.model,
-        "error": cloud.seen.error,
+        "error": seen.error,
+        "since": seen.since,
+        "until": seen.until,
         "bytes_up": totals.bytes_up,
         "bytes_down": totals.bytes_down,
     }

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import time
+from dataclasses import asdict
 from typing import Any
 
 from anyio import CapacityLimiter
@@ -22,7 +23,7 @@ _threads = CapacityLimiter(2)
 """The status has threads of its own: those of the other requests may all be taken."""
 _COARSE = 1 << 30
 """Other owners than the first are told sizes of the disk in steps of so many bytes."""
-_OF_A_CLOUD = ("name", "reachable", "model", "error")
+_OF_A_CLOUD = ("name", "reachable", "model", "error", "since", "until")
 
 
 def router() -> APIRouter:
@@ -46,13 +47,15 @@ async def status(here: Here, owner: Asker) -> dict[str, Any]:
 def _status(here: Context, owner: Owner) -> dict[str, Any]:
     with here.database.reading() as session:
         jobs = session.execute(select(Job.status, func.count()).where(Job.owner == owner.id).group_by(Job.status)).all()
+        live = session.scalars(select(Job).where(Job.owner == owner.id, Job.status.in_(("queued", "running")))).all()
         models = session.scalars(select(BaseModel).order_by(BaseModel.name)).all()
+    waiting = [{"job": job.id, **asdict(wait)} for job in live if (wait := here.jobs.waiting(job)) is not None]
     answers = dict(here.noted.answers)
     if "hot" in answers:
         answers["hot"] = len(answers["hot"])  # their names are their owners'
     used, aside, free = here.room.used(), here.room.set_aside(), shutil.disk_usage(here.home.path).free
     if owner.name != FIRST:
-        answers = {"clouds": [{key: cloud[key] for key in _OF_A_CLOUD} for cloud in answers.get("clouds", ())]}
+        answers = {"clouds": [{key: cloud.get(key) for key in _OF_A_CLOUD} for cloud in answers.get("clouds", ())]}
         used, aside = (-(-size // _COARSE) * _COARSE for size in (used, aside))
         free = free // _COARSE * _COARSE
     return {
@@ -68,6 +71,7 @@ def _status(here: Context, owner: Owner) -> dict[str, Any]:
             "free_bytes": free,
         },
         "jobs": {row[0]: row[1] for row in jobs},
+        "waiting": waiting,
         "clouds": sorted(here.settings.clouds),
         "models": [{"name": model.name, "cloud": model.cloud, "seen_at": model.seen_at} for model in models],
         "answers": answers,

@@ -13,6 +13,7 @@ away for `give_up_after` seconds.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -30,7 +31,7 @@ from isthmus.edge.client.offers import DEFAULT_MAX_BYTES
 from isthmus.edge.client.questions import Question
 from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, KeptCall, RemoteSpan, SpanCalls
 from isthmus.edge.client.return_adapter import return_adapter
-from isthmus.edge.client.session_keeper import SessionKeeper, SessionOptions
+from isthmus.edge.client.session_keeper import LATE, SessionKeeper, SessionOptions, Wait
 from isthmus.edge.client.site_traffic import SiteNotice
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.client_config import DEFAULT_KEY
@@ -241,6 +242,12 @@ class Link:
         Without it only an exception, a KeyboardInterrupt say, ends a wait before its time.
         """
         self._keeper.check = check
+
+    @property
+    def wait(self) -> Wait | None:
+        """For a cloud that has not answered for two seconds; None for one that has. For any thread."""
+        wait = self._keeper.wait
+        return wait if wait is not None and time.time() >= wait.since + LATE else None
 
     @property
     def plan(self) -> SplitPlan:

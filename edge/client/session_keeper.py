@@ -47,6 +47,8 @@ PROTOCOL_FAULTS = 5
 """In a row: bad luck ends, an attacker or a defect does not."""
 MAX_DEADLINE = 86_400
 """Seconds."""
+LATE = 2.0
+"""Seconds without an answer, after which a wait is told: a connection that breaks is often mended before."""
 
 R = TypeVar("R", bound=m.Message)
 T = TypeVar("T")
@@ -80,6 +82,21 @@ class SessionOptions:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A cloud that does not answer, and how long it is waited for. Times are seconds since 1970.
+
+    Attributes:
+        since: When it failed first.
+        until: When the wait is given up.
+        reason: How it failed last, in a line.
+    """
+
+    since: float
+    until: float
+    reason: str
+
+
 class SessionKeeper:
     """Keeps a session with a cloud. Threads that ask at a time wait for each other.
 
@@ -98,6 +115,7 @@ class SessionKeeper:
         observer: called at each phase of each question, see `isthmus.rpc.secure_stream.Observer`; may be replaced.
         check: called a few times a second during a wait; what it raises ends the wait. May be replaced.
         witness: notes what crosses; None for nobody.
+        wait: for a cloud that does not answer; None once it does again. It may be read by any thread.
     """
 
     def __init__(
@@ -112,6 +130,7 @@ class SessionKeeper:
         self.observer: Observer = lambda question, phase: None
         self.check: Check = lambda: None
         self.witness: Witness | None = None
+        self.wait: Wait | None = None
         self._endpoints = endpoints
         self._pin = pin
         self._key = key
@@ -254,7 +273,9 @@ class SessionKeeper:
         faults = 0
         for attempt, pause in enumerate(pauses(LONGEST_PAUSE, self._jitter)):
             try:
-                return work(attempt)
+                done = work(attempt)
+                self.wait = None
+                return done
             except ConnectionLostError as error:
                 reason, faults = str(error), 0
             except (RemoteProtocolError, FingerprintError, VersionError, RefusedError) as error:
@@ -266,6 +287,8 @@ class SessionKeeper:
             now = time.monotonic()
             self.drop()
             deadline = deadline or now + patience
+            since = time.time() if self.wait is None else self.wait.since
+            self.wait = Wait(since, time.time() + deadline - now, reason)
             if now >= deadline:
                 break
             had_turn = self._info is None and not faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from isthmus.cli.main import app
 from isthmus.common.errors import ConfigError, DataError, NotRunningError
-from isthmus.common.readable import moment
+from isthmus.common.readable import date, moment
 from isthmus.daemon.daemon_client import RefusedRequestError
 
 pytestmark = pytest.mark.server
@@ -101,6 +102,27 @@ def test_a_list_fits_a_terminal(run: Any, tmp_path: Path) -> None:
     tree = json.loads(run("list", "--limit", 1, "--json").stdout)[0]
     assert (tree["id"], tree["seconds_left"], tree["priority"]) == (job, 540.0, 3)
     assert 500 < tree["estimated_finish"] - time.time() < 600
+    run("cancel", job)
+
+
+def test_a_job_that_waits_for_its_cloud_says_so(run: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
+    since = time.time() - 240
+    wait = {"kind": "waiting", "since": since, "until": since + 3600, "reason": "the stream broke"}
+    lines = ({"report": PROGRESS}, {"report": wait}, {"wait": True})
+    job = submit(run, script(tmp_path, *lines), "--suffix", "a-name-" + "x" * 50)
+    while (tree := until(run, job, "running"))["waiting"] is None:
+        time.sleep(0.02)
+    assert tree["waiting"] == {"cloud": "main", "since": since, "until": since + 3600, "reason": "the stream broke"}
+    assert (tree["seconds_left"], tree["estimated_finish"]) == (None, None)
+    assert f"the cloud main, since {moment(since)}, until {moment(since + 3600)}: then it is" in run("show", job).stdout
+    told = run("list").stdout.splitlines()
+    at = next(number for number, line in enumerate(told) if line.startswith(job))
+    assert told[at].split()[1:] == ["train", "waiting", "3/12"]
+    assert told[at + 1].startswith(f"  {date(tree['created_at'])}  tiny  a-name-xxx")
+    assert re.fullmatch(r"  waits for the cloud main, away for \S+ minutes; gives up in \S+ minutes", told[at + 2])
+    assert max(map(len, told)) <= 80
+    status = runner.invoke(app, ["edge", "daemon", "status", "--home", str(daemon.home.path)]).stdout
+    assert f"waits   {job} for the cloud main, since {moment(since)}, until {moment(since + 3600)}: the" in status
     run("cancel", job)
 
 

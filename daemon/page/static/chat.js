@@ -1,7 +1,8 @@
 // Talk to two models at once: the base and a tuned one, each with its own side of the conversation.
 
 import { ask, stream } from "./api.js";
-import { h, say, setText } from "./dom.js";
+import { h, poll, say, setText } from "./dom.js";
+import { waitOf } from "./job_parts.js";
 
 // Kept while the tab is open, so that another page and back loses nothing; it is written nowhere.
 const talk = { turns: [], left: "", right: "", mode: "chat", temperature: "0", tokens: "200" };
@@ -25,6 +26,7 @@ export function showChat(main, wanted, signal) {
   const tokens = h("input", { id: "tokens", type: "number", min: 1, step: 1, value: talk.tokens });
   const prompt = h("textarea", { id: "prompt", rows: 3, required: true, "aria-describedby": "prompt-hint" });
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
+  const away = h("p", { class: "notice bad", role: "alert", id: "away", hidden: true });
   const turns = h("div", { class: "turns" });
   const send = h("button", { class: "primary" }, "Ask both");
   const stop = h("button", { type: "button", class: "plain", disabled: true }, "Stop");
@@ -38,7 +40,7 @@ export function showChat(main, wanted, signal) {
     h("h1", {}, "Chat"),
     h("p", { class: "lead" }, "What tuning has changed: the same question to two models."),
     h("div", { class: "settings" }, pair("Left model", left), pair("Right model", right), pair("Ask as", mode), pair("Temperature", temperature), pair("Most tokens", tokens)),
-    problem, empty, turns,
+    away, problem, empty, turns,
     h("form", { class: "ask", onsubmit: submit },
       h("label", { for: "prompt", class: "unseen" }, "Your message"), prompt,
       h("div", { class: "actions" }, send, stop, clear,
@@ -129,6 +131,17 @@ export function showChat(main, wanted, signal) {
     asking = null;
     [send.disabled, stop.disabled] = [false, true];
   }
+
+  /** Which clouds do not answer, as the daemon has found, or a job that waits. */
+  async function watchClouds() {
+    const { answers, waiting } = await ask("/isthmus/v1/status", { signal });
+    const clouds = (answers.clouds ?? []).filter((cloud) => cloud.reachable === false && cloud.since);
+    const others = waiting.filter((wait) => !clouds.some((cloud) => cloud.name === wait.cloud));
+    const lines = new Set([...clouds, ...others].map((one) => `${waitOf(one)}. ${one.error ?? one.reason}`));
+    setText(away, [...lines].join(" "));
+    away.hidden = lines.size === 0;
+  }
+  poll(() => watchClouds().catch(() => {}), 2, signal);
 
   async function fillIn() {
     const names = (await ask("/v1/models", { signal })).data.map((model) => model.id);

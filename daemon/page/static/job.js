@@ -4,7 +4,7 @@ import { ask, list } from "./api.js";
 import { confirm, h, keyed, poll, say, setText } from "./dom.js";
 import { makeCurve } from "./curve.js";
 import { bytes, count, duration, figure, moment } from "./formats.js";
-import { isLive, kindOf, nameOf, pill, progress, stat, stateOf, stepsOf, timeOf, updatePill, updateProgress } from "./job_parts.js";
+import { isLive, kindOf, nameOf, pill, progress, stat, stateOf, stepsOf, timeOf, updatePill, updateProgress, waitOf } from "./job_parts.js";
 
 const MOST_EVENTS = 3000;
 const MOST_SHOWN = 200;
@@ -80,6 +80,7 @@ export function showJob(main, id, signal) {
     keyed(buttons, possible, (action) => action,
       (action) => h("button", { type: "button", class: "plain", onclick: () => act(action) }, ACTIONS[action].name), () => {});
     if (job.error) fail(new Error(`${job.error.message} (exit code ${job.error.code})`));
+    else if (job.waiting) fail(new Error(`${waitOf(job.waiting)}, and then ${job.status === "queued" ? "the job has failed" : "the job is queued again"}. ${job.waiting.reason}`));
     else if (stateOf(job) === job.status) problem.hidden = true;
   }
 

@@ -1,7 +1,7 @@
 // What the list of jobs and the page of one have in common.
 
 import { h, s, setText } from "./dom.js";
-import { count, duration } from "./formats.js";
+import { count, duration, moment } from "./formats.js";
 
 // A mark beside each word: a state is not told by its colour alone.
 const MARKS = {
@@ -17,8 +17,11 @@ const MARKS = {
 export function stateOf(job) {
   if (job.status === "running" && job.wanted === "pause") return "pausing";
   if (job.status === "running" && job.wanted === "cancel") return "cancelling";
-  return job.status;
+  return job.waiting ? "waiting" : job.status;
 }
+
+/** The cloud that is waited for, since when and until when: of a job's `waiting`, or a cloud of the status. */
+export const waitOf = (wait) => `The cloud ${wait.cloud ?? wait.name} has not answered since ${moment(wait.since)}${wait.until ? `; it is waited for until ${moment(wait.until)}` : ""}`;
 
 /** Whether a job goes on by itself. */
 export const isLive = (job) => job.status === "running" || job.status === "queued";
@@ -47,6 +50,7 @@ export function progress() {
 
 export function updateProgress(node, job) {
   node.dataset.status = job.status;
+  node.hidden = job.status === "cancelled";
   if (job.total) {
     node.max = job.total;
     node.value = job.step;
@@ -67,6 +71,7 @@ export function tookOf(job, now = Date.now() / 1000) {
 
 /** What to say of its time: "3 min 10 s left", "took 2 min 0 s". */
 export function timeOf(job) {
+  if (job.waiting) return waitOf(job.waiting);
   if (job.seconds_left !== null) return `${duration(job.seconds_left)} left`;
   if (job.finished_at && job.started_at) return `took ${duration(tookOf(job))}`;
   return "";

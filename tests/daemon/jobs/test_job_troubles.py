@@ -12,8 +12,9 @@ from support.daemon.jobs.job_homes import Jobs, ended, said, until
 from support.daemon.jobs.scripted_jobs import AWAY, QUICK, SUCCEEDS, WAITS, does, jobs_in, progress
 
 from isthmus.common.errors import DiskError
+from isthmus.common.readable import moment
 from isthmus.daemon.jobs import job_runner
-from isthmus.daemon.jobs.job_runner import Patience
+from isthmus.daemon.jobs.job_runner import Patience, Waiting
 from isthmus.daemon.jobs.job_service import JobService, WrongStateError
 from isthmus.daemon.state.tables import Job, Traffic
 
@@ -65,6 +66,41 @@ def test_a_cloud_that_is_away_is_tried_again_for_so_long(jobs: Jobs) -> None:
         assert job.error is not None
         assert job.error["code"] == 40
         assert "retry the job when the cloud is back" in job.error["message"]
+
+
+def test_a_cloud_that_is_waited_for_is_told_until_it_answers(jobs: Jobs) -> None:
+    wait = {"kind": "waiting", "since": 1000.0, "until": 1600.0, "reason": "the stream broke"}
+    again = dict.fromkeys(wait) | {"kind": "waiting"}
+    lines = ({"report": again}, {"report": wait}, {"wait": "first"}, {"report": again}, {"wait": "second"})
+    with jobs.service() as service:
+        made = service.create("one", does(jobs, *lines)).id
+        warning = f"The cloud main does not answer (the stream broke). The job waits for it until {moment(1600)}"
+        until(service, made, lambda _: warning in said(service, made))
+        assert service.waiting(service.get("one", made)) == Waiting("main", 1000.0, 1600.0, "the stream broke")
+        service.pause("one", made)
+        until(service, made, lambda job: job.status == "paused")
+        assert service.waiting(service.get("one", made)) is None
+        service.resume("one", made)  # it begins with the same lines, and goes on to the answer
+        until(service, made, lambda job: "The cloud main answers again" in said(service, made))
+        assert service.waiting(service.get("one", made)) is None
+        service.cancel("one", made)
+        ended(service, made)
+        assert said(service, made).count("The cloud main answers again") == 1
+
+
+def test_a_wait_goes_on_in_the_queue_from_when_it_began(jobs: Jobs) -> None:
+    wait = {"kind": "waiting", "since": 1000.0, "until": 1600.0, "reason": "the stream broke"}
+    with jobs.service(Patience(first=3600)) as service:
+        made = service.create("one", does(jobs, {"report": wait}, AWAY, {"exit": 40})).id
+        other = service.create("one", does(jobs, *SUCCEEDS, name="other")).id
+        job = until(service, made, lambda job: job.status == "queued" and job.attempts == 1)
+        waiting = service.waiting(job)
+        assert waiting is not None
+        assert (waiting.cloud, waiting.since, waiting.reason) == ("main", 1000.0, "It is away.")
+        assert waiting.until - time.time() == pytest.approx(86_400, abs=600)
+        assert service.waiting(ended(service, other)) is None
+        service.cancel("one", made)
+        assert service.waiting(service.get("one", made)) is None
 
 
 def test_a_job_that_cannot_be_settled_stops_no_other_one(

@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from isthmus.common.errors import DataError, OverQuotaError, RefusedError, UnreachableError
 from isthmus.daemon.jobs import job_work, job_worker
 from isthmus.daemon.jobs.kinds import Work
-from isthmus.daemon.jobs.reports import read_end, write_end
+from isthmus.daemon.jobs.reports import Reporter, read_end, read_reports, write_end
+from isthmus.edge.client.session_keeper import Wait
 
 WORK = Work("ftjob-1", 2, "train", "tiny", {}, "models")
 
@@ -74,6 +76,23 @@ def test_a_defect_is_told_in_a_line_and_logged(
 def test_the_spec_is_its_users_alone(folder: Path) -> None:
     assert (folder / "spec.json").stat().st_mode & 0o777 == 0o600
     assert json.loads((folder / "spec.json").read_text())["attempt"] == 2
+
+
+def test_a_job_says_once_that_it_waits_for_its_cloud(folder: Path) -> None:
+    class Cloud:
+        wait: Wait | None = None
+
+    cloud: Any = Cloud()
+    with Reporter(folder) as reporter:
+        follower = job_work.Follower(WORK, object(), reporter)
+        follower.tick()
+        follower.link = cloud
+        for wait in (None, None, Wait(1.0, 9.0, "broke"), Wait(1.0, 9.5, "x" * 900), None, Wait(2.0, 9.0, "y" * 900)):
+            cloud.wait = wait
+            follower.tick()
+    told = [report for report in read_reports(folder, 0)[0] if report["kind"] == "waiting"]
+    assert [(each["since"], each["until"]) for each in told] == [(None, None), (1.0, 9.0), (None, None), (2.0, 9.0)]
+    assert [each["reason"] for each in told] == [None, "broke", None, "y" * 500]
 
 
 def test_what_does_not_stop_is_ended() -> None:

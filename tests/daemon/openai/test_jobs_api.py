@@ -180,6 +180,12 @@ def test_events_and_checkpoints(
     running = jobs.retrieve(job.id)
     assert (running.status, running.fine_tuned_model) == ("running", None)
     assert running.estimated_finish == 1000 + (100 - 40) * 2
+    openai_daemon.jobs.go_on(job.id, waiting={"since": 900.0, "until": 1500.0, "reason": "it broke"})
+    waiting = jobs.retrieve(job.id)
+    assert (waiting.status, waiting.estimated_finish) == ("running", None)
+    told = {"cloud": "main", "since": 900.0, "until": 1500.0, "reason": "it broke"}
+    assert waiting.to_dict()["isthmus"] == {"status": "running", "step": 0, "total": None, "waiting": told}
+    assert jobs.list().data == [waiting]
     openai_daemon.jobs.end(job.id)
     done = jobs.retrieve(job.id)
     assert (done.status, done.estimated_finish) == ("succeeded", None)

@@ -125,6 +125,7 @@ def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
     _see_points(page, 13)
     page.get_by_role("button", name="Pause").click()
     expect(page.locator(".pill")).to_have_text("paused")
+    expect(page.locator(".bar progress")).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
     page.get_by_role("button", name="Keep it").click()
     expect(page.locator(".pill")).to_have_text("paused")
@@ -132,6 +133,7 @@ def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
     page.get_by_role("button", name="Cancel the job").click()
     expect(page.locator(".pill")).to_have_text("cancelled")
     expect(page.locator("#said")).to_have_text(re.compile("cancelled"))
+    expect(page.locator(".bar progress")).to_be_hidden()
     expect(page.get_by_role("button", name="Retry")).to_be_visible()
     assert watched.faults == []
 
@@ -288,6 +290,30 @@ def test_a_daemon_that_goes_away_and_comes_back_is_told(fake: FakeDaemon, watch:
     expect(page.locator("#banner")).to_contain_text("The daemon does not answer")
     watched.context.set_offline(False)
     expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_a_cloud_that_does_not_answer_is_told_everywhere(fake: FakeDaemon, watch: Opener) -> None:
+    name = _job(fake, 5)
+    now = time.time()
+    fake.jobs[name]["waiting"] = {"cloud": "main", "since": now - 60, "until": now + 540, "reason": "it <b>broke</b>"}
+    fake.jobs[name]["seconds_left"] = None
+    page = watch().open(fake.token)
+    said = re.compile(r"The cloud main has not answered since [^;]*\d\d:\d\d:\d\d; it is waited for until ")
+    expect(page.locator(".job .pill")).to_have_text("waiting")
+    expect(page.locator(".job-time")).to_have_text(said)
+    page.goto(f"{fake.url}/#job/{name}")
+    expect(page.locator(".notice.bad")).to_have_text(said)
+    expect(page.locator(".notice.bad")).to_contain_text("and then the job is queued again. it <b>broke</b>")
+    fake.jobs[name]["waiting"] = None
+    expect(page.locator(".notice.bad")).to_be_hidden()
+    page.goto(f"{fake.url}/#chat")
+    expect(page.locator("#away")).to_be_hidden()
+    gone = {"name": "main", "reachable": False, "model": BASE, "error": "no route", "since": now, "until": now + 30}
+    fake.context.noted.answers = {"clouds": [gone]}
+    expect(page.locator("#away")).to_have_text(said)
+    expect(page.locator("#away")).to_contain_text("no route")
+    fake.context.noted.answers = {"clouds": [gone | {"reachable": True, "since": None}]}
+    expect(page.locator("#away")).to_be_hidden()
 
 
 def test_what_others_wrote_is_shown_as_text(fake: FakeDaemon, watch: Opener) -> None:

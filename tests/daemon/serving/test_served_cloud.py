@@ -24,10 +24,11 @@ from isthmus.common.errors import (
 )
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.serving import served_cloud
-from isthmus.daemon.serving.served_cloud import EdgeParts, ServedCloud
+from isthmus.daemon.serving.served_cloud import EdgeParts, Seen, ServedCloud
 from isthmus.daemon.serving.serving_worker import Serving
 from isthmus.daemon.workers.answering import Question
 from isthmus.edge.client.link import Link
+from isthmus.edge.client.session_keeper import Wait
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.run_report import WireTotals
@@ -205,11 +206,17 @@ def test_a_cloud_goes_away_and_comes_back(server: ThreadServer, clouds: Callable
     assert cloud.seen.reachable is False
     assert "cloud" in str(cloud.seen.error)
     assert cloud.parts is not None  # which is still known
+    since = cloud.seen.since
     with pytest.raises(UnreachableError), cloud.link(nothing):
         pass
+    assert (cloud.now.reachable, cloud.now.since, cloud.now.until) == (False, since, None)
     with ThreadServer(server.served, server.home, listen=f"127.0.0.1:{there.port}"):
         with cloud.link(nothing) as link:
             assert link.info.model == "tiny"
+            assert cloud.now == Seen(True)
+            link._keeper.wait = Wait(1000.0, 1030.0, "the stream broke")
+            assert cloud.now == Seen(False, "the stream broke", 1000.0, 1030.0)
+            link._keeper.wait = None
         assert cloud.seen.reachable
         assert cloud.look()
 

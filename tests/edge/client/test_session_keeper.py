@@ -18,6 +18,7 @@ from support.cloud.memory_cloud import (
     FaultyTransport,
     MemoryCloud,
     MemoryTransport,
+    StillTime,
     comes_back,
     flip,
     messages,
@@ -30,8 +31,9 @@ from support.protocol.wire import EDGE, PIN
 
 from isthmus.common.errors import FingerprintError, RemoteProtocolError, UnreachableError
 from isthmus.common.shutdown import Interrupted
-from isthmus.edge.client import session_keeper
+from isthmus.edge.client import link as link_module, session_keeper
 from isthmus.edge.client.link import Link
+from isthmus.edge.client.session_keeper import Wait
 from isthmus.protocol import messages as m
 from isthmus.rpc.transport import Stream, run
 
@@ -170,6 +172,37 @@ def test_a_cloud_that_comes_back_is_found_again(
     link._keeper.drop()
     link.forward_span(hidden(), None, None, keep=False)
     assert link.traffic.retries == 4
+
+
+def test_a_wait_is_told_while_it_lasts(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    still = StillTime()
+    for module in (session_keeper, link_module):
+        monkeypatch.setattr(module, "time", still)
+    transport = MemoryTransport(cloud)
+    link = new_link(transport, give_up_after=30)
+    told: list[Wait | None] = []
+
+    def sleep(seconds: float) -> None:
+        still.pauses.append(seconds)
+        told.append(link.wait)
+        transport.up = still.time() > 1008
+
+    monkeypatch.setattr(still, "sleep", sleep)
+    transport.up = False
+    link._keeper.drop()
+    link.forward_span(hidden(), None, None, keep=False)
+    early = told.index(next(wait for wait in told if wait is not None))
+    assert sum(still.pauses[:early]) < 2 <= sum(still.pauses[: early + 1])  # it may be mended before
+    late = [wait for wait in told[early:] if wait is not None]
+    assert len(late) == len(told) - early
+    assert {(wait.since, round(wait.until), wait.reason) for wait in late} == {(1000, 1030, "the cloud is down")}
+    assert link.wait is None
+    transport.up = False
+    link._keeper.drop()
+    monkeypatch.setattr(still, "sleep", still.pauses.append)
+    with pytest.raises(UnreachableError):
+        link.forward_span(hidden(), None, None, keep=False)
+    assert link.wait is not None  # it was given up, and nothing has answered since
 
 
 def test_five_protocol_faults_in_a_row_surface(cloud: MemoryCloud) -> None:

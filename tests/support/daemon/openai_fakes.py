@@ -128,8 +128,10 @@ class HeldWorker:
         """0 once it has ended."""
         return self.returncode
 
-    def report(self, steps: Sequence[int], total: int | None, speed: float | None) -> None:
-        """Report some steps, each with a checkpoint."""
+    def report(
+        self, steps: Sequence[int], total: int | None, speed: float | None, waiting: Mapping[str, Any] | None
+    ) -> None:
+        """Report some steps, each with a checkpoint, and a cloud that is waited for."""
         with Reporter(self._folder) as reporter:
             for step in steps:
                 own, metrics = checkpoint_id(self._work.job, step), {"step": step, "train_loss": 2.0 / step}
@@ -138,6 +140,8 @@ class HeldWorker:
                 reporter.tell("checkpoint", id=own, step=step, metrics=metrics)
             crossed = dict.fromkeys(("bytes_up", "bytes_down", "calls", "retries"), 0)
             reporter.tell("progress", step=max(steps, default=0), total=total, speed=speed, **crossed)
+            if waiting is not None:
+                reporter.tell("waiting", **waiting)
 
     def end(self, outcome: str, **values: Any) -> None:
         """End in some way; with a model and a file of results if that is "succeeded"."""
@@ -155,10 +159,16 @@ class HeldJobs(JobService):
     """
 
     def go_on(
-        self, job_id: str, *, steps: Sequence[int] = (), total: int | None = None, speed: float | None = None
+        self,
+        job_id: str,
+        *,
+        steps: Sequence[int] = (),
+        total: int | None = None,
+        speed: float | None = None,
+        waiting: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a job, if it has not begun, and let its process report some steps."""
-        self._worker(job_id).report(steps, total, speed)
+        self._worker(job_id).report(steps, total, speed, waiting)
         self._runner._watch(job_id)
 
     def end(self, job_id: str, **error: Any) -> None:
