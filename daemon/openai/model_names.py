@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from sqlalchemy.orm import Session
 
 from isthmus.daemon.home import Home
@@ -9,6 +12,9 @@ from isthmus.daemon.serving.answers import Target
 from isthmus.daemon.state.tables import BaseModel, Model
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Context
+
+TUNING = "isthmus_tuning.json"
+"""In an adapter's folder (`isthmus.backbone.adapters.adapter_files`, which needs torch)."""
 
 
 def adapter_named(session: Session, owner: str, name: str) -> Model | None:
@@ -31,6 +37,20 @@ def target_named(session: Session, home: Home, owner: str, name: str) -> Target:
     if session.get(BaseModel, name) is not None:
         return Target(name)
     raise unknown_model(name)
+
+
+def form_of(target: Target) -> str | None:
+    """The form of the examples that a target was tuned on ("messages", "prompt" or "text"); None where nobody says it.
+
+    A run writes it beside its adapter (`isthmus.edge.training.trainer`).
+    """
+    if target.adapter is None:
+        return None
+    try:
+        form = json.loads((Path(target.adapter) / TUNING).read_bytes()).get("form")
+    except (OSError, ValueError):
+        return None
+    return form if isinstance(form, str) else None
 
 
 def unknown_model(name: str) -> ApiError:

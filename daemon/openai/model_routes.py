@@ -13,8 +13,9 @@ from sqlalchemy import select
 
 from isthmus.common.files import remove_folder
 from isthmus.daemon.openai.job_objects import jobs_under_way
-from isthmus.daemon.openai.model_names import adapter_named, unknown_model
+from isthmus.daemon.openai.model_names import adapter_named, form_of, unknown_model
 from isthmus.daemon.openai.request_fields import NoQuery
+from isthmus.daemon.serving.answers import Target
 from isthmus.daemon.state.tables import BaseModel, Model, Owner
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Asker, Here
@@ -34,12 +35,13 @@ def list_models(here: Here, asker: Asker, _: NoQuery) -> Any:
 
 @routes.get("/models/{name:path}")
 def retrieve_model(here: Here, asker: Asker, name: str, _: NoQuery) -> Any:
-    """One model."""
+    """One model; `isthmus.form` is that of the examples that it was tuned on, where it is known."""
     with here.database.reading() as session:
         adapter = adapter_named(session, asker.id, name)
         base = session.get(BaseModel, name)
     if adapter is not None:
-        return _adapter(adapter, asker)
+        form = form_of(Target(adapter.base, str(here.home.path / adapter.folder)))
+        return {**_adapter(adapter, asker), **({} if form is None else {"isthmus": {"form": form}})}
     if base is None:
         raise unknown_model(name)
     return _base(base)

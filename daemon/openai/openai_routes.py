@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from isthmus.common.bounded_values import shown
 from isthmus.daemon.openai import file_routes, job_routes, model_routes
 from isthmus.daemon.openai.completions import chat_routes, completion_routes
 from isthmus.daemon.web.api_error import ApiError
-from isthmus.daemon.web.bounded_body import shown
 
 ABSENT = ("responses", "embeddings", "batches", "assistants")
 """Paths of the API that clients ask for, and that are not here."""

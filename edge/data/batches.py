@@ -62,7 +62,8 @@ class TrainingData:
     """What a run trains on and is measured on.
 
     `dropped` counts examples that were left out because no label was left of them at `max_length`; `fingerprint` is a
-    SHA-256 over the tokens and labels of both sets, in order.
+    SHA-256 over the tokens and labels of both sets, in order; `form` is that of the examples: "messages", "prompt"
+    (with a completion) or "text".
     """
 
     train: Sequence[Encoded]
@@ -70,6 +71,7 @@ class TrainingData:
     pad_id: int
     dropped: int
     fingerprint: str
+    form: str = "text"
 
 
 def load_data(config: TuningConfig, tokenizer: Any) -> TrainingData:
@@ -105,8 +107,9 @@ def _encoded(
             f"first {config.max_length} tokens; raise --max-length."
         )
     validation, dropped_held_out = encode_for(config, held_out, tokenizer)
+    form = "messages" if examples[0].messages else "prompt" if examples[0].prompt else "text"
     return TrainingData(
-        train, validation, pad_id(tokenizer), dropped + dropped_held_out, fingerprint(train, validation)
+        train, validation, pad_id(tokenizer), dropped + dropped_held_out, fingerprint(train, validation), form
     )
 
 

@@ -254,9 +254,11 @@ class Trainer:
         save_adapter(self.model, folder, record=self._record())
 
     def _record(self) -> dict[str, str]:
-        """What the adapter's folder says about where it was made; whoever plugs it in checks that."""
+        """What the adapter's folder says about where it was made; whoever plugs it in checks that. Where it stays
+        on the edge, also which form the examples had."""
         made_on = {"digest": self._identity.digest, "plan": self._identity.plan, "method": self.config.method}
-        return made_on if self._identity.package is None else made_on | {"package": self._identity.package}
+        package = self._identity.package
+        return made_on | ({"form": self._data.form} if package is None else {"package": package})
 
     def _report(self) -> Report:
         spent, lines = self._steps.spent, [json.loads(line) for line in self._loop.log]

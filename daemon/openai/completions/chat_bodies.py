@@ -20,10 +20,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
+from isthmus.common.bounded_values import shown
 from isthmus.daemon.openai.completions.sampling_bodies import SamplingFields
 from isthmus.daemon.openai.request_fields import Fields, only
 from isthmus.daemon.serving.answer_forms import MAX_MESSAGES
-from isthmus.daemon.serving.answers import Sampling
+from isthmus.daemon.serving.answers import Prompt, Sampling
 from isthmus.daemon.web.api_error import ApiError
 
 _NO_TOOLS = "tools are not called here"
@@ -99,8 +100,24 @@ class ChatBody(SamplingFields):
             )
         return self
 
-    def prompt(self) -> list[dict[str, str]]:
-        """The messages, for a chat template."""
+    def prompt(self, form: str | None = None) -> Prompt:
+        """The messages, for a chat template; of a model that was tuned on prompt and completion, the message's text.
+
+        Args:
+            form: Of the examples that the model was tuned on; None where it is not known.
+
+        Raises:
+            ApiError: Such a model has learned no turns, and there are several messages, or not the user's.
+        """
+        if form == "prompt":
+            if [each.role for each in self.messages] != ["user"]:
+                raise ApiError(
+                    400,
+                    f"{shown(self.model)} was tuned on prompt and completion, without turns: send one message of the "
+                    "user, which is its prompt, or ask /v1/completions",
+                    param="messages",
+                )
+            return self.messages[0].content
         roles = {"developer": "system"}
         return [{"role": roles.get(each.role, each.role), "content": each.content} for each in self.messages]
 

@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from isthmus.daemon.openai.completions.answer_events import Usage, ask, collect, stream
 from isthmus.daemon.openai.completions.chat_bodies import ChatBody
 from isthmus.daemon.openai.completions.token_texts import token_text
-from isthmus.daemon.openai.model_names import find_target
+from isthmus.daemon.openai.model_names import find_target, form_of
 from isthmus.daemon.openai.request_fields import json_body
 from isthmus.daemon.serving.answers import Piece, TokenChance
 from isthmus.daemon.web.context import Asker, Here
@@ -27,7 +27,8 @@ async def chat(
 ) -> Any:
     """The next message of a conversation."""
     target = await run_in_threadpool(find_target, here, asker.id, body.model)
-    pieces = await ask(here.answers, target, [body.prompt()], body.how(), asker.id, request)
+    prompt = body.prompt(await run_in_threadpool(form_of, target))
+    pieces = await ask(here.answers, target, [prompt], body.how(), asker.id, request)
     form = _Form(body)
     if body.stream:
         return stream(pieces, form, request)

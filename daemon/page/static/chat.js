@@ -50,6 +50,7 @@ export function showChat(main, wanted, signal) {
   for (const input of [left, right, mode, temperature, tokens]) {
     input.addEventListener("change", () => Object.assign(talk, { left: left.value, right: right.value, mode: mode.value, temperature: temperature.value, tokens: tokens.value }));
   }
+  for (const input of [left, right]) input.addEventListener("change", () => fitMode().catch(() => {}));
   prompt.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -89,13 +90,15 @@ export function showChat(main, wanted, signal) {
 
   async function answer(side, turn, box, path, body, aborting) {
     const mine = turn.answers[side];
+    let finish = null; // only the last one counts: a chunk of plain text says "length" until then
     try {
       for await (const piece of stream(path, body, aborting)) {
         const choice = piece.choices?.[0];
         mine.text += choice?.delta?.content ?? choice?.text ?? "";
         setText(box.text, mine.text);
-        if (choice?.finish_reason === "length") mine.note = "cut at the most tokens";
+        finish = choice?.finish_reason ?? finish;
       }
+      if (finish === "length") mine.note = "cut at the most tokens";
     } catch (error) {
       mine.note = aborting.aborted ? "stopped" : error.message;
       box.element.classList.toggle("bad", !aborting.aborted);
@@ -143,6 +146,15 @@ export function showChat(main, wanted, signal) {
   }
   poll(() => watchClouds().catch(() => {}), 2, signal);
 
+  /** Ask in the form that the tuned models were tuned on, where the daemon knows it. */
+  async function fitMode() {
+    const tuned = [left.value, right.value].filter((name) => name.startsWith("ft:"));
+    const found = await Promise.all(tuned.map((name) => ask(`/v1/models/${encodeURIComponent(name)}`, { signal })));
+    const forms = found.map((model) => model.isthmus?.form).filter(Boolean);
+    if (forms.length) mode.value = forms.includes("prompt") ? "text" : "chat";
+    talk.mode = mode.value;
+  }
+
   async function fillIn() {
     const names = (await ask("/v1/models", { signal })).data.map((model) => model.id);
     const bases = names.filter((name) => !name.startsWith("ft:"));
@@ -154,6 +166,7 @@ export function showChat(main, wanted, signal) {
     right.replaceChildren(...options());
     left.value = bases.includes(talk.left) && !wanted ? talk.left : baseOf(target, bases);
     right.value = target;
+    await fitMode().catch(() => {}); // one that is gone is told when it is asked
     if (names.length === 0) {
       setText(problem, "No model is known: is the cloud reachable, and is it in daemon.toml?");
       problem.hidden = false;

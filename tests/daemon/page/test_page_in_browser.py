@@ -292,6 +292,26 @@ def test_a_daemon_that_goes_away_and_comes_back_is_told(fake: FakeDaemon, watch:
     expect(page.locator("#banner")).to_be_hidden()
 
 
+def test_chat_asks_as_a_model_was_tuned_and_the_last_reason_counts(fake: FakeDaemon, watch: Opener) -> None:
+    name = _job(fake, 10)
+    fake.form = "prompt"
+    page = watch().open(fake.token, f"chat/{fake.saved[name][0]['model']}")
+    expect(page.locator("#mode")).to_have_value("text")
+    for turns, (finish, notes) in enumerate((("stop", 0), ("length", 2)), 1):
+        fake.finish = finish
+        page.locator("#prompt").fill("Ticket: charged twice")
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn")).to_have_count(turns)
+        expect(page.locator("[aria-busy]")).to_have_count(0)
+        expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+        expect(page.locator(".note", has_text="cut at the most tokens")).to_have_count(notes)
+    assert {body.get("prompt") for body in fake.asked} == {"Ticket: charged twice"}
+    fake.form = "messages"
+    page.locator("#right").select_option(BASE)
+    page.locator("#right").select_option(fake.saved[name][0]["model"])
+    expect(page.locator("#mode")).to_have_value("chat")
+
+
 def test_a_cloud_that_does_not_answer_is_told_everywhere(fake: FakeDaemon, watch: Opener) -> None:
     name = _job(fake, 5)
     now = time.time()

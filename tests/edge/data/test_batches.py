@@ -264,6 +264,10 @@ def test_load_data_reads_both_sets(tmp_path: Path) -> None:
     data = load_data(config(data=train, validation=held), tiny_tokenizer())
     assert (len(data.train), len(data.validation), data.dropped, data.pad_id) == (5, 1, 0, 0)
     assert data.fingerprint != load_data(config(data=train, validation=train), tiny_tokenizer()).fingerprint
+    pairs = write(tmp_path, "c.jsonl", '{"prompt": "p", "completion": "c"}\n')
+    chats = write(tmp_path, "d.jsonl", json.dumps({"messages": [{"role": r, "content": c} for r, c in CHAT]}) + "\n")
+    loaded = [load_data(config(data=each, validation_split=0), tiny_tokenizer()) for each in (train, pairs, chats)]
+    assert [each.form for each in loaded] == ["text", "prompt", "messages"]
 
 
 def examples(n: int) -> list[Encoded]:

@@ -106,6 +106,8 @@ def test_the_adapter_is_a_standard_peft_folder(model_folder: Path, tmp_path: Pat
     run = trainer(model_folder, config(tmp_path))
     result = run.fit()
     assert result.adapter == tmp_path / "adapter"
+    record = json.loads((result.adapter / "isthmus_tuning.json").read_text())
+    assert record == {"digest": "d1", "plan": "whole", "method": "lora", "form": "text"}
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), result.adapter)
     ids = torch.tensor([[5, 6, 7, 8]])
     run.model.eval()

@@ -52,6 +52,8 @@ class FakeDaemon:
 
     Attributes:
         slow: Seconds between two words of an answer.
+        form: Of the examples that tuned models were tuned on.
+        finish: Why answers end.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -64,6 +66,7 @@ class FakeDaemon:
         self.bases = [BASE]
         self.asked: list[dict[str, Any]] = []
         self.slow = 0.01
+        self.form, self.finish = "messages", "stop"
         self.url = ""
         self._numbers = itertools.count(1)
 
@@ -206,6 +209,10 @@ class FakeDaemon:
             names = [*self.bases, *(row["model"] for rows in self.saved.values() for row in rows)]
             return _page([{"id": name, "object": "model", "created": 1, "owned_by": "isthmus"} for name in names])
 
+        @routes.get("/models/{name:path}")
+        def model(name: str) -> dict[str, Any]:
+            return {"id": name, "object": "model", "isthmus": {"form": self.form}}
+
         @routes.get("/files")
         def files() -> dict[str, Any]:
             return _page(self.files)
@@ -225,11 +232,11 @@ class FakeDaemon:
 
         @routes.post("/completions")
         async def completions(body: dict[str, Any]) -> StreamingResponse:
-            return self._stream(body, lambda text: {"text": text})
+            return self._stream(body, lambda text: {"text": text}, "length")
 
         return routes
 
-    def _stream(self, body: dict[str, Any], piece: Any) -> StreamingResponse:
+    def _stream(self, body: dict[str, Any], piece: Any, before: str | None = None) -> StreamingResponse:
         self.asked.append(body)
         if body["model"] == "broken":
             raise ApiError(503, "the cloud main is away", code="away")
@@ -237,10 +244,10 @@ class FakeDaemon:
 
         async def events() -> AsyncIterator[str]:
             for word in words:
-                choice = {"index": 0, "finish_reason": None, **piece(word + " ")}
+                choice = {"index": 0, "finish_reason": before, **piece(word + " ")}
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
                 await asyncio.sleep(self.slow)
-            yield f"data: {json.dumps({'choices': [{'index': 0, 'finish_reason': 'stop', **piece('')}]})}\n\n"
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'finish_reason': self.finish, **piece('')}]})}\n\n"
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")

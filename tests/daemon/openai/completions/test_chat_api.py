@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -80,6 +81,28 @@ def test_a_checkpoint_answers_while_its_job_runs(
     gone: Any = [{"role": "user", "content": "gone"}]
     with pytest.raises(NotFoundError, match="has just been deleted"):
         client.chat.completions.create(model=checkpoint.fine_tuned_model_checkpoint, messages=gone)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_model_is_asked_in_the_form_that_it_was_tuned_on(
+    client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str
+) -> None:
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file, seed=6)
+    openai_daemon.jobs.go_on(job.id, steps=[20])
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    name, folder = checkpoint.fine_tuned_model_checkpoint, openai_daemon.context.home.model(checkpoint.id)
+    several: Any = [{"role": "system", "content": "Be brief."}, *HI]
+    for form, prompt in (("messages", HI), ("text", HI), ("prompt", "hi"), (None, HI)):
+        (folder / "isthmus_tuning.json").write_text(json.dumps({"digest": "0", **({"form": form} if form else {})}))
+        client.chat.completions.create(model=name, messages=HI)
+        assert openai_daemon.answers.asked[-1][1] == prompt
+        assert client.models.retrieve(name).to_dict().get("isthmus") == ({"form": form} if form else None)
+        if form != "prompt":
+            client.chat.completions.create(model=name, messages=several)
+            continue
+        with pytest.raises(BadRequestError, match="tuned on prompt and completion") as caught:
+            client.chat.completions.create(model=name, messages=several)
+        assert caught.value.param == "messages"
     client.fine_tuning.jobs.cancel(job.id)
 
 
