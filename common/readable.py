@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Iterable, Mapping
 
@@ -53,6 +54,12 @@ def lines(values: Mapping[str, object], width: int) -> Iterable[str]:
     """A line for each value, after its name in `width` columns."""
     for label, text in (labelled(name, value) for name, value in values.items()):
         yield f"{label:{width}} {text}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A question for whoever mistyped one of the known names; None where none of them is like it."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else None
 
 
 def bracketed(host: str) -> str:

@@ -12,6 +12,7 @@ transformers is imported where it is used, because the command line imports this
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from isthmus.backbone.families import family_named
 from isthmus.common.errors import CheckpointError, UnknownModelError
 from isthmus.common.files import disk_errors, locked, new_folder, sha256_of
 from isthmus.common.ownership import check_contents, private_folder
+from isthmus.common.readable import did_you_mean
 
 MAX_LAYERS = 1024
 """Most decoder layers of a model; the deepest that are known have some 130."""
@@ -176,9 +178,16 @@ def resolve(model: str, *, cache_dir: Path | None = None, console: Console | Non
         if path.suffix.lower() != ".gguf":
             raise UnknownModelError(f"{model} is neither a folder nor a .gguf file; name the folder of the checkpoint")
         return _gguf(path, cache, shown)
+    meant = did_you_mean(model, [BUILT_IN, *_models_beside(path)])
     if not is_hub_name(model) or path.suffix.lower() == ".gguf":
-        raise UnknownModelError(f"{model!r} does not exist; name a folder, a .gguf file, a hub model or {BUILT_IN}")
-    return _hub(model, shown)
+        remedy = meant or f"name a folder, a .gguf file, a hub model or {BUILT_IN}"
+        raise UnknownModelError(f"{model!r} does not exist; {remedy}")
+    try:
+        return _hub(model, shown)
+    except UnknownModelError as error:
+        if meant is None:
+            raise
+        raise UnknownModelError(f"{error}; {meant}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -200,6 +209,14 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _models_beside(path: Path) -> list[str]:
+    """The folders and files of models that lie where this path would."""
+    with contextlib.suppress(OSError, ValueError):
+        files = [*path.parent.glob("*.gguf"), *(each.parent for each in path.parent.glob("*/config.json"))]
+        return [str(path.with_name(each.name)) for each in files]
+    return []
 
 
 def _gguf(file: Path, cache: Path, console: Console) -> Checkpoint:

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from isthmus.common.bounded_values import brief
 from isthmus.common.errors import ConfigError, UnknownModelError
 from isthmus.common.files import disk_errors
+from isthmus.common.readable import did_you_mean
 from isthmus.daemon.adapter_places import HERE, LEASED, SEEN, Cut, acts_in_cloud
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
@@ -98,7 +99,8 @@ def cloud_of(model: str, session: Session, settings: DaemonSettings) -> ClientCo
         return cloud
     served = session.scalars(select(BaseModel.name).where(BaseModel.cloud.in_(settings.clouds))).all()
     known = f"the clouds serve {', '.join(sorted(served))}" if served else "no cloud of daemon.toml has been seen yet"
-    raise UnknownModelError(f"no cloud serves the model {model!r}: {known}")
+    parts = (f"no cloud serves the model {model!r}: {known}", did_you_mean(model, served))
+    raise UnknownModelError("; ".join(part for part in parts if part))
 
 
 def configuration(

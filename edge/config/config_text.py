@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from isthmus.common.bounded_values import brief
 from isthmus.common.errors import ConfigError
+from isthmus.common.readable import did_you_mean
 
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)  # one number, or the two ends of a range
 
@@ -80,8 +80,7 @@ def check_name(name: str, path: Path | None, known: Sequence[str]) -> None:
     """
     if name in known:
         return
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(known)}."
+    remedy = did_you_mean(name.replace("-", "_"), known) or f"the names are {', '.join(known)}."
     place = f" in {path}" if path is not None else ""
     raise ConfigError(f"unknown setting {brief(name)}{place}: {remedy}")
 

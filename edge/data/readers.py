@@ -131,7 +131,7 @@ def _json_record(line: bytes, source: str, number: int) -> Record:
     except ValueError as error:
         raise DataError(f"{where} {error}: split it.") from error
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8").rstrip("\r\n"))  # else an error at the end is of the next line
     except UnicodeDecodeError as error:
         raise _not_utf8(where, error) from error
     except (ValueError, RecursionError) as error:

@@ -80,16 +80,15 @@ def load_texts(task: str, folder: Path, tokenizer: Any, counts: Counts, seed: in
         DataError: There are too few that are short enough, or a file is missing or malformed.
     """
     split = read_task(task, folder, Sizes(test=UNCUT, validation=0))
-    longest = {"train": counts.max_length - _ROOM, "test": counts.max_length}
-    short = {}
+    texts_of = {}
     for name, questions in (("train", split.train), ("test", split.test)):
         examples = [question.example for question in questions]
         random.Random(f"leak/{name}/{seed}").shuffle(examples)  # noqa: S311  # an order, not a secret
-        short[name] = _short(examples, tokenizer, longest[name])
-    private = _take(short["train"], counts.train + counts.sent, task, "private")
+        texts_of[name] = _distinct(examples, tokenizer)
+    private = _take(texts_of["train"], counts.max_length, counts.train + counts.sent, task, "private", _ROOM)
     known = {text.encoded.input_ids for text in private}
-    others = (text for text in short["test"] if text.encoded.input_ids not in known)
-    public = _take(others, counts.public + counts.scored, task, "public")
+    others = (text for text in texts_of["test"] if text.encoded.input_ids not in known)
+    public = _take(others, counts.max_length, counts.public + counts.scored, task, "public")
     texts = LeakTexts(
         train=tuple(private[: counts.train]),
         sent=tuple(_plant(private[counts.train :], tokenizer, task, seed, every=1)),
@@ -115,23 +114,29 @@ def check_disjoint(attacked: Sequence[Tensor], public: Sequence[Tensor]) -> None
         )
 
 
-def _short(examples: Sequence[Example], tokenizer: Any, longest: int) -> Iterator[Text]:
-    """Those of `longest` tokens at most, each once."""
+def _distinct(examples: Sequence[Example], tokenizer: Any) -> Iterator[Text]:
+    """Each text once."""
     seen = set()
     for example in examples:
-        encoded, _ = encode([example], tokenizer, longest + 1)
+        encoded, _ = encode([example], tokenizer, UNCUT)
         for each in encoded:
-            if len(each.input_ids) <= longest and each.input_ids not in seen:
+            if each.input_ids not in seen:
                 seen.add(each.input_ids)
                 yield Text(example, each)
 
 
-def _take(texts: Iterator[Text], count: int, task: str, what: str) -> list[Text]:
-    taken = [text for text, _ in zip(texts, range(count), strict=False)]
+def _take(texts: Iterator[Text], max_length: int, count: int, task: str, what: str, room: int = 0) -> list[Text]:
+    """The first texts that have so many tokens at most, with room for a secret."""
+    taken, lengths = list[Text](), list[int]()
+    while len(taken) < count and (text := next(texts, None)) is not None:
+        lengths.append(len(text.encoded.input_ids) + room)
+        if lengths[-1] <= max_length:
+            taken.append(text)
     if len(taken) < count:
+        enough = f", or give --max-length {sorted(lengths)[count - 1]}" if len(lengths) >= count else ""
         raise DataError(
-            f"{task} has {len(taken)} {what} texts that are short enough, and {count} are asked for: ask for fewer, or "
-            "raise --max-length"
+            f"{task} has {len(taken)} {what} texts that are short enough, and {count} are asked for: ask for fewer"
+            f"{enough}"
         )
     return taken
 

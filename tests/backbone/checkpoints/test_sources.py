@@ -47,6 +47,32 @@ def test_a_name_of_nothing_is_refused(name: str, says: str, tmp_path: Path, monk
         resolve(name, cache_dir=tmp_path, console=QUIET)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("smollm2-135", "smollm2-135m"),
+        ("models/tiny-lama", "models/tiny-llama"),
+        ("models/tiny.guf", "models/tiny.gguf"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_asked_about(
+    name: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(model: str, _console: Console) -> Path:
+        raise UnknownModelError(f"the hub does not give {model}")
+
+    monkeypatch.setattr(sources, "snapshot", nowhere)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny-llama").mkdir(parents=True)
+    (tmp_path / "models" / "tiny-llama" / "config.json").write_text("{}")
+    (tmp_path / "models" / "tiny.gguf").write_text("")
+    with pytest.raises(UnknownModelError, match=f"; did you mean {meant!r}\\?$"):
+        resolve(name, cache_dir=tmp_path, console=QUIET)
+    with pytest.raises(UnknownModelError) as other:  # the control: nothing is like it
+        resolve("elephant/trunk", cache_dir=tmp_path, console=QUIET)
+    assert "did you mean" not in str(other.value)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownModelError, match=r"no config\.json"):
         resolve(str(tmp_path), console=QUIET)

@@ -61,6 +61,7 @@ def test_lists_go_by_pages_and_by_labels(jobs: Jobs) -> None:
     [
         ("trian", "tiny", {}, ConfigError, "'trian' is no kind of job"),
         ("train", "huge", {"data": "file-texts"}, UnknownModelError, "no cloud serves the model 'huge'.*tiny"),
+        ("train", "tny", {"data": "file-texts"}, UnknownModelError, "no cloud serves .*; did you mean 'tiny'"),
         ("train", "tiny", {}, ConfigError, "'data' is missing"),
         ("train", "tiny", {"data": "file-other"}, ConfigError, "'file-other': there is no such file"),
         ("train", "tiny", {"data": "texts.jsonl"}, ConfigError, "neither an id nor an absolute path"),

@@ -97,7 +97,7 @@ def test_the_form_must_be_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not JSON .* at column 10\)"),
         ("a.jsonl", '{"text": "x"}\n[1]\n', "line 2: a list where an object"),
         ("a.jsonl", '{"text": "x"}\n\n{"txt": "y"}\n', "line 3: no 'text'; it has 'txt'"),
         ("a.jsonl", '{"text": 7}\n', "line 1: 'text' is a number, not a string"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,15 @@ def test_no_text_is_in_two_places_and_each_sent_one_has_a_secret(task: str, tmp_
 
 def test_too_few_short_texts_are_refused(tmp_path: Path) -> None:
     counts = Counts(train=10, sent=6, public=20, scored=8, max_length=30)
-    with pytest.raises(DataError, match="e2e has 0 private texts that are short enough, and 16 are asked for"):
+    says = r"e2e has 0 private texts that are short enough, and 16 are asked for: ask for fewer, or give --max-length "
+    with pytest.raises(DataError, match=f"{says}[0-9]+$") as refused:
         load_texts("e2e", letters(tmp_path), tiny_tokenizer(), counts, 0)
+    enough = int(str(refused.value).rpartition(" ")[2])
+    with pytest.raises(DataError, match=r"private .* --max-length"):
+        load_texts("e2e", tmp_path, tiny_tokenizer(), replace(counts, max_length=enough - 1), 0)
+    load_texts("e2e", tmp_path, tiny_tokenizer(), replace(counts, max_length=enough), 0)
+    with pytest.raises(DataError, match=r"1000 are asked for: ask for fewer$"):
+        load_texts("e2e", tmp_path, tiny_tokenizer(), replace(counts, train=994), 0)
 
 
 def test_an_overlap_of_attacked_and_public_texts_fails() -> None:
