@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
 
+_T = TypeVar("_T")
 LINES = 20
 """Of a whole run, where nobody looks at a terminal."""
 
 
+SILENCE = 30.0
+"""Seconds after which there is a line between these, once an item of the work is done."""
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+"""Shows work of that name and so many items, as `bar` does: the yielded function is called after each item."""
+
+
 @contextmanager
-def bar(console: Console | None, what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on a terminal while the block runs, which calls the yielded function after each of `total` items."""
-    shown = console or Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+def bar(
+    console: Console | None, what: str, total: int, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[], None]]:
+    """Show work while the block runs, which calls the yielded function after each of `total` items."""
+    with StepProgress(what, total, console, clock=clock, few=True) as shown:
+        done = itertools.count(1)
+        yield lambda: shown.show(next(done), "")
+
+
+def unseen(_what: str, _total: int) -> AbstractContextManager[Callable[[], None]]:
+    """A `Progress` that shows nothing."""
+    return nullcontext(lambda: None)
+
+
+def watched(progress: Progress, what: str, items: Sequence[_T]) -> Iterator[_T]:
+    """The items, one after another, while their progress is shown."""
+    with progress(what, len(items)) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 class StepProgress:
@@ -32,7 +55,9 @@ class StepProgress:
         what: Opens each line: "step", or "distilling: step".
         total: Steps of the run.
         console: Where to show; None for standard error.
-        every: Steps between lines where the output is not a terminal; None for some twenty lines in all.
+        every: Steps between lines where the output is not a terminal; None for some twenty lines in all, and one after
+            each `SILENCE`.
+        few: Whether there are only a first line, and those after a silence.
         clock: Seconds, for the time left of plain lines.
     """
 
@@ -43,14 +68,17 @@ class StepProgress:
         console: Console | None = None,
         *,
         every: int | None = None,
+        few: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._what, self._total = what, total
+        self._what, self._total, self._few = what, total, few
         self._every = every or max(1, total // LINES)
+        self._silence = SILENCE if every is None else math.inf
         self._console = console or Console(stderr=True, highlight=False)
         self._clock = clock
         self._start_step, self._start_time = 0, clock()
-        self._bar = Progress(
+        self._spoken = clock()
+        self._bar = RichProgress(
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
             BarColumn(),
@@ -58,12 +86,15 @@ class StepProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
+            transient=few,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(what, total=total, figures="")
 
     def __enter__(self) -> Self:
         self._bar.start()
+        if self._few and not self._console.is_terminal:
+            self.message(f"{self._what}: {self._total} to do")
         return self
 
     def __exit__(
@@ -79,11 +110,15 @@ class StepProgress:
     def show(self, step: int, figures: str) -> None:
         """Step `step` has been applied."""
         self._bar.update(self._task, completed=step, figures=figures)
-        if not self._console.is_terminal and (step % self._every == 0 or step == self._total):
-            self.message(f"{self._what} {step}/{self._total}  {figures}  left {duration(self._left(step))}")
+        due = not self._few and (step % self._every == 0 or step == self._total)
+        due = due or self._clock() - self._spoken >= self._silence
+        if not self._console.is_terminal and due:
+            parts = (f"{self._what} {step}/{self._total}", figures, f"left {duration(self._left(step))}")
+            self.message("  ".join(part for part in parts if part))
 
     def message(self, text: str) -> None:
         """One line above the bar."""
+        self._spoken = self._clock()
         self._console.print(text, markup=False, soft_wrap=True)
 
     def _left(self, step: int) -> float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.common.files import claim
-from isthmus.common.progress import StepProgress
+from isthmus.common.progress import Progress, StepProgress, bar, watched
 from isthmus.common.shutdown import StopRequest
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
@@ -181,9 +182,10 @@ def distill(
             f"the public text has {len(blocks)} block of {blocks.shape[-1]} tokens; give more text, or shorter blocks."
         )
     stop = StopRequest()
-    shown = StepProgress("distilling: step", config.steps, progress)
+    console = progress or Console(stderr=True, highlight=False)
+    shown = StepProgress("distilling: step", config.steps, console)
     with claim(folder):
-        task = _Distillation(checkpoint, plan, emulator, blocks, config, stop)
+        task = _Distillation(checkpoint, plan, emulator, blocks, config, stop, partial(bar, console))
         options = LoopOptions(
             folder,
             LOG_FILE,
@@ -228,8 +230,9 @@ class _Distillation(Task):
         blocks: Tensor,
         config: DistillConfig,
         stop: StopRequest,
+        progress: Progress,
     ) -> None:
-        self._emulator, self._config, self._stop = emulator, config, stop
+        self._emulator, self._config, self._stop, self._progress = emulator, config, stop, progress
         self.device = emulator.device
         self._teacher = load_span(checkpoint, plan).to(self.device)
         self._with_kl = config.kl_weight > 0
@@ -352,7 +355,8 @@ class _Distillation(Task):
     @torch.no_grad()
     def _measure_held_out(self) -> _HeldOut:
         totals = torch.zeros(3, dtype=torch.float64)
-        for ids in torch.split(self._held_out.to(self.device), self._micro_batch):
+        parts = torch.split(self._held_out.to(self.device), self._micro_batch)
+        for ids in watched(self._progress, "measuring held-out blocks", parts):
             found = self._compare(ids, with_agreement=True)
             figures = [found.error.item()]
             if found.kl is not None and found.agreement is not None:

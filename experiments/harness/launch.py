@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import Progress
-
 from isthmus.cloud.control.ports import Ports
 from isthmus.common.errors import IsthmusError, PortInUseError, UnreachableError
+from isthmus.common.progress import bar
 from isthmus.common.shutdown import uninterrupted
 from isthmus.experiments.harness.processes import isthmus
 from isthmus.protocol.enrolment import Quota, add_line
@@ -222,12 +220,9 @@ def working_folder(keep: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def stderr_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+def stderr_progress(what: str, total: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
     """A progress bar on standard error; call what it yields once for each unit of work."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+    return bar(None, what, total)
 
 
 def write_key(path: Path, seed: int) -> Path:

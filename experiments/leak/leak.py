@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from isthmus.experiments.leak.ledger_json import ledger
 from isthmus.experiments.leak.page.leak_page import write_page
 from isthmus.experiments.leak.rows.row_run import RowLab
 
-_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps")
+_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps", "quick")
 _PLACES = ("data_folder", "out", "page", "record_mib")
 _WHERE = (*_ROWS, *_PLACES)
 """Settings that say which rows are made or where, and not what comes of a row."""
@@ -38,6 +39,22 @@ _RESULT = {
     "step_seconds": list,
 }  # fmt: skip
 """What a row's file holds beside its settings, as `RowLab.make` says."""
+
+
+QUICK = {"texts": 16, "attacked": 4, "public": 400, "scored": 8, "steps": 10, "inverter_steps": 60}
+QUICK_MINUTES = 5
+"""Of a quick row with SmolLM2-135M behind 2:2, on two cores that others use as well."""
+
+
+def quick_settings(settings: LeakSettings) -> LeakSettings:
+    """The settings of a quick look: smaller where they are the defaults, with one row where nothing names others."""
+    plain = LeakSettings()
+    values: dict[str, Any] = {
+        name: value for name, value in QUICK.items() if getattr(settings, name) == getattr(plain, name)
+    }
+    if all(getattr(settings, name) is None for name in _ROWS if name not in ("steps", "quick")):
+        values["edge_layers"] = "2:2"
+    return replace(settings, **values)
 
 
 def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str, Any]:
@@ -60,7 +77,16 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
     console = console or Console(stderr=True)
     if settings.page is not None:
         plotting()  # matplotlib is missed now, and not after hours
+    if settings.quick:
+        settings = quick_settings(settings)
     rows = read_grid(settings)
+    if settings.quick:
+        console.print(
+            f"A quick look at {len(rows)} row(s), {settings.attacked} texts and two attacks: about "
+            f"{QUICK_MINUTES * len(rows)} minutes with smollm2-135m on two cores. Its intervals are wide.",
+            highlight=False,
+            soft_wrap=True,
+        )
     checkpoint = resolve(settings.model)
     for row in rows:
         row.plan(checkpoint.config.num_hidden_layers)
@@ -122,6 +148,8 @@ def _about(row: Row, settings: LeakSettings, checkpoint: Checkpoint) -> dict[str
     shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _WHERE}
     if row.mode != "emulator":
         del shared["distill_steps"]
+    if settings.quick:
+        shared["quick"] = True  # some attacks are left out
     about = {**shared, "model": checkpoint.digest(), "row": row.model_dump(mode="json")}
     plain: dict[str, Any] = json.loads(json.dumps(about))
     return plain

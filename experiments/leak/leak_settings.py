@@ -25,6 +25,8 @@ class LeakSettings:
 
     Example: isthmus experiment leak --json
 
+    A first look: isthmus experiment leak --quick
+
     One row: isthmus experiment leak --edge-layers 2:2 --codec int4 --defence smoothing:share=0.1
     """
 
@@ -43,6 +45,14 @@ class LeakSettings:
     mode: Annotated[str | None, Option(help="Mode of these rows: split, top-only or emulator.")] = None
     data: Annotated[str | None, Option(help="What these rows are trained on: e2e or sst2.")] = None
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps of each row, instead of the grid's.")] = None
+    quick: Annotated[
+        bool,
+        Option(
+            "--quick",
+            help="A first look in minutes: one row unless flags name others, 4 texts, 10 steps, the strongest attack "
+            "on texts and the quickest on labels. Numbers that you give stay. It prints first how long it takes.",
+        ),
+    ] = False
     model: flags.Model = "smollm2-135m"
     texts: Annotated[int, Option(min=8, help="Private texts that each run trains on.")] = 400
     attacked: Annotated[int, Option(min=4, help="Private texts with a planted secret that are attacked.")] = 40

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
+from isthmus.common.progress import Progress, unseen
 from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.recording.traffic import Traffic
 from isthmus.protocol.tensor_codecs import Role, decode, encode
@@ -113,6 +114,7 @@ class Knowledge:
         inverter_steps: Steps that the learned inverter is trained for.
         front_steps: Steps that a private front is fitted for.
         seed: Of whatever is drawn.
+        progress: Shows what takes long.
     """
 
     model: Any
@@ -128,6 +130,7 @@ class Knowledge:
     inverter_steps: int = 240
     front_steps: int = 300
     seed: int = 0
+    progress: Progress = unseen
 
     def __post_init__(self) -> None:
         if sum(len(tokens) > 1 for tokens in self.public) < 2:

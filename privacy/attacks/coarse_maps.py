@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from isthmus.common.progress import Progress, watched
 from isthmus.privacy.attacks.attack import Knowledge, PublicText
 
 HELD_OUT = 8
@@ -125,7 +126,7 @@ class InverterMap(nn.Module):
             nn.init.zeros_(self.out.weight)  # begins as the ridge regression
             nn.init.zeros_(self.out.bias)
             self.sharpness = nn.Parameter(torch.tensor(math.log(20.0)))
-            self._learn(texts, knowledge.inverter_steps)
+            self._learn(texts, knowledge.inverter_steps, knowledge.progress)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -145,11 +146,11 @@ class InverterMap(nn.Module):
             for hidden, row in zip(sequences, found, strict=True)
         ]
 
-    def _learn(self, texts: Sequence[PublicText], steps: int) -> None:
+    def _learn(self, texts: Sequence[PublicText], steps: int, progress: Progress) -> None:
         optimizer = torch.optim.AdamW(self.parameters(), lr=_RATE, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
         batches = _batches(texts)
-        for _ in range(steps):
+        for _ in watched(progress, "training an inverter: steps", range(steps)):
             batch = next(batches)
             tokens = torch.cat([text.tokens for text in batch])
             others = torch.randint(len(self._rows), (min(_NEGATIVES, len(self._rows)),))

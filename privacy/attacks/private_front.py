@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from isthmus.common.errors import ConfigError
+from isthmus.common.progress import watched
 from isthmus.privacy.attacks.attack import Knowledge
 
 _RATE = 3e-3
@@ -49,7 +50,7 @@ def fit_front(knowledge: Knowledge) -> Knowledge:
     spread = torch.cat([hidden[1:] for _, hidden in fitted]).std(0).clamp_min(1e-6)
     optimizer = torch.optim.Adam(weights, lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=knowledge.front_steps, pct_start=0.1)
-    for step in range(knowledge.front_steps):
+    for step in watched(knowledge.progress, "fitting a front: steps", range(knowledge.front_steps)):
         tokens, hidden = fitted[step % len(fitted)]
         expected = front.states(tokens, graph=True)
         if knowledge.defence is not None:

@@ -14,13 +14,14 @@ hold the right token of nearly all public texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from isthmus.common.progress import watched
 from isthmus.privacy.attacks.attack import Guess, Knowledge, Row, rows
 from isthmus.privacy.attacks.coarse_maps import CoarseMap, held_out, inverter_of, ranks, ridge_of
 from isthmus.privacy.attacks.first_states import FirstStates
@@ -83,7 +84,8 @@ class VocabularyMatching:
         """The attack with a front that is fitted to guesses as if they were known, where there are enough."""
         plain = [row for row in found if torch.equal(row.positions, torch.arange(len(row.hidden)))]
         longest = sorted(plain, key=lambda row: -len(row.hidden))[:_SAMPLE]
-        guessed = [(self._read(row)[0], row.hidden) for row in longest if len(row.hidden) > 1]
+        read = self._read_all([row for row in longest if len(row.hidden) > 1])
+        guessed = [(tokens, row.hidden) for row, tokens, _ in read]
         known = (*self._knowledge.known, *guessed)
         if len(known) < 2:
             return self
@@ -93,8 +95,7 @@ class VocabularyMatching:
 
     def _guess(self, found: Sequence[Row]) -> Guess:
         guesses, listed = [], []
-        for row in found:
-            tokens, credit = self._read(row)
+        for row, tokens, credit in self._read_all(found):
             guesses.append(row.spread(tokens))
             listed.append(torch.tensor(credit))
         return Guess(tuple(guesses), tuple(listed))
@@ -102,7 +103,7 @@ class VocabularyMatching:
     def _calibrate(self, texts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Learn from texts `[n]` and what came of them `[n, h]` how near the right token lies, and how near others."""
         right, others = [], []
-        for tokens, arrived in texts:
+        for tokens, arrived in watched(self._knowledge.progress, "learning how near matches lie", texts):
             scores, prefix = self._map.scores(arrived), self._front.begin()
             positions = torch.arange(len(tokens))
             self._front.extend(prefix, tokens[:1], positions[:1])
@@ -132,7 +133,13 @@ class VocabularyMatching:
         expected = self._knowledge.expect(self._front.candidates(prefix, tokens, position))
         return self._noise.distances(expected, arrived)
 
-    def _read(self, row: Row) -> tuple[Tensor, list[float]]:
+    def _read_all(self, found: Sequence[Row]) -> Iterator[tuple[Row, Tensor, list[float]]]:
+        """Each sequence with what `_read` gives."""
+        with self._knowledge.progress("matching tokens", sum(len(row.hidden) for row in found)) as advance:
+            for row in found:
+                yield row, *self._read(row, advance)
+
+    def _read(self, row: Row, advance: Callable[[], None]) -> tuple[Tensor, list[float]]:
         """The tokens of a sequence `[n]`, and the chance that each one's list held it."""
         n, prefix = len(row.hidden), self._front.begin()
         if not n:
@@ -141,10 +148,13 @@ class VocabularyMatching:
         token, explained = self._first.find(row.hidden[0], row.positions[0])
         self._front.extend(prefix, token[None], row.positions[:1])
         tokens, credits, run = [token], [float(explained)], _RUNS[0]
+        advance()
         while len(tokens) < n:
             if self._tells:
                 held = self._check_run(prefix, row, scores[len(tokens) : len(tokens) + run].argmax(1))
                 tokens.extend(held)
+                for _ in held:
+                    advance()
                 credits.extend(1.0 for _ in held)
                 run = min(2 * run, _RUNS[1]) if len(held) == run else _RUNS[0]
                 if len(tokens) == n:
@@ -155,6 +165,7 @@ class VocabularyMatching:
             self._front.extend(prefix, token[None], row.positions[place, None])
             tokens.append(token)
             credits.append(credit)
+            advance()
         return torch.stack(tokens), credits
 
     def _check_run(self, prefix: Prefix, row: Row, drafted: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import AttackLimitedError
+from isthmus.common.progress import bar
 from isthmus.edge.data.batches import encode
 from isthmus.experiments.leak.decoy_texts import write_decoys
 from isthmus.experiments.leak.grid import Row, known_texts
@@ -23,6 +24,7 @@ from isthmus.experiments.leak.rows.row_checkpoint import RowCheckpoint
 from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
 from isthmus.privacy.attacks.averaging import AveragedMatching, mean_of
 from isthmus.privacy.attacks.front import Front
+from isthmus.privacy.attacks.labels.gradient_labels import DirectLabels
 from isthmus.privacy.attacks.private_front import fit_front
 from isthmus.privacy.defences.decoys import Decoys
 from isthmus.privacy.defences.secret_noise import SecretNoise
@@ -60,6 +62,7 @@ class Attacker:
         base: The whole model with the frozen weights.
         tuned: The same with the edge's adapter.
         defence: The defences as they are after the run.
+        quick: Whether one attack on texts and one on labels are enough.
         say: Told what is under way.
     """
 
@@ -73,6 +76,7 @@ class Attacker:
     defence: KnownDefence | None
     inverter_steps: int
     seed: int
+    quick: bool
     say: Callable[[str], None]
 
 
@@ -107,7 +111,7 @@ def attack_row(row: Row, run: RecordedRun, attacker: Attacker, checkpoint: RowCh
         for view in row.views if codec == row.codec else ("known",):
             attacked, knowledge = _side(row, view, codec, crossed, front, attacker)
             first = codec == row.codec and view == row.views[0]
-            names = tuple(TOKEN_ATTACKS) if first else FURTHER
+            names = tuple(TOKEN_ATTACKS) if first and not attacker.quick else FURTHER
             for each in _token_attacks(run, attacked, knowledge, view, names, attacker, decoy_classifier, checkpoint):
                 if row.defence_text == "none" and view == "known":
                     check_unlimited(each.judged, f"row {row.name!r} over {codec}")
@@ -139,7 +143,7 @@ def _label_attacks(
         picked = by_small_gradients(learned, guess.labels or ()) if row.n_decoys else None
         return Found(judge_labels(name, side, guess, truth), row.codec, 0, picked)
 
-    for name in LABEL_ATTACKS:
+    for name in (DirectLabels.name,) if attacker.quick else LABEL_ATTACKS:
         yield checkpoint.result(name, {"codec": row.codec, "view": side}, Found, partial(attack, name))
 
 
@@ -241,6 +245,7 @@ def _side(
         defence=attacker.defence,
         inverter_steps=attacker.inverter_steps,
         seed=attacker.seed,
+        progress=partial(bar, None),
     )
     return attacked, knowledge
 

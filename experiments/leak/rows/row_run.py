@@ -155,6 +155,7 @@ class RowLab:
             **{name: run.report[name] for name in ("epsilon", "delta")},
             "unit": run.report["guarantee"],
         }
+        say("guessing without what was sent")
         priors = self._priors(texts.public, texts.sent[: settings.attacked])
         learned = [text for batch in run.learned for text in batch.texts]
         of_labels = self._priors(texts.public, learned, labels=True) if learned else {}
@@ -214,6 +215,7 @@ class RowLab:
             defence=defence,
             inverter_steps=settings.inverter_steps,
             seed=settings.seed,
+            quick=settings.quick,
             say=say,
         )
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from isthmus.common.errors import DataError
+from isthmus.common.progress import Progress, unseen, watched
 from isthmus.privacy.attacks.attack import UNKNOWN, Guess, Knowledge, KnownDefence
 from isthmus.privacy.attacks.labels.label_candidates import choose, without_best
 from isthmus.privacy.attacks.labels.labelled_rows import LabelledRow, Row, labelled_row
@@ -68,12 +69,13 @@ class _LabelAttack:
     listed: tuple[Tensor, ...] | None = None
     threshold: float = 0.0
     _label_places = False
+    _progress: Progress = staticmethod(unseen)
 
     def prepare(self, knowledge: Knowledge) -> None:
         """Set the threshold by public texts, whose gradients pass through the defence and the wire's codec."""
         received = (knowledge.defence or KnownDefence()).expect_output
         self._top, self._label_places = ModelTop(knowledge.model, knowledge.plan, received), knowledge.label_places
-        self._smoothing = knowledge.label_smoothing
+        self._progress, self._smoothing = knowledge.progress, knowledge.label_smoothing
         # The edge smooths a row's own label alone, and candidates are smoothed all: this is the own share of a pair.
         self._own_share = (knowledge.own_share - self._smoothing) / (1 - self._smoothing)
         texts = [tokens for tokens in knowledge.public if len(tokens) > 1][:_PUBLIC_TEXTS]
@@ -98,7 +100,7 @@ class _LabelAttack:
         """
         forwards = {(forward.session, forward.call): forward for forward in traffic.forwards}
         labels = []
-        for backward in traffic.backwards:
+        for backward in watched(self._progress, "reading labels: calls", traffic.backwards):
             forward = forwards.get((backward.session, backward.call))
             if forward is None or forward.output is None:
                 raise DataError(
@@ -147,14 +149,15 @@ class ExactLabels(_LabelAttack):
         labels = torch.cat([each.labels for each in public])
         for self._listed in LISTS:
             self._explained = float("inf")
-            plain = [self._match(each.row, each.labelled) for each in public]
+            what = f"learning from public gradients, lists of {self._listed}"
+            plain = [self._match(each.row, each.labelled) for each in watched(self._progress, what, public)]
             right = torch.cat([each.tokens for each in plain]) == labels
             if right.any():
                 own, others = (
                     torch.cat(each)[right] for each in zip(*((e.unexplained, e.others) for e in plain), strict=True)
                 )
                 self._explained = float(max(own.quantile(_EXPLAINED), (own.median() * others.median()).sqrt()))
-            matched = [self._match(each.row, each.labelled) for each in public]
+            matched = [self._match(each.row, each.labelled) for each in watched(self._progress, what, public)]
             self.listed = tuple(each.in_lists(found.lists) for each, found in zip(public, matched, strict=True))
             if torch.cat(self.listed).all():
                 break

@@ -7,16 +7,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from support.commands import in_process, refused
 from support.privacy.small_leak import all_here, grid_file, small_settings
 
 from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError
 from isthmus.experiments.leak import leak
-from isthmus.experiments.leak.leak import run_leak
+from isthmus.experiments.leak.leak import quick_settings, run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_table import table
 from isthmus.experiments.leak.rows import attacked_row, row_run
@@ -78,7 +80,9 @@ def of(result: dict[str, Any], row: str, attack: str) -> dict[str, Any]:
     return found
 
 
-def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_trained_attacked_scored_and_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     commands, priors = all_here(monkeypatch), calls_of(monkeypatch, row_run, "priors_of")
     averaged, mean_of = list[int](), attacked_row.mean_of
 
@@ -92,6 +96,9 @@ def test_rows_are_trained_attacked_scored_and_made_once(tmp_path: Path, monkeypa
         tmp_path, grid=[grid_file(tmp_path / "grid.toml", UNDEFENDED, {"name": "noise", **NOISE})]
     )
     result = run_leak(settings)
+    shown = capsys.readouterr().err  # each part of an attack that takes long says that it begins
+    for part in ("training an inverter: steps", "matching tokens", "learning from public gradients", "reading labels"):
+        assert f"\n{part}" in shown
     assert [words[1] for words in commands] == ["train", "eval", "train"]
     assert ["--defence-key" in words for words in commands] == [False, False, True]  # noise follows from --seed
 
@@ -198,12 +205,23 @@ def test_a_run_whose_recording_is_of_no_use_is_made_again(tmp_path: Path, monkey
     assert len(commands) == 2
 
 
-def test_a_row_that_another_process_has_made_meanwhile_is_taken(
+def test_a_quick_look_is_smaller_where_nothing_else_is_asked_for(tmp_path: Path) -> None:
+    quick = quick_settings(LeakSettings(quick=True, public=77))
+    assert (quick.edge_layers, quick.attacked, quick.public, quick.scored) == ("2:2", 4, 77, 8)
+    assert quick_settings(LeakSettings(quick=True, grid=[tmp_path])).edge_layers is None
+
+
+def test_a_quick_row_that_another_process_has_made_meanwhile_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands = all_here(monkeypatch)
-    settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})])
-    expected = run_leak(settings)
+    commands, shown = all_here(monkeypatch), StringIO()
+    grid = [grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})]
+    settings = small_settings(tmp_path, grid=grid, steps=4, quick=True)
+    expected = run_leak(settings, Console(file=shown))
+    assert shown.getvalue().startswith("A quick look at 1 row(s), 4 texts and two attacks: about 5 minutes")
+    assert [run["attack"] for run in expected["runs"]] == ["vocabulary_matching", "labels-direct"]
+    with pytest.raises(CheckpointError, match="made with another quick"):  # the row of all attacks is another one
+        run_leak(replace(settings, quick=False))
     (path,) = settings.out.glob("*.json")
     kept = path.rename(tmp_path / "made")
 
