@@ -14,6 +14,9 @@ REVIEW_SECONDS = 1.0
 
 A line counts as removed when two reviews in a row have read the same file.
 """
+ROOM_SECONDS = 0.25
+"""Between two looks for connections without a call that leave others no room: an edge that was shut out tries again
+after about as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Bounds:
 
     Attributes:
         max_connections: TCP connections; a further one is closed at once. An edge has one for each of its sessions.
+            Those without a call may have half of what the others leave.
         max_streams: gRPC calls of all connections together, whatever they are for; a further one is refused.
         max_connection_streams: gRPC calls of one connection: a proxy may have many edges on one.
         max_half_open: gRPC calls whose peer is not authenticated yet: handshakes and health checks.

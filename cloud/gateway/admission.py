@@ -13,7 +13,7 @@ from isthmus.cloud.gateway.penalties import Penalties
 from isthmus.cloud.gateway.stream import SealedStream
 from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
-from isthmus.common.errors import DrainingError, MessageError
+from isthmus.common.errors import DrainingError, MessageError, RemoteProtocolError, VersionError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 from isthmus.protocol.limits import Limits
@@ -83,10 +83,14 @@ class Admission:
         try:
             async with self._half_open.place(host, lambda: protocol.greeted):
                 await accept_call(context)
-                await asyncio.sleep(self._penalties.pause(host))
-                outcome = await stream.handshake()
+                try:
+                    outcome = await stream.handshake()
+                except (RemoteProtocolError, VersionError):
+                    await asyncio.sleep(self._penalties.pause(host))  # who breaks the rules waits, not who comes next
+                    raise
                 if outcome == "refused" and not self._stopped:  # an edge that comes during a drain broke no rule
                     self.offended(protocol, context)
+                    await asyncio.sleep(self._penalties.pause(host))
                 if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
                     return None
                 outcome = "failed"

@@ -4,6 +4,8 @@ A peer that opens no HTTP/2 window for what a call has sent keeps that call and 
 returned: the status goes out behind the data, and grpc.aio has no way to reset a stream. So the connection's socket is
 shut down, as if the network had failed, and gRPC cleans up after it. All calls of that connection end; an honest edge
 has one connection for each of its sessions, and opens another.
+
+Connections without a call are closed in the same way where there are so many that others find no room.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import contextlib
 import os
 import socket
 import stat
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
@@ -88,18 +92,76 @@ def shut_down(peers: set[Address]) -> int:
         peers: their addresses and ports.
     """
     found = 0
+    for connection, peer, _ in _connections():
+        if peer in peers:
+            with contextlib.suppress(OSError):  # the peer has hung up itself
+                connection.shutdown(socket.SHUT_RDWR)
+                found += 1
+    return found
+
+
+def _connections() -> Iterator[tuple[socket.socket, Address, int]]:
+    """This process's connections, with the peer and the own port of each; open for as long as they are looked at."""
     for file in OWN_FILES.iterdir():
         with contextlib.suppress(OSError):  # it has been closed since, or is no connection
             if not stat.S_ISSOCK(os.fstat(int(file.name)).st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(file.name))) as connection:
-                if connection.family not in (socket.AF_INET, socket.AF_INET6):
-                    continue
-                host, port = connection.getpeername()[:2]
-                if (_host(host), port) in peers:
-                    connection.shutdown(socket.SHUT_RDWR)
-                    found += 1
-    return found
+                if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    host, port = connection.getpeername()[:2]
+                    yield connection, (_host(host), port), connection.getsockname()[1]
+
+
+class IdleConnections:
+    """Keeps room for newcomers among a server's connections. For one event loop.
+
+    gRPC closes a further connection at once where there are `most`, whosever it is. So of what the connections with a
+    call leave, those without one may have half. Beyond that, the host with most of them loses its oldest. Calls are
+    bounded themselves: handshakes by host (`half_open`), sessions by key (`max-sessions`).
+
+    Args:
+        most: how many connections the server takes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._used: Counter[Address] = Counter()  # calls of each
+        self._known: dict[Address, None] = {}  # in the order in which they were seen first
+
+    @contextlib.contextmanager
+    def in_use(self, peer: str) -> Iterator[None]:
+        """A connection has a call for as long as the context lasts."""
+        address = address_of(peer)
+        self._used[address] += 1
+        try:
+            yield
+        finally:
+            self._used[address] -= 1
+            if not self._used[address]:
+                del self._used[address]
+
+    def make_room(self, port: int) -> None:
+        """Close those that are too many of a server that listens on a port."""
+        if sum(1 for _ in OWN_FILES.iterdir()) <= self._most // 2:
+            return
+        here = dict.fromkeys(peer for _, peer, own in _connections() if own == port)
+        self._known = {peer: None for peer in (*self._known, *here) if peer in here}
+        idle = [peer for peer in self._known if peer not in self._used]
+        count = len(idle) - max(0, self._most - len(self._used)) // 2
+        if count > 0:
+            log("made_room", connections=shut_down(set(surplus(idle, count))))
+
+
+def surplus(idle: Sequence[Address], count: int) -> list[Address]:
+    """Which `count` of these connections are closed: each time the oldest of the host that has most.
+
+    Args:
+        idle: the oldest first.
+    """
+    of_host: defaultdict[bytes, deque[Address]] = defaultdict(deque)
+    for host, port in idle:
+        of_host[host.packed[:8]].append((host, port))  # an IPv4 address, or the network of an IPv6 one
+    return [max(of_host.values(), key=len).popleft() for _ in range(count)]
 
 
 def _host(text: str) -> IPv4Address | IPv6Address:

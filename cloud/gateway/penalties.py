@@ -1,7 +1,8 @@
 """Waiting times for peers that break the rules again and again, so that refusing them costs little. Pure.
 
-After OpenSSH's `PerSourcePenalties`, but nobody is turned away: many edges share an address, behind a proxy or in a
-hospital, so a peer with a penalised address only waits a little longer to be admitted. Open sessions do not wait.
+After OpenSSH's `PerSourcePenalties`, but nobody is turned away, and nobody waits for another's offences: many edges
+share an address, behind a proxy or in a hospital. A stream that has broken the rules is ended a little later, which
+slows down whoever waits for its end. A key that has done so waits before its next session. Open sessions do not wait.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ FREE = 5.0
 FORGIVEN_PER_SECOND = 0.5
 """So an address whose edges make one mistake in two seconds never waits."""
 LONGEST_SECONDS = 3.0
-"""Penalty at most: honest edges of the same address wait as long, and give up after a multiple of it."""
+"""Penalty at most: an honest edge with a defect waits as long, and gives up after a multiple of it."""
 MAX_OFFENDERS = 1024
 """Offenders that are remembered; the one whose last offence is oldest is forgotten first."""
 

@@ -23,12 +23,12 @@ import grpc.aio
 
 from isthmus.backbone.checkpoints.weight_quantization import bytes_of
 from isthmus.backbone.runtime.numerics import FIRST_OF_STAGES, numerics
-from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
+from isthmus.cloud.bounds import REVIEW_SECONDS, ROOM_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
 from isthmus.cloud.gateway.bounded_server import bind, bounded_server
 from isthmus.cloud.gateway.calls import Calls
 from isthmus.cloud.gateway.half_open import HalfOpen
-from isthmus.cloud.gateway.hang_up import HangUp
+from isthmus.cloud.gateway.hang_up import HangUp, IdleConnections
 from isthmus.cloud.gateway.health import Health
 from isthmus.cloud.gateway.open_sessions import OpenSession, Sessions
 from isthmus.cloud.gateway.pipeline import NextStage, StageSession
@@ -120,7 +120,8 @@ class GatewayServer:
         self.metrics.caches_lost.set_function(lambda: caches.counters.lost)
         self._hang_up = HangUp(self._bounds.linger_seconds)
         self._health = Health(half_open, self._hang_up)
-        self._reviewing: asyncio.Task[None] | None = None
+        self._connections = IdleConnections(self._bounds.max_connections)
+        self._watching: tuple[asyncio.Task[None], ...] = ()
         self._server: grpc.aio.Server | None = None
         self._started = time.time()
         self._span_bytes = bytes_of(served.executor.host.span)
@@ -142,7 +143,10 @@ class GatewayServer:
         await server.start()
         self._server = server
         await self._health.serving()
-        self._reviewing = asyncio.create_task(self._review(), name="review of sessions")
+        self._watching = (
+            asyncio.create_task(self._review(), name="review of sessions"),
+            asyncio.create_task(self._make_room(port), name="room for connections"),
+        )
         log("serving", listen=listen, port=port, model=self._info.model, plan=self._info.plan)
         return port
 
@@ -156,8 +160,8 @@ class GatewayServer:
         log("draining", in_flight=self._calls.in_flight.calls, sessions=len(self.sessions))
         self._admission.stop()
         await self._health.draining()
-        if self._reviewing is not None:
-            self._reviewing.cancel()
+        for each in self._watching:
+            each.cancel()
         self.sessions.end_all("draining")
         try:
             await asyncio.wait_for(self._calls.in_flight.all_answered(), grace)
@@ -209,6 +213,11 @@ class GatewayServer:
         }
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
+        """One stream of a connection."""
+        with self._connections.in_use(context.peer()):
+            await self._stream(frames, context)
+
+    async def _stream(self, frames: AsyncIterator[bytes], context: Any) -> None:
         """One stream: the handshake, then calls until either side ends it."""
         limits = Limits(max_message_bytes=self._info.limits.max_message_bytes)
         protocol = self._admission.protocol(limits)
@@ -257,6 +266,13 @@ class GatewayServer:
             before, edges = edges, self._edges()
             if edges == before:  # else the file may be half written
                 self.sessions.review(edges, self._clock(), self._bounds.max_session_age)
+
+    async def _make_room(self, port: int) -> None:
+        """Close connections that are too many, again and again."""
+        while True:
+            with contextlib.suppress(OSError):  # no descriptor is left for the look: the next one may find some
+                self._connections.make_room(port)
+            await asyncio.sleep(ROOM_SECONDS)
 
     @contextlib.asynccontextmanager
     async def _stage_of(self, session: OpenSession) -> AsyncIterator[StageSession | None]:

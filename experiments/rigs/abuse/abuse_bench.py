@@ -39,6 +39,7 @@ from isthmus.experiments.rigs.abuse.ceilings import (
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
 from isthmus.experiments.rigs.abuse.honest import Honest
 from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud
+from isthmus.experiments.rigs.abuse.stranger import NEWCOMERS
 from isthmus.protocol.service import CLIENT_CODING, METHOD
 
 LOG: Final = "attacks.log"
@@ -221,8 +222,11 @@ def attack_alone(attacker: TaskProcess, name: str, pid: int, where: str, seconds
 
 
 def _latency_ratio(attacker: TaskProcess, name: str, cloud: LocalCloud, seconds: float) -> tuple[float, int]:
-    """A tenant's median latency during an attack, over that just before, and the calls computed for the attack."""
-    with Honest(cloud.connection, cloud.edge_key) as honest:
+    """A tenant's median latency during an attack, over that just before, and the calls computed for the attack.
+
+    Where an attack is one on newcomers, the tenant comes anew for each call: the bench fails if it does not get in.
+    """
+    with Honest(cloud.connection, cloud.edge_key, anew=name in NEWCOMERS) as honest:
         begun = time.monotonic()
         time.sleep(CALM_SECONDS)
         calm = honest.latency_s(begun)

@@ -65,6 +65,7 @@ _SPECIAL: Final = {
     "silent_connections": CONNECTIONS,
     "half_prefaces": CONNECTIONS,
     "idle_connections": CONNECTIONS,
+    "crowds": CONNECTIONS,
     "rekeys": NOTHING,
     "endless_key": NOTHING,
     "session_pings": NOTHING,

@@ -1,10 +1,12 @@
-"""A tenant that behaves: it makes one forward call after the other, and notes how long each took."""
+"""A tenant that behaves: it makes one forward call after the other, and notes how long each took, or how long it took
+to get in for each."""
 
 from __future__ import annotations
 
 import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +20,17 @@ LEAST_CALLS = 3
 
 
 class Honest:
-    """Calls without a pause from a thread of its own; a context manager."""
+    """Calls without a pause from a thread of its own; a context manager.
 
-    def __init__(self, connection: str, key: Path) -> None:
-        self._link = connect(connection, key=key)
+    Args:
+        connection: Of the cloud.
+        key: Its own.
+        anew: Whether it opens a session for each call, and that is what it takes time of.
+    """
+
+    def __init__(self, connection: str, key: Path, *, anew: bool = False) -> None:
+        self._connect, self._anew = partial(connect, connection, key=key), anew
+        self._link = self._connect()
         self._ended_at: list[float] = []
         self._took: list[float] = []
         self._error: BaseException | None = None
@@ -58,6 +67,9 @@ class Honest:
         try:
             while not self._stop.is_set():
                 begun = time.monotonic()
+                if self._anew:
+                    self._link.close()
+                    self._link = self._connect()
                 self._link.forward_span(hidden, None, None, keep=False)
                 self._took.append(time.monotonic() - begun)
                 self._ended_at.append(time.monotonic())

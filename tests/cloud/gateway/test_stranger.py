@@ -72,14 +72,26 @@ def test_calls_whose_answer_is_not_taken_are_ended_with_their_connection(
 def test_connections_are_bounded_and_one_that_closes_makes_room(cloud: Served, home: Home) -> None:
     with (
         ThreadServer(cloud, home, bounds=Bounds(max_connections=3)) as server,
-        idle_connections(3)("127.0.0.1", server.port) as held,
+        open_streams(METHOD, connections=3, streams=1)("127.0.0.1", server.port) as held,
     ):
+        eventually(lambda: streams_of(server) == 3)
         with Connection("127.0.0.1", server.port) as further:
             assert further.hung_up(20)
         assert not any(connection.hung_up(0) for connection in held)
         held[0].close()
         with server.link(give_up_after=20) as link:
             link.open(20)
+
+
+def test_connections_of_a_host_that_carry_no_call_keep_nobody_out(cloud: Served, home: Home) -> None:
+    """Neither another edge of that host, nor one that has a session."""
+    with ThreadServer(cloud, home, bounds=Bounds(max_connections=8)) as server, server.link() as early:
+        early.open(60)
+        with idle_connections(32)("127.0.0.1", server.port), server.link(give_up_after=60) as late:
+            late.open(60)
+            late.forward_span(hidden(), None, None, keep=False)
+            early.forward_span(hidden(), None, None, keep=False)
+            assert early.traffic.retries == 0
 
 
 def test_all_calls_together_are_bounded(cloud: Served, home: Home) -> None:
