@@ -142,9 +142,6 @@ class Follower:
 
     def evaluated(self, step: int, loss: float) -> None:
         """See `RunListener`. The loss is over all held-out examples, which OpenAI's API calls full."""
-        if step == 0:
-            self._reporter.tell("message", message=f"Before the first step: validation loss={loss:.4f}")
-            return
         found = {"step": step, "valid_loss": loss, "full_valid_loss": loss}
         self._metrics |= found
         message = f"Step {step}/{self._total}: validation loss={loss:.4f}"

@@ -106,8 +106,8 @@ export function showJob(main, id, signal) {
         h("span", { class: "saved-loss" }),
         h("a", { class: "button plain", href: `#chat/${encodeURIComponent(row.model)}`, "aria-label": `Talk to ${row.step ? `the checkpoint of step ${row.step}` : "the final result"}` }, "Talk")),
       (node, row) => {
-        const loss = row.metrics.valid_loss ?? row.metrics.full_valid_loss ?? row.metrics.train_loss;
-        setText(node.querySelector(".saved-loss"), loss === undefined || loss === null ? "" : `loss ${figure(loss)}`);
+        const losses = [["training", row.metrics.train_loss], ["validation", row.metrics.valid_loss]].filter(([, loss]) => Number.isFinite(loss));
+        setText(node.querySelector(".saved-loss"), losses.map(([name, loss]) => `${name} ${figure(loss)}`).join(" · "));
       });
   }
 

@@ -95,6 +95,28 @@ def test_a_job_says_once_that_it_waits_for_its_cloud(folder: Path) -> None:
     assert [each["reason"] for each in told] == [None, "broke", None, "y" * 500]
 
 
+def test_losses_of_batches_and_of_held_out_examples_are_told_apart(folder: Path) -> None:
+    with Reporter(folder) as reporter:
+        follower = job_work.Follower(WORK, object(), reporter)
+        follower.began(0, 12, lambda folder: None, None)
+        follower.evaluated(0, 3.5)
+        for step, loss in ((5, 1.25), (10, 0.75)):
+            follower.stepped({"step": step, "loss": loss}, 0.1)
+            if step == 5:
+                follower.evaluated(step, 2.5)
+            follower.saved(step, lambda folder: None)
+    told = read_reports(folder, 0)[0]
+    assert [each["metrics"] for each in told if each["kind"] == "checkpoint"] == [
+        {"step": 5, "train_loss": 1.25, "valid_loss": 2.5, "full_valid_loss": 2.5},
+        {"step": 10, "train_loss": 0.75},
+    ]
+    held_out = [each["data"] for each in told if each["kind"] == "metrics" and "valid_loss" in each["data"]]
+    assert [(data["step"], data["valid_loss"], data["total_steps"]) for data in held_out] == [
+        (0, 3.5, 12),
+        (5, 2.5, 12),
+    ]
+
+
 def test_what_does_not_stop_is_ended() -> None:
     code = (
         "import signal, threading, time\n"

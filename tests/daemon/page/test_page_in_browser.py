@@ -117,6 +117,7 @@ def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
     expect(page.locator(".stat", has_text="Step")).to_contain_text("12 of 40")
     expect(page.locator(".dot-validation")).to_have_count(1)
     expect(page.get_by_role("link", name="Talk to the checkpoint of step 10")).to_be_visible()
+    expect(page.locator(".saved-loss")).to_have_text(re.compile(r"training \d\.\d{3} · validation \d\.\d{3}"))
 
     page.reload()
     expect(page.locator("h1")).to_have_text("tickets")
