@@ -20,7 +20,8 @@ from isthmus.common.errors import ConfigError, LeakBudgetError
 from isthmus.edge.budget.attacker import knowledge_of
 from isthmus.edge.budget.budget_texts import FEWEST_PUBLIC, choose_texts
 from isthmus.edge.budget.measured_leak import (
-    NO_GRADIENTS,
+    NO_PATH,
+    SLOPES,
     Enough,
     Leak,
     attack_gradients,
@@ -32,7 +33,7 @@ from isthmus.edge.budget.rehearsal import Rehearsal
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import TrainingData
-from isthmus.edge.training.defended_run import DefendedRun, exposure_of, gradients_go_up
+from isthmus.edge.training.defended_run import DefendedRun, exposure_of, paths_of_labels
 from isthmus.privacy.attacks.attack import Knowledge
 from isthmus.privacy.defences.defence_options import Gaussian
 from isthmus.privacy.ledger.judged_attacks import Judged, Truth
@@ -73,13 +74,13 @@ class BudgetWatch:
         self._model, self._tokenizer, self._config, self._defended = model, tokenizer, config, defended
         self._say = say
         self._limits = config.limits()
-        self._gradients = gradients_go_up(model, tuned, config)
+        self._paths = paths_of_labels(model, tuned, config)
+        self._gradients = "gradients" in self._paths
         self._attacks_labels = self._gradients and "labels" in self._limits
         _check_noise(config, moves=exposure_of(model, tuned, config, data).moves)
-        # Labels that are not withheld are among the tokens that are sent.
         in_texts = {
             "tokens": "tokens" in self._limits or config.secrets is not None,
-            "labels": "labels" in self._limits and not config.withhold_answers,
+            "labels": "labels" in self._limits and "text" in self._paths and "slopes" not in self._paths,
         }
         self._in_texts = [channel for channel, read in in_texts.items() if read]
         self._attacks_texts = bool(self._in_texts)
@@ -236,7 +237,8 @@ class BudgetWatch:
         if self._attacks_labels:
             yield self._by_gradients(*crossed())
         elif "labels" in self._limits and "labels" not in self._in_texts:
-            yield Leak("labels", NO_GRADIENTS, 0, 0, self._shares["labels"])
+            given = float("slopes" in self._paths)
+            yield Leak("labels", SLOPES if given else NO_PATH, given, given, self._shares["labels"])
         if self._attacks_anything:
             if self._gradients:
                 self._outputs = _outputs_of(crossed()[0])
@@ -295,6 +297,11 @@ class BudgetWatch:
         what = f"{leak.channel}<={limit:g}"
         if leak.value <= limit:
             said = f"the leak budget is broken: an attack recovers {found} of {of} secrets letter by letter"
+        elif leak.attack == SLOPES:
+            said = (
+                f"the leak budget {what} cannot be kept: --optimizer mezo moves the front by losses of the labels, "
+                "and a cloud that knows the seed can tell labels from what is sent later"
+            )
         else:
             said = (
                 f"the leak budget {what} is broken: {leak.attack} recovers {leak.measured:.3f} of the {leak.channel}, "

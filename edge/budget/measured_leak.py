@@ -23,7 +23,10 @@ from isthmus.privacy.measures.bootstrap import Interval, share_interval
 from isthmus.privacy.measures.token_accuracy import token_hits
 from isthmus.privacy.recording.traffic import Traffic
 
-NO_GRADIENTS = "no gradients, answers withheld"
+NO_PATH = "answers withheld, the front is not trained"
+"""Why no label reaches the cloud: nothing that is sent depends on any."""
+SLOPES = "not measured: mezo moves the front by the labels"
+"""Why all labels are taken to be read."""
 
 Between = Callable[[str, int, int], None]
 """Called with an attack's name, the calls that it has attacked, and all of them."""
@@ -38,7 +41,7 @@ class Leak:
 
     Attributes:
         channel: `tokens` or `labels`.
-        attack: The one with the largest upper bound; where nothing is sent, why.
+        attack: The one with the largest upper bound; where none was made, why.
         measured: The share that it got of what is attacked.
         bound: Its upper 95 % bound, at least the 3 / n of n texts without a hit: a hit must not lower it, and the
             bootstrap's interval alone would let a few hits do so.
@@ -63,7 +66,7 @@ class Leak:
 
     def text(self) -> str:
         """For a person."""
-        if self.attack == NO_GRADIENTS:
+        if self.attack == NO_PATH:
             return f"{self.channel} 0 ({self.attack})"
         text = f"{self.channel} ≤ {self.value:.2f} ({self.attack})"
         found, of = self.recovered

@@ -44,6 +44,7 @@ from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, Def
 from isthmus.privacy.defences.defended_span import DefendedSpan, SpanFn, build_defences
 from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.privacy.defences.secret_noise import KEY_BYTES, SecretNoise
+from isthmus.privacy.ledger.mode_leaks import LabelPath, label_paths
 
 _BEFORE = 0  # the step of what passes before the first one
 _NOTHING = Releases()
@@ -271,7 +272,7 @@ def exposure_of(
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),
-        backwards=epochs if gradients_go_up(model, trained, config) else 0,
+        backwards=epochs if "gradients" in paths_of_labels(model, trained, config) else 0,
         held_out=before.evaluations + evaluations_left(config, n_examples, done) if data.validation else 0,
         steps=epochs,
         # A run without gradients is in eval mode, in which nothing drops out.
@@ -279,9 +280,13 @@ def exposure_of(
     )
 
 
-def gradients_go_up(model: Any, trained: Any, config: TrainConfig) -> bool:
-    """Whether the run's steps send gradients: whether something is trained below the cloud's layers, by backwards."""
-    return config.optimizer != "mezo" and _front_moves(model, trained, config)
+def paths_of_labels(model: Any, trained: Any, config: TrainConfig) -> frozenset[LabelPath]:
+    """By which ways the labels of a run reach the cloud; see `label_paths`. Arguments as of `defended_run`."""
+    return label_paths(
+        withheld=config.withhold_answers,
+        front_moves=_front_moves(model, trained, config),
+        backward=config.optimizer != "mezo",
+    )
 
 
 def _front_moves(model: Any, trained: Any, config: TrainConfig) -> bool:

@@ -6,6 +6,9 @@ What a mode without a defence gives up follows from what it sends. Hidden states
 are taken to give up all tokens, at any depth and in any codec, and gradients at the output of the cloud's layers all
 labels: the bounds are 1. Where nothing is sent, they are 0. Labels that are sent as tokens of the text are given up
 with them, so a mode without gradients keeps a limit of labels where the answers are withheld.
+
+`label_paths` decides by which ways labels reach a cloud: the budget of a run, its report and its certificate, and the
+table here go by it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+LabelPath = Literal["text", "gradients", "slopes"]
 
 CHANNELS = {"tokens": "hidden states at the cut", "labels": "gradients at the output of the cloud's layers"}
 """What a budget limits, and what it is read from."""
@@ -23,6 +29,26 @@ CLOUD_READS = (
 )
 """What split training gives up, as it was measured at SmolLM2-135M; README, guides and the page say it in these words.
 """
+
+
+def label_paths(*, withheld: bool, front_moves: bool, backward: bool) -> frozenset[LabelPath]:
+    """By which ways labels reach the cloud. Where there is none, what is sent is the same whatever the labels are.
+
+    - `text`: as tokens of the text, unless they are withheld.
+    - `gradients`: those that go up, where something before the end of the cloud's layers is trained by them.
+    - `slopes`: the same, trained by losses alone. Later messages show how far it has moved, and that follows from the
+      losses, so whoever knows the direction of each step (of MeZO, by the seed) can tell labels apart.
+
+    Args:
+        withheld: Whether other tokens are sent in the place of labels.
+        front_moves: Whether the front, the cloud's layers or adapters inside them are trained.
+        backward: Whether steps send gradients back.
+    """
+    text: frozenset[LabelPath] = frozenset() if withheld else frozenset({"text"})
+    if not front_moves:
+        return text
+    return text | {"gradients" if backward else "slopes"}
+
 
 _LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.]+)", re.ASCII)
 
@@ -57,8 +83,14 @@ class ModeLeak:
         return " and ".join(reversed(given)) if given else "nothing of the texts crosses"
 
 
+def _sends(*, front_moves: bool) -> frozenset[str]:
+    """The channels of a mode that sends hidden states, and withholds answers where that helps."""
+    told = label_paths(withheld=True, front_moves=front_moves, backward=True)
+    return frozenset({"tokens", "labels"} if told else {"tokens"})
+
+
 _WITHHELD = "for labels --withhold-answers"
-_TOKENS, _BOTH = frozenset({"tokens"}), frozenset({"tokens", "labels"})
+_TOKENS, _BOTH = _sends(front_moves=False), _sends(front_moves=True)
 
 MODE_LEAKS: dict[str, ModeLeak] = {
     each.mode: each

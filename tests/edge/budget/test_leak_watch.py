@@ -164,7 +164,7 @@ def test_a_top_only_run_that_withholds_answers_keeps_a_label_budget(
     cloud = clouds["0:2"]
     budget: dict[str, Any] = {"data": str(cloud.asked), "leak_budget": ["labels<=0", "tokens<=1"]}
     report = cloud.train(tmp_path / "out", withhold_answers=True, **budget)
-    line = r"tokens ≤ [\d.]+ \(\w+\), labels 0 \(no gradients, answers withheld\), measured on 6 texts"
+    line = r"tokens ≤ [\d.]+ \(\w+\), labels 0 \(answers withheld, the front is not trained\), measured on 6 texts"
     assert re.fullmatch(line, report.leak or "")
     assert report.leak_labels == 0
     ladder = cloud.train(tmp_path / "ladder", withhold_answers=True, method="ladder", taps=1, **budget)
@@ -173,6 +173,18 @@ def test_a_top_only_run_that_withholds_answers_keeps_a_label_budget(
     with pytest.raises(LeakBudgetError, match=r"labels<=0 is broken: .* recovers 1\.000 of the labels"):
         cloud.train(tmp_path / "told", **budget)
     assert not [call for call in cloud.seen() if isinstance(call, m.Backward)]
+
+
+def test_mezo_keeps_no_label_budget_where_it_moves_the_front(cloud: Recorded, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"data": str(cloud.asked), "withhold_answers": True}
+    mezo = {**asked, "optimizer": "mezo", "batch": 9, "steps": 1}
+    before = len(cloud.seen())
+    with pytest.raises(LeakBudgetError, match=r"labels<=0\.1 cannot be kept: --optimizer mezo .* nothing private"):
+        cloud.train(tmp_path / "out", leak_budget="labels<=0.1", **mezo)
+    assert len(cloud.seen()) == before
+    report = cloud.train(tmp_path / "all", leak_budget="labels<=1", **mezo)
+    assert report.leak_labels == pytest.approx(18 / 24)  # of the texts that the step sends
+    assert (report.leak or "").endswith(f"({measured_leak.SLOPES})")
 
 
 @pytest.mark.long

@@ -24,7 +24,7 @@ from isthmus.privacy.recording.recorder import Recorder
 
 @dataclass(frozen=True)
 class Runs:
-    """A cloud with a tiny Llama, texts to train on, and one enrolled edge."""
+    """A cloud with a tiny model, texts to train on, and one enrolled edge."""
 
     server: ThreadServer
     model: Path
@@ -56,10 +56,10 @@ class Runs:
 
 @contextmanager
 def cloud_for_runs(
-    folder: Path, plan: str = "1:1", layers: int = 4, recorder: Recorder | None = None
+    folder: Path, plan: str = "1:1", layers: int = 4, recorder: Recorder | None = None, family: str = "llama"
 ) -> Iterator[Runs]:
-    """Start a cloud that holds the middle of a tiny Llama; torch has one thread meanwhile, as the cloud has."""
-    model = tiny_checkpoint("llama", folder / "model", num_hidden_layers=layers)
+    """Start a cloud that holds the middle of a tiny model; torch has one thread meanwhile, as the cloud has."""
+    model = tiny_checkpoint(family, folder / "model", num_hidden_layers=layers)
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"case {n}: " + "ab" * (n % 7)}) + "\n" for n in range(20)))
     threads = torch.get_num_threads()
