@@ -140,7 +140,7 @@ export function showChat(main, wanted, signal) {
     const { answers, waiting } = await ask("/isthmus/v1/status", { signal });
     const clouds = (answers.clouds ?? []).filter((cloud) => cloud.reachable === false && cloud.since);
     const others = waiting.filter((wait) => !clouds.some((cloud) => cloud.name === wait.cloud));
-    const lines = new Set([...clouds, ...others].map((one) => `${waitOf(one)}. ${one.error ?? one.reason}`));
+    const lines = new Set([...clouds, ...others].map((one) => `${waitOf(one)} (${one.error ?? one.reason}).`));
     setText(away, [...lines].join(" "));
     away.hidden = lines.size === 0;
   }

@@ -75,12 +75,12 @@ export function showJob(main, id, signal) {
     setText(name, nameOf(job));
     document.title = `${nameOf(job)} · Isthmus`;
     setText(facts.querySelector(".facts"), `${kindOf(job)} · ${job.model} · ${moment(job.created_at)}`);
-    setText(time, timeOf(job));
+    setText(time, job.waiting ? "" : timeOf(job)); // the notice says it
     const possible = Object.keys(ACTIONS).filter((action) => ACTIONS[action].when(job));
     keyed(buttons, possible, (action) => action,
       (action) => h("button", { type: "button", class: "plain", onclick: () => act(action) }, ACTIONS[action].name), () => {});
     if (job.error) fail(new Error(`${job.error.message} (exit code ${job.error.code})`));
-    else if (job.waiting) fail(new Error(`${waitOf(job.waiting)}, and then ${job.status === "queued" ? "the job has failed" : "the job is queued again"}. ${job.waiting.reason}`));
+    else if (job.waiting) fail(new Error(`${waitOf(job.waiting)}, and then ${job.status === "queued" ? "the job has failed" : "the job is queued again"} (${job.waiting.reason})`));
     else if (stateOf(job) === job.status) problem.hidden = true;
   }
 

@@ -324,7 +324,7 @@ def test_a_cloud_that_does_not_answer_is_told_everywhere(fake: FakeDaemon, watch
     expect(page.locator(".job-time")).to_have_text(said)
     page.goto(f"{fake.url}/#job/{name}")
     expect(page.locator(".notice.bad")).to_have_text(said)
-    expect(page.locator(".notice.bad")).to_contain_text("and then the job is queued again. it <b>broke</b>")
+    expect(page.locator(".notice.bad")).to_contain_text("and then the job is queued again (it <b>broke</b>)")
     fake.jobs[name]["waiting"] = None
     expect(page.locator(".notice.bad")).to_be_hidden()
     page.goto(f"{fake.url}/#chat")
