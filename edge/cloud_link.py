@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity, cached_
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import InFlight, SummedMeter
 from isthmus.edge.training.precision import computing_in
-from isthmus.protocol.limits import GIB, MIB
+from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, MIB
 from isthmus.rpc.transport import Tls
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def open_link(config: ClientConfig, *, interactive: bool = False, deadline: floa
         interactive=interactive,
         deadline=deadline,
         max_fetch_bytes=int(config.max_fetch_gib * GIB),
+        limits=replace(DEFAULT_LIMITS, renew_seconds=config.renew_seconds, renew_bytes=int(config.renew_gib * GIB)),
     )
 
 

@@ -41,6 +41,11 @@ class Limits:
         rekey_bytes: a sender changes its key before a message once it has sealed this much under the key.
         rekey_seconds: a sender changes its key before a message once the key is this old.
         rekey_frames: a sender changes its key before a message once it has sealed this many records under the key.
+        renew_seconds: an edge renews the session's keys before a message once this much time has passed since the last
+            renewal.
+        renew_bytes: the same once this much was sealed and opened.
+        least_renew_seconds: a cloud takes no renewal sooner, but for
+        least_renew_bytes: once this much was sealed and opened.
     """
 
     max_message_bytes: int = 256 * MIB
@@ -50,6 +55,10 @@ class Limits:
     rekey_bytes: int = GIB
     rekey_seconds: float = 3600.0
     rekey_frames: int = 1 << 20
+    renew_seconds: float = 120.0
+    renew_bytes: int = GIB
+    least_renew_seconds: float = 10.0
+    least_renew_bytes: int = 64 * MIB
 
     @property
     def max_key_bytes(self) -> int:

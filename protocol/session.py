@@ -56,6 +56,7 @@ from isthmus.protocol.secure.handshake import (
 )
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 from isthmus.protocol.secure.record import Opener, Sealer
+from isthmus.protocol.secure.renewal import CloudRenewal, EdgeRenewal
 
 # However much the cloud says that it takes: it does not decide how much the edge may be made to allocate.
 MAX_EDGE_MESSAGE_BYTES = 4 * GIB
@@ -130,6 +131,7 @@ class _Session:
     _sends: tuple[type[Message], ...]
     _takes: tuple[type[Message], ...]
     _exchange: ClientHandshake | ServerHandshake
+    _renewal: EdgeRenewal | CloudRenewal | None = None
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.info: SessionInfo | None = None
@@ -164,7 +166,14 @@ class _Session:
         if not isinstance(message, self._sends):
             raise LocalProtocolError(f"{type(message).__name__} is not a message that this side sends")
         header, body = pack(message)
-        return sealer.seal(header, body)
+        return self._renewing(sealer.seal(header, body))
+
+    def _renewing(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        """The frames of a message, behind that of a renewal which goes before it."""
+        first = None if self._renewal is None else self._renewal.before_message()
+        if first is not None:
+            yield first
+        yield from frames
 
     def rekey(self) -> bytes:
         """Change this side's key now; send the returned frame before any other. It also happens by itself."""
@@ -215,7 +224,7 @@ class _Session:
     def _close(self, reason: str) -> None:
         if not self.closed:
             self.closed, self._reason = True, reason
-        for part in (self._sealer, self._opener, self._exchange):
+        for part in (self._sealer, self._opener, self._renewal, self._exchange):
             if part is not None:
                 part.close()
 
@@ -302,6 +311,7 @@ class EdgeSession(_Session):
         session_id, up, down = verdict.session_id, Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
         self._sealer = Sealer(secrets.edge_to_cloud, session_id, up, sending, self._clock)
         self._opener = Opener(secrets.cloud_to_edge, session_id, down, self._limits)
+        self._renewal = EdgeRenewal(self._sealer, self._opener, session_id, self._limits, self._clock)
         return Established(info)
 
 
@@ -370,6 +380,7 @@ class CloudSession(_Session):
         up, down = Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
         self._sealer = Sealer(secrets.cloud_to_edge, session_id, down, self._limits, self._clock)
         self._opener = Opener(secrets.edge_to_cloud, session_id, up, self._limits, tenant.quota.max_inflight_bytes)
+        self._renewal = CloudRenewal(self._sealer, self._opener, session_id, self._limits, self._clock, self._random)
         return Established(info, (reply,))
 
     def _refuse(self, error: NotEnrolledError | RefusedError) -> Refused:

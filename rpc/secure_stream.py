@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from isthmus.common.errors import ConnectionLostError, RefusedError, RemoteProtocolError, TooManySessionsError
 from isthmus.common.terminal import printable
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import DEFAULT_LIMITS, TransferTimeout
+from isthmus.protocol.limits import DEFAULT_LIMITS, Limits, TransferTimeout
 from isthmus.protocol.secure.framing import seconds_left
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.service import GOODBYE_SECONDS
@@ -100,6 +100,7 @@ class SecureStream:
         key: Ed25519PrivateKey,
         attach: m.Attach,
         *,
+        limits: Limits = DEFAULT_LIMITS,
         traffic: Traffic | None = None,
         observer: Observer = lambda question, phase: None,
         clock: Callable[[], float] = time.monotonic,
@@ -111,6 +112,7 @@ class SecureStream:
             pin: fingerprint of the cloud's root key.
             key: the client's key.
             attach: what the client says first. A session takes the place of an older one of the same link.
+            limits: what the session accepts, and when it changes and renews its keys.
             traffic: the meter to count in.
             observer: called at each phase, for tests and benchmarks of faults.
             clock: seconds that never go back.
@@ -121,7 +123,7 @@ class SecureStream:
             FingerprintError, NotEnrolledError, RefusedError, VersionError, RemoteProtocolError: see
                 `EdgeSession.receive`.
         """
-        session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
+        session = EdgeSession(pin=pin, edge_key=key, limits=limits)
         opened = cls(stream, session, traffic or Traffic(), observer, clock)
         try:
             opened.info = await opened._handshake()

@@ -41,7 +41,7 @@ from isthmus.edge.witness.session_witness import Witness
 from isthmus.privacy.transcript.transcript_file import TranscriptLog
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
+from isthmus.protocol.limits import DEFAULT_LIMITS, KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS, Limits
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
 from isthmus.rpc.secure_stream import Observer, Traffic
 from isthmus.rpc.transport import Check, GrpcTransport, Tls, Transport
@@ -71,6 +71,7 @@ def connect(
     interactive: bool = False,
     deadline: float | None = None,
     max_fetch_bytes: int = DEFAULT_MAX_BYTES,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Link:
     """Connect to a cloud.
 
@@ -94,6 +95,7 @@ def connect(
             that has not begun by then is refused (`TooLateError`). None for no deadline.
         max_fetch_bytes: most bytes that are fetched for the edge's parts, a package, or an adapter; a cloud that offers
             more is refused.
+        limits: what a session accepts, and when it changes and renews its keys.
 
     Returns:
         An open link; use it as a context manager.
@@ -131,6 +133,7 @@ def connect(
         reach=reach,
         further=where.others,
         max_fetch_bytes=max_fetch_bytes,
+        limits=limits,
     )
     patience = connect_timeout
     if connect_timeout == CONNECT_SECONDS:  # commands give a number in any case: the default's own stands for no choice
@@ -156,6 +159,7 @@ class Link:
         reach: makes a transport to another worker of the cloud; None stays with the one of `transport`.
         further: other addresses where the cloud can be reached.
         max_fetch_bytes: most bytes that are fetched for the edge's parts, a package, or an adapter.
+        limits: what a session accepts, and when it changes and renews its keys.
 
     Attributes:
         span: the calls of the cloud's layers.
@@ -180,8 +184,9 @@ class Link:
         reach: Callable[[str], Transport] | None = None,
         further: Sequence[str] = (),
         max_fetch_bytes: int = DEFAULT_MAX_BYTES,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        options = SessionOptions(name, give_up_after, call_timeout, interactive, deadline)
+        options = SessionOptions(name, give_up_after, call_timeout, interactive, deadline, limits)
         self._keeper = SessionKeeper(
             Endpoints(transport, name, reach, further), pin, key, options, lambda info: self.codecs.check(info.codecs)
         )

@@ -35,6 +35,7 @@ from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.questions import Asked, Attempt, Question, in_session, refusal
 from isthmus.edge.witness.session_witness import Witness
 from isthmus.protocol import messages as m
+from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.rpc.secure_stream import Observer, RedirectedError, SecureStream, Traffic
 from isthmus.rpc.transport import CHECK_SECONDS, Check, pauses, run
@@ -64,6 +65,7 @@ class SessionOptions:
         call_timeout: seconds that one call may take.
         interactive: whether somebody waits for the calls, which the cloud then computes before those of training.
         deadline: seconds within which a call has to begin in the cloud, or else is refused; None for no deadline.
+        limits: what a session accepts, and when it changes and renews its keys.
 
     Raises:
         ConfigError: The deadline is no length of time.
@@ -74,6 +76,7 @@ class SessionOptions:
     call_timeout: float = 600.0
     interactive: bool = False
     deadline: float | None = None
+    limits: Limits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         if self.deadline is not None and not 0 < self.deadline <= MAX_DEADLINE:
@@ -362,6 +365,7 @@ class SessionKeeper:
                     self._pin,
                     self._key,
                     attach,
+                    limits=options.limits,
                     traffic=self.traffic,
                     observer=self._observe,
                 )

@@ -11,7 +11,7 @@ from isthmus.edge.config.adapter_config import Sites
 from isthmus.edge.config.config_text import read_text
 from isthmus.edge.config.data_config import ComputationConfig, SentExamplesConfig
 from isthmus.edge.config.settings import Settings
-from isthmus.protocol.limits import KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
+from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
 SCHEMES = ("isthmus://", "isthmus+tls://")
@@ -51,6 +51,19 @@ class ClientConfig(Settings):
         ge=LEAST_KEEPALIVE_SECONDS,
         description="Seconds without a sign of the cloud until it is asked for one; after as long again the connection "
         "counts as lost. Shorter finds a machine that died sooner, and mistakes a slow link for one.",
+    )
+    renew_seconds: float = Field(
+        DEFAULT_LIMITS.renew_seconds,
+        ge=3 * DEFAULT_LIMITS.least_renew_seconds,
+        le=3600,
+        description="Seconds after which a session gets fresh keys, before its next message: for so long can somebody "
+        "read who has stolen a session's keys and listens. It takes each side less than a millisecond.",
+    )
+    renew_gib: float = Field(
+        DEFAULT_LIMITS.renew_bytes / GIB,
+        ge=4 * DEFAULT_LIMITS.least_renew_bytes / GIB,
+        le=64,
+        description="GiB after which a session gets fresh keys, if they come before --renew-seconds.",
     )
     max_fetch_gib: float = Field(
         64.0,

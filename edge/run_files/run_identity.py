@@ -48,6 +48,8 @@ _FREE = {
     "give_up_after",
     "call_timeout",
     "keepalive",
+    "renew_seconds",
+    "renew_gib",
     "tls_ca",
     "tls_cert",
     "tls_key",

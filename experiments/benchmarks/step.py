@@ -8,7 +8,8 @@ are ratios. The cloud is in processes of its own and waits while the whole model
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ from isthmus.edge.training.methods import build_peft
 from isthmus.experiments.harness.bench_settings import StepSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.single_process import random_batch, stepper, whole_model
+from isthmus.protocol.limits import DEFAULT_LIMITS
+from isthmus.protocol.secure.framing import KEY_BYTES, Direction
+from isthmus.protocol.secure.record import Opener, Sealer
+from isthmus.protocol.secure.renewal import CloudRenewal, EdgeRenewal
 
 WARM_UP = 2
+RENEWALS = 200
 
 
 def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
@@ -73,7 +79,37 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
         "bytes_per_token_down": spent.bytes_down / positions,
         "bytes_per_token_over_hidden": (spent.bytes_up + spent.bytes_down) / positions / whole.config.hidden_size,
         "span_bytes": span_bytes,
+        **renewal_cost(),
         "split_step_s": statistics.median(split_s),
         "whole_step_s": statistics.median(whole_s),
         **asdict(settings),
     }
+
+
+def renewal_cost() -> dict[str, float]:
+    """What a renewal of a session's keys costs: the median of many, in this process.
+
+    Returns:
+        `renewal_s`: processor seconds of both sides together. `renewal_share`: the same over the seconds between two
+        renewals. `renewal_bytes`: of its three frames.
+    """
+    limits, session_id = replace(DEFAULT_LIMITS, renew_bytes=0, least_renew_bytes=0), bytes(16)
+    sealers = [Sealer(bytearray(KEY_BYTES), session_id, direction, limits) for direction in Direction]
+    openers = [Opener(bytearray(KEY_BYTES), session_id, direction, limits) for direction in Direction]
+    edge = EdgeRenewal(sealers[0], openers[1], session_id, limits, time.monotonic)
+    cloud = CloudRenewal(sealers[1], openers[0], session_id, limits, time.monotonic)
+    senders: tuple[tuple[EdgeRenewal | CloudRenewal, Opener], ...]
+    senders = ((edge, openers[0]), (cloud, openers[1]), (edge, openers[0]))
+    seconds, size = [], 0
+    for _ in range(RENEWALS):
+        begun, size = time.process_time(), 0
+        for sender, opener in senders:
+            frame = sender.before_message() or b""
+            opener.open(frame)
+            size += len(frame)
+        seconds.append(time.process_time() - begun)
+        for sealer, opener in zip(sealers, openers, strict=True):  # a message must come between some changes of keys
+            for frame in sealer.seal(b"header", []):
+                opener.open(frame)
+    taken = statistics.median(seconds)
+    return {"renewal_s": taken, "renewal_share": taken / DEFAULT_LIMITS.renew_seconds, "renewal_bytes": size}

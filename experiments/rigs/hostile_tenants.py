@@ -36,7 +36,15 @@ WAIT_SECONDS = 20.0
 HALF_OPEN = 96  # more than a cloud allows
 SESSIONS = 4  # what a tenant may have by default
 LOWEST = 19  # priority
-_ENDLESS: Final = replace(DEFAULT_LIMITS, rekey_bytes=1 << 60, rekey_frames=1 << 60, rekey_seconds=math.inf)
+_ENDLESS: Final = replace(
+    DEFAULT_LIMITS,
+    rekey_bytes=1 << 60,
+    rekey_frames=1 << 60,
+    rekey_seconds=math.inf,
+    renew_bytes=1 << 60,
+    renew_seconds=math.inf,
+)
+_RENEWING: Final = replace(DEFAULT_LIMITS, renew_bytes=0)
 AHEAD = 8  # calls that a flooding session has unanswered
 
 
@@ -197,6 +205,13 @@ class Hostile:
                     self._send(session.stream, frame, end)
                 session.receive()
 
+    def renewals(self, seconds: float) -> None:
+        """Offer fresh keys before every message; and again in another session, where that one was ended."""
+        for _ in during(seconds):
+            with contextlib.suppress(ConnectionLostError), self._session(_RENEWING) as session:
+                for number in during(seconds):
+                    session.ask(m.Ping(number))
+
     def session_pings(self, seconds: float) -> None:
         """Ping a session as fast as it answers, and ask nothing else."""
         with contextlib.suppress(ConnectionLostError), self._session() as session:
@@ -258,7 +273,7 @@ def during(seconds: float) -> Iterator[int]:
 
 CONTROL: Final = "further_tenant"
 """What a tenant that behaves does: it slows the others down, too, and a hostile one should not do so much more."""
-ENDED: Final = ("rekeys", "endless_key", "session_pings")
+ENDED: Final = ("rekeys", "endless_key", "renewals", "session_pings")
 """What a cloud ends at once, so that it slows nobody down."""
 COMPUTED: Final = ("flood", "stash_evicted", CONTROL)
 """What makes the cloud compute, and reads its answers."""

@@ -13,10 +13,11 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from isthmus.common.errors import LocalProtocolError
 from isthmus.protocol.limits import Buffer, TransferTimeout
@@ -38,6 +39,8 @@ _ZEROS = memoryview(bytes(1 << 16))
 MAX_CHUNKS = (1 << 16) - 1
 MAX_REKEYS = 16
 """Key changes in a row, without a message between. One would do, as a sender has one before a message at most."""
+PUBLIC_BYTES, SEALED_SECRET_BYTES = 1184 + 32, 1088 + 32 + KEY_BYTES + TAG
+"""Of fresh ML-KEM-768 and X25519 keys, and of a secret that HPKE has sealed for them."""
 MAX_EPOCH = (1 << 32) - 1
 MAX_COUNTER = (1 << 64) - 1
 
@@ -59,6 +62,9 @@ class Kind(enum.IntEnum):
     VERSION_REFUSED = 5
     DATA = 16
     REKEY = 17
+    OFFER = 18
+    ANSWER = 19
+    SWITCH = 20
 
 
 class ContentType(enum.IntEnum):
@@ -67,6 +73,21 @@ class ContentType(enum.IntEnum):
     HEADER = 1
     CHUNK = 2
     REKEY = 3
+    OFFER = 4
+    ANSWER = 5
+    SWITCH = 6
+
+
+@dataclass(frozen=True, slots=True)
+class FreshSecret:
+    """What a renewal of keys gives the next epoch of either direction: a secret, and the hash of how it came about."""
+
+    secret: bytearray = field(repr=False)
+    transcript: bytes
+
+
+CONTROL_BYTES = {Kind.REKEY: 0, Kind.OFFER: PUBLIC_BYTES, Kind.ANSWER: SEALED_SECRET_BYTES, Kind.SWITCH: 0}
+"""The frames that stand between messages, and the plaintext bytes of each."""
 
 
 def wipe(*buffers: bytearray | memoryview) -> None:
@@ -145,6 +166,7 @@ class KeyChain:
         self._aad_start = session_id + bytes((direction,))
         self.counter = 0
         self.epoch = 0
+        self.total = 0
         self._install()
 
     def _install(self) -> None:
@@ -163,10 +185,15 @@ class KeyChain:
             raise LocalProtocolError("the session is closed; open a new one")
         return self._aead
 
-    def ratchet(self) -> None:
-        """Go to the next epoch; the old secret is overwritten."""
+    def ratchet(self, fresh: FreshSecret | None = None) -> None:
+        """Go to the next epoch, with what a renewal gives it where there is one; the old secret is overwritten."""
         following = bytearray(KEY_BYTES)
-        _expand(self._secret, b"isthmus next epoch", following)
+        if fresh is None:
+            _expand(self._secret, b"isthmus next epoch", following)
+        else:
+            prk = bytearray(HKDF.extract(SHA256(), bytes(self._secret), fresh.secret))
+            _expand(prk, b"isthmus renewed epoch" + fresh.transcript, following)
+            wipe(prk)
         self._secret[:] = following
         wipe(following)
         self.epoch += 1
@@ -178,6 +205,7 @@ class KeyChain:
         self.counter += 1
         self.records += 1
         self.bytes += plain_bytes
+        self.total += plain_bytes
         return nonce
 
     def aad(self, content: ContentType, prefix: Buffer, header_hash: bytes = b"") -> bytes:

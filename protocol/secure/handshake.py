@@ -57,7 +57,17 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 from isthmus.common.errors import FingerprintError, FrameError, LimitError, LocalProtocolError, VersionError
 from isthmus.protocol.limits import Buffer
 from isthmus.protocol.secure.certificates import ISSUER_BYTES, IssuerCertificate, WorkerCertificate
-from isthmus.protocol.secure.framing import FLIGHT_PREFIX, KEY_BYTES, MAGIC, TAG, VERSION, Direction, Kind, wipe
+from isthmus.protocol.secure.framing import (
+    FLIGHT_PREFIX,
+    KEY_BYTES,
+    MAGIC,
+    SEALED_SECRET_BYTES,
+    TAG,
+    VERSION,
+    Direction,
+    Kind,
+    wipe,
+)
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
 SUITE = 1
@@ -71,7 +81,7 @@ MAX_DONE = 20 * 1024
 _HELLO = struct.Struct(f"!H{NONCE_BYTES}s")
 _SERVER = struct.Struct(f"!{NONCE_BYTES}s1184s32s32s32sQ64s")
 _SIGNATURE = 64
-_SEALED_SECRET = 1088 + 32 + KEY_BYTES + TAG
+_MLKEM_PUBLIC = 1184
 _SEALED_EDGE = 32 + _SIGNATURE + TAG
 # Each handshake key seals exactly one flight.
 _NONCE = bytes(12)
@@ -137,7 +147,7 @@ class ClientHandshake:
         """
         body = _body(flight, Kind.SERVER_HELLO, _SERVER.size + _SIGNATURE, _SERVER.size + ISSUER_BYTES + _SIGNATURE)
         _, mlkem, x25519, root, worker, not_after, certified = _SERVER.unpack(body[: _SERVER.size])
-        th1 = _hash(self._hello, bytes(flight)[:-_SIGNATURE])
+        th1 = hash_parts(self._hello, bytes(flight)[:-_SIGNATURE])
         issuer = body[_SERVER.size : -_SIGNATURE]
         certificate = WorkerCertificate(
             root, worker, not_after, certified, IssuerCertificate.from_bytes(issuer) if issuer else None
@@ -157,14 +167,8 @@ class ClientHandshake:
                 "Try again."
             ) from error
         secret = bytearray(self._random(KEY_BYTES))
-        try:
-            fresh = MLKEM768X25519PublicKey(
-                MLKEM768PublicKey.from_public_bytes(mlkem), X25519PublicKey.from_public_bytes(x25519)
-            )
-            sealed_secret = _HPKE.encrypt(secret, fresh, th1)
-        except ValueError as error:
-            raise FrameError("the server's fresh keys are malformed") from error
-        th2 = _hash(self._hello, flight, sealed_secret)
+        sealed_secret = seal_secret(secret, mlkem + x25519, th1)
+        th2 = hash_parts(self._hello, flight, sealed_secret)
         self._schedule = _Schedule(th2, secret)
         wipe(secret)
         edge = self._edge_key.public_key().public_bytes_raw()
@@ -201,6 +205,31 @@ class ClientHandshake:
 def fresh_keys() -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
     """Make the keys of one handshake, from the library's own source of random bytes."""
     return MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+
+
+def public_bytes(mlkem: MLKEM768PrivateKey, x25519: X25519PrivateKey) -> bytes:
+    """The public keys of fresh keys, one behind the other."""
+    return mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
+
+
+def seal_secret(secret: Buffer, public: bytes, info: bytes) -> bytes:
+    """Seal a secret for the holder of fresh keys. Raises FrameError where the public keys are malformed."""
+    mlkem, x25519 = public[:_MLKEM_PUBLIC], public[_MLKEM_PUBLIC:]
+    try:
+        fresh = MLKEM768X25519PublicKey(
+            MLKEM768PublicKey.from_public_bytes(mlkem), X25519PublicKey.from_public_bytes(x25519)
+        )
+        return _HPKE.encrypt(secret, fresh, info)
+    except ValueError as error:
+        raise FrameError("the other side's fresh keys are malformed") from error
+
+
+def open_secret(sealed: bytes, fresh: MLKEM768X25519PrivateKey, info: bytes) -> bytearray:
+    """Open a secret that was sealed for fresh keys. Raises FrameError where that is not possible."""
+    try:
+        return bytearray(_HPKE.decrypt(sealed, fresh, info))
+    except (InvalidTag, InvalidKey, ValueError) as error:
+        raise FrameError("the other side's secret cannot be opened: the exchange was changed on its way") from error
 
 
 class ServerHandshake:
@@ -241,11 +270,11 @@ class ServerHandshake:
             )
         mlkem, x25519 = self._make_fresh()
         self._fresh = MLKEM768X25519PrivateKey(mlkem, x25519)
-        certificate = self._identity.certificate
+        certificate, public = self._identity.certificate, public_bytes(mlkem, x25519)
         fields = _SERVER.pack(
             self._random(NONCE_BYTES),
-            mlkem.public_key().public_bytes_raw(),
-            x25519.public_key().public_bytes_raw(),
+            public[:_MLKEM_PUBLIC],
+            public[_MLKEM_PUBLIC:],
             certificate.root,
             certificate.worker,
             certificate.not_after,
@@ -253,7 +282,7 @@ class ServerHandshake:
         )
         issuer = b"" if certificate.issuer is None else certificate.issuer.to_bytes()
         unsigned = _flight(Kind.SERVER_HELLO, fields + issuer)
-        self._th1 = _hash(flight, unsigned)
+        self._th1 = hash_parts(flight, unsigned)
         reply = unsigned + self._identity.key.sign(_SERVER_LABEL + self._th1)
         self._hellos = (bytes(flight), reply)
         return reply
@@ -269,15 +298,11 @@ class ServerHandshake:
         """
         if self._hellos is None or self._fresh is None:
             raise LocalProtocolError("the handshake has no keys yet")
-        body = _body(flight, Kind.CLIENT_AUTH, _SEALED_SECRET + _SEALED_EDGE)
-        sealed_secret, sealed_edge = body[:_SEALED_SECRET], body[_SEALED_SECRET:]
-        try:
-            secret = bytearray(_HPKE.decrypt(sealed_secret, self._fresh, self._th1))
-        except (InvalidTag, InvalidKey, ValueError) as error:
-            raise FrameError("the edge's secret cannot be opened: the exchange was changed on its way") from error
-        finally:
-            self._fresh = None
-        th2 = _hash(*self._hellos, sealed_secret)
+        body = _body(flight, Kind.CLIENT_AUTH, SEALED_SECRET_BYTES + _SEALED_EDGE)
+        sealed_secret, sealed_edge = body[:SEALED_SECRET_BYTES], body[SEALED_SECRET_BYTES:]
+        fresh, self._fresh = self._fresh, None
+        secret = open_secret(sealed_secret, fresh, self._th1)
+        th2 = hash_parts(*self._hellos, sealed_secret)
         self._schedule = _Schedule(th2, secret)
         wipe(secret)
         plain = self._schedule.open(Direction.EDGE_TO_CLOUD, sealed_edge)
@@ -327,7 +352,7 @@ class _Schedule:
         return key
 
     def add(self, flight: Buffer) -> None:
-        self._transcript = _hash(self._transcript, flight)
+        self._transcript = hash_parts(self._transcript, flight)
 
     def seal(self, direction: Direction, plain: bytes) -> bytes:
         return AESGCM(self._keys[direction]).encrypt(_NONCE, plain, self._transcript)
@@ -373,7 +398,7 @@ def _body(flight: Buffer, kind: Kind, *sizes: int) -> bytes:
     return body
 
 
-def _hash(*parts: Buffer) -> bytes:
+def hash_parts(*parts: Buffer) -> bytes:
     """Hash parts with their lengths, so that no two lists of parts give the same hash."""
     state = sha256()
     for part in parts:

@@ -1,9 +1,10 @@
 """Sealing: messages to encrypted frames and back, in one direction of one session.
 
 Rules
-    1. A record is what AES-256-GCM seals in one operation: a header, a chunk of a body, or nothing (a change of keys).
-       Its key belongs to one session, one direction and one epoch, and its nonce is never used twice: epoch (32 bits)
-       then counter (64 bits). The counter grows by one with every record and never restarts, not even with a new epoch.
+    1. A record is what AES-256-GCM seals in one operation: a header, a chunk of a body, or what a control frame
+       carries. Its key belongs to one session, one direction and one epoch, and its nonce is never used twice: epoch
+       (32 bits) then counter (64 bits). The counter grows by one with every record and never restarts, not even with a
+       new epoch.
     2. The opener knows which counter, epoch, chunk and length must come next and takes nothing else: what is replayed,
        reordered, dropped, reflected, cut, extended, or of another session is refused.
     3. Sizes are compared with the limits before anything is allocated for them. A body of more bytes than are kept is
@@ -24,12 +25,15 @@ Theory of operation
         prefix | sealed header (first frame only) | sealed chunk (absent if the body is empty)
 
     A first frame with a chunk has two records. Authenticated with every record: session id, direction, the prefix
-    (see `isthmus.protocol.secure.framing`), what the record is (header, chunk or rekey), and for a chunk the SHA-256 of
-    the header: so step, call, attempt, operation, codec and shape are bound to every byte of the body.
+    (see `isthmus.protocol.secure.framing`), what the record is (header, chunk or a kind of control frame), and for a
+    chunk the SHA-256 of the header: so step, call, attempt, operation, codec and shape are bound to every byte of the
+    body.
 
-    A rekey frame seals nothing under the old key and announces the next epoch, whose secret is HKDF(old secret). Old
-    secrets are overwritten, so that who takes a key later cannot read what went before. After `MAX_REKEYS` in a row a
-    message must come, so that a session cannot be kept busy with nothing.
+    Control frames stand between messages. A rekey frame seals nothing under the old key and announces the next epoch,
+    whose secret is HKDF(old secret). Old secrets are overwritten, so that who takes a key later cannot read what went
+    before. The other control frames belong to a renewal of keys, and are given to whoever has set `on_control`: see
+    `isthmus.protocol.secure.renewal`. After `MAX_REKEYS` of them in a row a message must come, so that a session cannot
+    be kept busy with nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ from cryptography.exceptions import InvalidTag
 from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 from isthmus.protocol.secure.framing import (
+    CONTROL_BYTES,
     MAGIC,
     MAX_CHUNKS,
     MAX_COUNTER,
@@ -55,6 +60,7 @@ from isthmus.protocol.secure.framing import (
     VERSION,
     ContentType,
     Direction,
+    FreshSecret,
     KeyChain,
     Kind,
     chunk_count,
@@ -133,7 +139,29 @@ class Sealer:
         """Change the key now; send the returned frame before any other."""
         self._claim()
         self._busy = False
-        return self._rekey()
+        return self.control(Kind.REKEY)
+
+    def control(self, kind: Kind, plain: bytes = b"", fresh: FreshSecret | None = None) -> bytes:
+        """Seal a frame that stands between messages; behind all but an offer, the direction is in its next epoch.
+
+        Args:
+            kind: one of `CONTROL_BYTES`.
+            plain: what it carries.
+            fresh: what a renewal gives the next epoch.
+        """
+        keys = self._keys
+        if keys.epoch >= MAX_EPOCH or keys.counter >= MAX_COUNTER - 4 * MAX_CHUNKS:
+            raise LocalProtocolError("the session has used up its counters; open a new one")
+        prefix = PREFIX.pack(MAGIC, kind, VERSION, keys.epoch, keys.counter, 0, 0, 1, len(plain))
+        frame = prefix + keys.aead.encrypt(keys.use(len(plain)), plain, keys.aad(ContentType[kind.name], prefix))
+        if kind != Kind.OFFER:
+            keys.ratchet(fresh)
+        return frame
+
+    @property
+    def total(self) -> int:
+        """Bytes that were sealed so far."""
+        return self._keys.total
 
     def _claim(self) -> None:
         if self._dead:
@@ -147,7 +175,7 @@ class Sealer:
     def _frames(self, header: Buffer, parts: list[memoryview], total: int, count: int) -> Iterator[bytes]:
         keys, header_hash = self._keys, sha256(header).digest()
         if self._is_rekey_due():
-            yield self._rekey()
+            yield self.control(Kind.REKEY)
         chunks = _cut(parts, self._limits.chunk_bytes, self._scratch)
         for index in range(count):
             if self._dead:
@@ -184,15 +212,6 @@ class Sealer:
             or keys.records >= limits.rekey_frames
             or (keys.records > 0 and self._clock() - keys.since >= limits.rekey_seconds)
         )
-
-    def _rekey(self) -> bytes:
-        keys = self._keys
-        if keys.epoch >= MAX_EPOCH or keys.counter >= MAX_COUNTER - 4 * MAX_CHUNKS:
-            raise LocalProtocolError("the session has used up its counters; open a new one")
-        prefix = PREFIX.pack(MAGIC, Kind.REKEY, VERSION, keys.epoch, keys.counter, 0, 0, 1, 0)
-        frame = prefix + keys.aead.encrypt(keys.use(0), b"", keys.aad(ContentType.REKEY, prefix))
-        keys.ratchet()
-        return frame
 
 
 def _cut(parts: list[memoryview], size: int, scratch: bytearray) -> Generator[memoryview]:
@@ -244,6 +263,9 @@ class Opener:
         direction: who sends.
         limits: what is accepted.
         keep: the most bytes of a body that are kept; None for all that is accepted.
+
+    Attributes:
+        on_control: is given what an authentic control frame but a rekey carries, and the keys, which it may change.
     """
 
     def __init__(
@@ -258,9 +280,15 @@ class Opener:
         self._keep = limits.max_message_bytes if keep is None else keep
         self._keys = KeyChain(secret, session_id, direction, clock=lambda: 0.0)
         self._dead = False
-        self._rekeys = 0  # since the last message
+        self._controls = 0  # since the last message
+        self.on_control: Callable[[Kind, bytes, KeyChain], None] = _refuse_control
         self._message: _Partial | None = None
         self._expected: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes that were opened so far."""
+        return self._keys.total
 
     def expect(self, body_bytes: int | None) -> None:
         """Refuse larger bodies than this from the next message on; None for all that the limits accept."""
@@ -300,7 +328,7 @@ class Opener:
             raise FrameError(f"a frame of {len(frame)} bytes is too short")
         prefix = bytes(frame[: PREFIX.size])
         magic, kind, version, epoch, counter, header_bytes, chunk, chunks, total = PREFIX.unpack(prefix)
-        if magic != MAGIC or kind not in (Kind.DATA, Kind.REKEY):
+        if magic != MAGIC or (kind != Kind.DATA and kind not in CONTROL_BYTES):
             raise FrameError("a frame does not begin as one")
         if version != VERSION:
             # Not a VersionError: the handshake has agreed on the version, and this byte is not authenticated yet.
@@ -310,8 +338,8 @@ class Opener:
             raise FrameError(
                 f"frame {epoch}/{counter} came where {keys.epoch}/{keys.counter} was next (replayed, lost, reordered?)"
             )
-        if kind == Kind.REKEY:
-            self._open_rekey(frame, prefix, (header_bytes, chunk, chunks, total))
+        if kind != Kind.DATA:
+            self._open_control(Kind(kind), frame, prefix, (header_bytes, chunk, chunks, total))
             return None
         message = self._message
         if message is None:
@@ -332,7 +360,7 @@ class Opener:
             self._decrypt(sealed, keys.aad(ContentType.HEADER, prefix), memoryview(message.header))
             message.header_hash = sha256(message.header).digest()
             message.body = bytearray(total if total <= self._keep else 0)
-            self._message, self._rekeys = message, 0
+            self._message, self._controls = message, 0
         if size:
             start = chunk * self._limits.chunk_bytes if message.body else 0
             aad = keys.aad(ContentType.CHUNK, prefix, message.header_hash)
@@ -346,16 +374,21 @@ class Opener:
         self._message = None
         return Opened(message.header, message.body, total)
 
-    def _open_rekey(self, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
+    def _open_control(self, kind: Kind, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
+        size = CONTROL_BYTES[kind]
         if self._message is not None:
             raise FrameError("a key change came within a message")
-        if self._rekeys >= MAX_REKEYS:
+        if self._controls >= MAX_REKEYS:
             raise FrameError(f"more than {MAX_REKEYS} key changes came without a message between them")
-        if rest != (0, 0, 1, 0) or len(frame) != PREFIX.size + TAG or self._keys.epoch >= MAX_EPOCH:
+        if rest != (0, 0, 1, size) or len(frame) != PREFIX.size + size + TAG or self._keys.epoch >= MAX_EPOCH:
             raise FrameError("a key change is malformed")
-        self._decrypt(frame[PREFIX.size :], self._keys.aad(ContentType.REKEY, prefix), memoryview(bytearray()))
-        self._keys.ratchet()
-        self._rekeys += 1
+        plain = bytearray(size)
+        self._decrypt(frame[PREFIX.size :], self._keys.aad(ContentType[kind.name], prefix), memoryview(plain))
+        self._controls += 1
+        if kind == Kind.REKEY:
+            self._keys.ratchet()
+        else:
+            self.on_control(kind, bytes(plain), self._keys)
 
     def _check_start(self, header_bytes: int, chunk: int, chunks: int, total: int) -> _Partial:
         limits = self._limits
@@ -386,6 +419,10 @@ class Opener:
             raise FrameError(
                 "a frame is not authentic: it was changed on its way, or belongs to another session"
             ) from None
+
+
+def _refuse_control(kind: Kind, _plain: bytes, _keys: KeyChain) -> None:
+    raise FrameError(f"{kind.name} of a renewal came where none can be")
 
 
 @dataclass(slots=True)

@@ -13,12 +13,13 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure import handshake, renewal as renewals
 from isthmus.protocol.secure.certificates import WorkerCertificate
 from isthmus.protocol.secure.framing import Direction
 from isthmus.protocol.secure.handshake import ClientHandshake, Secrets, ServerHandshake, Verdict, version_refusal
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 from isthmus.protocol.secure.record import Opener, Sealer
+from isthmus.protocol.secure.renewal import CloudRenewal, EdgeRenewal
 
 
 def client(inputs: dict[str, Any]) -> ClientHandshake:
@@ -35,30 +36,31 @@ def server(inputs: dict[str, Any]) -> ServerHandshake:
     root = Ed25519PrivateKey.from_private_bytes(inputs["root_private_key"])
     worker = Ed25519PrivateKey.from_private_bytes(inputs["worker_private_key"])
     certificate = WorkerCertificate.issue(root, worker.public_key().public_bytes_raw(), inputs["not_after"])
-    keys = (
-        MLKEM768PrivateKey.from_seed_bytes(inputs["mlkem_seed"]),
-        X25519PrivateKey.from_private_bytes(inputs["x25519_private_key"]),
+    return ServerHandshake(
+        WorkerIdentity(worker, certificate), lambda count: inputs["server_nonce"], lambda: fresh_keys(inputs)
     )
-    return ServerHandshake(WorkerIdentity(worker, certificate), lambda count: inputs["server_nonce"], lambda: keys)
 
 
 class _FrozenHpke:
     """HPKE whose encryption, which draws random bytes of its own, gives what it gave when the vectors were made."""
 
-    def __init__(self, vectors: dict[str, Any]) -> None:
-        self._vectors = vectors
+    def __init__(self, secret: bytes, info: bytes, sealed: bytes) -> None:
+        self._expected, self._sealed = (secret, info), sealed
 
     def encrypt(self, secret: bytes, key: object, info: bytes) -> bytes:
-        assert bytes(secret) == self._vectors["inputs"]["client_secret"]
-        assert info == self._vectors["derived"]["th1"]
-        return bytes(self._vectors["derived"]["sealed_secret"])
+        assert (bytes(secret), info) == self._expected
+        return self._sealed
+
+    decrypt = handshake._HPKE.decrypt
 
 
 @contextmanager
 def frozen_hpke(vectors: dict[str, Any]) -> Iterator[None]:
-    """The client's encryption is that of the vectors; nobody decrypts meanwhile."""
+    """The client's encryption is that of the vectors."""
+    derived = vectors["derived"]
+    frozen = _FrozenHpke(vectors["inputs"]["client_secret"], derived["th1"], derived["sealed_secret"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handshake, "_HPKE", _FrozenHpke(vectors))
+        patch.setattr(handshake, "_HPKE", frozen)
         yield
 
 
@@ -153,3 +155,41 @@ def replay_records(case: dict[str, Any]) -> list[bytes]:
             assert (bytes(last.header), bytes(last.body)) == (step["header"], body_of(step))
         frames += made
     return frames
+
+
+def renewal(inputs: dict[str, Any], derived: dict[str, Any] | None = None) -> dict[str, list[bytes]]:
+    """Have both sides renew their keys around a message of each, and one behind it; the frames of each direction.
+
+    Args:
+        inputs: the vectors'.
+        derived: what comes of them, where the cloud's encryption is to be that of the vectors.
+    """
+    up, down = (inputs[f"traffic_secret_{way}"] for way in ("edge_to_cloud", "cloud_to_edge"))
+    session_id, limits = inputs["session_id"], Limits(renew_bytes=0, least_renew_bytes=0)
+    ends = [(up, Direction.EDGE_TO_CLOUD), (down, Direction.CLOUD_TO_EDGE)]
+    sealers = [Sealer(bytearray(secret), session_id, way, limits, lambda: 0.0) for secret, way in ends]
+    openers = [Opener(bytearray(secret), session_id, way, limits) for secret, way in ends]
+    edge = EdgeRenewal(sealers[0], openers[1], session_id, limits, lambda: 0.0)
+    drawn = inputs["cloud_secret"]
+    cloud = CloudRenewal(sealers[1], openers[0], session_id, limits, lambda: 0.0, lambda count: drawn)
+    frames: list[list[bytes]] = [[], []]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renewals, "fresh_keys", lambda: fresh_keys(inputs))
+        if derived is not None:
+            patch.setattr(handshake, "_HPKE", _FrozenHpke(drawn, derived["th1"], derived["answer"]))
+        for side, sender, name in ((0, edge, b"before"), (1, cloud, b"answer"), (0, edge, b"behind")):
+            first = sender.before_message()
+            made = [*([] if first is None else [first]), *sealers[side].seal(name, [inputs["body"]])]
+            opened = [openers[side].open(frame) for frame in made][-1]
+            assert opened is not None
+            assert (bytes(opened.header), bytes(opened.body)) == (name, inputs["body"])
+            frames[side] += made
+    return {"edge_to_cloud": frames[0], "cloud_to_edge": frames[1]}
+
+
+def fresh_keys(inputs: dict[str, Any]) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
+    """The fresh keys of the vectors."""
+    return (
+        MLKEM768PrivateKey.from_seed_bytes(inputs["mlkem_seed"]),
+        X25519PrivateKey.from_private_bytes(inputs["x25519_private_key"]),
+    )

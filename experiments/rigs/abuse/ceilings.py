@@ -68,6 +68,7 @@ _SPECIAL: Final = {
     "crowds": CONNECTIONS,
     "rekeys": NOTHING,
     "endless_key": NOTHING,
+    "renewals": NOTHING,
     "session_pings": NOTHING,
     "long_call": NOTHING,
     **dict.fromkeys(DECODE_COSTS, DECODING),

@@ -10,10 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from isthmus.protocol.secure import handshake
-from isthmus.protocol.secure.framing import KEY_BYTES, TAG
+from isthmus.protocol.secure.framing import KEY_BYTES, SEALED_SECRET_BYTES
 from isthmus.protocol.session import CloudSession, EdgeSession
-
-_SEALED_SECRET: Final = 1088 + 32 + KEY_BYTES + TAG
 
 
 def _constant(count: int) -> bytes:
@@ -37,7 +35,7 @@ class _OneSealing:
 
     @staticmethod
     def encrypt(secret: bytes, _key: Any, _info: bytes) -> bytes:
-        return bytes(_SEALED_SECRET - len(secret)) + bytes(secret)
+        return bytes(SEALED_SECRET_BYTES - len(secret)) + bytes(secret)
 
     @staticmethod
     def decrypt(sealed: bytes, _key: Any, _info: bytes) -> bytes:

@@ -33,8 +33,8 @@ from isthmus.protocol.secure.record import Sealer
 from isthmus.protocol.session import CloudSession, EdgeSession, Established
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
-LIMITS = replace(DEFAULT_LIMITS, rekey_frames=3)
-"""A new key after every few messages, so that crashes fall before, in and after changes of keys."""
+LIMITS = replace(DEFAULT_LIMITS, rekey_frames=3, renew_bytes=100, least_renew_bytes=0)
+"""A new key after every few messages, and fresh ones, so that crashes fall before, in and after either."""
 FLIGHTS, MOST_MESSAGES = 4, 12
 
 

@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from support.cloud.sessions import call_in_flight, channel, eventually, hidden
 from support.models.tiny import HIDDEN
 
 from isthmus.cloud.bounds import Bounds
-from isthmus.cloud.gateway import calls as calls_module
+from isthmus.cloud.gateway import calls as calls_module, server as server_module
 from isthmus.cloud.gateway.server import ServerTls
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
@@ -39,6 +40,7 @@ from isthmus.common.errors import (
 )
 from isthmus.experiments.harness.blocking_stream import BlockingStream
 from isthmus.protocol import messages as m
+from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure import handshake
 from isthmus.protocol.secure.framing import VERSION, TransferTimeout
 from isthmus.protocol.secure.handshake import version_refusal
@@ -72,6 +74,43 @@ def test_an_enrolled_edge_gets_the_spans_answers(server: ThreadServer, cloud: Se
         assert link.cloud_peak_bytes() is not None
     eventually(lambda: server.server.status()["sessions"] == {})
     eventually(lambda: cloud.executor.cache.used == 0)
+
+
+def test_a_session_lives_over_three_renewals_of_its_keys(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "Limits", partial(Limits, least_renew_bytes=0))
+    given = hidden().requires_grad_(True)
+    expected = cloud.executor.host.span(given)
+    gradient = torch.autograd.grad(expected, given, torch.ones_like(expected))[0]
+    with (
+        ThreadServer(cloud, home) as server,
+        server.link(limits=Limits(renew_bytes=1)) as link,
+        server.link() as other,
+    ):
+        for each in (link, other):
+            each.open(5)
+            for _ in range(4):  # a forward with an offer, a backward with the switch
+                output, kept = each.forward_span(hidden(), None, None, keep=True)
+                assert torch.equal(output, expected)
+                result = each.backward_span(kept, torch.ones_like(output), hidden(), None, None)
+                assert torch.equal(result, gradient)
+            assert (each.traffic.sessions, each.traffic.retries) == (1, 0)
+        epochs = [_epochs(each) for each in (link, other)]
+        assert min(epochs[0]) >= 3
+        assert epochs[1] == (0, 0)
+
+
+def _epochs(link: Any) -> tuple[int, int]:
+    session = link._keeper._stream._session
+    return session._sealer._keys.epoch, session._opener._keys.epoch
+
+
+def test_an_edge_that_renews_its_keys_too_often_is_ended(server: ThreadServer) -> None:
+    edge = channel(server, limits=Limits(renew_bytes=1))
+    with pytest.raises(ConnectionLostError, match="rules were broken"):
+        edge.ask(m.Ping(1), 20)
+    edge.abandon()
 
 
 def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(

@@ -14,7 +14,17 @@ from fuzz.target import Cursor, Target, block, patched
 
 from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.secure.framing import MAGIC, PREFIX, VERSION, ContentType, Direction, KeyChain, Kind
+from isthmus.protocol.secure.framing import (
+    CONTROL_BYTES,
+    MAGIC,
+    PREFIX,
+    VERSION,
+    ContentType,
+    Direction,
+    FreshSecret,
+    KeyChain,
+    Kind,
+)
 from isthmus.protocol.secure.record import Opened, Opener, Sealer
 
 LIMITS = Limits(max_message_bytes=1 << 12, max_header_bytes=256, chunk_bytes=64)
@@ -28,6 +38,7 @@ def _run(data: bytes) -> None:
     script = Cursor(data)
     sealer = Sealer(bytearray(SECRET), SESSION, UP, LIMITS, clock=lambda: 0.0)
     opener = Opener(bytearray(SECRET), SESSION, UP, LIMITS, keep=KEEP)
+    opener.on_control = lambda kind, plain, keys: keys.ratchet(FreshSecret(bytearray(32), plain[:32]))
     way = _Way(sealer, opener)
     forged = False
     try:
@@ -94,13 +105,13 @@ class _Way:
         for _ in range(self._opener._keys.epoch):
             keys.ratchet()
         keys.counter = self._opener._keys.counter
-        kind = (Kind.DATA, Kind.REKEY)[script.number() & 1]
+        kind = (Kind.DATA, *CONTROL_BYTES)[script.number() % 5]
         chunk, chunks, total = script.number("H"), script.number("H"), script.number("Q")
         claimed, header, body = script.number("I"), script.block(), script.block()
         prefix = PREFIX.pack(MAGIC, kind, VERSION, keys.epoch, keys.counter, claimed, chunk, chunks, total)
         frame = prefix
-        if header or kind == Kind.REKEY:
-            content = ContentType.HEADER if kind == Kind.DATA else ContentType.REKEY
+        if header or kind != Kind.DATA:
+            content = ContentType.HEADER if kind == Kind.DATA else ContentType[kind.name]
             frame += keys.aead.encrypt(keys.use(len(header)), header, keys.aad(content, prefix))
         if body:
             message = self._opener._message
@@ -126,6 +137,8 @@ def _seeds() -> Iterator[bytes]:
     yield _forge(0, 0, 1, 4, 6, b"header", b"body")
     yield _forge(0, 0, 2, 100, 6, b"header", bytes(64)) + _forge(0, 1, 2, 100, 6, b"", bytes(36))
     yield _forge(0, 0, 2, 100, 6, b"header", bytes(64)) + _forge(1, 0, 1, 0, 0, b"", b"")
+    for kind, size in enumerate(CONTROL_BYTES.values(), 1):
+        yield _forge(kind, 0, 1, size, 0, bytes(size), b"")
     yield _forge(1, 0, 1, 0, 0, b"", b"") + _forge(0, 0, 1, 1 << 40, 6, b"header", b"body")
 
 

@@ -21,21 +21,40 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     VersionError,
 )
-from isthmus.protocol import isthmus_pb2 as pb, session
+from isthmus.protocol import isthmus_pb2 as pb, messages as m, session
 from isthmus.protocol.encoding import pack, pack_info, unpack_info
 from isthmus.protocol.enrolment import Quota, Tenant
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CLOUD_SENDS, EDGE_SENDS, SessionInfo
-from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure import handshake, renewal
 from isthmus.protocol.secure.certificates import WorkerCertificate
-from isthmus.protocol.secure.framing import Direction
-from isthmus.protocol.secure.handshake import ClientHandshake, ServerHandshake, Verdict
-from isthmus.protocol.session import CloudSession, EdgeSession, Established, NeedSend, Oversized, Received, Refused
+from isthmus.protocol.secure.framing import SEALED_SECRET_BYTES, Direction, Kind
+from isthmus.protocol.secure.handshake import (
+    ClientHandshake,
+    ServerHandshake,
+    Verdict,
+    fresh_keys,
+    public_bytes,
+)
+from isthmus.protocol.session import (
+    CloudSession,
+    EdgeSession,
+    Established,
+    Incomplete,
+    NeedSend,
+    Oversized,
+    Received,
+    Refused,
+)
 
 REFUSALS = (RemoteProtocolError, VersionError, FingerprintError, NotEnrolledError, RefusedError)
-LIMITS = Limits(max_message_bytes=1 << 16, max_header_bytes=1 << 12, chunk_bytes=1 << 10)
+LIMITS = Limits(
+    max_message_bytes=1 << 16, max_header_bytes=1 << 12, chunk_bytes=1 << 10, renew_bytes=0, least_renew_bytes=0
+)
+OFFER = public_bytes(*fresh_keys())
 SMALL = Tenant(TENANT.name, TENANT.fingerprint, Quota(max_inflight_bytes=1 << 10))
-HELLO, SERVER_HELLO, AUTH, DONE, UPWARDS, DOWNWARDS = range(6)
+HELLO, SERVER_HELLO, AUTH, DONE, UPWARDS, DOWNWARDS, OFFERED, ANSWERED = range(8)
+_CONTROLS = (Kind.OFFER, Kind.ANSWER, Kind.SWITCH)
 
 
 def _random(count: int) -> bytes:
@@ -44,11 +63,11 @@ def _random(count: int) -> bytes:
 
 def _run(data: bytes) -> None:
     script = Cursor(data)
-    which = script.number() % 6
+    which = script.number() % 8
     edge = new_edge(limits=LIMITS, random=_random)
     cloud = new_cloud(limits=LIMITS, random=_random, authorize=lambda key: SMALL)
     try:
-        (_hello, _server_hello, _auth, _done, _upwards, _downwards)[which](script, edge, cloud)
+        (_hello, _server_hello, _auth, _done, _upwards, _downwards, _offered, _answered)[which](script, edge, cloud)
     except REFUSALS:
         if not (edge.closed or cloud.closed):
             raise AssertionError("no side is closed after a refusal") from None
@@ -73,7 +92,7 @@ def _server_hello(script: Cursor, edge: EdgeSession, cloud: CloudSession) -> Non
         certificate = WorkerCertificate.issue(ROOT, WORKER.public_key().public_bytes_raw(), not_after)
         fields[5:] = certificate.not_after, certificate.signature
     unsigned = patched(prefix + handshake._SERVER.pack(*fields), patches)
-    signature = WORKER.sign(handshake._SERVER_LABEL + handshake._hash(first, unsigned))
+    signature = WORKER.sign(handshake._SERVER_LABEL + handshake.hash_parts(first, unsigned))
     answer = edge.receive(unsigned + (signature if flags & 2 else reply[-64:]))
     expired = flags & 1 and not_after <= NOW
     if not isinstance(answer, NeedSend) or expired:
@@ -108,8 +127,8 @@ def _forged(first: bytes, reply: bytes, secret: bytes, plain: bytes, signed: boo
         handshake.MLKEM768PublicKey.from_public_bytes(fields[1]),
         handshake.X25519PublicKey.from_public_bytes(fields[2]),
     )
-    sealed = handshake._HPKE.encrypt(secret, fresh, handshake._hash(first, reply[:-64]))
-    th2 = handshake._hash(first, reply, sealed)
+    sealed = handshake._HPKE.encrypt(secret, fresh, handshake.hash_parts(first, reply[:-64]))
+    th2 = handshake.hash_parts(first, reply, sealed)
     if signed:
         public = EDGE.public_key().public_bytes_raw()
         plain = public + EDGE.sign(handshake._EDGE_LABEL + th2 + public)
@@ -170,6 +189,31 @@ def _deliver(script: Cursor, sender: Any, receiver: Any, kinds: tuple[type, ...]
                     raise AssertionError(f"a message of {size} bytes is said to be {kind} and too large")
 
 
+def _offered(script: Cursor, edge: Any, cloud: Any) -> None:
+    """Any offer of fresh keys, or another part of a renewal in its place, sealed; a good one leads to an answer."""
+    _established(edge, cloud)
+    kind, raw, patches = _CONTROLS[script.number() % 3], script.block(), script.block()
+    offer = raw or patched(OFFER, patches)
+    cloud.receive(edge._sealer.control(kind, offer))
+    (answer, pong) = cloud.send(m.Pong(1, 2))
+    if kind != Kind.OFFER or (answer[4], len(offer)) != (Kind.ANSWER, len(OFFER)) or pong[4] != Kind.DATA:
+        raise AssertionError("an offer that is none was answered")
+
+
+def _answered(script: Cursor, edge: Any, cloud: Any) -> None:
+    """Any answer to an offer, or another part of a renewal in its place, sealed; a good one leads to the switch."""
+    _established(edge, cloud)
+    for frame in edge.send(m.Ping(1)):
+        cloud.receive(frame)
+    kind, raw, patches = _CONTROLS[script.number() % 3], script.block(), script.block()
+    answer = raw or patched(cloud._renewal._answer, patches)
+    edge.receive(cloud._sealer.control(kind, answer, cloud._renewal._fresh))
+    cloud._renewal._answer, taken = None, answer
+    for frame in edge.send(m.Ping(1)):
+        if not isinstance(cloud.receive(frame), Received | Incomplete) or len(taken) != SEALED_SECRET_BYTES:
+            raise AssertionError("an answer that is none was taken")
+
+
 def info_with(**changes: Any) -> bytes:
     """A session's information with other values, whatever they are; without those that are None."""
     parsed = pb.SessionInfo.FromString(pack_info(session_info(TENANT, bytes(16))))
@@ -206,6 +250,14 @@ def _seeds() -> Iterator[bytes]:
         header, buffers = pack(message)
         which = UPWARDS if isinstance(message, EDGE_SENDS) else DOWNWARDS
         yield bytes((which,)) + block(header) + b"".join(buffers)
+    for which in (OFFERED, ANSWERED):
+        yield bytes((which, 0)) + block(b"") + block(b"")
+        yield bytes((which, 1)) + block(b"") + block(b"")
+        yield bytes((which, 1)) + block(b"") + block(struct.pack("<hB", 9, 1))
+        yield bytes((which, 1)) + block(b"") + block(struct.pack("<hB", -1, 1))
+        yield bytes((which, which == ANSWERED)) + block(bytes(SEALED_SECRET_BYTES)) + block(b"")
+        yield bytes((which, 2)) + block(b"") + block(b"")
+        yield bytes((which, 0)) + block(b"\xff" * len(OFFER)) + block(b"")
     large, _ = pack(MESSAGES[0])
     yield bytes((UPWARDS,)) + block(large) + bytes(1500)
     yield bytes((UPWARDS,)) + block(b"\x02") + bytes(1500)
@@ -222,6 +274,7 @@ TARGET = Target(
         EdgeSession,
         CloudSession,
         session._Session,
+        renewal,
         unpack_info,
     ],
     floor=0.8,

@@ -14,11 +14,13 @@ import pytest
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from support import replay
 from support.protocol import reference, vectors
+from support.protocol.make_vectors import found_in_renewal
 
 from isthmus.common import errors
 from isthmus.common.errors import IsthmusError
 
 HANDSHAKE: dict[str, Any] = vectors.read("handshake.json")
+RENEWAL: dict[str, Any] = vectors.read("renewal.json")
 RECORDS: dict[str, Any] = vectors.read("records.json")
 CASES: dict[str, dict[str, Any]] = {case["name"]: case for case in RECORDS["cases"]}
 NOTICED = (AssertionError, IsthmusError, InvalidSignature, InvalidTag, ValueError)
@@ -137,6 +139,28 @@ def test_a_message_that_did_not_come_whole_is_not_given(entry: dict[str, Any]) -
     opener = replay.new_opener(case)
     opened = [opener.open(frame) for frame in frames_of(case)[: entry["frames"]]]
     assert sum(message is not None for message in opened) == entry["messages"]
+
+
+# Renewal --------------------------------------------------------------------------------------------------------------
+
+
+def check_renewal(renewal: dict[str, Any]) -> None:
+    assert replay.renewal(renewal["inputs"], renewal["derived"]) == renewal["frames"]
+    found = found_in_renewal(renewal["inputs"], renewal["frames"])
+    assert {name: renewal[name] for name in found} == found
+
+
+def test_a_renewal_is_the_frozen_one() -> None:
+    check_renewal(RENEWAL)
+    pieces = [[each["piece"] for each in RENEWAL[way]["pieces"]] for way in ("edge_to_cloud", "cloud_to_edge")]
+    assert pieces == [["offer", "header", "chunk", "switch", "header", "chunk"], ["answer", "header", "chunk"]]
+    assert RENEWAL["inputs"]["session_id"] == HANDSHAKE["inputs"]["verdict"]["session_id"]
+
+
+def test_a_flipped_bit_anywhere_in_a_renewal_is_noticed() -> None:
+    found = {place: notices(check_renewal, changed) for place, changed in vectors.flipped(RENEWAL)}
+    assert len(found) >= 50
+    assert all(found.values()), found
 
 
 def test_the_second_implementation_shares_nothing_with_the_first() -> None:

@@ -21,6 +21,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import NotEnrolledError, UnreachableError
 from isthmus.experiments.harness.blocking_stream import BlockingStream
 from isthmus.protocol import messages as m
+from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.secure.keys import load_edge
 from isthmus.rpc.secure_stream import SecureStream
 from isthmus.rpc.transport import run
@@ -47,10 +48,12 @@ def raw_stream(server: ThreadServer) -> BlockingStream:
 class Channel:
     """An open session without what a `Link` does for it."""
 
-    def __init__(self, server: ThreadServer, link: bytes, key: Path) -> None:
+    def __init__(self, server: ThreadServer, link: bytes, key: Path, limits: Limits) -> None:
         self._stream = raw_stream(server)
         try:
-            opened = SecureStream.open(self._stream.stream, server.home.pin, load_edge(key), m.Attach(link))
+            opened = SecureStream.open(
+                self._stream.stream, server.home.pin, load_edge(key), m.Attach(link), limits=limits
+            )
             self._secure = run(opened)
         except BaseException:
             self._stream.close()
@@ -69,9 +72,11 @@ class Channel:
         self._stream.close()
 
 
-def channel(server: ThreadServer, link: bytes = b"l" * 16, key: Path | None = None) -> Channel:
+def channel(
+    server: ThreadServer, link: bytes = b"l" * 16, key: Path | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Channel:
     """An open session without what a `Link` does for it."""
-    return Channel(server, link, key or server.home.key_file)
+    return Channel(server, link, key or server.home.key_file, limits)
 
 
 def status_of_call(server: ThreadServer, method: str, message: bytes, *, compressed: bool = False) -> tuple[str, str]:

@@ -201,11 +201,47 @@ def delivery(
     return {"name": name, "of": of, "deliver": arriving, "accepted": accepted, "instead": instead, "error": error}
 
 
+def make_renewal(derived: dict[str, Any], session_id: bytes) -> dict[str, Any]:
+    """A renewal of the keys of the handshake's session: a message of each side, and one behind it."""
+    inputs: dict[str, Any] = {
+        "version": VERSION,
+        "session_id": session_id,
+        **{f"traffic_secret_{way}": derived[f"traffic_secret_{way}"] for way in WAYS},
+        "mlkem_seed": drawn("renewal mlkem seed", 64),
+        "x25519_private_key": drawn("renewal x25519 key", 32),
+        "cloud_secret": drawn("cloud secret", 32),
+        "body": drawn("body around a renewal", 20),
+    }
+    frames = replay.renewal(inputs)
+    about = "See README.md. Bytes are hexadecimal. Headers are opaque here."
+    return {"about": about, "inputs": inputs, "frames": frames, **found_in_renewal(inputs, frames)}
+
+
+WAYS = {"edge_to_cloud": Direction.EDGE_TO_CLOUD, "cloud_to_edge": Direction.CLOUD_TO_EDGE}
+
+
+def found_in_renewal(inputs: dict[str, Any], frames: dict[str, list[bytes]]) -> dict[str, Any]:
+    """What the second implementation derives from a renewal, and the records of each direction."""
+    shared = {key: inputs[key] for key in ("version", "session_id")}
+    case = {**shared, "chunk_bytes": 1 << 20, "fresh": {"secret": inputs["cloud_secret"], "transcript": b""}}
+
+    def opened(way: str, frames: list[bytes]) -> dict[str, Any]:
+        own = {"secret": inputs[f"traffic_secret_{way}"], "direction": int(WAYS[way])}
+        return reference.open_records({**case, **own}, frames)
+
+    offer, answer = (opened(way, frames[way][:1])["pieces"][0]["plaintext"] for way in WAYS)
+    derived = reference.renewal(inputs, offer, answer)
+    case["fresh"]["transcript"] = derived["th2"]
+    return {"derived": derived, **{way: opened(way, frames[way]) for way in WAYS}}
+
+
 def main() -> None:
-    """Write both files."""
+    """Write the files."""
     handshake = make_handshake()
     vectors.write("handshake.json", handshake)
-    vectors.write("records.json", make_records(handshake["derived"], handshake["inputs"]["verdict"]["session_id"]))
+    of_session = handshake["derived"], handshake["inputs"]["verdict"]["session_id"]
+    vectors.write("records.json", make_records(*of_session))
+    vectors.write("renewal.json", make_renewal(*of_session))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 EDGE_TO_CLOUD, CLOUD_TO_EDGE = 1, 2
-DATA, REKEY = 16, 17
+DATA, REKEY, OFFER, ANSWER, SWITCH = range(16, 21)
+CONTROLS = {REKEY: 0, OFFER: 1216, ANSWER: 1168, SWITCH: 0}
 HEADER_PIECE, CHUNK_PIECE, REKEY_PIECE = 1, 2, 3
+PIECES = {1: "header", 2: "chunk", 3: "rekey", 4: "offer", 5: "answer", 6: "switch"}
 TAG = 16
 
 
@@ -164,6 +166,8 @@ def handshake(inputs: dict[str, Any], flights: dict[str, bytes]) -> dict[str, by
 def open_records(case: dict[str, Any], frames: list[bytes]) -> dict[str, Any]:
     """The messages of one direction, each piece that was sealed, and the secret and key of each epoch.
 
+    `fresh` of the case: the secret and the transcript's hash of a renewal, if it has one.
+
     Raises:
         AssertionError, InvalidTag: something does not fit.
     """
@@ -179,7 +183,7 @@ def open_records(case: dict[str, Any], frames: list[bytes]) -> dict[str, Any]:
         nonce = struct.pack("!IQ", epoch, counter)
         aad = case["session_id"] + bytes([case["direction"], kind]) + prefix + header_hash
         plain = AESGCM(key).decrypt(nonce, sealed, aad)
-        name = {HEADER_PIECE: "header", CHUNK_PIECE: "chunk", REKEY_PIECE: "rekey"}[kind]
+        name = PIECES[kind]
         number = {"frame": frame, "piece": name, "epoch": epoch, "counter": counter}
         pieces.append({**number, "nonce": nonce, "aad": aad, "plaintext": plain})
         counter += 1
@@ -190,10 +194,18 @@ def open_records(case: dict[str, Any], frames: list[bytes]) -> dict[str, Any]:
         magic, kind, version, *named = struct.unpack("!4sBBIQ", prefix[:18])
         header_bytes, chunk, chunks, total = struct.unpack("!IHHQ", prefix[18:])
         assert (magic, version, named) == (b"ISTH", case["version"], [epoch, counter])
-        if kind == REKEY:
-            assert (next_chunk, header_bytes, chunk, chunks, total, len(rest)) == (0, 0, 0, 1, 0, TAG)
-            assert take(number, REKEY_PIECE, prefix, rest) == b""
-            secret, epoch = hkdf_expand(secret, b"isthmus next epoch"), epoch + 1
+        if kind in CONTROLS:
+            size = CONTROLS[kind]
+            assert (next_chunk, header_bytes, chunk, chunks, total, len(rest)) == (0, 0, 0, 1, size, size + TAG)
+            take(number, kind - REKEY + REKEY_PIECE, prefix, rest)
+            if kind == OFFER:
+                continue
+            if kind == REKEY:
+                secret = hkdf_expand(secret, b"isthmus next epoch")
+            else:
+                renewed = b"isthmus renewed epoch" + case["fresh"]["transcript"]
+                secret = hkdf_expand(hkdf_extract(secret, case["fresh"]["secret"]), renewed)
+            epoch += 1
             key = hkdf_expand(secret, b"isthmus traffic key")
             epochs.append({"epoch": epoch, "secret": secret, "key": key})
             continue
@@ -212,3 +224,21 @@ def open_records(case: dict[str, Any], frames: list[bytes]) -> dict[str, Any]:
             messages.append({"header": header, "body": body})
     assert next_chunk == 0
     return {"messages": messages, "pieces": pieces, "epochs": epochs}
+
+
+# Renewal --------------------------------------------------------------------------------------------------------------
+
+
+def renewal(inputs: dict[str, Any], offer: bytes, answer: bytes) -> dict[str, bytes]:
+    """Everything that both sides of a renewal derive, from the private keys and what the two frames carry.
+
+    Raises:
+        AssertionError, InvalidTag: something does not fit.
+    """
+    mlkem = MLKEM768PrivateKey.from_seed_bytes(inputs["mlkem_seed"])
+    x25519 = X25519PrivateKey.from_private_bytes(inputs["x25519_private_key"])
+    assert offer == mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
+    th1 = transcript(b"isthmus v1 renewal", inputs["session_id"], offer)
+    hpke = hpke_open(answer, mlkem, x25519, th1)
+    assert hpke["opened_secret"] == inputs["cloud_secret"]
+    return {"offer": offer, "th1": th1, "answer": answer, **hpke, "th2": transcript(th1, answer)}
