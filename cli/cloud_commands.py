@@ -79,13 +79,50 @@ def enroll(
 
     Example: isthmus cloud enroll alice.pub --name alice --max-sessions 2 --weight 3
     """
-    from isthmus.protocol.enrolment import Quota, add_line, parse_size
+    from isthmus.common.errors import ConfigError
+    from isthmus.protocol.enrolment import EDGES_FILE, REVOKED_FILE, AuthorizedEdges, Quota, add_line, parse_size
     from isthmus.protocol.secure.keyfiles import read_text
+    from isthmus.protocol.secure.keys import parse_public_key
 
     line = read_text(public_key.expanduser(), "ask the data owner for the .pub file that `isthmus edge keygen` made")
     quota = Quota(max_sessions, parse_size(max_bytes_in_flight), weight, max_tokens_per_second)
-    tenant = add_line(home.expanduser() / "authorized_edges", line, name, quota)
+    path, key = home.expanduser() / EDGES_FILE, parse_public_key(line.strip())[0]
+    revoked = path.with_name(REVOKED_FILE)
+    if revoked.exists() and AuthorizedEdges.load(revoked).find(key) is not None:
+        raise ConfigError(f"the key of {public_key} was revoked: have the data owner make another one")
+    known = AuthorizedEdges.load(path).find(key) if path.exists() else None
+    if known is not None:
+        typer.echo(f"{known.name} {known.fingerprint} is enrolled already: nothing was changed")
+        if quota != known.quota or name not in (None, known.name):
+            typer.echo(f"to change its name or its quota, edit its line in {path}")
+        return
+    tenant = add_line(path, line, name, quota)
     typer.echo(f"enrolled {tenant.name} {tenant.fingerprint}")
+
+
+@app.command()
+def revoke(
+    edge: Annotated[str, typer.Argument(help="The tenant's name, the key's fingerprint, or the public key file.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Let an edge's key in no more: add it to `revoked_edges`. A running cloud ends its sessions within seconds.
+
+    Example: isthmus cloud revoke alice
+    """
+    from isthmus.common.errors import ConfigError
+    from isthmus.protocol.enrolment import EDGES_FILE, AuthorizedEdges, revoke as add_to_revoked
+    from isthmus.protocol.secure.keyfiles import read_text
+    from isthmus.protocol.secure.keys import Fingerprint, parse_public_key
+
+    folder, file = home.expanduser(), Path(edge).expanduser()
+    path = folder / EDGES_FILE
+    key = AuthorizedEdges.load(path).key_of(edge) if path.exists() else None
+    if key is None and file.is_file():
+        key = parse_public_key(read_text(file, "give the .pub file").strip())[0]
+    if key is None:
+        raise ConfigError(f"{edge} is no tenant and no fingerprint of {path}, and no file: give one of the three")
+    done = "revoked" if add_to_revoked(folder, key) else "was revoked already:"
+    typer.echo(f"{done} {Fingerprint.of(key)}")
 
 
 app.command()(serve)

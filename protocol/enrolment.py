@@ -33,6 +33,9 @@ _UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
 _STAGE = "stage"
 WORKERS_QUOTA_SESSIONS, WORKERS_QUOTA_BYTES = 10_000, 1 << 40
 """What another worker of the cloud may use: it passes on what edges send it, within their own quotas."""
+EDGES_FILE = "authorized_edges"
+REVOKED_FILE = "revoked_edges"
+"""Keys that are let in no more, whatever `authorized_edges` says, beside it and in its form."""
 WORKERS_FILE = "authorized_workers"
 """The cloud's other workers, beside `authorized_edges` and in its form."""
 STAGE_OPTIONS = f"{_STAGE},max-sessions={WORKERS_QUOTA_SESSIONS},max-bytes-in-flight={WORKERS_QUOTA_BYTES >> 30}GiB"
@@ -130,10 +133,10 @@ class Tenant:
 
 
 class AuthorizedEdges:
-    """The edges that a cloud serves, by public key."""
+    """The edges that a cloud serves, by public key, and the keys that were revoked."""
 
-    def __init__(self, tenants: dict[bytes, Tenant]) -> None:
-        self._tenants = dict(tenants)
+    def __init__(self, tenants: dict[bytes, Tenant], revoked: frozenset[bytes] = frozenset()) -> None:
+        self._tenants, self._revoked = dict(tenants), revoked
         self._by_fingerprint = {tenant.fingerprint: tenant for tenant in tenants.values()}
 
     @classmethod
@@ -184,6 +187,11 @@ class AuthorizedEdges:
             NotEnrolledError: there is none.
         """
         tenant = self.find(public_key)
+        if public_key in self._revoked:
+            raise NotEnrolledError(
+                f"the edge's key {Fingerprint.of(public_key)} was revoked: make another one by `isthmus edge keygen "
+                "--out PATH`, and send its .pub file to the cloud's owner"
+            )
         if tenant is None:
             raise NotEnrolledError(
                 f"the edge's key {Fingerprint.of(public_key)} is not enrolled: send its .pub file to the cloud's "
@@ -193,7 +201,16 @@ class AuthorizedEdges:
 
     def joined(self, others: AuthorizedEdges) -> AuthorizedEdges:
         """These edges and others; of a key that is in both, what the others say."""
-        return AuthorizedEdges({**self._tenants, **others._tenants})
+        return AuthorizedEdges({**self._tenants, **others._tenants}, self._revoked)
+
+    def without(self, revoked: AuthorizedEdges) -> AuthorizedEdges:
+        """These edges without the revoked ones."""
+        kept = {key: tenant for key, tenant in self._tenants.items() if key not in revoked._tenants}
+        return AuthorizedEdges(kept, frozenset(revoked._tenants))
+
+    def key_of(self, name: str) -> bytes | None:
+        """The raw public key of a tenant's name, or of a fingerprint."""
+        return next((key for key, each in self._tenants.items() if name in (each.name, str(each.fingerprint))), None)
 
     def has_all_of(self, others: AuthorizedEdges) -> bool:
         """Whether all keys of others are among these."""
@@ -203,7 +220,9 @@ class AuthorizedEdges:
         return len(self._tenants)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AuthorizedEdges) and self._tenants == other._tenants
+        return (
+            isinstance(other, AuthorizedEdges) and self._tenants == other._tenants and self._revoked == other._revoked
+        )
 
     __hash__ = None  # type: ignore[assignment]  # as of every class that says when two are equal
 
@@ -242,6 +261,21 @@ def add_line(
         tenant = AuthorizedEdges.parse(text, str(path)).require(key)
         replace_file(path, text.encode(), mode=0o644)
     return tenant
+
+
+def revoke(home: Path, public_key: bytes) -> bool:
+    """Add a key to `revoked_edges`; False where it is there already.
+
+    Raises:
+        ConfigError: the file is malformed.
+        KeyFileError: it cannot be read or written.
+    """
+    path = home / REVOKED_FILE
+    if path.exists() and AuthorizedEdges.load(path).find(public_key) is not None:
+        return False
+    name = Fingerprint.of(public_key).digest.hex()[:32]  # a tenant's name may come again, with another key
+    add_line(path, format_public_key(public_key, name))
+    return True
 
 
 def _parse_line(line: str) -> tuple[bytes, Tenant]:

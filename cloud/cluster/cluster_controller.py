@@ -33,6 +33,7 @@ from isthmus.cloud.telemetry.current_faults import CurrentFaults
 from isthmus.cloud.telemetry.logs import log, log_to
 from isthmus.common.errors import IsthmusError, NotEnrolledError, PortInUseError
 from isthmus.common.readable import date
+from isthmus.protocol.enrolment import REVOKED_FILE
 from isthmus.protocol.limits import MAX_WORKERS
 
 TICK_SECONDS, SETTLING_SECONDS = 0.5, 0.1
@@ -63,7 +64,7 @@ class ClusterController:
         self._lock = threading.RLock()
         self._directory = Directory(time.monotonic, come_back=False)
         self._office = IssuingOffice(self._home, spec.hours)
-        self._tenants = TenantsText(self._home)
+        self._tenants, self._revoked = TenantsText(self._home), TenantsText(self._home, REVOKED_FILE)
         self._actors: dict[int, Actor] = {}
         self._asked: dict[int, Answer] = {}  # by worker: the report that was asked for and has not come
         self._reports: dict[int, NodeReport] = {}  # the last one of each
@@ -240,11 +241,13 @@ class ClusterController:
             self._known.forget_revoked()
             tenants = self._tenants()
             self._faults.note("authorized_edges", self._tenants.fault)
+            revoked = self._revoked()
+            self._faults.note(REVOKED_FILE, self._revoked.fault)
             self._faults.note("authorized_nodes", self._office.fault)
             updates = self._directory.updates()
             for number, actor in self._actors.items():
                 if number not in self._asked:  # a worker that is being restarted may answer late
-                    update, delivery = updates.get(number, Update()), self._delivery(number, tenants)
+                    update, delivery = updates.get(number, Update()), self._delivery(number, tenants, revoked)
                     new = delivery if self._is_due(number, delivery) else None
                     self._asked[number] = actor.ask("exchange", update, new)
             asked = dict(self._asked)
@@ -347,7 +350,7 @@ class ClusterController:
         drains = report.report.status.get("state") == "draining"
         return drains or report.spec not in ("", self._digest_of(number))
 
-    def _delivery(self, number: int, tenants: str | None) -> Delivery:
+    def _delivery(self, number: int, tenants: str | None, revoked: str | None) -> Delivery:
         """What a worker needs now."""
         # A stage that is silent for a moment keeps its place: its neighbours need neither its key nor its address anew.
         serving = {n: r for n, r in self._reports.items() if not r.waits and not r.failure}
@@ -361,6 +364,7 @@ class ClusterController:
             "" if behind is None else behind.place,
             (*([self._files_at] if self._files_at else []), *(serving[n].place for n in having)),
             newer_adapters(serving, own, tenants or "") if own is not None and not self._spec.stages else (),
+            revoked,
         )
 
     def _scale(self) -> None:

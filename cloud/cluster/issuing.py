@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.common.errors import ConfigError, KeyFileError, NotEnrolledError
-from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.enrolment import EDGES_FILE, REVOKED_FILE, AuthorizedEdges
 from isthmus.protocol.secure.certificates import CertificateRequest, WorkerCertificate
 from isthmus.protocol.secure.keyfiles import read_text
 from isthmus.protocol.secure.keys import Fingerprint, Issuer, load_issuer
@@ -97,14 +97,14 @@ def enrolled_nodes(home: Path) -> AuthorizedEdges:
 
 
 class TenantsText:
-    """The text of the owner's `authorized_edges`.
+    """The text of the owner's `authorized_edges`, or of `revoked_edges`, whose last good text stays where it is gone.
 
     Attributes:
         fault: what is wrong with the file; "" where nothing is.
     """
 
-    def __init__(self, home: Path) -> None:
-        self._path = home / "authorized_edges"
+    def __init__(self, home: Path, name: str = EDGES_FILE) -> None:
+        self._path = home / name
         self._good: str | None = None
         self.fault = ""
 
@@ -112,6 +112,8 @@ class TenantsText:
         """The text now: the last good one where the file is malformed; None where there was none. Sets `fault`."""
         try:
             text = read_text(self._path, "run `isthmus cloud enroll`", ours=True) if self._path.exists() else ""
+            if not text and self._good is not None and self._path.name == REVOKED_FILE:
+                text = self._good
             if text != self._good:
                 AuthorizedEdges.parse(text, str(self._path))
             self._good, self.fault = text, ""

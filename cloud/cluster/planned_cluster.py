@@ -22,7 +22,7 @@ from isthmus.cloud.engine.freed_memory import wiping
 from isthmus.cloud.nodes.node_worker import ANY_HOST, NODE_HOST, NodeSpec
 from isthmus.common.errors import ConfigError, KeyFileError
 from isthmus.common.readable import bracketed
-from isthmus.protocol.enrolment import MAX_PLACES, AuthorizedEdges, ConnectionString
+from isthmus.protocol.enrolment import EDGES_FILE, MAX_PLACES, REVOKED_FILE, AuthorizedEdges, ConnectionString
 from isthmus.protocol.secure.keyfiles import check_folder
 from isthmus.protocol.secure.keys import ROOT_KEY, Issuer, load_issuer
 
@@ -55,8 +55,9 @@ def check_owners_folder(home: Path, console: Console) -> Issuer:
             f"{home / ROOT_KEY} lies here, and nothing here needs it: keep it on a machine that is not on the network",
             highlight=False,
         )
-    if (home / "authorized_edges").exists():
-        AuthorizedEdges.load(home / "authorized_edges")
+    for name in (EDGES_FILE, REVOKED_FILE):
+        if (home / name).exists():
+            AuthorizedEdges.load(home / name)
     if not len(enrolled_nodes(home)):
         raise ConfigError(
             f"no node is enrolled in {home}: run `isthmus cloud node-keygen` on each node, and `isthmus cloud "

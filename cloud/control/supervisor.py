@@ -33,7 +33,7 @@ from isthmus.common.errors import UnreachableError
 from isthmus.common.files import write_atomic
 from isthmus.common.machine import threads_each, usable_cores
 from isthmus.common.ownership import intruder
-from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString
+from isthmus.protocol.enrolment import EDGES_FILE, REVOKED_FILE, AuthorizedEdges, ConnectionString
 from isthmus.protocol.secure.keyfiles import check_folder
 from isthmus.protocol.secure.keys import ROOT_KEY, WorkerIdentity, load_worker
 
@@ -111,8 +111,9 @@ def _check_home(home: Path, console: Console) -> WorkerIdentity:
     """Check the cloud's folder; returns the worker's key and certificate. Raises KeyFileError, ConfigError."""
     identity = load_worker(home)
     check_folder(home)
-    if (home / "authorized_edges").exists():
-        AuthorizedEdges.load(home / "authorized_edges")
+    for name in (EDGES_FILE, REVOKED_FILE):
+        if (home / name).exists():
+            AuthorizedEdges.load(home / name)
     if (home / ROOT_KEY).exists():
         console.print(
             f"{home / ROOT_KEY} lies here, and no worker needs it: keep it on a machine that is not on the network",

@@ -30,7 +30,7 @@ from isthmus.common.files import locked
 from isthmus.common.machine import usable_memory
 from isthmus.emulator.package.package import open_package
 from isthmus.privacy.recording.recorder import Recorder
-from isthmus.protocol.enrolment import WORKERS_FILE, AuthorizedEdges
+from isthmus.protocol.enrolment import EDGES_FILE, REVOKED_FILE, WORKERS_FILE, AuthorizedEdges
 from isthmus.protocol.messages import MAX_FILE_CHUNK, FileSet, SessionInfo, SpanLimits
 from isthmus.protocol.secure.keys import load_edge, load_worker
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
@@ -39,20 +39,30 @@ from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 def edges_of(spec: WorkerSpec) -> Callable[[], AuthorizedEdges]:
     """Tells who may open sessions now: enrolled edges, and on several machines the cloud's other workers."""
     home = Path(spec.edges or spec.home)
-    edges, workers = EdgesFile(home), EdgesFile(home, WORKERS_FILE)
+    edges, workers = edges_in(home), EdgesFile(home, WORKERS_FILE)
     return lambda: edges().joined(workers())
+
+
+def edges_in(home: Path) -> Callable[[], AuthorizedEdges]:
+    """Tells who is enrolled in a folder now, without the revoked keys."""
+    edges, revoked = EdgesFile(home), EdgesFile(home, REVOKED_FILE)
+    return lambda: edges().without(revoked())
 
 
 class EdgesFile:
     """`authorized_edges`, or another file of its form, read again whenever it has changed.
+
+    Where there is no `authorized_edges` any more, or it is empty, nobody is enrolled. Where that is so of
+    `revoked_edges`, the last list stays: somebody may be writing it, and no revoked key must get in meanwhile.
 
     Raises:
         ConfigError: The file is malformed at the start, when there is no good list to fall back on.
         KeyFileError: It cannot be read.
     """
 
-    def __init__(self, home: Path, name: str = "authorized_edges") -> None:
+    def __init__(self, home: Path, name: str = EDGES_FILE) -> None:
         self._path = home / name
+        self._keeps = name == REVOKED_FILE
         self._stamp: tuple[int, ...] | None = None  # of the file that was read last
         self._unreadable: tuple[int, ...] | None = None  # of the file that was last said to be unreadable
         self._edges = AuthorizedEdges.parse("")
@@ -64,19 +74,19 @@ class EdgesFile:
         try:
             stat = self._path.stat()
         except FileNotFoundError:
-            return AuthorizedEdges.parse("")
+            return self._edges if self._keeps else AuthorizedEdges.parse("")
         except OSError as error:
-            log("authorized_edges_unreadable", error=str(error))
+            log(f"{self._path.name}_unreadable", error=str(error))
             return self._edges
         stamp = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)  # the second is of owner and mode too
-        if stamp == self._stamp:
+        if stamp == self._stamp or (self._keeps and not stat.st_size):
             return self._edges
         try:
             self._edges = AuthorizedEdges.load(self._path)
         except (ConfigError, KeyFileError) as error:
             # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
             if stamp != self._unreadable:
-                log("authorized_edges_unreadable", error=str(error))
+                log(f"{self._path.name}_unreadable", error=str(error))
             self._unreadable = stamp
             if isinstance(error, KeyFileError):
                 return self._edges  # its mode or owner is wrong, which is checked again at the next call

@@ -43,6 +43,7 @@ class Delivery:
         next_stage: address of the pipeline's next stage; "" where there is none, or it is being started.
         models_at: addresses of workers that have the model.
         adapters: those that this worker lacks, or has older ones of.
+        revoked_edges: the keys that are let in no more, as lines; None where the controller does not know them.
     """
 
     certificate: str = ""
@@ -51,6 +52,7 @@ class Delivery:
     next_stage: str = ""
     models_at: tuple[str, ...] = ()
     adapters: tuple[AdapterPlace, ...] = ()
+    revoked_edges: str | None = None
 
     @property
     def revision(self) -> str:

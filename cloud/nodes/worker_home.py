@@ -23,7 +23,7 @@ from isthmus.cloud.nodes.deliveries import Delivery
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError
 from isthmus.common.files import disk_errors, write_atomic
-from isthmus.protocol.enrolment import WORKERS_FILE
+from isthmus.protocol.enrolment import REVOKED_FILE, WORKERS_FILE
 from isthmus.protocol.secure.certificates import REQUEST_SECONDS, CertificateRequest, WorkerCertificate
 from isthmus.protocol.secure.keyfiles import check_folder, locked_folder, make_folder, read_private
 from isthmus.protocol.secure.keys import WORKER_CERT, WORKER_KEY, load_node, make_worker_key
@@ -99,6 +99,7 @@ class WorkerHome:
         """
         for name, text in (
             (WORKER_CERT, delivery.certificate if self._of_this_key(delivery.certificate) else None),
+            (REVOKED_FILE, delivery.revoked_edges or None),  # an empty list takes no key back
             (EDGES, delivery.authorized_edges),
             (WORKERS_FILE, delivery.workers),
             (NEXT_STAGE, delivery.next_stage),

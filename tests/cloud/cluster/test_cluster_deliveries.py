@@ -12,7 +12,7 @@ from isthmus.cloud.control.autoscaler import GROW_SECONDS, PAUSE_SECONDS
 from isthmus.cloud.control.controller import SPREAD_SECONDS
 from isthmus.cloud.directory import Peer
 from isthmus.cloud.nodes.deliveries import AdapterPlace
-from isthmus.protocol.enrolment import AuthorizedEdges, add_line
+from isthmus.protocol.enrolment import REVOKED_FILE, AuthorizedEdges, add_line, revoke
 from isthmus.protocol.secure.keys import Fingerprint, generate_edge, load_edge
 
 Log = Callable[[], list[dict[str, Any]]]
@@ -51,6 +51,20 @@ def test_tenants_that_come_and_go_are_noticed_and_a_malformed_file_changes_nothi
     cloud.turn(2)
     assert "alice" not in names(cloud.worker(0).delivery)
     assert cloud.faults() == []
+
+
+def test_revoked_keys_reach_the_workers_and_a_list_that_is_gone_takes_none_back(cloud: Cloud, tmp_path: Path) -> None:
+    generate_edge(tmp_path / "id", "alice")
+    key = load_edge(tmp_path / "id").public_key().public_bytes_raw()
+    cloud.begin()
+    assert revoke(cloud.owner.folder, key)
+    assert not revoke(cloud.owner.folder, key)
+    cloud.turn()
+    delivered = cloud.worker(0).delivery.revoked_edges
+    assert AuthorizedEdges.parse(delivered or "").find(key) is not None
+    (cloud.owner.folder / REVOKED_FILE).unlink()
+    cloud.turn(2)
+    assert cloud.worker(0).delivery.revoked_edges == delivered
 
 
 def test_what_the_owners_folder_does_not_say_is_left_to_the_workers(cloud: Cloud) -> None:

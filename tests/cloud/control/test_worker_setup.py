@@ -19,6 +19,7 @@ from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import (
     RESERVE_BYTES,
     EdgesFile,
+    edges_in,
     edges_of,
     make_parts,
     memory_budgets,
@@ -26,7 +27,7 @@ from isthmus.cloud.control.worker_setup import (
 )
 from isthmus.common.errors import ConfigError, PackageError
 from isthmus.emulator.package.package import Package
-from isthmus.protocol.enrolment import STAGE_OPTIONS, WORKERS_FILE
+from isthmus.protocol.enrolment import REVOKED_FILE, STAGE_OPTIONS, WORKERS_FILE, revoke
 from isthmus.protocol.secure.keys import format_public_key, load_edge, load_worker
 
 
@@ -69,6 +70,26 @@ def test_a_malformed_edges_file_is_refused_at_the_start(tmp_path: Path) -> None:
         file.write("nonsense\n")
     with pytest.raises(ConfigError, match="line 2"):
         EdgesFile(home.folder)
+
+
+@pytest.mark.parametrize("spoil", ["empty", "gone", "malformed"])
+def test_a_list_that_is_being_written_takes_no_revoked_key_back(tmp_path: Path, spoil: str) -> None:
+    home = Home(tmp_path)
+    key = load_edge(home.key_file).public_key().public_bytes_raw()
+    edges, path = edges_in(home.folder), home.folder / REVOKED_FILE
+    assert edges().find(key) is not None
+    revoke(home.folder, key)
+    whole = path.read_text()
+    for _ in range(2):
+        assert edges().find(key) is None
+        if spoil == "gone":
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text("" if spoil == "empty" else "ssh-ed25519 AAAA")
+    path.write_text(whole + "# and nobody else\n")
+    assert edges().find(key) is None
+    path.write_text("# nobody any more\n")  # the control: a list that says so takes it back
+    assert edges().find(key) is not None
 
 
 def test_other_workers_of_the_cloud_may_open_sessions_where_a_file_names_them(tmp_path: Path) -> None:

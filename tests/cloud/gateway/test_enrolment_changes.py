@@ -18,7 +18,8 @@ from isthmus.cloud.gateway import server as server_module
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConnectionLostError, KeyFileError, NotEnrolledError
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.enrolment import AuthorizedEdges, revoke
+from isthmus.protocol.secure.keys import load_edge
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,23 @@ def edit(home: Home, change: Callable[[str], str]) -> None:
 
 def remove(line: str) -> str:
     return ""
+
+
+def test_a_revoked_key_loses_its_sessions_and_is_told_why(server: ThreadServer, bob: Path) -> None:
+    """Its line of `authorized_edges` is still there."""
+    with server.link(bob) as other, server.link() as link:
+        other.open(60)
+        link.open(60)
+        idle = channel(server, b"m" * 16)
+        assert revoke(server.home.folder, load_edge(server.home.key_file).public_key().public_bytes_raw())
+        eventually(lambda: server.server.status()["sessions"] == {"bob": 1}, 60)
+        with pytest.raises(ConnectionLostError, match="no longer enrolled"):
+            idle.ask(m.Ping(1), 60)
+        with pytest.raises(NotEnrolledError, match="was revoked"):
+            link.forward_span(hidden(), None, None, keep=False)
+        other.forward_span(hidden(), None, None, keep=False)
+        assert other.traffic.sessions == 1
+        idle.abandon()
 
 
 def test_a_removed_line_ends_its_sessions_and_no_others(server: ThreadServer, bob: Path) -> None:

@@ -13,6 +13,7 @@ from support.cloud.sessions import eventually, hidden, status_of_call, streams_o
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.gateway import bounded_server
 from isthmus.cloud.session.served_model import Served
 from isthmus.experiments.rigs.abuse.http2 import PING, Connection, frame
 from isthmus.experiments.rigs.abuse.stranger import ATTACKS, CHECK, METHOD, idle_connections, open_streams
@@ -83,8 +84,11 @@ def test_connections_are_bounded_and_one_that_closes_makes_room(cloud: Served, h
             link.open(20)
 
 
-def test_connections_of_a_host_that_carry_no_call_keep_nobody_out(cloud: Served, home: Home) -> None:
+def test_connections_of_a_host_that_carry_no_call_keep_nobody_out(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither another edge of that host, nor one that has a session."""
+    monkeypatch.setattr(bounded_server, "IDLE_MS", 3_600_000)  # after which gRPC itself would close them
     with ThreadServer(cloud, home, bounds=Bounds(max_connections=8)) as server, server.link() as early:
         early.open(60)
         with idle_connections(32)("127.0.0.1", server.port), server.link(give_up_after=60) as late:

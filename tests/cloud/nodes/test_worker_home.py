@@ -227,7 +227,9 @@ def test_what_a_delivery_does_not_know_stays_as_it_is(owner: OwnersFolder, issue
     assert (home.folder / "authorized_edges").read_text() == "# somebody\n"
     assert (home.folder / "authorized_workers").read_text() == "# some\n"
     assert (home.folder / "next_stage").read_text() == ""
-    home.write(Delivery(authorized_edges="", workers=""))
+    home.write(Delivery(authorized_edges="", workers="", revoked_edges="# one\n"))
+    home.write(Delivery(authorized_edges="", workers="", revoked_edges=""))
+    assert (home.folder / "revoked_edges").read_text() == "# one\n"
     assert (home.folder / "authorized_edges").read_text() == ""
     assert (home.folder / "authorized_workers").read_text() == ""
 
@@ -285,6 +287,7 @@ def test_deliveries_have_the_same_revision_where_they_say_the_same() -> None:
             {"next_stage": ""},
             {"models_at": ("a:1", "b:1")},
             {"adapters": (AdapterPlace("aa", 2, "a:1"),)},
+            {"revoked_edges": ""},
         )
     ]
-    assert len({one.revision, Delivery().revision, *(each.revision for each in others)}) == 9
+    assert len({one.revision, Delivery().revision, *(each.revision for each in others)}) == 10

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.worker import WorkerSpec
-from isthmus.cloud.control.worker_setup import EdgesFile, served_by
+from isthmus.cloud.control.worker_setup import edges_in, served_by
 from isthmus.cloud.gateway.pipeline import NextStage
 from isthmus.cloud.gateway.server import GatewayServer, ServerTls
 from isthmus.cloud.home.identity import IdentityFiles
@@ -124,7 +124,7 @@ class ThreadServer:
         self.server = GatewayServer(
             cloud,
             IdentityFiles(home.folder, now=lambda: 0.0),
-            EdgesFile(home.folder),
+            edges_in(home.folder),
             threads,
             next_stage,
             bounds=bounds,
