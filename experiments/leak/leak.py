@@ -43,7 +43,7 @@ _RESULT = {
 
 QUICK = {"texts": 16, "attacked": 4, "public": 400, "scored": 8, "steps": 10, "inverter_steps": 60}
 QUICK_MINUTES = 5
-"""Of a quick row with SmolLM2-135M behind 2:2, on two cores that others use as well."""
+"""Of a quick row with SmolLM2-135M behind 2:2, on two cores that nobody else uses."""
 
 
 def quick_settings(settings: LeakSettings) -> LeakSettings:
@@ -83,7 +83,8 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
     if settings.quick:
         console.print(
             f"A quick look at {len(rows)} row(s), {settings.attacked} texts and two attacks: about "
-            f"{QUICK_MINUTES * len(rows)} minutes with smollm2-135m on two cores. Its intervals are wide.",
+            f"{QUICK_MINUTES * len(rows)} minutes on two free cores with smollm2-135m and its own numbers. "
+            "Its intervals are wide.",
             highlight=False,
             soft_wrap=True,
         )
@@ -107,7 +108,12 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
 
             def say(what: str, number: int = number, row: Row = row, started: float = started) -> None:
                 after = f"{time.monotonic() - started:.0f} s"
-                console.print(f"[{number + 1}/{len(rows)}] {row.name}, {after}: {what}", markup=False, highlight=False)
+                console.print(
+                    f"[{number + 1}/{len(rows)}] {row.name}, {after}: {what}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
             with locked(path):  # another process may make the same row
                 finished[number] = _read(path, about[number])
