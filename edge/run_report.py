@@ -112,7 +112,7 @@ class Report:
     guaranteed; `guarantee` says why not, if one of the defences could.
 
     `leak` says what the attacks of a leak budget got at most, in a line, `leak_tokens` and `leak_labels` as numbers:
-    upper 95 % bounds times the share of private texts sent. Null where nothing was measured. `leak_attacks` is how
+    upper 95 % bounds of a text that is sent. Null where nothing was measured. `leak_attacks` is how
     often the run was attacked.
     """
 

@@ -1,7 +1,7 @@
 """A run that attacks itself: before it sends anything private, and whenever its front has changed.
 
-The budget is measured, not guaranteed. Its value is the largest upper 95 % bound over all attacks, times the share of
-private texts that the run sends. A run that breaks it ends before the next batch goes out, be it of a step or of an
+The budget is measured, not guaranteed. Its value is the largest upper 95 % bound over all attacks of what they
+recover of a text that is sent. A run that breaks it ends before the next batch goes out, be it of a step or of an
 evaluation.
 """
 
@@ -305,7 +305,7 @@ class BudgetWatch:
         else:
             said = (
                 f"the leak budget {what} is broken: {leak.attack} recovers {leak.measured:.3f} of the {leak.channel}, "
-                f"upper bound {leak.bound:.2f}, times {leak.share:.2f} of the texts = {leak.value:.2f}"
+                f"upper bound {leak.rate}"
             )
         limits = {**self._limits, **({"tokens": 0.0} if self._texts.secrets else {})}
         modes = "; ".join(f"{mode.title} ({mode.how})" for mode in keeping(limits))

@@ -45,7 +45,8 @@ class Leak:
         measured: The share that it got of what is attacked.
         bound: Its upper 95 % bound, at least the 3 / n of n texts without a hit: a hit must not lower it, and the
             bootstrap's interval alone would let a few hits do so.
-        share: Of private texts that the run sends.
+        share: Of private texts that the run sends. A budget does not go by it: a text is no safer for others that
+            stay here.
         recovered: Secrets that any attack got, and all that were looked for.
         listed: The share of positions whose right token was in the attack's lists of candidates, by its own estimate;
             None where it has no lists. A small one says that more public texts may find more.
@@ -61,14 +62,21 @@ class Leak:
 
     @property
     def value(self) -> float:
-        """What a budget limits."""
-        return self.bound * self.share
+        """What a budget limits: the rate of a text that is sent."""
+        return self.bound
+
+    @property
+    def rate(self) -> str:
+        """The bound for a person; where the run sends some of the texts alone, also as a share of all texts."""
+        if self.share == 1:
+            return f"{self.bound:.2f}"
+        return f"{self.bound:.2f} of a text that is sent, {self.bound * self.share:.2f} of all"
 
     def text(self) -> str:
         """For a person."""
         if self.attack == NO_PATH:
             return f"{self.channel} 0 ({self.attack})"
-        text = f"{self.channel} ≤ {self.value:.2f} ({self.attack})"
+        text = f"{self.channel} ≤ {self.rate} ({self.attack})"
         found, of = self.recovered
         return f"{text}, {found} of {of} secrets" if of else text
 

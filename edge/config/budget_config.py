@@ -22,7 +22,7 @@ class BudgetConfig(Settings):
     leak_budget: tuple[str, ...] = Field(
         (),
         description="tokens<=X, labels<=X, or both with a comma: the largest share (0 to 1) of these that attacks may "
-        "recover. Measured on a sample before anything private is sent, and not guaranteed.",
+        "recover of the texts that are sent. Measured on a sample before anything private is sent, and not guaranteed.",
     )
     secrets: Path | None = Field(
         None,

@@ -17,7 +17,7 @@ from isthmus.backbone.adapters.adapter_files import adapter_digest
 from isthmus.common.errors import CheckpointError, ConfigError, LeakBudgetError
 from isthmus.edge.budget import leak_watch, measured_leak
 from isthmus.edge.budget.leak_watch import BudgetWatch
-from isthmus.edge.budget.measured_leak import Leak
+from isthmus.edge.budget.measured_leak import SLOPES, Leak
 from isthmus.edge.run_report import Report
 from isthmus.privacy.attacks.coarse_maps import InverterMap
 from isthmus.privacy.attacks.nearest_neighbour import NearestNeighbour
@@ -124,9 +124,14 @@ def test_nothing_private_crosses_where_the_budget_is_not_kept(cloud: Recorded, t
     assert adapter_digest(tmp_path / "plain" / "adapter") == adapter_digest(tmp_path / "out" / "adapter")
 
 
-def test_a_run_of_fewer_steps_sends_fewer_texts(cloud: Recorded, tmp_path: Path) -> None:
-    report = cloud.train(tmp_path / "out", leak_budget=["tokens<=0.5"], steps=2)
-    assert report.leak_tokens == pytest.approx(10 / 24)  # eight that are trained on, and two that are held out
+@pytest.mark.usefixtures("one_attack")
+def test_a_run_of_fewer_steps_is_judged_by_the_texts_that_it_sends(cloud: Recorded, tmp_path: Path) -> None:
+    with pytest.raises(LeakBudgetError, match=r"upper bound 1\.00 of a text that is sent, 0\.42 of all\. This process"):
+        cloud.train(tmp_path / "out", leak_budget=["tokens<=0.5"], steps=2)
+    report = cloud.train(tmp_path / "all", leak_budget=["tokens<=1"], steps=2)
+    assert report.leak_tokens == 1
+    of_all = 10 / 24  # eight that are trained on, and two that are held out
+    assert f"tokens ≤ 1.00 of a text that is sent, {of_all:.2f} of all (nearest_neighbour)" in (report.leak or "")
 
 
 def test_labels_are_measured_with_public_texts_alone(cloud: Recorded, tmp_path: Path) -> None:
@@ -179,12 +184,11 @@ def test_mezo_keeps_no_label_budget_where_it_moves_the_front(cloud: Recorded, tm
     asked: dict[str, Any] = {"data": str(cloud.asked), "withhold_answers": True}
     mezo = {**asked, "optimizer": "mezo", "batch": 9, "steps": 1}
     before = len(cloud.seen())
-    with pytest.raises(LeakBudgetError, match=r"labels<=0\.1 cannot be kept: --optimizer mezo .* nothing private"):
-        cloud.train(tmp_path / "out", leak_budget="labels<=0.1", **mezo)
+    with pytest.raises(LeakBudgetError, match=r"labels<=0\.9 cannot be kept: --optimizer mezo .* nothing private"):
+        cloud.train(tmp_path / "out", leak_budget="labels<=0.9", **mezo)
     assert len(cloud.seen()) == before
     report = cloud.train(tmp_path / "all", leak_budget="labels<=1", **mezo)
-    assert report.leak_labels == pytest.approx(18 / 24)  # of the texts that the step sends
-    assert (report.leak or "").endswith(f"({measured_leak.SLOPES})")
+    assert (report.leak_labels, report.leak) == (1, f"labels ≤ 1.00 of a text that is sent, 0.75 of all ({SLOPES})")
 
 
 @pytest.mark.long
