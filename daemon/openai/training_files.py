@@ -12,11 +12,8 @@ Hyperparameters that are "auto", by the number of examples:
     batch_size                4 with fewer than 500 examples, 8 with fewer than 5,000, then 16; at most all examples
     learning_rate_multiplier  1
 
-The learning rate is `learning_rate_multiplier` times 1e-3, for whoever gives no rate wants a model that has learned its
-file in the few passes above. LoRA takes about ten times the rate of full tuning, and more in a short run and in a small
-model ("LoRA Without Regret", Schulman et al. 2025): for a Llama of SmolLM2-135M's width its formula says 1.3e-3. The
-default of `isthmus edge train`, 2e-4, is a careful one for long runs. A batch is computed in equal micro-batches of 8
-examples at most. Examples are cut at the model's window, or at 2,048 tokens if that is less.
+The learning rate is `learning_rate_multiplier` times the default of `isthmus edge train`. A batch is computed in equal
+micro-batches of 8 examples at most. Examples are cut at the model's window, or at 2,048 tokens if that is less.
 """
 
 from __future__ import annotations
@@ -29,15 +26,13 @@ from typing import Any
 from isthmus.common.bounded_values import brief
 from isthmus.common.errors import DataError
 from isthmus.edge.config.data_config import ExamplesConfig
-from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.config.training_config import LEARNING_RATE, TrainConfig
 from isthmus.edge.data.readers import Columns, Record, json_lines
 
 LONGEST_LINE = 4 * 2**20
 """Bytes of a line at most."""
 LONGEST_EXAMPLE = 2048
 """Tokens of an example at most."""
-LEARNING_RATE = 1e-3
-"""What a learning-rate multiplier multiplies."""
 EPOCHS, FEWEST, MOST, MOST_EPOCHS = 3, 100, 25_000, 25
 """Passes, the examples of all passes together at least and at most, and passes at most, where n_epochs is "auto"."""
 BATCHES = ((500, 4), (5_000, 8))

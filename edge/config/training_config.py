@@ -26,6 +26,10 @@ from isthmus.training.rate_schedule import Schedule
 
 Optimizer = Literal["adamw", "lora-plus", "lora-fa", "mezo"]
 
+LEARNING_RATE = 1e-3
+"""The peak where no other is given: of this command, of jobs on the page and by OpenAI's API, and of the library. The
+guide to training has the losses by which it was chosen."""
+
 _FINGERPRINT = "SHA256:"
 
 # Two ways to say one thing: a flag that names one of a pair replaces what the file says about the other.
@@ -59,7 +63,7 @@ class OptimizationConfig(Settings):
     mezo_eps: float = Field(
         1e-3, gt=0, description="How far the two forwards of a step lie from the parameters (optimizer `mezo`)."
     )
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of the optimizer.")
+    learning_rate: float = Field(LEARNING_RATE, gt=0, description="Peak learning rate of the optimizer.")
     schedule: Schedule = Field("linear", description="How the learning rate falls after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises to its peak.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")

@@ -67,7 +67,7 @@ export function showNew(main, _argument, signal) {
     model: field("Base model", model, "One that a cloud serves."),
     suffix: field("Name", h("input", { name: "suffix", maxlength: 64, autocomplete: "off", spellcheck: "false", placeholder: "tickets" }), "Optional, at most 64 characters; a part of the tuned model's name."),
     length: field("Length", amount, "An epoch is one pass over the examples.", [length]),
-    learning_rate: field("Learning rate", numberInput("learning_rate", { min: 0, step: "any", placeholder: "0.0002" }), "The optimizer's peak."),
+    learning_rate: field("Learning rate", numberInput("learning_rate", { min: 0, step: "any", placeholder: "0.001" }), "The optimizer's peak."),
     batch: field("Examples a micro-batch", numberInput("batch", { min: 1, step: 1, placeholder: "4" })),
     rank: field("Rank of the adapter", numberInput("rank", { min: 1, step: 1, placeholder: "8" })),
     max_length: field("Tokens of an example at most", numberInput("max_length", { min: 2, step: 1, placeholder: "512" }), "Longer ones are cut at their end."),

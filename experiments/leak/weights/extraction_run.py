@@ -111,7 +111,7 @@ def measure_extraction(settings: ExtractionSettings, folder: Path) -> Extraction
 def run_options(settings: ExtractionSettings) -> dict[str, object]:
     """What the run has beside its data, cloud and folder, as fields of `TrainConfig`."""
     names = ("sites", "steps", "batch", "rank", "codec", "seed", "threads")
-    kept = {"save_every": 1, "keep_checkpoints": settings.steps}
+    kept = {"save_every": 1, "keep_checkpoints": settings.steps, "learning_rate": 2e-4}
     # Held-out texts would be sent after the last step, with weights that no checkpoint is of.
     return {"alpha": _ALPHA, "validation_split": 0.0, **kept, **{name: getattr(settings, name) for name in names}}
 

@@ -88,4 +88,4 @@ def test_numbers_are_followed_exactly(batch: int) -> None:
 
 
 def test_a_job_of_steps_tells_no_epochs_and_the_rate_of_edge_train() -> None:
-    assert hyperparameters_of({"steps": 20}) == {"batch_size": 4, "learning_rate_multiplier": 0.2}
+    assert hyperparameters_of({"steps": 20}) == {"batch_size": 4, "learning_rate_multiplier": 1.0}

@@ -16,6 +16,7 @@ from isthmus.daemon.adapter_places import PLACES
 from isthmus.daemon.page.static_files import FOLDER, POLICY, is_unchanged, read_static_files
 from isthmus.daemon.state.owners import give_token
 from isthmus.daemon.web.application import application
+from isthmus.edge.config.training_config import TrainConfig
 from isthmus.privacy.ledger.mode_leaks import CLOUD_READS
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
@@ -194,6 +195,14 @@ def _luminance(colour: str) -> float:
 def _contrast(one: str, other: str) -> float:
     low, high = sorted((_luminance(one), _luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_the_form_shows_the_defaults_of_edge_train() -> None:
+    shown = re.findall(r'numberInput\("(\w+)", \{[^}]*placeholder: "([^"]+)"', TEXTS["new_job.js"])
+    assert {"learning_rate", "rank", "batch"} <= dict(shown).keys()
+    assert {name: float(text) for name, text in shown} == {
+        name: TrainConfig.model_fields[name].default for name, _ in shown
+    }
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
