@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -194,7 +195,8 @@ def status(
 
     shown = view(read_status(folder))
     if not watch:
-        Console().print(shown)
+        # Whoever reads a pipe wants the connection string in one line.
+        Console(width=None if sys.stdout.isatty() else 4096).print(shown)
         return
     with Live(shown, auto_refresh=False) as live:
         while True:

@@ -46,7 +46,7 @@ def view(status: Mapping[str, Any], now: float | None = None) -> RenderableType:
             str(worker["restarts"]),
         )
         workers.add_row(*map(Text, cells))
-    return Group(facts, Padding(workers, (1, 0, 0, 0)))
+    return Group(facts, Padding(workers, (1, 0, 0, 0), expand=False))
 
 
 def _facts(status: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,21 @@ from isthmus.cloud.control import serve_state
 from isthmus.common.errors import ConfigError, UnreachableError
 
 
+def test_a_pipe_gets_the_connection_string_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    connection = f"isthmus://{'a' * 60}.example:7443#SHA256:{'b' * 43}"
+    monkeypatch.setattr(
+        serve_state,
+        "read_status",
+        lambda home: {"connection": connection, "workers": [{"worker": 0, "state": "serving", "restarts": 0}]},
+    )
+    cloud_commands.status(tmp_path, as_json=False, watch=False, every=1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if connection in line]
+    assert max(map(len, lines)) < 200
+
+
 def test_watching_goes_on_until_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
