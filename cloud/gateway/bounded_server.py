@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
 import grpc
 import grpc.aio
 
@@ -32,6 +35,37 @@ def bounded_server(bounds: Bounds) -> grpc.aio.Server:
         ("grpc.max_connection_idle_ms", IDLE_MS),  # without a stream
     ]
     return grpc.aio.server(options=options, maximum_concurrent_rpcs=bounds.max_streams)
+
+
+def stream_handler(
+    handle: Callable[[AsyncIterator[bytes], Any], Awaitable[None]], **coding: Any
+) -> grpc.RpcMethodHandler:
+    """gRPC's handler of a stream in both directions, for a function of what comes in and the context.
+
+    gRPC's own iterator is a compiled asynchronous generator. One that is not read to its end, as of a stream that is
+    cut off, would be left to the garbage collector, on whatever thread that runs, and after the loop is closed.
+    """
+
+    async def handle_read(_: object, context: Any) -> None:
+        await handle(_Received(context), context)
+
+    return grpc.stream_stream_rpc_method_handler(handle_read, **coding)
+
+
+class _Received:
+    """What comes in on a stream, read from its context."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        received: bytes = await self._context.read()
+        if received is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return received
 
 
 def bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None = None) -> int:

@@ -14,7 +14,7 @@ import grpc.aio
 
 from isthmus.cloud.bounds import REVIEW_SECONDS, Bounds
 from isthmus.cloud.gateway.admission import Admission
-from isthmus.cloud.gateway.bounded_server import bind, bounded_server
+from isthmus.cloud.gateway.bounded_server import bind, bounded_server, stream_handler
 from isthmus.cloud.gateway.half_open import HalfOpen
 from isthmus.cloud.gateway.hang_up import HangUp
 from isthmus.cloud.gateway.open_sessions import OpenSession, Sessions
@@ -74,7 +74,7 @@ class FileGateway:
         """Listen on `host:port` and return the port. Raises PortInUseError."""
         server = bounded_server(self._bounds)
         _, service, method = METHOD.split("/")
-        session = grpc.stream_stream_rpc_method_handler(self._session, **SERVER_CODING)
+        session = stream_handler(self._session, **SERVER_CODING)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: session})])
         port = bind(server, listen)
         await server.start()

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 
+from isthmus.cloud.gateway.bounded_server import stream_handler
 from isthmus.cloud.gateway.half_open import HalfOpen, accept_call, host_of
 from isthmus.cloud.gateway.hang_up import HangUp
 from isthmus.cloud.telemetry.logs import log
@@ -37,7 +38,7 @@ class Health:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """gRPC's handlers. `Check` is served as a stream, so that the wait for the question has a limit as well."""
-        check = grpc.stream_stream_rpc_method_handler(self._check)
+        check = stream_handler(self._check)
         handlers: grpc.GenericRpcHandler = grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})
         return handlers
 

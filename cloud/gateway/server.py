@@ -25,7 +25,7 @@ from isthmus.backbone.checkpoints.weight_quantization import bytes_of
 from isthmus.backbone.runtime.numerics import FIRST_OF_STAGES, numerics
 from isthmus.cloud.bounds import REVIEW_SECONDS, ROOM_SECONDS, Allowance, Bounds
 from isthmus.cloud.gateway.admission import Admission
-from isthmus.cloud.gateway.bounded_server import bind, bounded_server
+from isthmus.cloud.gateway.bounded_server import bind, bounded_server, stream_handler
 from isthmus.cloud.gateway.calls import Calls
 from isthmus.cloud.gateway.half_open import HalfOpen
 from isthmus.cloud.gateway.hang_up import HangUp, IdleConnections
@@ -131,7 +131,7 @@ class GatewayServer:
         server = bounded_server(self._bounds)
         for path, coding in ((METHOD, SERVER_CODING), (OLD_METHOD, {})):
             _, service, method = path.split("/")
-            session = grpc.stream_stream_rpc_method_handler(self._session, **coding)
+            session = stream_handler(self._session, **coding)
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: session})])
         server.add_generic_rpc_handlers([self._health.handlers()])
         credentials = None

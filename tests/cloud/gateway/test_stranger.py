@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from isthmus.protocol.service import MAX_GRPC_MESSAGE_BYTES, SERVICE
 
 # Messages -------------------------------------------------------------------------------------------------------------
 
+ITERATOR = "_MessageReceiver._async_message_receiver"
 QUESTION = health_pb2.HealthCheckRequest(service=SERVICE).SerializeToString()
 
 
@@ -41,8 +43,17 @@ def test_a_message_larger_than_a_frame_is_not_read(server: ThreadServer) -> None
 # Calls that nobody has authenticated ----------------------------------------------------------------------------------
 
 
+def unread() -> dict[int, object]:
+    """gRPC's own iterators that were not read to their end, by their addresses."""
+    generators = [each for each in gc.get_objects() if type(each).__name__ == "async_generator"]
+    return {id(each): each for each in generators if each.__qualname__ == ITERATOR}
+
+
 @pytest.mark.parametrize("attack", ["silent_streams", "silent_checks"])
-def test_calls_that_say_nothing_are_ended(cloud: Served, home: Home, attack: str) -> None:
+def test_calls_that_say_nothing_are_ended_and_leave_nothing_to_the_collector(
+    cloud: Served, home: Home, attack: str
+) -> None:
+    before = unread()
     with (
         ThreadServer(cloud, home, bounds=Bounds(handshake_seconds=0.3)) as server,
         ATTACKS[attack]("127.0.0.1", server.port),
@@ -51,6 +62,7 @@ def test_calls_that_say_nothing_are_ended(cloud: Served, home: Home, attack: str
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as plain:
             answer = health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest(), timeout=20)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    assert not unread().keys() - before.keys()
 
 
 @pytest.mark.parametrize("attack", ["starved_streams", "starved_checks"])

@@ -32,7 +32,7 @@ def hidden(rows: int = 2, length: int = 6) -> torch.Tensor:
     return torch.randn(rows, length, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not condition():
