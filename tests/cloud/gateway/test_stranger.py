@@ -60,7 +60,7 @@ def test_calls_that_say_nothing_are_ended_and_leave_nothing_to_the_collector(
     ):
         eventually(lambda: streams_of(server) == 0)
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as plain:
-            answer = health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest(), timeout=20)
+            answer = health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest(), timeout=60)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     assert not unread().keys() - before.keys()
 
