@@ -18,7 +18,7 @@ import typer
 
 from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError
 from isthmus.daemon.daemon_settings import DEFAULT_HOME, EXPORT_NO_PROXY, FILE
-from isthmus.daemon.tokens import HUB
+from isthmus.daemon.tokens import CODE_SECONDS, HUB
 
 if TYPE_CHECKING:
     from isthmus.daemon.daemon_server import Started
@@ -49,6 +49,13 @@ FIRST_LOOK_SECONDS = 60.0
 def start(
     home: DaemonHome = DEFAULT_HOME,
     config: Config = None,
+    cloud: Annotated[
+        str | None,
+        typer.Option(
+            help="A cloud that daemon.toml then has, which is written where there is none: its connection string, or a "
+            "file that holds it."
+        ),
+    ] = None,
     listen: Annotated[
         str | None, typer.Option(help="Address and port; wins over the file's. Port 0 is any free one.")
     ] = None,
@@ -59,7 +66,9 @@ def start(
 ) -> None:
     """Start the daemon: it serves until Ctrl-C, or `isthmus edge daemon stop`.
 
-    Example: isthmus edge daemon start --background
+    In a terminal, and with `--cloud`, it prints a link that signs in to its page once.
+
+    Example: isthmus edge daemon start --cloud cloud.txt
     """
     with _extra():
         from isthmus.daemon.daemon_log import logging_to
@@ -67,13 +76,22 @@ def start(
         from isthmus.daemon.home import Home
         from isthmus.daemon.settings_file import read_daemon_settings
     place = home.expanduser().absolute()
+    if cloud is not None:
+        _know_cloud(place, cloud, config)
     settings = read_daemon_settings(_config(place, config), {"listen": listen})
     folder = Home.make(place)
+    link = cloud is not None or sys.stdout.isatty()  # and in no log of a service
     if background:
-        _start_in_background(folder, settings, config, listen)
+        _start_in_background(folder, settings, config, listen, link=link)
         return
+
+    def announce(started: Started) -> None:
+        code = started.code if link else None
+        typer.echo("\n".join(_message(started.url, folder, started.clouds, remote=started.remote, code=code)))
+        sys.stdout.flush()
+
     with logging_to(folder.log, to_stderr=not detached):
-        run(settings, folder, _announce)
+        run(settings, folder, announce)
 
 
 @app.command()
@@ -236,26 +254,50 @@ def config(
 
     Example: isthmus edge daemon config --cloud cloud.txt --write
     """
+    from isthmus.daemon.settings_file import example
+
+    cloud = None if cloud is None else _located(cloud)
+    if not write:
+        typer.echo(example(cloud), nl=False)
+        return
+    path = home.expanduser().absolute() / FILE
+    if path.exists():
+        raise ConfigError(f"{path} is there already: edit it, or move it away")
+    _write_settings(path, cloud)
+
+
+def _located(cloud: str) -> str:
+    """A cloud as a daemon.toml names it: its connection string, or the absolute path of a file."""
+    from isthmus.edge.config.client_config import SCHEMES
+
+    if cloud.startswith(SCHEMES):
+        return cloud
+    place = Path(cloud).expanduser().absolute()
+    if not place.is_file():
+        raise ConfigError(f"--cloud {cloud} is neither a connection string nor a file: give isthmus://…")
+    return str(place)
+
+
+def _write_settings(path: Path, cloud: str | None) -> None:
     from isthmus.common.files import disk_errors, write_atomic
     from isthmus.daemon.home import Home
     from isthmus.daemon.settings_file import example
-    from isthmus.edge.config.client_config import SCHEMES
 
-    if cloud is not None and not cloud.startswith(SCHEMES):
-        place = Path(cloud).expanduser().absolute()
-        if not place.is_file():
-            raise ConfigError(f"--cloud {cloud} is neither a connection string nor a file: give isthmus://…")
-        cloud = str(place)
-    text = example(cloud)
-    if not write:
-        typer.echo(text, nl=False)
-        return
-    path = Home.make(home).path / FILE
-    if path.exists():
-        raise ConfigError(f"{path} is there already: edit it, or move it away")
+    Home.make(path.parent)
     with disk_errors(path):
-        write_atomic(path, text.encode(), 0o600)
+        write_atomic(path, example(cloud).encode(), 0o600)
     typer.echo(f"wrote {path}")
+
+
+def _know_cloud(home: Path, cloud: str, config: Path | None) -> None:
+    """Write the home's settings with a cloud, where there are none; those that are there must have it."""
+    from isthmus.daemon.settings_file import read_daemon_settings
+
+    wanted, path = _located(cloud), _config(home, config)
+    if path is None:
+        _write_settings(home / FILE, wanted)
+    elif wanted not in {each.cloud for each in read_daemon_settings(path).clouds.values()}:
+        raise ConfigError(f"{path} is there already, without --cloud {cloud}: add [clouds.NAME] with its `cloud` there")
 
 
 def _owner_line(owner: Owner) -> str:
@@ -265,18 +307,14 @@ def _owner_line(owner: Owner) -> str:
     return f"{owner.name:20} {moment(owner.created_at)}{'  revoked' if is_revoked(owner) else ''}"
 
 
-def _announce(started: Started) -> None:
-    typer.echo("\n".join(_message(started.url, started.home, started.clouds, remote=started.remote)))
-    sys.stdout.flush()
-
-
-def _message(url: str, home: Home, clouds: list[str], *, remote: bool) -> list[str]:
+def _message(url: str, home: Home, clouds: list[str], *, remote: bool, code: str | None) -> list[str]:
     """What the start of the daemon says."""
     known = ", ".join(clouds) or f"none: add [clouds.NAME] to {home.path / FILE} (see `isthmus edge daemon config`)"
     file = shlex.quote(str(home.token))
     key = f"$(cat {file})"
     return [
         f"page    {url}",
+        *([f"sign in {url}/#code={code}  (once, within {CODE_SECONDS / 60:.0f} minutes)"] if code else []),
         *([_REMOTE] if remote else []),
         f"socket  {home.socket}",
         f"token   {home.token}",
@@ -289,7 +327,9 @@ def _message(url: str, home: Home, clouds: list[str], *, remote: bool) -> list[s
     ]
 
 
-def _start_in_background(home: Home, settings: DaemonSettings, config: Path | None, listen: str | None) -> None:
+def _start_in_background(
+    home: Home, settings: DaemonSettings, config: Path | None, listen: str | None, *, link: bool
+) -> None:
     """Start a process that outlives this one, and wait until it answers or has ended."""
     from isthmus.common.files import disk_errors, private_opener
     from isthmus.common.terminal import printable
@@ -314,7 +354,8 @@ def _start_in_background(home: Home, settings: DaemonSettings, config: Path | No
             raise typer.Exit(process.returncode or 1)
         time.sleep(POLL_SECONDS)
     remote = not is_loopback(settings.address[0])
-    lines = _message(record["url"], home, sorted(settings.clouds), remote=remote)
+    code = record.get("code") if link else None
+    lines = _message(record["url"], home, sorted(settings.clouds), remote=remote, code=code)
     typer.echo("\n".join([f"started process {process.pid}", *lines]))
     if settings.clouds:
         typer.echo("\n".join(map(printable, _models(_seen(home)))))
@@ -375,6 +416,7 @@ def _record(home: Home) -> dict[str, Any]:
     record = _read_record(home)
     if record is None:
         raise _not_running(home)
+    record.pop("code", None)  # a secret that is told to nobody
     return record
 
 

@@ -61,12 +61,14 @@ class Started:
         url: Where the APIs and the page are.
         clouds: Names of those in daemon.toml.
         remote: Whether other machines can connect.
+        code: Signs in to the page, once (`isthmus.daemon.tokens.SignInCode`).
     """
 
     url: str
     home: Home
     clouds: list[str]
     remote: bool
+    code: str
 
 
 def routers() -> list[APIRouter]:
@@ -151,10 +153,12 @@ async def _serve(context: Context, tcp: socket.socket, unix: socket.socket, read
         if settings.hosts and not is_loopback(host):
             host = settings.hosts[0]  # what the certificate is for, unlike 0.0.0.0
         (url,) = urls([(host, port)], tls=settings.tls_cert is not None)
-        record = {"pid": os.getpid(), "url": url, "started": time.time()}
+        code = context.sign_in.make()
+        # For the command that has started this process: the file is as private as the token's.
+        record = {"pid": os.getpid(), "url": url, "started": time.time(), "code": code}
         write_atomic(home.running, json.dumps(record).encode(), 0o600)
         log.info("process %d answers at %s", os.getpid(), url)
-        ready(Started(url, home, sorted(settings.clouds), remote=not is_loopback(settings.address[0])))
+        ready(Started(url, home, sorted(settings.clouds), not is_loopback(settings.address[0]), code))
 
     server.told = told
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.common.errors import KeyFileError, OwnershipError
@@ -15,6 +18,8 @@ PREFIX = "tml-"
 HUB = "hub-"
 """What stands before a token's hash where that opens the tokenizers (`/hub`) and nothing else. Programs read it as
 `HF_TOKEN`, and those that do not ask the daemon for it (`HF_ENDPOINT`) send it elsewhere, where it is worth nothing."""
+CODE_SECONDS = 600.0
+"""So long a code to sign in counts."""
 _TOKEN = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}", re.ASCII)
 
 
@@ -26,6 +31,27 @@ def new_token() -> str:
 def hash_of(token: str) -> str:
     """What the database keeps of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+class SignInCode:
+    """Gives the first owner's token for a code, once and for `CODE_SECONDS`. A new code ends the one before."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._hash, self._until = "", 0.0
+
+    def make(self) -> str:
+        """A code: 256 random bits."""
+        code = secrets.token_urlsafe(32)
+        self._hash, self._until = hash_of(code), self._now() + CODE_SECONDS
+        return code
+
+    def take(self, code: str) -> bool:
+        """Whether it is the code, which is used up then; one that is wrong uses up none."""
+        is_right = self._now() < self._until and hmac.compare_digest(self._hash, hash_of(code))
+        if is_right:
+            self._hash = ""
+        return is_right
 
 
 def read_token(path: Path) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
 
 from isthmus.daemon.page.crossed import Reached, crossed
 from isthmus.daemon.page.static_files import HEADERS, INDEX, StaticFile, is_unchanged, read_static_files
 from isthmus.daemon.state.tables import Owner
+from isthmus.daemon.tokens import CODE_SECONDS, read_token
+from isthmus.daemon.web.access import SIGN_IN
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.bounded_body import BoundedBody
 from isthmus.daemon.web.context import Asker, Context, Here
 
 
@@ -29,7 +34,25 @@ def router() -> APIRouter:
         return _answer(files[name], request)
 
     routes.get("/isthmus/v1/traffic")(traffic)
+    routes.post(SIGN_IN)(sign_in)
     return routes
+
+
+class SignIn(BoundedBody):
+    """A code to sign in with."""
+
+    code: Annotated[str, Field(max_length=64)]
+
+
+async def sign_in(here: Here, wanted: SignIn) -> JSONResponse:
+    """The first owner's token, for the code that the start of the daemon has printed."""
+    if not here.sign_in.take(wanted.code):
+        raise ApiError(
+            403,
+            f"this link was used already, or is older than {CODE_SECONDS / 60:.0f} minutes: paste the token instead",
+            code="used_code",
+        )
+    return JSONResponse({"token": read_token(here.home.token)}, headers={"cache-control": "no-store"})
 
 
 def traffic(here: Here, owner: Asker) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 1. Host: a name of this daemon's. A page elsewhere whose name leads to loopback (DNS rebinding) has another.
 2. Origin, which browsers send: the daemon's own. There are no CORS headers.
-3. The token, in `Authorization: Bearer` or `X-API-Key`. `/`, `/healthz` and what is under `/static/` need none.
+3. The token, in `Authorization: Bearer` or `X-API-Key`. `/`, `/healthz`, what is under `/static/`, and a POST that
+   gives a code for a token need none.
 4. How many requests are under way: with a token, and without one. One that asks how things are (`/healthz`,
    `/isthmus/v1/status`) is always answered: it is not counted, and waits for no other one's thread.
 5. The body: its length as it is said, and as it comes; how long it takes; and what all of them take together.
@@ -34,6 +35,10 @@ from isthmus.daemon.web.refusals import as_api_error, internal, respond
 log = logging.getLogger("isthmus.daemon")
 
 OPEN = frozenset({"/", "/healthz", "/favicon.ico"})
+SIGN_IN = "/isthmus/v1/sign-in"
+"""Where a POST gives the page a token for a code (`isthmus.daemon.tokens.SignInCode`)."""
+SIGN_IN_BYTES = 1024
+"""Of its body: it needs no token, so that it takes next to nothing of the memory for bodies."""
 OPEN_UNDER = "/static/"
 """The page and its files, which anybody may read, and which hold nothing of anybody's."""
 HUB_UNDER = "/hub/"
@@ -201,6 +206,8 @@ class _Body:
         """Set the bounds of a request. Raises ApiError where its body is said to be larger."""
         self._is_file = scope["method"] == "POST" and scope["path"] in UPLOADS
         self._most = (settings.upload_mib << 20) + FRAMING if self._is_file else settings.body_mib << 20
+        if _is_open(scope):
+            self._most = SIGN_IN_BYTES
         self._until = asyncio.get_running_loop().time() + BODY_SECONDS + self._most / LEAST_RATE
         said = Headers(scope=scope).get("content-length", "0")
         if said.isdecimal() and int(said) > self._most:
@@ -254,6 +261,8 @@ async def _nothing() -> Message:
 
 
 def _is_open(scope: Scope) -> bool:
+    if scope["path"] == SIGN_IN:
+        return bool(scope["method"] == "POST")
     reads = scope["method"] in {"GET", "HEAD"}
     return reads and (scope["path"] in OPEN or scope["path"].startswith(OPEN_UNDER))
 

@@ -15,6 +15,7 @@ from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.serving.answers import Answers
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Owner
+from isthmus.daemon.tokens import SignInCode
 
 UNIX_SOCKET = "unix_socket"
 """What the listener of the Unix socket sets in the state of its requests."""
@@ -47,6 +48,7 @@ class Context:
     answers: Answers
     room: DiskRoom
     noted: Noted = field(default_factory=Noted)
+    sign_in: SignInCode = field(default_factory=SignInCode)
 
 
 async def context_of(request: Request) -> Context:

@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.commands import in_process, refused
 from support.daemon import warm_daemon
@@ -150,7 +151,7 @@ def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, m
 
     def run(settings: Any, home: Home, ready: Any) -> None:
         seen.update(settings=settings, home=home)
-        ready(server.Started("http://127.0.0.1:1", home, sorted(settings.clouds), remote=settings.allow_remote))
+        ready(server.Started("http://127.0.0.1:1", home, sorted(settings.clouds), settings.allow_remote, "c0de"))
 
     monkeypatch.setattr(server, "run", run)
     home = tmp_path / "home"
@@ -176,11 +177,35 @@ def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, m
     (home / "daemon.toml").write_text('jobs_at_once = 3\n[clouds.main]\ncloud = "isthmus://a:1#SHA256:x"\n')
     told = _run("start", "--home", str(home), "--listen", "127.0.0.1:9")
     assert "main" in told
+    assert "c0de" not in told  # what a service says is kept in a log
     assert (seen["settings"].jobs_at_once, seen["settings"].listen) == (3, "127.0.0.1:9")
     assert "other machines can connect" not in told
     (home / "daemon.toml").write_text('listen = "box.lan:9"\nallow_remote = true\n')
     assert "other machines can connect: prompts, data and answers cross" in _run("start", "--home", str(home))
     assert "did you mean" in _run("start", "--home", str(home), "--config", str(_written(tmp_path)), fails=ConfigError)
+
+
+def test_start_with_a_cloud_is_the_one_command_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(settings: Any, home: Home, ready: Any) -> None:
+        ready(server.Started("http://127.0.0.1:1", home, sorted(settings.clouds), remote=False, code="c0de"))
+
+    monkeypatch.setattr(server, "run", run)
+    monkeypatch.chdir(tmp_path)
+    start = ("start", "--home", "home", "--cloud")
+    assert "neither" in _run(*start, "cloud.txt", fails=ConfigError)
+    assert not (tmp_path / "home").exists()
+    (tmp_path / "cloud.txt").write_text("isthmus://here:1#SHA256:x")
+    told = _run(*start, "cloud.txt")
+    path = tmp_path / "home" / "daemon.toml"
+    assert tomllib.loads(path.read_text()) == {"clouds": {"main": {"cloud": str(tmp_path / "cloud.txt")}}}
+    assert f"wrote {path}\n" in told
+    assert "sign in http://127.0.0.1:1/#code=c0de  (once, within 10 minutes)\n" in told
+    assert "clouds  main\n" in told
+    before = path.read_bytes()
+    assert "wrote" not in _run(*start, "cloud.txt")  # and every day again
+    told = _run(*start, "isthmus://other:1#SHA256:x", fails=ConfigError)
+    assert f"{path} is there already, without --cloud isthmus://other:1#SHA256:x: add [clouds.NAME]" in told
+    assert path.read_bytes() == before
 
 
 def _after(exports: str, before: dict[str, str]) -> dict[str, str]:
@@ -235,12 +260,21 @@ def test_in_the_background_an_error_of_the_start_is_told_with_its_code(
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_start")
 def test_in_the_background_it_says_which_clouds_are_not_to_be_had(tmp_path: Path) -> None:
-    (tmp_path / "daemon.toml").write_text('listen = "127.0.0.1:0"\n[clouds.main]\ncloud = "missing.txt"\n')
+    other = tmp_path / "other.txt"
+    other.write_text("no connection string")
+    (tmp_path / "daemon.toml").write_text(
+        'listen = "127.0.0.1:0"\n[clouds.main]\ncloud = "missing.txt"\n[clouds.other]\ncloud = "other.txt"\n'
+    )
     home = ("--home", str(tmp_path / "home"))
-    told = _run("start", "--background", *home, "--config", str(tmp_path / "daemon.toml"))
+    told = _run("start", "--background", *home, "--config", str(tmp_path / "daemon.toml"), "--cloud", str(other))
     try:
         assert "models  none seen yet\naway    main: cloud = " in told
         assert "away    main: cloud = " in _run("status", *home)
+        url, code = re.findall(r"sign in (\S+)/#code=(\S+)  ", told)[0]
+        assert code not in _run("status", *home, "--json")
+        answers = [httpx.post(f"{url}/isthmus/v1/sign-in", json={"code": code}) for _ in range(2)]
+        assert answers[0].json() == {"token": (tmp_path / "home" / "token").read_text().strip()}
+        assert answers[1].status_code == 403
     finally:
         _run("stop", *home)
 

@@ -25,18 +25,20 @@ const owner = document.getElementById("owner");
 let leaving = new AbortController();
 let meter = null;
 
-/** Show the page of the address. A token in it is taken out, and stays in no history; it signs in once that is confirmed,
- * since any page elsewhere can send the browser to such an address, and texts would then be another one's. */
+/** Show the page of the address. A token or a code in it is taken out, and stays in no history. A token signs in once that is
+ * confirmed, since any page elsewhere can send the browser to such an address, and texts would then be another one's.
+ * Only this machine's user has a code, which the daemon gives a token for, once. */
 async function arrive(moved) {
-  const found = /^#token=(.*)$/.exec(location.hash);
+  const found = /^#(token|code)=(.*)$/.exec(location.hash);
   if (found !== null) history.replaceState(null, "", `${location.pathname}#jobs`);
   route(moved);
-  if (found === null || found[1] === token.get() || document.querySelector("dialog") !== null) return;
+  if (found === null || found[2] === token.get() || document.querySelector("dialog") !== null) return;
   try {
-    const next = found[1];
+    const isCode = found[1] === "code";
+    const next = isCode ? (await ask("/isthmus/v1/sign-in", { method: "POST", body: { code: found[2] } })).token : found[2];
     const [name, now] = await Promise.all([next, token.get()].map(async (as) => as && (await ask("/isthmus/v1/status", { as })).owner));
     const before = now ? ` Now you are signed in as “${now}”.` : "";
-    if (!(await confirm(`Sign in as “${name}”?`, `This address has the token of “${name}”: what you upload and ask is theirs then. Go on only if you meant to.${before}`, "Sign in", "Do not"))) return;
+    if ((now || !isCode) && now !== name && !(await confirm(`Sign in as “${name}”?`, `This address has the token of “${name}”: what you upload and ask is theirs then. Go on only if you meant to.${before}`, "Sign in", "Do not"))) return;
     signOut();
     token.set(next);
     route(true);

@@ -283,6 +283,17 @@ def test_an_address_signs_nobody_in_unasked_and_the_page_says_who_is(fake: FakeD
     expect(fresh.locator("#owner")).to_have_text("second")
 
 
+def test_a_link_signs_in_once(fake: FakeDaemon, watch: Opener) -> None:
+    watched = watch(faults=True)
+    link = f"{fake.url}/#code={fake.context.sign_in.make()}"
+    for page, place in ((watched.page, "#owner"), (watch(faults=True).page, "#token-error")):
+        page.goto(link)
+        expect(page.locator(place)).to_have_text(re.compile("first|was used already"))
+        assert "code" not in page.url
+    assert watched.page.evaluate("sessionStorage['isthmus-token']") == fake.token
+    assert watched.faults == []
+
+
 def test_a_daemon_that_goes_away_and_comes_back_is_told(fake: FakeDaemon, watch: Opener) -> None:
     watched = watch(faults=True)
     page = watched.open(fake.token, "crossed")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from support.page.page_fakes import BASE, FakeDaemon
@@ -132,6 +133,25 @@ def test_counters_are_told_to_the_first_owner_alone(
     assert seen["first"][0] != seen["first"][1]
     assert seen["second"][0] == seen["second"][1]
     assert "bytes_up" not in str(seen["second"])
+
+
+def test_a_code_is_exchanged_for_the_first_owners_token_once(client: TestClient, fake: FakeDaemon) -> None:
+    code = fake.context.sign_in.make()
+
+    def post(code: str, **headers: str) -> httpx.Response:
+        return client.post("/isthmus/v1/sign-in", json={"code": code}, headers=headers)
+
+    assert post(code, origin="http://elsewhere.example").status_code == 403
+    assert post("x" * 43).json()["error"]["code"] == "used_code"
+    assert post("x" * 65).status_code == 400
+    assert post("x" * 1024).status_code == 413
+    assert client.get("/isthmus/v1/sign-in").status_code == 401
+    answer = post(code, origin="http://127.0.0.1")
+    assert answer.json() == {"token": fake.token}
+    assert answer.headers["cache-control"] == "no-store"
+    again = post(code)
+    assert again.status_code == 403
+    assert "was used already, or is older than 10 minutes" in again.json()["error"]["message"]
 
 
 def _addresses(text: str) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 from isthmus.common.errors import ConfigError, KeyFileError, OwnershipError
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import Owners, first_owner, give_token, is_revoked, list_owners, revoke_token
-from isthmus.daemon.tokens import HUB, hash_of, read_token
+from isthmus.daemon.tokens import CODE_SECONDS, HUB, SignInCode, hash_of, read_token
 
 TOKEN = "tml-" + "a" * 43
 
@@ -133,3 +133,21 @@ def test_a_token_for_the_hub_counts_there_alone_and_ends_with_its_own(database: 
     (owner,) = list_owners(database)
     for ended in (token, f"{HUB}{owner.token_sha256}"):  # what stands in a hash's place is no token either
         assert Owners(database).find(ended, hub=True) is None
+
+
+def test_a_code_signs_in_once_for_ten_minutes_and_a_new_one_ends_it() -> None:
+    now = 100.0
+    codes = SignInCode(lambda: now)
+    assert not codes.take("")
+    first = codes.make()
+    assert not codes.take(first + "x")  # uses up nothing
+    assert codes.take(first)
+    assert not codes.take(first)
+    assert not codes.take("")
+    old, new = codes.make(), codes.make()
+    assert not codes.take(old)
+    now += CODE_SECONDS - 0.5
+    assert codes.take(new)
+    late = codes.make()
+    now += CODE_SECONDS
+    assert not codes.take(late)
