@@ -126,10 +126,24 @@ def forget_oldest(session: Session, owner: str, most: int) -> str | None:
     job = session.scalar(oldest)
     if job is None:
         return None
+    forget(session, job)
+    return job.id
+
+
+def forget(session: Session, job: Job) -> None:
+    """Remove a job and its events. Its models stay."""
     session.execute(update(Model).where(Model.job == job.id).values(job=None))
     session.execute(delete(Event).where(Event.job == job.id))
     session.delete(job)
-    return job.id
+
+
+def delete_models(session: Session, job: Job, home: Home) -> Sequence[Path]:
+    """Delete what a job has made: its models and its results. Returns what may be removed once that is committed."""
+    models = session.scalars(select(Model).where(Model.job == job.id, Model.deleted.is_(False))).all()
+    for model in models:
+        model.deleted = True
+    session.execute(delete(StoredFile).where(StoredFile.id.in_(job.results)))
+    return [*(home.path / model.folder for model in models), *(home.file(result) for result in job.results)]
 
 
 def _count_traffic(session: Session, job: Job, report: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_names import MOST_SUFFIX, new_job_id, suffix_of
-from isthmus.daemon.jobs.job_rows import ENDED, end, forget_oldest, tell
+from isthmus.daemon.jobs.job_rows import ENDED, delete_models, end, forget, forget_oldest, tell
 from isthmus.daemon.jobs.job_runner import JobRunner, Patience, Waiting
 from isthmus.daemon.jobs.job_specs import make_links, prepare
 from isthmus.daemon.jobs.kinds import LOSSES, RUN
@@ -228,6 +228,24 @@ class JobService:
             tell(session, job, "The job is queued again")
 
         return self._change(owner, job_id, retry)
+
+    def delete(self, owner: str, job_id: str) -> None:
+        """Remove a job that has ended, with its folder, events, models and results; files that were uploaded stay.
+
+        Raises:
+            UnknownJobError: There is no such job.
+            WrongStateError: It has not ended.
+        """
+        with self._runner.lock, self._database.session() as session:
+            job = _job(session, owner, job_id)
+            _require(job, ENDED, "deleted")
+            obsolete = [self._home.job(job_id), *delete_models(session, job, self._home)]
+            forget(session, job)
+        for path in obsolete:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _change(self, owner: str, job_id: str, change: Callable[[Session, Job], None]) -> Job:
         with self._runner.lock:

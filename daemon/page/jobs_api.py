@@ -56,6 +56,7 @@ def router() -> APIRouter:
     routes.get("")(list_jobs)
     routes.post("")(create)
     routes.get("/{job_id}")(show)
+    routes.delete("/{job_id}")(remove)
     routes.get("/{job_id}/events")(events)
     routes.get("/{job_id}/checkpoints")(checkpoints)
     routes.get("/{job_id}/steps")(steps)
@@ -104,6 +105,12 @@ def create(
 def show(here: Here, owner: Asker, job_id: str) -> dict[str, Any]:
     """A job."""
     return _tree(here, here.jobs.get(owner.id, job_id))
+
+
+def remove(here: Here, owner: Asker, job_id: str) -> dict[str, Any]:
+    """Delete a job that has ended, and what it has made."""
+    here.jobs.delete(owner.id, job_id)
+    return {"id": job_id, "deleted": True}
 
 
 def change(

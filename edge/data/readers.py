@@ -58,14 +58,18 @@ def read_examples(source: str, config: ExamplesConfig) -> list[Example]:
         DataError: The file is missing, empty or malformed; the message names file and line.
         ConfigError: The format is not known, or the optional package for hub data is missing.
     """
-    columns: Columns | None = None
-    examples = []
-    for record in _records(source, config):
-        columns = columns or Columns.of(config, record)
-        examples.append(columns.example(record))
+    examples = list(each_example(source, config))
     if not examples:
         raise DataError(f"{source} holds no examples: it is empty, or has nothing but blank lines or column names.")
     return examples
+
+
+def each_example(source: str, config: ExamplesConfig) -> Iterator[Example]:
+    """The examples that `read_examples` reads, one after the other, however few. Raises what it does."""
+    columns: Columns | None = None
+    for record in _records(source, config):
+        columns = columns or Columns.of(config, record)
+        yield columns.example(record)
 
 
 def _records(source: str, config: ExamplesConfig) -> Iterator[Record]:

@@ -1,5 +1,7 @@
 // The daemon's answers. The token is kept for this tab alone, and goes nowhere but into a header of its requests.
 
+import { h } from "./dom.js";
+
 const KEY = "isthmus-token";
 
 /** An answer that is an error: what the daemon says, and the field that it names. */
@@ -107,6 +109,13 @@ export async function* stream(path, body, signal) {
       yield found;
     }
   }
+}
+
+/** Let the browser keep what a GET answers, under a name. */
+export async function download(path, name) {
+  const address = URL.createObjectURL(await (await request(path)).blob());
+  h("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000); // once it has been read
 }
 
 /** Upload a file; `onProgress` is told the share that has been sent. `fetch` does not tell it, so this is the older way. */

@@ -1,4 +1,4 @@
-// A curve of losses: training as a line, validation as a dashed line with points. It is drawn as wide as its place is.
+// A curve of losses: training as a line, smoothed over the faint line of its steps, validation as a dashed line with points. It is drawn as wide as its place is.
 
 import { h, s, setText } from "./dom.js";
 import { count, figure } from "./formats.js";
@@ -27,14 +27,22 @@ function thinned(points, most) {
   });
 }
 
+/** Each point as the mean of so many points on either side of it; near an end, of as many as both sides have. */
+const smoothed = (points, reach) => points.map((point, place) => {
+  const near = Math.min(reach, place, points.length - 1 - place);
+  const part = points.slice(place - near, place + near + 1);
+  return { step: point.step, loss: part.reduce((sum, one) => sum + one.loss, 0) / part.length };
+});
+
 /** A curve: `element`, and `draw({ train, validation, total })` with points of `step` and `loss`. */
 export function makeCurve(signal) {
   const plot = s("svg", { class: "plot", height: HEIGHT, role: "img", tabindex: 0 });
   const reading = h("p", { class: "reading" });
+  const training = h("span", { class: "legend legend-train" }, "training");
   const heldOut = h("span", { class: "legend legend-validation", hidden: true }, "validation");
   const element = h("figure", { class: "curve" },
     h("figcaption", {},
-      h("span", { class: "legend legend-train" }, "training"),
+      training,
       heldOut,
       reading),
     plot);
@@ -47,7 +55,9 @@ export function makeCurve(signal) {
     const train = thinned(data.train.filter((point) => Number.isFinite(point.loss)), width);
     const validation = data.validation.filter((point) => Number.isFinite(point.loss));
     const all = [...train, ...validation];
+    const reach = Math.floor(train.length / 20);
     heldOut.hidden = validation.length === 0;
+    setText(training, reach ? "training, smoothed; single steps faint" : "training");
     plot.setAttribute("width", width);
     plot.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     if (all.length === 0) {
@@ -75,7 +85,8 @@ export function makeCurve(signal) {
     below.push(s("text", { class: "tick", x: EDGE.left - 16, y: HEIGHT - 12, "text-anchor": "end" }, "step"));
     plot.replaceChildren(
       ...grid.flat(), ...below,
-      s("path", { class: "line line-train", d: line(train) }),
+      ...(reach ? [s("path", { class: "line line-raw", d: line(train) })] : []),
+      s("path", { class: "line line-train", d: line(smoothed(train, reach)) }),
       ...(train.length === 1 ? [s("circle", { class: "dot-train", cx: x(train[0].step), cy: y(train[0].loss), r: 3 })] : []),
       s("path", { class: "line line-validation", d: line(validation) }),
       ...validation.map((point) => s("circle", { class: "dot-validation", cx: x(point.step), cy: y(point.loss), r: 3.5 })));

@@ -1,6 +1,6 @@
 // One job: its curve, what it costs, what happened, and what it has saved.
 
-import { ask, list } from "./api.js";
+import { ask, download, list } from "./api.js";
 import { confirm, h, keyed, poll, say, setText } from "./dom.js";
 import { makeCurve } from "./curve.js";
 import { bytes, count, duration, figure, moment } from "./formats.js";
@@ -13,8 +13,12 @@ const ACTIONS = {
   pause: { name: "Pause", when: (job) => isLive(job) && job.wanted === "run" },
   resume: { name: "Resume", when: (job) => job.status === "paused" || (job.status === "running" && job.wanted === "pause") },
   retry: { name: "Retry", when: (job) => ["failed", "cancelled"].includes(job.status) },
+  again: { name: "Again with changes", when: (job) => job.kind === "train" },
+  remove: { name: "Delete", when: (job) => ["succeeded", "failed", "cancelled"].includes(job.status) },
   cancel: { name: "Cancel", when: (job) => ["queued", "running", "paused"].includes(job.status) && job.wanted !== "cancel" },
 };
+
+const FILES = { data: "Data", validation: "Validation data", public: "Public texts", prompts: "Prompts" };
 
 export function showJob(main, id, signal) {
   const path = `/isthmus/v1/jobs/${encodeURIComponent(id)}`;
@@ -28,10 +32,11 @@ export function showJob(main, id, signal) {
     [["steps", "Step"], ["loss", "Training loss"], ["validation", "Validation loss"], ["speed", "Tokens a second"],
       ["up", "Sent to the cloud"], ["down", "Came back"], ["left", "Time left"]].map(([key, title]) => [key, stat(title)]));
   const curve = makeCurve(signal);
+  const details = h("dl", { class: "details" });
   const saved = h("ul", { class: "saved" });
   const events = h("ol", { class: "events", tabindex: 0, "aria-label": "Events, the newest first" });
   const noneSaved = h("p", { class: "hint" }, "Checkpoints appear here while the job runs, and can be talked to at once.");
-  const state = { job: null, badge: null, steps: [], events: [] };
+  const state = { job: null, badge: null, steps: [], events: [], files: new Map() };
 
   main.append(
     h("p", { class: "back" }, h("a", { href: "#jobs" }, "‹ All jobs")),
@@ -41,10 +46,17 @@ export function showJob(main, id, signal) {
     h("dl", { class: "stats" }, Object.values(stats).map(([element]) => element)),
     h("section", { class: "card", "aria-label": "Loss curve" }, h("h2", {}, "Loss"), curve.element),
     h("div", { class: "halves" },
-      h("section", { class: "card" }, h("h2", {}, "Checkpoints"), noneSaved, saved),
+      h("div", { class: "stack" },
+        h("section", { class: "card" }, h("h2", {}, "Checkpoints"), noneSaved, saved),
+        h("section", { class: "card" }, h("h2", {}, "Details"), details, h("p", { class: "hint" }, "Settings that are not named are by default."))),
       h("section", { class: "card" }, h("h2", {}, "Events"), events)));
 
   async function act(action) {
+    if (action === "again") {
+      location.hash = `#new/${encodeURIComponent(id)}`;
+      return;
+    }
+    if (action === "remove") return remove();
     if (action === "cancel" && !(await confirm("Cancel this job?", "It stops after its current step. Its checkpoints stay, and it can be retried from the newest one.", "Cancel the job"))) return;
     for (const button of buttons.children) button.disabled = true;
     try {
@@ -57,6 +69,39 @@ export function showJob(main, id, signal) {
     } finally {
       for (const button of buttons.children) button.disabled = false;
     }
+  }
+
+  async function remove() {
+    if (!(await confirm("Delete this job?", "Its curve, events, checkpoints and tuned model are removed from this machine. Files that you uploaded stay.", "Delete the job"))) return;
+    try {
+      await ask(path, { method: "DELETE" });
+      say("The job is deleted.");
+      location.hash = "#jobs";
+    } catch (error) {
+      fail(error);
+    }
+  }
+
+  /** What a file is called, by its id; what is none is a path. */
+  async function nameFile(id) {
+    if (state.files.has(id)) return;
+    state.files.set(id, id);
+    const file = await ask(`/v1/files/${encodeURIComponent(id)}`, { signal }).catch(() => null);
+    state.files.set(id, file ? `${file.filename} (${bytes(file.bytes)})` : `${id}, deleted since`);
+  }
+
+  async function showDetails(job) {
+    const files = Object.keys(FILES).filter((name) => job.spec[name]);
+    await Promise.all(files.map((name) => job.spec[name].startsWith("file-") && nameFile(job.spec[name])));
+    const settings = Object.entries(job.spec).filter(([name]) => !(name in FILES));
+    const dates = [["Created", job.created_at], ["Begun", job.started_at], ["Ended", job.finished_at]];
+    const rows = [
+      ...files.map((name) => [FILES[name], state.files.get(job.spec[name]) ?? job.spec[name]]),
+      ...settings.map(([name, value]) => [name, typeof value === "string" ? value : JSON.stringify(value)]),
+      ...dates.filter(([, at]) => at).map(([name, at]) => [name, moment(at)]),
+    ];
+    keyed(details, rows, ([name]) => name, ([name]) => h("div", {}, h("dt", {}, name), h("dd", {})),
+      (node, [, value]) => setText(node.lastChild, value));
   }
 
   function fail(error) {
@@ -104,7 +149,8 @@ export function showJob(main, id, signal) {
         h("strong", {}, row.step ? `Step ${count(row.step)}` : "Final result"),
         h("code", { class: "long" }, row.model),
         h("span", { class: "saved-loss" }),
-        h("a", { class: "button plain", href: `#chat/${encodeURIComponent(row.model)}`, "aria-label": `Talk to ${row.step ? `the checkpoint of step ${row.step}` : "the final result"}` }, "Talk")),
+        h("button", { type: "button", class: "plain", "aria-label": `Download ${what(row)}`, onclick: () => download(`/isthmus/v1/adapters/${encodeURIComponent(row.model)}`, `${nameOf(state.job)}${row.step ? `-step-${row.step}` : ""}.zip`).catch(fail) }, "Download"),
+        h("a", { class: "button plain", href: `#chat/${encodeURIComponent(row.model)}`, "aria-label": `Talk to ${what(row)}` }, "Talk")),
       (node, row) => {
         const losses = [["training", row.metrics.train_loss], ["validation", row.metrics.valid_loss]].filter(([, loss]) => Number.isFinite(loss));
         setText(node.querySelector(".saved-loss"), losses.map(([name, loss]) => `${name} ${figure(loss)}`).join(" · "));
@@ -133,6 +179,7 @@ export function showJob(main, id, signal) {
     state.events.unshift(...newEvents);
     showHead(job);
     showFigures(job, validationOf(state.events));
+    await showDetails(job);
     showSaved(job.tuned_model ? [{ model: job.tuned_model, step: null, metrics: {} }, ...savedRows] : savedRows);
     showEvents(state.events.filter((row) => row.kind === "message" || isEvaluation(row)).slice(0, MOST_SHOWN));
   }
@@ -146,6 +193,8 @@ function tokensPerSecond(job, steps) {
   if (!job.seconds_per_step || last.length === 0) return null;
   return last.reduce((sum, line) => sum + line.tokens, 0) / last.length / job.seconds_per_step;
 }
+
+const what = (row) => (row.step ? `the checkpoint of step ${row.step}` : "the final result");
 
 const isEvaluation = (event) => event.kind === "metrics" && typeof event.data.valid_loss === "number";
 

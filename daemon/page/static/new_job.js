@@ -2,9 +2,21 @@
 
 import { ask, list, upload } from "./api.js";
 import { h, say, setText } from "./dom.js";
-import { bytes, many } from "./formats.js";
+import { CLOUD_READS, bytes, many } from "./formats.js";
+import { nameOf } from "./job_parts.js";
 
 const LOOK_BYTES = 1 << 20;
+const FIRST_BYTES = 1 << 16;
+const NUMBERS = ["learning_rate", "batch", "rank", "max_length", "seed"];
+const TEMPLATES = ["prompt_template", "completion_template"];
+const MODES = {
+  split: `Adapters on this machine's first and last layers. ${CLOUD_READS}`,
+  top: "Adapters on this machine's last layers alone: no gradient is sent, and less is learned. A cloud that attacks still reads the texts, completions too, from the activations.",
+};
+
+/** The modules of the last layers, by the names that families have for them. */
+const topModules = ({ n_layers: all, last }) => Array.from({ length: last }, (_, place) => all - last + place).flatMap((layer) =>
+  [...["q_proj", "v_proj", "qkv_proj"].map((name) => `layers.${layer}.self_attn.${name}`), `h.${layer}.attn.c_attn`]);
 const KNOWN_FORMS = ["completion,prompt", "messages", "text"];
 
 /** Whether a file has one of the forms that the daemon checks when it takes a file for fine-tuning. */
@@ -51,9 +63,17 @@ function field(label, input, hint = null, extra = []) {
   return { element, input, note, error, hint };
 }
 
+/** What an example is made of. What is learned is the last part. */
+function partsOf({ prompt, completion, messages }) {
+  const parts = messages.length ? messages : [...(prompt ? [["prompt", prompt]] : []), [prompt ? "completion" : "text", completion]];
+  return parts.flatMap(([name, text], place) => [h("dt", {}, place === parts.length - 1 ? `${name}, learned` : name), h("dd", {}, text)]);
+}
+
 const numberInput = (name, attributes) => h("input", { type: "number", name, inputmode: "decimal", ...attributes });
 
-export function showNew(main, _argument, signal) {
+export function showNew(main, before, signal) {
+  const first = h("div", { class: "stack", "aria-live": "polite" });
+  const mode = h("select", { name: "mode" }, h("option", { value: "split" }, "Split"), h("option", { value: "top" }, "Top only"));
   const model = h("select", { name: "model", required: true });
   const kept = h("select", { name: "training_file" }, h("option", { value: "" }, "Upload a file …"));
   const chosen = h("input", { type: "file", name: "upload", accept: ".jsonl,.ndjson,.csv,.tsv" });
@@ -71,10 +91,16 @@ export function showNew(main, _argument, signal) {
     batch: field("Examples a micro-batch", numberInput("batch", { min: 1, step: 1, placeholder: "4" })),
     rank: field("Rank of the adapter", numberInput("rank", { min: 1, step: 1, placeholder: "8" })),
     max_length: field("Tokens of an example at most", numberInput("max_length", { min: 2, step: 1, placeholder: "512" }), "Longer ones are cut at their end."),
+    mode: field("Mode", mode, MODES.split),
+    leak_budget: field("Leak budget", h("input", { name: "leak_budget", autocomplete: "off", spellcheck: "false", placeholder: "tokens<=0.5, labels<=0.5" }), "Optional. Before it sends anything private, the job attacks a sample of the texts as a cloud would, and stops where the shares that are read break the budget."),
+    public: field("Public texts", h("input", { type: "file", name: "public", accept: ".jsonl,.ndjson,.csv,.tsv" }), "For a leak budget in split mode: texts in the form of the data, some of which are sent to measure with."),
     seed: field("Seed", numberInput("seed", { min: 0, step: 1, placeholder: "0" })),
     prompt_template: field("Prompt", h("input", { name: "prompt_template", spellcheck: "false", placeholder: "Meaning: {mr}\\nText:" }), "Made of columns, in braces. It is read and not trained on."),
     completion_template: field("Completion", h("input", { name: "completion_template", spellcheck: "false", placeholder: " {ref}" }), "Made of columns. It is what the model learns to answer."),
   };
+  let turns = 0;
+  let spec0 = {}; // of the job that is done again: what the form has no field for goes on as it was
+  let plans = new Map();
   const uploaded = new WeakMap(); // a job that is refused and sent again needs its files only once
   fields.length.element.classList.add("with-unit");
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
@@ -84,22 +110,53 @@ export function showNew(main, _argument, signal) {
     h("p", { class: "hint" }, "Needed for tables, and for JSON lines with keys of their own."),
     h("div", { class: "columns" }, fields.prompt_template.element, fields.completion_template.element));
   const form = h("form", { class: "stack new-job", novalidate: true, onsubmit: submit },
-    h("fieldset", {}, h("legend", {}, "Data"), fields.kept.element, fields.upload.element, templates, fields.validation.element),
+    h("fieldset", {}, h("legend", {}, "Data"), fields.kept.element, fields.upload.element, templates, first, fields.validation.element),
     h("fieldset", {}, h("legend", {}, "Model"), h("div", { class: "columns" }, fields.model.element, fields.suffix.element)),
+    h("fieldset", {}, h("legend", {}, "What a cloud can read"), fields.mode.element,
+      h("p", { class: "hint" }, "In the emulator mode nothing is sent while you train: isthmus emulator tune, in a terminal."),
+      h("details", { class: "more" }, h("summary", {}, "Leak budget"), h("div", { class: "columns" }, fields.leak_budget.element, fields.public.element))),
     h("fieldset", {}, h("legend", {}, "Training"), fields.length.element,
       h("details", { class: "more" }, h("summary", {}, "More settings"),
-        h("div", { class: "columns" }, ["learning_rate", "batch", "rank", "max_length", "seed"].map((name) => fields[name].element)))),
+        h("div", { class: "columns" }, NUMBERS.map((name) => fields[name].element)))),
     problem, sending, h("div", { class: "actions" }, go, h("a", { class: "button plain", href: "#jobs" }, "Back")));
+  const again = h("p", { class: "hint" });
   main.append(
     h("p", { class: "back" }, h("a", { href: "#jobs" }, "‹ All jobs")),
     h("h1", {}, "New job"),
-    h("p", { class: "lead" }, "Split training: this machine runs the first and the last layers and trains the adapter; the cloud runs the layers between."),
-    form);
+    h("p", { class: "lead" }, "This machine runs the first and the last layers and trains the adapter; the cloud runs the layers between."),
+    again, form);
 
   kept.addEventListener("change", () => {
     fields.upload.element.hidden = kept.value !== "";
   });
-  for (const [input, of] of [[chosen, fields.upload], [heldOut, fields.validation]]) {
+  mode.addEventListener("change", () => setText(fields.mode.note, MODES[mode.value]));
+  for (const name of TEMPLATES) fields[name].input.addEventListener("change", showFirst);
+  for (const input of [kept, chosen]) input.addEventListener("change", showFirst);
+
+  const templatesOf = () => Object.fromEntries(TEMPLATES.filter((name) => fields[name].input.value !== "").map((name) => [name, fields[name].input.value.replaceAll("\\n", "\n")]));
+
+  /** Show the first examples as the job reads them. The daemon reads them, and keeps nothing. */
+  async function showFirst() {
+    const turn = (turns += 1);
+    const file = chosen.files[0];
+    first.replaceChildren();
+    if (!kept.value && !file) return;
+    let shown;
+    try {
+      const body = { file: kept.value || null, ...templatesOf() };
+      if (!kept.value) {
+        const text = await file.slice(0, FIRST_BYTES).text();
+        Object.assign(body, { name: file.name, text: file.size > FIRST_BYTES ? text.slice(0, text.lastIndexOf("\n") + 1) : text });
+      }
+      const { examples, problem: why } = await ask("/isthmus/v1/look", { method: "POST", body, signal });
+      if (why) throw new Error(why);
+      shown = [h("h3", {}, "The first examples, as the job reads them"), h("ol", { class: "first" }, examples.map((example) => h("li", {}, h("dl", {}, partsOf(example)))))];
+    } catch (error) {
+      shown = [h("p", { class: "hint" }, `The job cannot read it as it is: ${error.message}`)];
+    }
+    if (turn === turns) first.replaceChildren(...shown);
+  }
+  for (const [input, of] of [[chosen, fields.upload], [heldOut, fields.validation], [fields.public.input, fields.public]]) {
     input.addEventListener("change", async () => {
       mark(of, "");
       const file = input.files[0];
@@ -122,7 +179,7 @@ export function showNew(main, _argument, signal) {
   function complain(error) {
     // The daemon names the field apart, or its sentence begins with it.
     const name = (error.param ?? /^'?([a-z_]+)\b/.exec(error.message)?.[1] ?? "").split(".").at(-1);
-    const alias = { steps: "length", epochs: "length", n_epochs: "length", file: "upload", training_file: kept.value ? "kept" : "upload", validation_file: "validation", validation: "validation", data: "upload" }[name] ?? name;
+    const alias = { steps: "length", epochs: "length", n_epochs: "length", target_modules: "mode", file: "upload", training_file: kept.value ? "kept" : "upload", validation_file: "validation", validation: "validation", data: "upload" }[name] ?? name;
     const one = fields[alias];
     if (one === undefined) {
       setText(problem, error.message);
@@ -170,17 +227,15 @@ export function showNew(main, _argument, signal) {
     go.disabled = true;
     setText(go, "Starting …");
     try {
-      const spec = { [length.value]: Number(amount.value) };
-      for (const name of ["learning_rate", "batch", "rank", "max_length", "seed"]) {
+      const spec = { ...spec0, [length.value]: Number(amount.value), ...templatesOf() };
+      for (const name of NUMBERS) {
         const value = fields[name].input.value;
         if (value !== "") spec[name] = Number(value);
       }
-      for (const name of ["prompt_template", "completion_template"]) {
-        const value = fields[name].input.value;
-        if (value !== "") spec[name] = value.replaceAll("\\n", "\n");
-      }
+      if (mode.value === "top") spec.target_modules = topModules(plans.get(model.value) ?? { n_layers: 0, last: 0 });
+      if (fields.leak_budget.input.value.trim() !== "") spec.leak_budget = fields.leak_budget.input.value.trim();
       spec.data = await fileId(chosen, kept.value);
-      if (heldOut.files[0]) spec.validation = await fileId(heldOut, "");
+      for (const name of ["validation", "public"]) if (fields[name].input.files[0]) spec[name] = await fileId(fields[name].input, "");
       const body = { kind: "train", model: model.value, suffix: fields.suffix.input.value.trim(), spec };
       const job = await ask("/isthmus/v1/jobs", { method: "POST", body });
       say("The job has been put into the queue.");
@@ -194,13 +249,39 @@ export function showNew(main, _argument, signal) {
     }
   }
 
+  /** Fill the form with what another job has. */
+  function fillAgain(job) {
+    spec0 = { ...job.spec };
+    const take = (name) => {
+      const value = spec0[name];
+      delete spec0[name];
+      return value ?? "";
+    };
+    for (const name of [...NUMBERS, "leak_budget"]) fields[name].input.value = take(name);
+    for (const name of TEMPLATES) fields[name].input.value = take(name).replaceAll("\n", "\\n");
+    for (const unit of ["steps", "epochs"]) {
+      if (spec0[unit] !== undefined) [length.value, amount.value] = [unit, take(unit)];
+    }
+    const modules = JSON.stringify(spec0.target_modules);
+    if (plans.has(job.model) && modules === JSON.stringify(topModules(plans.get(job.model)))) [mode.value] = ["top", take("target_modules")];
+    model.value = job.model;
+    fields.suffix.input.value = job.suffix;
+    kept.value = take("data");
+    for (const one of [kept, mode]) one.dispatchEvent(new Event("change"));
+    for (const details of form.querySelectorAll("details")) details.open = [...details.querySelectorAll("input")].some((input) => input.value !== "");
+    const rest = Object.keys(spec0);
+    setText(again, `As ${nameOf(job)} was${rest.length ? `, with ${rest.join(", ")} as there` : ""}. Change what you want to.`);
+  }
+
   async function fillIn() {
-    const [models, files] = await Promise.all([ask("/v1/models", { signal }), list("/v1/files", "data", { signal })]);
+    const [models, files, traffic] = await Promise.all([ask("/v1/models", { signal }), list("/v1/files", "data", { signal }), ask("/isthmus/v1/traffic", { signal })]);
+    plans = new Map(traffic.clouds.filter((cloud) => cloud.plan).map((cloud) => [cloud.model, cloud.plan]));
     model.replaceChildren(...models.data.filter((one) => !one.id.startsWith("ft:")).map((one) => h("option", { value: one.id }, one.id)));
     if (!model.value) mark(fields.model, "No model is known: is the cloud reachable, and is it in daemon.toml?");
     const usable = files.filter((file) => ["fine-tune", "user_data"].includes(file.purpose) && /\.(jsonl|ndjson|csv|tsv)$/i.test(file.filename));
     kept.append(...usable.map((file) => h("option", { value: file.id }, `${file.filename} (${bytes(file.bytes)})`)));
     fields.kept.element.hidden = usable.length === 0;
+    if (before) fillAgain(await ask(`/isthmus/v1/jobs/${encodeURIComponent(before)}`, { signal }));
   }
   fields.kept.element.hidden = true;
   fillIn().catch((error) => !signal.aborted && complain({ param: null, message: error.message }));

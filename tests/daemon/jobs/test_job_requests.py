@@ -15,8 +15,8 @@ from support.daemon.jobs.scripted_jobs import SUCCEEDS, WAITS, checkpoint, does,
 from isthmus.common.errors import ConfigError, UnknownModelError
 from isthmus.daemon.disk_room import DiskRoom, NoRoomError
 from isthmus.daemon.jobs import job_runner, job_service
-from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError
-from isthmus.daemon.state.tables import Model
+from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
+from isthmus.daemon.state.tables import Model, StoredFile
 
 pytestmark = pytest.mark.usefixtures("scripted")
 
@@ -27,7 +27,7 @@ def test_another_owner_sees_nothing(jobs: Jobs) -> None:
     made = service.create("one", wanted).id
     asks: list[Callable[[str, str], Any]] = [
         service.get, service.cancel, service.pause, service.resume, service.retry, service.events,
-        service.checkpoints, service.steps,
+        service.checkpoints, service.steps, service.delete,
     ]  # fmt: skip
     for ask in asks:
         with pytest.raises(UnknownJobError, match=made):
@@ -105,7 +105,9 @@ def test_waiting_jobs_are_bounded(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -
     service.create("one", wanted)
 
 
-def test_the_oldest_jobs_that_have_ended_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_have_ended_can_be_deleted_and_the_oldest_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job_service, "MOST_JOBS", 3)
     jobs = jobs_in(tmp_path, jobs_at_once=2)
     with jobs.service() as service:
@@ -117,9 +119,19 @@ def test_the_oldest_jobs_that_have_ended_are_forgotten(tmp_path: Path, monkeypat
         assert [job.id for job in service.list("one")[0]] == [made[2], made[1], waits]
         with pytest.raises(UnknownJobError):
             service.get("one", made[0])
+        with pytest.raises(WrongStateError, match="and cannot be deleted"):
+            service.delete("one", waits)
+        (result,) = service.get("one", made[2]).results
+        service.delete("one", made[2])
+        assert [job.id for job in service.list("one")[0]] == [made[1], waits]
     assert not jobs.home.job(made[0]).exists()
     with jobs.database.reading() as session:
-        assert session.query(Model).filter(Model.job.is_(None)).count() == 2  # they can still be talked to
+        kept = session.query(Model).filter(Model.job.is_(None), Model.deleted.is_(False)).all()
+        assert len(kept) == 2  # those of the oldest can still be talked to
+        assert session.get(StoredFile, result) is None
+    # Of what was deleted nothing is on the disk, but for what was uploaded.
+    assert [path.name for path in jobs.home.path.rglob("*") if made[2].removeprefix("ftjob-") in path.name] == []
+    assert not jobs.home.file(result).exists()
 
 
 def test_an_adapter_that_no_row_knows_goes_with_its_job(jobs: Jobs) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from playwright.sync_api import Browser, Error, Page, expect
@@ -92,6 +93,7 @@ def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
     good.write_text(LINES, encoding="utf-8")
     page.get_by_label("File", exact=True).set_input_files(good)
     expect(page.locator(".hint", has_text="12 examples; keys: prompt, completion")).to_be_visible()
+    expect(page.locator(".first li").first).to_have_text("promptTicket: charged twicecompletion, learned billing")
     page.get_by_label("Name").fill("tickets")
     page.get_by_label("Length", exact=True).fill("40")
     page.get_by_label("Unit of the length").select_option("steps")
@@ -137,6 +139,54 @@ def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
     expect(page.locator(".bar progress")).to_be_hidden()
     expect(page.get_by_role("button", name="Retry")).to_be_visible()
     assert watched.faults == []
+
+
+def test_a_jobs_page_has_its_data_settings_dates_and_adapter_and_deletes_it(
+    fake: FakeDaemon, watch: Opener, tmp_path: Path
+) -> None:
+    fake.files.append({"id": "file-1", "filename": "tickets.jsonl", "bytes": 2048, "purpose": "fine-tune"})
+    spec = {"data": "file-1", "steps": 40, "learning_rate": 0.001, "dropout": 0.1}
+    name = str(fake.add_job({"kind": "train", "model": BASE, "suffix": "tickets", "spec": spec})["id"])
+    fake.tell(name, "Step 0/40: validation loss=3.7000", step=0, valid_loss=3.7)
+    fake.advance(name, 40)
+    fake.add_adapter({"adapter_config.json": b"{}"}, str(fake.jobs[name]["tuned_model"]))
+    watched = watch(faults=True)
+    page = watched.open(fake.token, f"job/{name}")
+    details = page.locator(".details")
+    for row in ("Datatickets.jsonl (2.00 KiB)", "steps40", "learning_rate0.001"):
+        expect(details.locator("div", has_text=row)).to_have_text(row)
+    expect(details).to_contain_text(re.compile(r"Created.*Begun.*Ended"))
+    # Validation begins at step 0, and the smoothed line runs over the single steps.
+    _see_points(page, 40)
+    expect(page.locator(".line-raw")).to_have_count(1)
+    expect(page.locator(".line-validation")).to_have_attribute("d", re.compile(r"^M52\.0 "))
+    with page.expect_download() as kept:
+        page.get_by_role("button", name="Download the final result").click()
+    assert kept.value.suggested_filename == "tickets.zip"
+    kept.value.save_as(tmp_path / "tickets.zip")
+    with ZipFile(tmp_path / "tickets.zip") as archive:
+        assert archive.namelist() == ["adapter_config.json"]
+    # The form does it again, with what it has no field for as it was.
+    page.get_by_role("button", name="Again with changes").click()
+    expect(page.get_by_text("As tickets was, with dropout as there.")).to_be_visible()
+    expect(page.get_by_label("Learning rate")).to_have_value("0.001")
+    page.get_by_label("Mode", exact=True).select_option("top")
+    expect(page.get_by_text("no gradient is sent, and less is learned")).to_be_visible()
+    page.get_by_text("Leak budget", exact=True).first.click()
+    page.locator("[name=leak_budget]").fill("tokens<=0.5")
+    page.click("text=Start the job")
+    expect(page.locator(".pill")).to_have_text("queued")
+    modules = fake.jobs[list(fake.jobs)[-1]]["spec"]["target_modules"]
+    top = {"target_modules": modules, "leak_budget": "tokens<=0.5"}
+    assert fake.jobs[list(fake.jobs)[-1]]["spec"] == spec | top
+    assert {name.split(".")[1] for name in modules} == {"28", "29"}  # of 30, those that are the edge's at the top
+    page.goto(f"{fake.url}/#job/{name}")
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Delete the job").click()
+    expect(page.locator("h1")).to_have_text("Jobs")
+    assert name not in fake.jobs
+    # The file's bytes are nowhere here, and the page may ask for the job once more: the browser notes the status.
+    assert [problem for problem in watched.faults if "404" not in problem] == []
 
 
 def test_a_question_that_comes_before_the_models_names_waits_for_them(fake: FakeDaemon, watch: Opener) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import httpx
 import pytest
@@ -14,8 +18,10 @@ from support.page.page_fakes import BASE, FakeDaemon
 
 from isthmus.daemon import disk_room
 from isthmus.daemon.adapter_places import PLACES
+from isthmus.daemon.page.page_routes import LOOK_BYTES
 from isthmus.daemon.page.static_files import FOLDER, POLICY, is_unchanged, read_static_files
-from isthmus.daemon.state.owners import give_token
+from isthmus.daemon.state.owners import READ_EVERY, give_token
+from isthmus.daemon.state.tables import Model, Owner, StoredFile
 from isthmus.daemon.web.application import application
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.privacy.ledger.mode_leaks import CLOUD_READS
@@ -152,6 +158,54 @@ def test_a_code_is_exchanged_for_the_first_owners_token_once(client: TestClient,
     again = post(code)
     assert again.status_code == 403
     assert "was used already, or is older than 10 minutes" in again.json()["error"]["message"]
+
+
+def test_an_adapter_is_downloaded_by_its_owner_alone(client: TestClient, fake: FakeDaemon) -> None:
+    name = fake.add_adapter({"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(3 << 19)})
+    address = f"/isthmus/v1/adapters/{name}"
+    answer = client.get(address, headers=_authorized(fake))
+    with ZipFile(io.BytesIO(answer.content)) as archive:
+        assert archive.testzip() is None
+        assert {entry.filename: entry.file_size for entry in archive.infolist()} == {
+            "adapter_config.json": 2,
+            "adapter_model.safetensors": 3 << 19,
+        }
+    other = {"authorization": f"Bearer {give_token(fake.context.database, 'other')}"}
+    time.sleep(READ_EVERY)
+    assert client.get(address, headers=other).status_code == 404
+    with fake.context.database.session() as session:
+        session.get_one(Model, name).deleted = True
+    assert client.get(address, headers=_authorized(fake)).status_code == 404
+
+
+def test_the_first_examples_of_a_file_are_shown_as_a_job_reads_them(client: TestClient, fake: FakeDaemon) -> None:
+    def look(**wanted: str) -> Any:
+        return client.post("/isthmus/v1/look", json=wanted, headers=_authorized(fake))
+
+    table = 'ticket,queue\n"twice,\nagain",billing\n' + "late,delivery\n" * 9
+    templates = {"prompt_template": "Ticket: {ticket}", "completion_template": " {queue}"}
+    examples = look(name="t.csv", text=table, **templates).json()["examples"]
+    first = {"prompt": "Ticket: twice,\nagain", "completion": " billing", "messages": []}
+    assert examples == [first, *2 * [{"prompt": "Ticket: late", "completion": " delivery", "messages": []}]]
+    chat = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+    assert look(name="t.jsonl", text=chat).json()["examples"][0]["messages"] == [["user", "q"], ["assistant", "a"]]
+    for wanted, problem in (
+        ({"name": "t.csv", "text": table}, "t.csv, line 2: none of the keys 'ticket', 'queue'"),
+        ({"name": "t.jsonl", "text": "no JSON"}, "t.jsonl, line 1: not JSON"),
+        ({"name": "t.txt", "text": "x"}, "the form of 't.txt' is not clear"),
+        ({"name": "t.csv", "text": table, "prompt_template": "{ticket}"}, "a prompt needs a completion"),
+    ):
+        assert problem in look(**wanted).json()["problem"]
+    # A stored file is read at its beginning alone, and is its owner's.
+    stored = StoredFile(id="file-1", filename="t.jsonl", purpose="user_data", size=9 << 16, sha256="", created_at=1.0)
+    with fake.context.database.session() as session:
+        stored.owner = session.query(Owner).one().id
+        session.add(stored)
+    fake.context.home.file("file-1").write_bytes(b'{"text": "one"}\n{"text": "%s"}' % (b"x" * (8 << 16)))
+    assert [example["completion"] for example in look(file="file-1").json()["examples"]] == ["one"]
+    assert look(file="file-2").status_code == 404
+    assert look(name="t.jsonl", text="x" * (LOOK_BYTES + 1)).status_code == 400
+    assert list(fake.context.home.uploads.iterdir()) == []
 
 
 def _addresses(text: str) -> set[str]:

@@ -24,8 +24,8 @@ from isthmus.daemon.page import page_routes
 from isthmus.daemon.serving.answers import Answers
 from isthmus.daemon.state.crossings import note_adapters
 from isthmus.daemon.state.database import Database
-from isthmus.daemon.state.owners import first_owner
-from isthmus.daemon.state.tables import BaseModel, Owner, Traffic
+from isthmus.daemon.state.owners import FIRST, first_owner
+from isthmus.daemon.state.tables import BaseModel, Model, Owner, Traffic
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.context import Context
@@ -82,6 +82,18 @@ class FakeDaemon:
         """Have an adapter of the owner's at a place of `PLACES`."""
         with self.context.database.session() as session:
             note_adapters(session, session.query(Owner).one().id, place)
+
+    def add_adapter(self, files: dict[str, bytes], name: str = f"ft:{BASE}::tickets:0") -> str:
+        """Have an adapter of the first owner's; returns its name."""
+        folder = self.context.home.model("ftmodel-0")
+        folder.mkdir()
+        for place, content in files.items():
+            (folder / place).write_bytes(content)
+        with self.context.database.session() as session:
+            (owner,) = session.query(Owner).filter(Owner.name == FIRST)
+            place = str(folder.relative_to(self.context.home.path))
+            session.add(Model(name=name, id="0", owner=owner.id, base=BASE, folder=place, created_at=time.time()))
+        return name
 
     def cross(self, up: int, down: int, calls: int) -> None:
         """Let so much more have crossed today."""
@@ -171,6 +183,11 @@ class FakeDaemon:
         def one(name: str) -> dict[str, Any]:
             return self._job(name)
 
+        @routes.delete("/{name}")
+        def remove(name: str) -> dict[str, Any]:
+            self._job(name)
+            return {"deleted": self.jobs.pop(name) is not None}
+
         @routes.get("/{name}/steps")
         def steps(name: str, after: int = 0) -> dict[str, Any]:
             self._job(name)
@@ -216,6 +233,13 @@ class FakeDaemon:
         @routes.get("/files")
         def files() -> dict[str, Any]:
             return _page(self.files)
+
+        @routes.get("/files/{name}")
+        def file(name: str) -> dict[str, Any]:
+            found = [row for row in self.files if row["id"] == name]
+            if not found:
+                raise ApiError(404, f"there is no file {name!r}", code="not_found")
+            return found[0]
 
         @routes.post("/files")
         async def upload(request: Request) -> dict[str, Any]:
