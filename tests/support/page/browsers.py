@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+PATIENCE = 60_000
+"""Milliseconds that whatever is waited for may take on a busy machine."""
+expect.set_options(timeout=PATIENCE)
 
 _TELL_VIOLATIONS = "addEventListener('securitypolicyviolation', (e) => told(`${e.effectiveDirective} ${e.blockedURI}`))"
 
@@ -43,7 +47,7 @@ class Watched:
         self.violations: list[str] = []
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         self.page: Page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
+        self.page.set_default_timeout(PATIENCE)
         self.page.on("request", lambda request: self._note(request.url))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("console", lambda message: self._hear(message.type, message.text))
