@@ -20,6 +20,9 @@ from typing import Any
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
 
+stop_asked = threading.Event()
+"""Set once a `StopRequest` was asked to stop, or whoever else handles signals has set it: it outranks what follows."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -116,6 +119,7 @@ class StopRequest:
             if self._requested:
                 raise KeyboardInterrupt(self._second)
             self._requested = True
+            stop_asked.set()
             say(self._first)
 
         before = {number: signal.signal(number, request) for number in self._signals}

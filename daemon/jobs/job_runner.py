@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from isthmus.common.errors import DiskError, IsthmusError, WorkerDiedError
 from isthmus.common.readable import moment
+from isthmus.common.shutdown import INTERRUPTED
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
@@ -92,6 +94,11 @@ class _Running:
     cloud: str = ""
     asked: bool = False
     refused: str | None = None
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the process was asked to stop, by the daemon or by somebody else's signal."""
+        return self.asked or self.process.returncode in (INTERRUPTED, -signal.SIGTERM)
 
     def ask_to_stop(self) -> None:
         """By the end of its standard input."""
@@ -348,7 +355,7 @@ class JobRunner:
                     tell(session, job, f"The job is paused after step {job.step}")
                 elif found is not None and found["outcome"] == "failed":
                     self._rest(session, job, found, "" if running is None else running.cloud)
-                elif found is None and running is not None and not running.asked:
+                elif found is None and running is not None and not running.was_stopped:
                     self._count_death(session, job, running.process.returncode)
             if running is not None:
                 running.ask_to_stop()  # which closes the pipe

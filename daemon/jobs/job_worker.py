@@ -1,7 +1,8 @@
 """The process of one job: `python -m isthmus.daemon.jobs.job_worker FOLDER`.
 
 Standard input is a pipe from the daemon. Its end, which also comes when the daemon is killed, asks the job to stop: a
-training saves a checkpoint at its next micro-batch. What cannot stop within `STOP_SECONDS` is ended as it is.
+training saves a checkpoint at its next micro-batch. What cannot stop within `STOP_SECONDS` is ended as it is. A job
+that was asked to stop has not failed, whatever comes of it: code that is interrupted may tell of something else.
 
 One process at a time works in a folder; a further one waits.
 """
@@ -26,7 +27,7 @@ from isthmus.common.errors import (
     UnreachableError,
 )
 from isthmus.common.files import locked
-from isthmus.common.shutdown import INTERRUPTED, run_to_end
+from isthmus.common.shutdown import INTERRUPTED, run_to_end, stop_asked
 from isthmus.daemon.jobs.kinds import Work
 from isthmus.daemon.jobs.reports import END, Reporter, read_end, write_end
 
@@ -39,9 +40,9 @@ _PASSING = (UnreachableError, ConnectionLostError, DrainingError, OverQuotaError
 
 def main(folder: Path) -> int:
     """Do what the folder's `spec.json` says; returns the process's exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
         with locked(folder / "worker"):
             return _work(folder)
     except KeyboardInterrupt:
@@ -60,14 +61,17 @@ def _work(folder: Path) -> int:
         with Reporter(folder) as reporter:
             do(work, folder, reporter)
     except KeyboardInterrupt:
-        write_end(folder, work.attempt, "stopped")
-        return INTERRUPTED
+        return _stopped(folder, work)
     except IsthmusError as error:
+        if stop_asked.is_set():
+            return _stopped(folder, work)
         passing = isinstance(error, _PASSING)
         write_end(folder, work.attempt, "failed", code=error.exit_code, message=str(error), passing=passing)
         return error.exit_code
     except Exception as error:  # noqa: BLE001  # the job's owner is told, and the log has the rest
         traceback.print_exc()
+        if stop_asked.is_set():
+            return _stopped(folder, work)
         message = f"internal error: {type(error).__name__}: {error}"
         write_end(folder, work.attempt, "failed", code=INTERNAL, message=message, passing=False)
         return INTERNAL
@@ -75,12 +79,19 @@ def _work(folder: Path) -> int:
     return 0
 
 
+def _stopped(folder: Path, work: Work) -> int:
+    write_end(folder, work.attempt, "stopped")
+    return INTERRUPTED
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    stop_asked.set()
     raise KeyboardInterrupt
 
 
 def _stop_at_end_of_input() -> None:
     sys.stdin.buffer.read()
+    stop_asked.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STOP_SECONDS)
     os._exit(INTERRUPTED)

@@ -42,6 +42,16 @@ def test_a_worker_that_dies_again_and_again_fails_the_job(jobs: Jobs) -> None:
         assert "3 times in a row" in job.error["message"]
 
 
+@pytest.mark.parametrize("how", [-15, 130])
+def test_a_worker_that_was_asked_to_stop_is_begun_again_as_often_as_it_is(jobs: Jobs, how: int) -> None:
+    with jobs.service() as service:
+        made = service.create("one", does(jobs, {"exit": how})).id
+        until(service, made, lambda job: job.attempts > 3)
+        assert service.get("one", made).status == "running"
+        service.cancel("one", made)
+        ended(service, made)
+
+
 def test_an_error_that_stays_fails_the_job_at_once(jobs: Jobs) -> None:
     error = {"end": {"outcome": "failed", "code": 11, "message": "The data are empty.", "passing": False}}
     with jobs.service() as service:

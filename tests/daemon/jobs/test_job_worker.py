@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from isthmus.common.errors import DataError, OverQuotaError, RefusedError, UnreachableError
+from isthmus.common.shutdown import StopRequest, stop_asked
 from isthmus.daemon.jobs import job_work, job_worker
 from isthmus.daemon.jobs.kinds import Work
 from isthmus.daemon.jobs.reports import Reporter, read_end, read_reports, write_end
@@ -52,6 +56,57 @@ def test_a_job_that_has_succeeded_is_not_done_again(folder: Path, monkeypatch: p
 
 def test_a_stop_is_told_apart_from_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ends(folder, monkeypatch, KeyboardInterrupt()) == {"attempt": 2, "outcome": "stopped", "exit": 130}
+
+
+@pytest.fixture
+def interruptible_here() -> Iterator[None]:
+    """Handle SIGTERM as the process of a job does."""
+    before = signal.signal(signal.SIGTERM, job_worker._interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    stop_asked.clear()
+
+
+@pytest.mark.usefixtures("interruptible_here")
+@pytest.mark.parametrize("error", [ModuleNotFoundError("numpy.dtypes"), DataError("x"), UnreachableError("x")])
+@pytest.mark.parametrize("asked", ["signal", "request", None])
+def test_a_job_that_was_asked_to_stop_has_not_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, asked: str | None
+) -> None:
+    def do(*_arguments: object) -> None:
+        if asked == "signal":
+            with contextlib.suppress(KeyboardInterrupt):  # as an import does that tells of something else
+                signal.raise_signal(signal.SIGTERM)
+        elif asked == "request":
+            with StopRequest().listen(lambda _: None):
+                signal.raise_signal(signal.SIGTERM)
+        raise error
+
+    monkeypatch.setattr(job_work, "do", do)
+    code = job_worker._work(folder)
+    end = read_end(folder, WORK.attempt)
+    assert end is not None
+    assert (end["outcome"], code == 130) == (("stopped", True) if asked else ("failed", False))
+
+
+def test_a_stop_in_the_middle_of_an_import_is_a_stop(folder: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "from isthmus.daemon.jobs import job_worker\n"
+        "class Stops(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'numpy.dtypes':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Stops())\n"
+        "job_worker.run_to_end(job_worker._main)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE) as process:
+        assert process.wait(120) == 130
+    end = read_end(folder, WORK.attempt)
+    assert end is not None
+    assert end["outcome"] == "stopped"
 
 
 @pytest.mark.parametrize(
