@@ -27,7 +27,7 @@ from isthmus.daemon.serving.answer_forms import (
     prompt_problem,
     prompt_tree,
 )
-from isthmus.daemon.serving.fair_turns import FairTurns
+from isthmus.daemon.serving.fair_turns import FairTurns, Shares
 from isthmus.daemon.serving.unread_pieces import Unread
 from isthmus.daemon.state.crossings import add_traffic, note_adapters
 from isthmus.daemon.state.database import Database
@@ -61,7 +61,7 @@ class Answers:
         self._worker = WorkerProcess(arguments, home.serving_log, greeting)
         self._turns = FairTurns(settings.answers_at_once)
         self._unread = Unread()
-        self._requests = 0
+        self._requests = Shares(settings.answers_at_once + settings.answers_waiting)
         self._notes: set[asyncio.Task[None]] = set()
         self._looking: asyncio.Task[None] | None = None
 
@@ -80,17 +80,17 @@ class Answers:
             owner: Who asks; owners take turns where several wait.
 
         Raises:
-            BusyError: Too many wait.
+            BusyError: Too many wait, and the owner has his share of them.
             WorkerError: Whatever else is wrong, with its exit code (docs/exit-codes.md): 10 for a prompt that is empty
                 or too long, 40 where the cloud is away.
         """
-        if self._requests >= self._settings.answers_at_once + self._settings.answers_waiting:
-            raise BusyError(f"{self._requests} requests are being answered or wait: try again in a while")
         if problem := sampling.problem() or prompt_problem(prompt):
             raise WorkerError(problem, ConfigError.exit_code)
-        self._requests += 1
+        if not self._requests.take(owner):
+            count = self._requests.taken.total()
+            raise BusyError(f"{count} requests are being answered or wait: try again in a while")
         with ExitStack() as under_way:
-            under_way.callback(self._count_down)  # as the last answer is computed, or as this ends before
+            under_way.callback(self._count_down, owner)  # as the last answer is computed, or as this ends before
             base = await self._base(target.base)
             longest = int(base.facts["longest"])
             most = sampling.n * min(sampling.max_tokens or longest, longest)
@@ -154,8 +154,8 @@ class Answers:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
 
-    def _count_down(self) -> None:
-        self._requests -= 1
+    def _count_down(self, owner: str) -> None:
+        self._requests.give_back(owner)
         self._note_traffic_soon()
 
     async def _merged(

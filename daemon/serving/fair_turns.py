@@ -1,11 +1,41 @@
-"""Whose answer is computed next: owners take turns, so that one who asks for much keeps nobody else waiting."""
+"""What owners have in common: turns to compute, and places that are bounded. One who asks for much keeps nobody out."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+
+class Shares:
+    """Places that all owners have in common, and beyond them a share of each owner's own, whatever others take.
+
+    The shares of all owners who have come are half as many places as the common ones. For one event loop.
+
+    Args:
+        most: Common places.
+
+    Attributes:
+        taken: Places that each owner has.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.taken: Counter[str] = Counter()
+
+    def take(self, owner: str, places: int = 1) -> bool:
+        """Take places for an owner; returns whether they were there. Those that were are to be given back."""
+        wanted = self.taken.setdefault(owner, 0) + places
+        share = self.most // (2 * len(self.taken))
+        if wanted > share and self.taken.total() + places > self.most:
+            return False
+        self.taken[owner] = wanted
+        return True
+
+    def give_back(self, owner: str, places: int = 1) -> None:
+        """Places that are free again."""
+        self.taken[owner] -= places
 
 
 class FairTurns:

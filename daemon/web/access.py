@@ -8,6 +8,8 @@
    `/isthmus/v1/status`) is always answered: it is not counted, and waits for no other one's thread.
 5. The body: its length as it is said, and as it comes; how long it takes; and what all of them take together.
 
+Whatever others do, an owner has a share of what 4 and 5 bound (`Shares`).
+
 A refusal reads no body. Tokens that are wrong are written nowhere.
 """
 
@@ -20,13 +22,13 @@ import logging
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.serving.fair_turns import Shares
 from isthmus.daemon.state.owners import Owners
 from isthmus.daemon.state.tables import Owner
 from isthmus.daemon.web.api_error import ApiError
@@ -73,8 +75,8 @@ class Access:
         host, _ = settings.address
         self._names = _LOOPBACK | {_name(host), *(_name(name) for name in settings.hosts)}
         self._any_address = _is_wildcard(host)
-        self._under_way = {False: 0, True: 0}  # those with a token, and those that need none
-        self._memory = _Memory(BODIES * (settings.body_mib << 20))
+        self._under_way = {is_open: Shares(settings.requests_at_once) for is_open in (False, True)}
+        self._memory = Shares(BODIES * (settings.body_mib << 20))  # bytes of bodies; files are not counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or let it through."""
@@ -89,16 +91,16 @@ class Access:
         state["request_id"] = request_id
         answer = _Answer(send, request_id)
         body = _Body(receive, answer, self._memory)
-        is_open, counted = _is_open(scope), False
+        is_open, counted, owner = _is_open(scope), False, ""
         try:
             self._let_in(scope)
             body.bound(self._settings, scope)
             if not is_open:
                 state["owner"] = self._owner(Headers(scope=scope), hub=scope["path"].startswith(HUB_UNDER))
+                owner = body.owner = state["owner"].id
             if scope["path"] not in ALWAYS:
-                if self._under_way[is_open] >= self._settings.requests_at_once:
+                if not self._under_way[is_open].take(owner):
                     raise overloaded("as many requests are under way as may be")
-                self._under_way[is_open] += 1
                 counted = True
             await self._app(scope, body.receive, answer.send)
         except asyncio.CancelledError:  # the daemon stops, and this answer has had its while
@@ -114,7 +116,7 @@ class Access:
                 raise
             await answer.refuse(told)
         finally:
-            self._under_way[is_open] -= counted
+            self._under_way[is_open].give_back(owner, counted)
             body.free()
 
     def _let_in(self, scope: Scope) -> None:
@@ -185,20 +187,17 @@ class _Answer:
         await response({"type": "http"}, _nothing, self._send)
 
 
-@dataclass
-class _Memory:
-    """What the bodies of all requests take, files aside."""
-
-    most: int
-    taken: int = 0
-
-
 class _Body:
-    """A request's body, within its bounds."""
+    """A request's body, within its bounds.
 
-    def __init__(self, receive: Receive, answer: _Answer, memory: _Memory) -> None:
+    Attributes:
+        owner: Whose it is.
+    """
+
+    def __init__(self, receive: Receive, answer: _Answer, memory: Shares) -> None:
+        self.owner = ""
         self._receive, self._answer, self._memory = receive, answer, memory
-        self._most = self._got = 0
+        self._most = self._got = self._counted = 0
         self._is_file = self._whole = self._gone = False
         self._until = 0.0
 
@@ -215,8 +214,7 @@ class _Body:
 
     def free(self) -> None:
         """Count the body no longer."""
-        if not self._is_file:
-            self._memory.taken -= self._got
+        self._memory.give_back(self.owner, self._counted)
 
     async def receive(self) -> Message:
         """The next piece; a disconnection where the request was refused."""
@@ -232,9 +230,9 @@ class _Body:
         size = len(message.get("body", b""))
         self._got += size
         if not self._is_file:
-            self._memory.taken += size
-            if self._memory.taken > self._memory.most:
+            if not self._memory.take(self.owner, size):
                 return await self._refuse(overloaded("the bodies of requests take as much memory as they may"))
+            self._counted += size
         if self._got > self._most:
             return await self._refuse(too_large(self._most))
         self._whole = not message.get("more_body", False)

@@ -194,7 +194,7 @@ def test_what_makes_no_sense_is_refused_by_name(daemon: Daemon) -> None:
     with pytest.raises(WorkerError, match="not there any more") as refused:
         daemon.pieces(target=Target("tiny", "/nowhere/at/all"))
     assert refused.value.code == 20
-    assert daemon.answers._requests == 0
+    assert daemon.answers._requests.taken.total() == 0
     assert daemon.pieces("a", replace(GREEDY, stop=["a" * 1000] * 16, stop_tokens=[[1]] * 16, top_logprobs=20))
 
 
@@ -216,12 +216,12 @@ def test_an_answer_ends_when_its_iterator_is_closed(daemon: Daemon) -> None:
         return found
 
     assert len(daemon.run(work())) == 3
-    assert daemon.answers._requests == 0
+    assert daemon.answers._requests.taken.total() == 0
     assert len(daemon.pieces()) == 12
 
 
 def test_too_many_requests_are_refused(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon.answers, "_settings", daemon.answers._settings.model_copy(update={"answers_waiting": 1}))
+    monkeypatch.setattr(daemon.answers._requests, "most", 3)
 
     async def work() -> int:
         open_ones = [daemon.answers.generate(TINY, "Once", LONG) for _ in range(3)]
@@ -229,6 +229,10 @@ def test_too_many_requests_are_refused(daemon: Daemon, monkeypatch: pytest.Monke
         await asyncio.sleep(0)
         with pytest.raises(BusyError, match="3 requests are being answered or wait"):
             await anext(daemon.answers.generate(TINY, "Once", LONG))
+        open_ones.append(daemon.answers.generate(TINY, "Once", LONG, owner="another"))
+        waiting.append(asyncio.create_task(anext(open_ones[-1])))
+        await asyncio.sleep(0)
+        assert daemon.answers._requests.taken == {"": 3, "another": 1}
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)

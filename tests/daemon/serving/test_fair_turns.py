@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
-from isthmus.daemon.serving.fair_turns import FairTurns
+from isthmus.daemon.serving.fair_turns import FairTurns, Shares
+
+
+def test_an_owner_has_a_share_of_the_places_whatever_others_take() -> None:
+    places = Shares(8)
+    assert [places.take("a") for _ in range(9)] == [True] * 8 + [False]  # the only one has all
+    assert [places.take("b") for _ in range(3)] == [True] * 2 + [False]  # half of four, as there are two
+    assert [places.take("c") for _ in range(2)] == [True, False]
+    places.give_back("a", 4)
+    assert [places.take("b") for _ in range(2)] == [True, False]
+    assert places.take("a", 2) is places.take("d", 2) is False
+    assert places.taken == {"a": 4, "b": 3, "c": 1, "d": 0}
+    places.give_back("b", 3)
+    assert places.take("a", 2) is True
 
 
 def test_owners_take_turns() -> None:

@@ -70,10 +70,13 @@ async def test_requests_under_way_are_bounded_and_the_status_is_answered(context
     waiting = [asyncio.create_task(sent_by(door, "/who", empty)) for _ in range(8)]
     await asyncio.sleep(0)
     assert (await sent_by(door, "/who", empty))[0]["status"] == 503
+    others = [asyncio.create_task(sent_by(door, "/who", empty, who="other")) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert (await sent_by(door, "/who", empty, who="other"))[0]["status"] == 503  # who has had his share
     for path in ("/healthz", "/isthmus/v1/status"):
         assert (await sent_by(door, path, empty))[0]["status"] == 200
     done.set()
-    assert {(await task)[0]["status"] for task in waiting} == {200}
+    assert {(await task)[0]["status"] for task in [*waiting, *others]} == {200}
     assert (await sent_by(door, "/who", empty))[0]["status"] == 200  # the places are free again
 
 
@@ -126,7 +129,7 @@ async def test_requests_without_a_token_take_no_place_of_those_with_one() -> Non
     held.set()
     done.set()
     await asyncio.gather(*refused, *pages)
-    assert door._under_way == {False: 0, True: 0}
+    assert [places.taken.total() for places in door._under_way.values()] == [0, 0]
 
 
 @in_a_loop
@@ -170,13 +173,14 @@ async def test_all_bodies_together_have_a_bound_and_files_are_not_counted() -> N
 
     door = Access(app, DaemonSettings(body_mib=1), Everybody())  # type: ignore[arg-type]
     held = [asyncio.create_task(sent_by(door, "/held", large, "POST")) for _ in range(access.BODIES)]
-    while door._memory.taken < door._memory.most:
+    while door._memory.taken.total() < door._memory.most:
         await asyncio.sleep(0)
     refused = await sent_by(door, "/x", large, "POST")
     assert (refused[0]["status"], b"overloaded" in refused[1]["body"]) == (503, True)
+    assert (await sent_by(door, "/x", large, "POST", who="other"))[0]["status"] == 200
     for path, receive in (("/x", empty), ("/v1/files", large)):
         assert (await sent_by(door, path, receive, "POST"))[0]["status"] == 200
     done.set()
     assert {(await task)[0]["status"] for task in held} == {200}
-    assert door._memory.taken == 0
+    assert door._memory.taken.total() == 0
     assert (await sent_by(door, "/x", large, "POST"))[0]["status"] == 200

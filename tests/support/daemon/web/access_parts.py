@@ -6,6 +6,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -110,22 +111,24 @@ def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
     return run
 
 
-async def sent_by(app: Any, path: str, receive: Any, method: str = "GET") -> list[dict[str, Any]]:
+async def sent_by(app: Any, path: str, receive: Any, method: str = "GET", *, who: str = "one") -> list[dict[str, Any]]:
     """What an application (ASGI) sends."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    headers = [(b"host", b"localhost"), (b"x-api-key", b"t")]
+    headers = [(b"host", b"localhost"), (b"x-api-key", who.encode())]
     scope = {"type": "http", "method": method, "path": path, "headers": headers, "scheme": "http", "query_string": b""}
     await app(scope, receive, send)
     return sent
 
 
 class Everybody:
-    def find(self, _token: str, *, hub: bool) -> object:
-        return object()
+    """Each token is that of an owner of this id."""
+
+    def find(self, token: str, *, hub: bool) -> object:
+        return SimpleNamespace(id=token)
 
 
 async def empty() -> dict[str, Any]:
