@@ -17,6 +17,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from isthmus.edge.config.client_config import ClientConfig
+from isthmus.edge.config.settings import MOST_MIB, MOST_STEPS
 
 DEFAULT_HOME = Path("~/.isthmus/daemon")
 FILE = "daemon.toml"
@@ -56,28 +57,38 @@ class DaemonSettings(BaseModel):
         "(`cloud`, `key`, `codec`, …).",
     )
     jobs_at_once: int = Field(1, ge=1, le=16, description="Jobs that run at the same time; the others wait.")
-    save_every: int = Field(20, ge=1, description="Optimizer steps between a job's checkpoints.")
+    save_every: int = Field(20, ge=1, le=MOST_STEPS, description="Optimizer steps between a job's checkpoints.")
     checkpoints_per_job: int = Field(
-        3, ge=1, description="Checkpoints of a job that can be talked to; older ones are removed."
+        3, ge=1, le=1000, description="Checkpoints of a job that can be talked to; older ones are removed."
     )
     disk_gib: float = Field(
-        20.0, gt=0, description="GiB that the home may take; what would take more is refused, with a reason."
+        20.0,
+        gt=0,
+        le=MOST_MIB / 1024,
+        description="GiB that the home may take; what would take more is refused, with a reason.",
     )
-    upload_mib: int = Field(512, ge=1, description="MiB of one uploaded file at most.")
+    upload_mib: int = Field(512, ge=1, le=MOST_MIB, description="MiB of one uploaded file at most.")
     requests_at_once: int = Field(
         512,
         ge=8,
+        le=1 << 15,
         description="Requests under way at the same time; more are refused (503). One for the status is always "
         "answered.",
     )
-    body_mib: int = Field(8, ge=1, description="MiB of another request's body at most, also when it is unpacked.")
+    body_mib: int = Field(
+        8, ge=1, le=1024, description="MiB of another request's body at most, also when it is unpacked."
+    )
     keep_days: float = Field(
         30.0,
         gt=0,
+        le=36_600,
         description="Days that promises of Tinker's API, folders of ended jobs, and what is in set-aside are kept.",
     )
     adapters_hot: int = Field(
-        4, ge=1, description="Adapters that are kept in memory for answers; the one not used for longest gives way."
+        4,
+        ge=1,
+        le=1000,
+        description="Adapters that are kept in memory for answers; the one not used for longest gives way.",
     )
     # With SmolLM2-135M on two cores, two at a time give twice the tokens a second of one, and four no more than two.
     answers_at_once: int = Field(
@@ -88,7 +99,10 @@ class DaemonSettings(BaseModel):
         "allows an edge 4 by default; the others wait.",
     )
     answers_waiting: int = Field(
-        64, ge=1, description="Requests for answers that may wait; more are refused (429) until some are done."
+        64,
+        ge=1,
+        le=1 << 15,
+        description="Requests for answers that may wait; more are refused (429) until some are done.",
     )
     training_layers: str = Field(
         "edge",

@@ -43,6 +43,16 @@ FILES = ("data", "validation", "prompts", "public")
 _ADAPTERS = ("adapter", "start_from")
 _FOLDERS = ("package", "draft")
 _ENDINGS = (".jsonl", ".csv", ".tsv")
+# Numbers that make no sense beyond a number of the model (`BaseModel.facts`).
+_AT_MOST = {
+    "rank": "hidden_size",
+    "tap_width": "hidden_size",
+    "reduction": "hidden_size",
+    "taps": "n_layers",
+    "max_length": "longest",
+    "virtual_tokens": "longest",
+    "max_new_tokens": "longest",
+}
 # What the daemon decides, or what makes no sense in a job.
 _DECIDED = {*ClientConfig.model_fields, "out", "resume", "report_to", "keep_checkpoints", "log_every", "deadline"} - {
     "codec"
@@ -83,8 +93,18 @@ def prepare(
         raise ConfigError("'prompts' is missing: give a file of JSON Lines, each with `prompt` or `messages`")
     cloud = None if kind == "tune" else cloud_of(model, session, settings)
     links = dict(_links(spec, owner, session, home))
-    configuration(kind, with_links(spec, links, Path("/")), cloud, settings, Path("/"))
+    config, _ = configuration(kind, with_links(spec, links, Path("/")), cloud, settings, Path("/"))
+    base = session.get(BaseModel, model)
+    _check_fits(config, spec, {} if base is None else base.facts)
     return links
+
+
+def _check_fits(config: Settings, spec: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse numbers of a spec that are beyond the model's own. Raises ConfigError."""
+    for name, fact in _AT_MOST.items():
+        most, given = facts.get(fact), getattr(config, name, None)
+        if name in spec and most is not None and given is not None and given > most:
+            raise ConfigError(f"{name} = {given}: the model's {fact} is {most}, give {most} at most")
 
 
 def cloud_of(model: str, session: Session, settings: DaemonSettings) -> ClientConfig:

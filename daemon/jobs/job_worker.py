@@ -10,6 +10,7 @@ One process at a time works in a folder; a further one waits.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -27,11 +28,13 @@ from isthmus.common.errors import (
     UnreachableError,
 )
 from isthmus.common.files import locked
+from isthmus.common.machine import usable_memory
 from isthmus.common.shutdown import INTERRUPTED, run_to_end, stop_asked
 from isthmus.daemon.jobs.kinds import Work
 from isthmus.daemon.jobs.reports import END, Reporter, read_end, write_end
 
 STOP_SECONDS = 120.0
+MOST_FILES = 4096
 INTERNAL = 1
 """The code of a defect."""
 
@@ -97,7 +100,21 @@ def _stop_at_end_of_input() -> None:
     os._exit(INTERRUPTED)
 
 
+def bound_process() -> None:
+    """Keep this process within three quarters of the memory that it may use, and `MOST_FILES` open files.
+
+    Memory is what is written to (RLIMIT_DATA): torch reserves far more addresses than it uses, which RLIMIT_AS would
+    count. Threads have no bound here, as RLIMIT_NPROC counts all processes of a user: the settings have one.
+    """
+    memory = usable_memory() // 4 * 3
+    for kind, most in ((resource.RLIMIT_DATA, memory), (resource.RLIMIT_NOFILE, MOST_FILES)):
+        _, hard = resource.getrlimit(kind)
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (least, least))
+
+
 def _main() -> None:
+    bound_process()
     sys.exit(main(Path(sys.argv[1])))
 
 

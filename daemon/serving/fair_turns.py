@@ -27,7 +27,7 @@ class Shares:
     def take(self, owner: str, places: int = 1) -> bool:
         """Take places for an owner; returns whether they were there. Those that were are to be given back."""
         wanted = self.taken.setdefault(owner, 0) + places
-        share = self.most // (2 * len(self.taken))
+        share = max(1, self.most // (2 * len(self.taken)))
         if wanted > share and self.taken.total() + places > self.most:
             return False
         self.taken[owner] = wanted

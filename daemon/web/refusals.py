@@ -28,9 +28,9 @@ from isthmus.daemon.workers.asking import WorkerError
 _STATUSES = {
     **dict.fromkeys((10, 11, 21, 22, 23, 24, 25, 26, 27, 28, 29), 400),
     20: 404,
-    **dict.fromkeys((30, 31, 32, 33, 34, 35, 36, 75), 502),  # what is wrong between this machine and a cloud
+    **dict.fromkeys((30, 31, 32, 33, 34, 35, 36, 70, 71, 75), 502),  # what is wrong between this machine and a cloud
     **dict.fromkeys((40, 41, 42, 43, 62), 503),
-    50: 400,
+    **dict.fromkeys((50, 72), 400),
     51: 507,
 }
 """Of an exit code (docs/exit-codes.md); 500 for others."""

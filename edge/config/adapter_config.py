@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.edge.config.config_text import read_layers
-from isthmus.edge.config.settings import Settings
+from isthmus.edge.config.settings import MOST_FACTOR, MOST_TOKENS, MOST_WIDTH, Settings
 
 Method = Literal[
     "lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "low_rank", "ladder", "full"
@@ -39,25 +39,31 @@ class AdapterConfig(Settings):
     rank: int = Field(
         8,
         ge=1,
+        le=MOST_WIDTH,
         description="Rank of the adapter (lora, dora, vera, low_rank; the average one that adalora ends with), or "
         "width of a bottleneck.",
     )
-    alpha: float = Field(16.0, gt=0, description="Scale of the adapter: its product is multiplied by alpha / rank.")
+    alpha: float = Field(
+        16.0, gt=0, le=MOST_FACTOR, description="Scale of the adapter: its product is multiplied by alpha / rank."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
     target_modules: tuple[str, ...] | None = Field(
         None, description="Modules that get an adapter, q_proj,v_proj for example; the family's usual ones by default."
     )
-    virtual_tokens: int = Field(16, ge=1, description="Length of the learned prompt (method `prompt`).")
+    virtual_tokens: int = Field(16, ge=1, le=MOST_TOKENS, description="Length of the learned prompt (method `prompt`).")
     basis: Literal["seeded", "svd"] = Field(
         "seeded",
         description="The frozen matrices of `low_rank`: drawn from --seed, known to both sides; or from the model's "
         "own weights, which only the cloud has.",
     )
-    taps: int = Field(4, ge=1, description="Layers of the cloud that a ladder reads, evenly spaced.")
+    taps: int = Field(4, ge=1, le=MOST_WIDTH, description="Layers of the cloud that a ladder reads, evenly spaced.")
     tap_width: int | None = Field(
-        None, ge=1, description="Numbers of a tap for each token, by a random projection; by default all."
+        None,
+        ge=1,
+        le=MOST_WIDTH,
+        description="Numbers of a tap for each token, by a random projection; by default all.",
     )
-    reduction: int = Field(8, ge=1, description="How many times narrower than the model a ladder is.")
+    reduction: int = Field(8, ge=1, le=MOST_WIDTH, description="How many times narrower than the model a ladder is.")
     start_from: Path | None = Field(
         None,
         description="Adapter to go on from: another run's, or one tuned on an emulator. Its own rank, scale, modules "

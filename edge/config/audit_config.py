@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from isthmus.edge.config.client_config import ClientConfig
-from isthmus.edge.config.settings import Settings
+from isthmus.edge.config.settings import MOST_FACTOR, MOST_MIB, MOST_STEPS, MOST_TEXTS, Settings
 from isthmus.protocol.limits import MAX_UNSIGNED
 
 
@@ -31,6 +31,7 @@ class AuditConfig(Settings):
     audit_sample: int | None = Field(
         None,
         ge=1,
+        le=MOST_MIB,
         description="MiB, in OUT/audit, for a random sample of calls with their activations, which "
         "`isthmus edge audit` has computed again elsewhere.",
     )
@@ -53,15 +54,18 @@ class ReplayConfig(Settings):
     model: Path | None = Field(
         None, description="Folder of the whole model, which this process replays with; instead of --cloud."
     )
-    calls: int | None = Field(None, ge=1, description="Calls to replay at most; by default all of the sample.")
+    calls: int | None = Field(
+        None, ge=1, le=MOST_STEPS, description="Calls to replay at most; by default all of the sample."
+    )
     threshold: float | None = Field(
         None,
         ge=0,
+        le=MOST_FACTOR,
         description="Distance |a - b| / |b| up to which answers are the same where they were computed by other "
         "numerics (processor, torch, threads). One above it is computed again with its inputs changed in their last "
         "place, and is wrong where that does not explain it. Without a threshold, such answers are undecided.",
     )
-    threads: int | None = Field(None, ge=1, description="torch threads of a replay with --model.")
+    threads: int | None = Field(None, ge=1, le=MOST_TEXTS, description="torch threads of a replay with --model.")
 
 
 class AuditCommandConfig(ReplayConfig, ClientConfig):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from isthmus.edge.config.settings import Settings
+from isthmus.edge.config.settings import MOST_FACTOR, MOST_STEPS, MOST_TEXTS, Settings
 from isthmus.privacy.ledger.mode_leaks import read_limits
 
 if TYPE_CHECKING:
@@ -38,17 +38,22 @@ class BudgetConfig(Settings):
     leak_sample: int = Field(
         16,
         ge=2,
+        le=MOST_TEXTS,
         description="Private texts that are attacked. What is limited is an upper bound: 3 / n where attacks recover "
         "little or nothing of n texts, so a small budget needs more of them.",
     )
     leak_change: float = Field(
         0.1,
         gt=0,
+        le=MOST_FACTOR,
         description="Relative change of the sample's hidden states at the cut, of trained noise on them, or of what "
         "the last layers predict where gradients go up, after which a run attacks again: 0.1 is a tenth.",
     )
     leak_every: int | None = Field(
-        None, ge=1, description="Steps after which a run attacks again in any case; by default it goes by change alone."
+        None,
+        ge=1,
+        le=MOST_STEPS,
+        description="Steps after which a run attacks again in any case; by default it goes by change alone.",
     )
 
     @field_validator("leak_budget", mode="before")

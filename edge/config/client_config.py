@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from isthmus.edge.config.adapter_config import Sites
 from isthmus.edge.config.config_text import read_text
 from isthmus.edge.config.data_config import ComputationConfig, SentExamplesConfig
-from isthmus.edge.config.settings import Settings
+from isthmus.edge.config.settings import MOST_FACTOR, MOST_MIB, MOST_SECONDS, MOST_TEXTS, MOST_TOKENS, Settings
 from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
@@ -37,18 +37,20 @@ class ClientConfig(Settings):
     connect_timeout: float = Field(
         10.0,
         gt=0,
+        le=MOST_SECONDS,
         description="Seconds to wait for the cloud at the start; the default becomes 5 for each place of a connection "
         "string that names more than two.",
     )
     give_up_after: float = Field(
-        600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
+        600.0, gt=0, le=MOST_SECONDS, description="Seconds to wait for a cloud that stays away before the run stops."
     )
     call_timeout: float = Field(
-        600.0, gt=0, description="Seconds that one call may take before its connection counts as lost."
+        600.0, gt=0, le=MOST_SECONDS, description="Seconds that one call may take before its connection counts as lost."
     )
     keepalive: float = Field(
         KEEPALIVE_SECONDS,
         ge=LEAST_KEEPALIVE_SECONDS,
+        le=MOST_SECONDS,
         description="Seconds without a sign of the cloud until it is asked for one; after as long again the connection "
         "counts as lost. Shorter finds a machine that died sooner, and mistakes a slow link for one.",
     )
@@ -68,6 +70,7 @@ class ClientConfig(Settings):
     max_fetch_gib: float = Field(
         64.0,
         gt=0,
+        le=MOST_MIB / 1024,
         allow_inf_nan=False,
         description="GiB that are fetched of a model at most; a cloud that offers more is refused.",
     )
@@ -112,8 +115,8 @@ class GenerationConfig(Settings):
 
     panel = "Generation"
 
-    max_new_tokens: int = Field(64, ge=1, description="Tokens to generate at most, for each text.")
-    temperature: float = Field(0.0, ge=0, description="0 for greedy; higher is more random.")
+    max_new_tokens: int = Field(64, ge=1, le=MOST_TOKENS, description="Tokens to generate at most, for each text.")
+    temperature: float = Field(0.0, ge=0, le=MOST_FACTOR, description="0 for greedy; higher is more random.")
     top_p: float | None = Field(
         None,
         gt=0,
@@ -153,7 +156,7 @@ class GenerationConfig(Settings):
         description="What a package drafts in. bf16 needs a copy of the edge's weights, and takes half as long as fp32 "
         "where the processor computes in bf16; fp32 shares the weights.",
     )
-    batch_size: int = Field(8, ge=1, description="Texts of --batch that are generated at a time.")
+    batch_size: int = Field(8, ge=1, le=MOST_TEXTS, description="Texts of --batch that are generated at a time.")
 
     @model_validator(mode="after")
     def _check_exact(self) -> Self:
@@ -174,6 +177,7 @@ class GenerateConfig(ClientConfig, PluggedConfig, GenerationConfig):
     deadline: float | None = Field(
         None,
         gt=0,
+        le=MOST_SECONDS,
         description="Seconds that a call may wait in the cloud before it is computed; after that the command ends with "
         "an error.",
     )

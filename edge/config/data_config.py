@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from isthmus.edge.config.settings import Settings
+from isthmus.edge.config.settings import MOST_TEXTS, MOST_TOKENS, Settings, within_cores
 
 Precision = Literal["fp32", "bf16"]
 
@@ -32,7 +32,9 @@ class ExamplesConfig(Settings):
         None, description="The prompt, made of columns: 'Meaning: {mr}\\nText:' (\\n is a line break)."
     )
     completion_template: str | None = Field(None, description="The completion, made of columns: ' {ref}'.")
-    max_length: int = Field(512, ge=2, description="Tokens per example at most; what is longer is cut at its end.")
+    max_length: int = Field(
+        512, ge=2, le=MOST_TOKENS, description="Tokens per example at most; what is longer is cut at its end."
+    )
 
     @property
     def withholds(self) -> bool:
@@ -92,7 +94,7 @@ class ComputationConfig(Settings):
 
     panel = "Computation"
 
-    batch: int = Field(4, ge=1, description="Examples per micro-batch.")
+    batch: int = Field(4, ge=1, le=MOST_TEXTS, description="Examples per micro-batch.")
     precision: Precision = Field(
         "fp32",
         description="What the forward computes in; under bf16, frozen linears are held in it, and what is trained, its "
@@ -103,5 +105,7 @@ class ComputationConfig(Settings):
     threads: int | None = Field(
         None,
         ge=1,
-        description="Threads of torch in this process; by default torch's choice, at most the usable cores.",
+        description="Threads of torch in this process, at most the usable cores; by default torch's choice.",
     )
+
+    _check_threads = field_validator("threads")(within_cores)

@@ -21,7 +21,7 @@ from isthmus.edge.config.client_config import SCHEMES, ClientConfig, EvalConfig,
 from isthmus.edge.config.config_text import check_name, one_line, read_text, read_toml
 from isthmus.edge.config.data_config import ComputationConfig, DataConfig, SentExamplesConfig
 from isthmus.edge.config.defence_config import DefenceConfig, check_defended
-from isthmus.edge.config.settings import Settings, field_names
+from isthmus.edge.config.settings import MOST_FACTOR, MOST_MIB, MOST_STEPS, MOST_TEXTS, Settings, field_names
 from isthmus.training.rate_schedule import Schedule
 
 Optimizer = Literal["adamw", "lora-plus", "lora-fa", "mezo"]
@@ -49,27 +49,37 @@ class OptimizationConfig(Settings):
 
     panel = "Optimization"
 
-    steps: int | None = Field(None, ge=1, description="Optimizer steps to make; instead of --epochs.")
-    epochs: int | None = Field(None, ge=1, description="Passes over the data; 1 when --steps is not given either.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="Optimizer steps to make; instead of --epochs.")
+    epochs: int | None = Field(
+        None, ge=1, le=MOST_STEPS, description="Passes over the data; 1 when --steps is not given either."
+    )
+    accumulate: int = Field(1, ge=1, le=MOST_TEXTS, description="Micro-batches per optimizer step.")
     optimizer: Optimizer = Field(
         "adamw",
         description="What moves the trained parameters: `adamw`; `lora-plus`, the same with a higher learning rate for "
         "LoRA's B; `lora-fa`, which leaves LoRA's A as it is; `mezo`, which takes two forwards and no backward.",
     )
     lora_plus_ratio: float = Field(
-        16.0, ge=1, description="Learning rate of LoRA's B over that of A (optimizer `lora-plus`)."
+        16.0, ge=1, le=MOST_FACTOR, description="Learning rate of LoRA's B over that of A (optimizer `lora-plus`)."
     )
     mezo_eps: float = Field(
-        1e-3, gt=0, description="How far the two forwards of a step lie from the parameters (optimizer `mezo`)."
+        1e-3,
+        gt=0,
+        le=MOST_FACTOR,
+        description="How far the two forwards of a step lie from the parameters (optimizer `mezo`).",
     )
-    learning_rate: float = Field(LEARNING_RATE, gt=0, description="Peak learning rate of the optimizer.")
+    learning_rate: float = Field(
+        LEARNING_RATE, gt=0, le=MOST_FACTOR, description="Peak learning rate of the optimizer."
+    )
     schedule: Schedule = Field("linear", description="How the learning rate falls after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises to its peak.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    warmup_steps: int = Field(
+        0, ge=0, le=MOST_STEPS, description="Steps over which the learning rate rises to its peak."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=MOST_FACTOR, description="Decoupled weight decay.")
     max_grad_norm: float = Field(
         1.0,
         ge=0,
+        le=MOST_FACTOR,
         description="Gradients are scaled down to this norm (`mezo`: the slope along its direction); 0 leaves them as "
         "they are.",
     )
@@ -95,17 +105,19 @@ class OutputConfig(Settings):
     out: Path = Field(
         Path("isthmus-out"), description="Folder for the adapter, the report, the loss log and the checkpoints."
     )
-    save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep; older ones are removed.")
+    save_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="Checkpoints to keep; older ones are removed.")
     resume: bool = Field(
         False, description="Go on from the newest checkpoint in --out; from the start where there is none."
     )
     report_to: Literal["none", "tensorboard"] = Field(
         "none", description="Where curves are written besides the loss log."
     )
-    log_every: int = Field(10, ge=1, description="Steps between lines of progress when the output is not a terminal.")
+    log_every: int = Field(
+        10, ge=1, le=MOST_STEPS, description="Steps between lines of progress when the output is not a terminal."
+    )
     eval_every: int | None = Field(
-        None, ge=1, description="Steps between evaluations; only before and after by default."
+        None, ge=1, le=MOST_STEPS, description="Steps between evaluations; only before and after by default."
     )
 
 
@@ -134,15 +146,17 @@ class TuningConfig(DataConfig, AdapterConfig, OptimizationConfig, ComputationCon
 class TrainClientConfig(ClientConfig):
     """How a training run connects, and how it uses its connection."""
 
-    codec_every: int = Field(100, ge=1, description="Steps after which `auto` chooses the codecs again.")
+    codec_every: int = Field(100, ge=1, le=MOST_STEPS, description="Steps after which `auto` chooses the codecs again.")
     overlap: int = Field(
         1,
         ge=1,
+        le=MOST_TEXTS,
         description="Micro-batches in flight at a time, each over a session of its own; at most --accumulate.",
     )
     span_cache_mib: int | None = Field(
         None,
         ge=1,
+        le=MOST_MIB,
         description="MiB of the disk, in --out, for the outputs of the cloud's layers, so that from the second epoch "
         "on nothing crosses the wire; only where nothing is trained below them or in them.",
     )
@@ -159,7 +173,7 @@ class DraftConfig(Settings):
         "and `ngram` distil nothing.",
     )
     draft_learning_rate: float = Field(
-        1e-3, gt=0, description="Peak learning rate of the draft; it follows --schedule."
+        1e-3, gt=0, le=MOST_FACTOR, description="Peak learning rate of the draft; it follows --schedule."
     )
 
     @property

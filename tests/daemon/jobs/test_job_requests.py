@@ -16,7 +16,7 @@ from isthmus.common.errors import ConfigError, UnknownModelError
 from isthmus.daemon.disk_room import DiskRoom, NoRoomError
 from isthmus.daemon.jobs import job_runner, job_service
 from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
-from isthmus.daemon.state.tables import Model, StoredFile
+from isthmus.daemon.state.tables import BaseModel, Model, StoredFile
 
 pytestmark = pytest.mark.usefixtures("scripted")
 
@@ -54,6 +54,22 @@ def test_lists_go_by_pages_and_by_labels(jobs: Jobs) -> None:
     assert service.list("one", kinds=["tune"]) == ([], False)
     with pytest.raises(UnknownJobError):
         service.list("one", after="ftjob-0")
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "fact"), [("rank", 32, "hidden_size"), ("max_length", 64, "longest"), ("taps", 6, "n_layers")]
+)
+def test_numbers_beyond_the_models_own_are_refused(jobs: Jobs, name: str, most: int, fact: str) -> None:
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
+    with jobs.database.session() as session:
+        facts = {"hidden_size": 32, "longest": 64, "n_layers": 6}
+        session.merge(BaseModel(name="tiny", cloud="main", facts=facts, seen_at=0.0))
+    with pytest.raises(ConfigError, match=f"^{name} = {most + 1}: the model's {fact} is {most}, give {most} at most$"):
+        service.create("one", NewJob("train", "tiny", {"data": "file-texts", name: most + 1}))
+    with pytest.raises(ConfigError, match="cores, and more threads than cores only wait"):
+        service.create("one", NewJob("train", "tiny", {"data": "file-texts", "threads": 100_000}))
+    service.create("one", NewJob("train", "tiny", {"data": "file-texts", name: most, "threads": 1}))
+    service.create("one", NewJob("train", "tiny", {"data": "file-texts"}))  # what is by default is no mistake
 
 
 @pytest.mark.parametrize(

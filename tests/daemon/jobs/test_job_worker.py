@@ -172,6 +172,27 @@ def test_losses_of_batches_and_of_held_out_examples_are_told_apart(folder: Path)
     ]
 
 
+@pytest.mark.parametrize(
+    ("call", "said"), [("job_worker.bound_process()", "Cannot allocate memory 4096"), ("", "whole ")]
+)
+def test_the_process_of_a_job_has_bounds_of_its_own(call: str, said: str) -> None:
+    code = (
+        "import mmap, resource\n"
+        "from isthmus.daemon.jobs import job_worker\n"
+        "job_worker.usable_memory = lambda: 1 << 30\n"
+        f"{call}\n"
+        "def taken():\n"
+        "    try:\n"
+        "        mmap.mmap(-1, 7 << 27, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "    except OSError as error:\n"
+        "        return error.strerror\n"
+        "    return 'whole'\n"
+        "print(taken(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith(said)
+
+
 def test_what_does_not_stop_is_ended() -> None:
     code = (
         "import signal, threading, time\n"

@@ -29,6 +29,8 @@ from support.daemon.openai_fakes import BASE
 from support.daemon.tinker_process import free_port
 
 from isthmus import daemon
+from isthmus.common import errors
+from isthmus.common.errors import IsthmusError
 from isthmus.daemon.web import refusals
 from isthmus.daemon.workers.asking import WorkerError
 
@@ -123,6 +125,16 @@ def test_every_class_of_the_sdk_occurs_or_is_named_as_one_that_cannot() -> None:
     occur = {row[0].__name__ for row in (*ANSWERED, *UNANSWERED)}
     assert occur.isdisjoint(NEVER)
     assert classes - occur == classes & NEVER.keys()
+
+
+def test_every_kind_of_error_has_a_status_or_is_named_as_one_that_no_request_meets() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, IsthmusError)]
+    without = {kind.exit_code for kind in kinds if refusals.status_of(kind("")) == 500}
+    assert without == {
+        1,  # a defect
+        52, 61, 63, 64,  # the daemon's own home: it does not start, or is in a state that its owner must mend
+        73,  # `isthmus experiment`
+    }  # fmt: skip
 
 
 def statuses_in(source: str) -> set[int]:
