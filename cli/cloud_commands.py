@@ -1,7 +1,8 @@
-"""The commands of the model owner: `isthmus cloud keygen | enroll | quantize | serve | status`, and a cluster's."""
+"""The model owner's commands: `isthmus cloud keygen | enroll | revoke | quantize | serve | status`, and a cluster's."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -118,7 +119,10 @@ def revoke(
     folder, file = home.expanduser(), Path(edge).expanduser()
     path = folder / EDGES_FILE
     key = AuthorizedEdges.load(path).key_of(edge) if path.exists() else None
-    if key is None and file.is_file():
+    is_file = False
+    with contextlib.suppress(OSError):  # a name that is too long, or a folder that this user may not enter
+        is_file = file.is_file()
+    if key is None and is_file:
         key = parse_public_key(read_text(file, "give the .pub file").strip())[0]
     if key is None:
         raise ConfigError(f"{edge} is no tenant and no fingerprint of {path}, and no file: give one of the three")

@@ -80,16 +80,19 @@ class Admission:
             RemoteProtocolError: the edge broke the session's rules.
         """
         outcome, host = "failed", host_of(context.peer())
+        broken: Exception | None = None
         try:
             async with self._half_open.place(host, lambda: protocol.greeted):
                 await accept_call(context)
                 try:
                     outcome = await stream.handshake()
-                except (RemoteProtocolError, VersionError):
-                    await asyncio.sleep(self._penalties.pause(host))  # who breaks the rules waits, not who comes next
+                except (RemoteProtocolError, VersionError) as error:
+                    broken, pause = error, self._penalties.pause(host)
+                    self._penalties.offended(host)  # before the wait, which may be cut short
+                    await asyncio.sleep(pause)  # who breaks the rules waits, not who comes next
                     raise
                 if outcome == "refused" and not self._stopped:  # an edge that comes during a drain broke no rule
-                    self.offended(protocol, context)
+                    self._penalties.offended(host)
                     await asyncio.sleep(self._penalties.pause(host))
                 if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
                     return None
@@ -113,6 +116,8 @@ class Admission:
                     raise
                 return session if outcome == "accepted" else None
         except TimeoutError:
+            if broken is not None:
+                raise broken from None
             outcome = "timed out"
             return None
         finally:
@@ -148,10 +153,10 @@ class Admission:
             return "accepted", m.Status(m.StatusCode.OK, None, "attached")
         return "accepted", m.Workers(addresses)
 
-    def offended(self, protocol: CloudSession, context: Any) -> None:
-        """Count an offence of the stream's tenant, or of its host where the tenant is not known yet."""
-        tenant = protocol.tenant
-        self._penalties.offended(host_of(context.peer()) if tenant is None else str(tenant.fingerprint))
+    def offended(self, protocol: CloudSession) -> None:
+        """Count an offence of the stream's tenant. Where none is known yet, `admit` has counted it for the host."""
+        if protocol.tenant is not None:
+            self._penalties.offended(str(protocol.tenant.fingerprint))
 
     def _authorize(self, public_key: bytes) -> Tenant:
         if self._stopped:

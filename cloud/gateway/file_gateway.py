@@ -99,7 +99,7 @@ class FileGateway:
                 finally:
                     self._sessions.leave(session)
         except (RemoteProtocolError, VersionError) as error:
-            self._admission.offended(protocol, context)
+            self._admission.offended(protocol)
             log("protocol_error", error=str(error))
             await self._hang_up.abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
         except grpc.aio.BaseError as error:  # the stream broke while it was written to

@@ -117,7 +117,7 @@ class IdleConnections:
 
     gRPC closes a further connection at once where there are `most`, whosever it is. So of what the connections with a
     call leave, those without one may have half. Beyond that, the host with most of them loses its oldest. Calls are
-    bounded themselves: handshakes by host (`half_open`), sessions by key (`max-sessions`).
+    bounded themselves: handshakes and health checks by host (`half_open`), sessions by key (`max-sessions`).
 
     Args:
         most: how many connections the server takes.

@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2
 
 from isthmus.cloud.gateway.bounded_server import stream_handler
 from isthmus.cloud.gateway.half_open import HalfOpen, accept_call, host_of
-from isthmus.cloud.gateway.hang_up import HangUp
+from isthmus.cloud.gateway.hang_up import HangUp, IdleConnections
 from isthmus.cloud.telemetry.logs import log
 from isthmus.protocol.service import SERVICE
 
@@ -29,11 +29,13 @@ class Health:
     Args:
         half_open: limits calls that are not authenticated.
         hang_up: closes the connections of those who do not take the answer.
+        connections: is told which have a call.
     """
 
-    def __init__(self, half_open: HalfOpen, hang_up: HangUp) -> None:
+    def __init__(self, half_open: HalfOpen, hang_up: HangUp, connections: IdleConnections) -> None:
         self._half_open = half_open
         self._hang_up = hang_up
+        self._connections = connections
         self._states = health.aio.HealthServicer()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -52,6 +54,10 @@ class Health:
         await self._states.enter_graceful_shutdown()
 
     async def _check(self, questions: AsyncIterator[bytes], context: Any) -> None:
+        with self._connections.in_use(context.peer()):
+            await self._answer(questions, context)
+
+    async def _answer(self, questions: AsyncIterator[bytes], context: Any) -> None:
         try:
             async with self._half_open.place(host_of(context.peer())):
                 await accept_call(context)

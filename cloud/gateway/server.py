@@ -119,8 +119,8 @@ class GatewayServer:
         self.metrics.caches_evicted.set_function(lambda: caches.counters.evicted)
         self.metrics.caches_lost.set_function(lambda: caches.counters.lost)
         self._hang_up = HangUp(self._bounds.linger_seconds)
-        self._health = Health(half_open, self._hang_up)
         self._connections = IdleConnections(self._bounds.max_connections)
+        self._health = Health(half_open, self._hang_up, self._connections)
         self._watching: tuple[asyncio.Task[None], ...] = ()
         self._server: grpc.aio.Server | None = None
         self._started = time.time()
@@ -229,7 +229,7 @@ class GatewayServer:
                     context, grpc.StatusCode.PERMISSION_DENIED, f"the session was cut off: {session.why}"
                 )
         except (RemoteProtocolError, VersionError) as error:
-            self._admission.offended(protocol, context)
+            self._admission.offended(protocol)
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
             await self._hang_up.abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
         except grpc.aio.AbortError:

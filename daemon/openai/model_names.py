@@ -47,9 +47,10 @@ def form_of(target: Target) -> str | None:
     if target.adapter is None:
         return None
     try:
-        form = json.loads((Path(target.adapter) / TUNING).read_bytes()).get("form")
-    except (OSError, ValueError):
+        told = json.loads((Path(target.adapter) / TUNING).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
+    form = told.get("form") if isinstance(told, dict) else None
     return form if isinstance(form, str) else None
 
 

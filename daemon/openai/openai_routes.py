@@ -12,6 +12,8 @@ from isthmus.daemon.web.api_error import ApiError
 ABSENT = ("responses", "embeddings", "batches", "assistants")
 """Paths of the API that clients ask for, and that are not here."""
 
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
 
 def router() -> APIRouter:
     """The paths under `/v1`."""
@@ -19,7 +21,8 @@ def router() -> APIRouter:
     for part in (file_routes, job_routes, model_routes, chat_routes, completion_routes):
         api.include_router(part.routes)
     for name in ABSENT:
-        api.add_api_route(f"/{name}{{rest:path}}", _absent, methods=["GET", "POST", "DELETE"])
+        for path in (f"/{name}", f"/{name}/{{rest:path}}"):
+            api.add_api_route(path, _absent, methods=_METHODS)
     return api
 
 

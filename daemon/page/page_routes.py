@@ -152,14 +152,12 @@ class _Pieces(io.RawIOBase):
 def traffic(here: Here, owner: Asker) -> dict[str, Any]:
     """What has crossed to each cloud, today (UTC) and in all, and which parts live where."""
     with here.database.reading() as session:
-        return crossed(session, session.get_one(Owner, owner.id), clouds=_clouds(here))
+        return crossed(session, session.get_one(Owner, owner.id), clouds=_clouds(here, owner))
 
 
-def _clouds(here: Context) -> dict[str, Reached]:
+def _clouds(here: Context, owner: Owner) -> dict[str, Reached]:
     """The clouds of daemon.toml, as the process that answers has found them."""
-    found = {
-        cloud["name"]: Reached(cloud["reachable"], cloud["error"]) for cloud in here.noted.answers.get("clouds", ())
-    }
+    found = {cloud["name"]: Reached(cloud["reachable"], cloud["error"]) for cloud in here.noted.clouds(owner)}
     return {name: found.get(name, Reached()) for name in here.settings.clouds}
 
 

@@ -134,11 +134,13 @@ class Answers:
         Returns:
             `pid`, None where it does not run; `rss_bytes`; `hot`, folders of adapters in memory; `clouds`, each with
             `name`, `reachable` (None before it was asked), `model`, `error`, `since` and `until` (see
-            `isthmus.daemon.serving.served_cloud.Seen`), and `bytes_up` and `bytes_down` since the process has started.
+            `isthmus.daemon.serving.served_cloud.Seen`), `bytes_up` and `bytes_down` since the process has started, and
+            `seen`, the three of them that do not tell whether an answer waits just now.
         """
         if self._worker.pid is None:
             unknown = dict.fromkeys(("reachable", "model", "error", "since", "until"))
-            nothing = {**unknown, "bytes_up": 0, "bytes_down": 0}
+            seen = dict.fromkeys(("reachable", "error", "since"))
+            nothing = {**unknown, "bytes_up": 0, "bytes_down": 0, "seen": seen}
             clouds = [{"name": name, **nothing} for name in self._settings.clouds]
             return {"pid": None, "rss_bytes": 0, "hot": [], "clouds": clouds}
         values, _ = await self._worker.ask("state")

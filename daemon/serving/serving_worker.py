@@ -143,14 +143,15 @@ def _check_of(question: Question) -> Callable[[], None]:
 
 
 def _state_of(cloud: ServedCloud) -> dict[str, Any]:
-    totals, seen = cloud.totals, cloud.now
+    totals, now, seen = cloud.totals, cloud.now, cloud.seen
     return {
         "name": cloud.name,
-        "reachable": seen.reachable,
+        "reachable": now.reachable,
         "model": None if cloud.parts is None else cloud.parts.info.model,
-        "error": seen.error,
-        "since": seen.since,
-        "until": seen.until,
+        "error": now.error,
+        "since": now.since,
+        "until": now.until,
+        "seen": {"reachable": seen.reachable, "error": seen.error, "since": seen.since},
         "bytes_up": totals.bytes_up,
         "bytes_down": totals.bytes_down,
     }

@@ -14,6 +14,7 @@ from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.serving.answers import Answers
 from isthmus.daemon.state.database import Database
+from isthmus.daemon.state.owners import FIRST
 from isthmus.daemon.state.tables import Owner
 from isthmus.daemon.tokens import SignInCode
 
@@ -30,6 +31,13 @@ class Noted:
     """
 
     answers: Mapping[str, Any] = field(default_factory=dict)
+
+    def clouds(self, owner: Owner) -> list[dict[str, Any]]:
+        """What `answers` has of the clouds. That an answer waits for one just now, only the first owner is told."""
+        found = self.answers.get("clouds", ())
+        if owner.name == FIRST:
+            return [{key: value for key, value in cloud.items() if key != "seen"} for cloud in found]
+        return [{"name": cloud["name"], "model": cloud["model"], **cloud["seen"]} for cloud in found]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ _threads = CapacityLimiter(2)
 """The status has threads of its own: those of the other requests may all be taken."""
 _COARSE = 1 << 30
 """Other owners than the first are told sizes of the disk in steps of so many bytes."""
-_OF_A_CLOUD = ("name", "reachable", "model", "error", "since", "until")
 
 
 def router() -> APIRouter:
@@ -51,11 +50,13 @@ def _status(here: Context, owner: Owner) -> dict[str, Any]:
         models = session.scalars(select(BaseModel).order_by(BaseModel.name)).all()
     waiting = [{"job": job.id, **asdict(wait)} for job in live if (wait := here.jobs.waiting(job)) is not None]
     answers = dict(here.noted.answers)
+    if "clouds" in answers:
+        answers["clouds"] = here.noted.clouds(owner)
     if "hot" in answers:
         answers["hot"] = len(answers["hot"])  # their names are their owners'
     used, aside, free = here.room.used(), here.room.set_aside(), shutil.disk_usage(here.home.path).free
     if owner.name != FIRST:
-        answers = {"clouds": [{key: cloud.get(key) for key in _OF_A_CLOUD} for cloud in answers.get("clouds", ())]}
+        answers = {"clouds": answers.get("clouds", [])}
         used, aside = (-(-size // _COARSE) * _COARSE for size in (used, aside))
         free = free // _COARSE * _COARSE
     return {

@@ -40,7 +40,8 @@ class TranscriptLog:
         max_unsigned: Exchanges that the cloud may leave unsigned, see `may_be_unsigned`.
 
     Attributes:
-        links: How many links note their sessions here.
+        links: How many links note their sessions here. It never falls: what a link leaves unsigned as it closes is in
+            no `lose` until the file is read again.
 
     Raises:
         DiskError: It cannot be written.

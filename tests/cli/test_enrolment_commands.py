@@ -32,6 +32,6 @@ def test_a_key_is_enrolled_once_and_revoked_once(tmp_path: Path) -> None:
     for name in (pub, str(Fingerprint.of(key))):
         assert cloud(tmp_path, "revoke", name) == (0, f"was revoked already: {Fingerprint.of(key)}\n")
     assert AuthorizedEdges.load(tmp_path / "home" / REVOKED_FILE).find(key) is not None
-    for command, value in (("enroll", pub), ("revoke", "bob")):
+    for command, value in (("enroll", pub), ("revoke", "bob"), ("revoke", "x" * 5000)):
         failed, said = cloud(tmp_path, command, value)
         assert isinstance(failed, ConfigError), said

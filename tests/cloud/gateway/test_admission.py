@@ -183,6 +183,25 @@ def test_an_honest_edge_does_not_wait_for_the_offences_of_others_at_its_address(
         offender.close()
 
 
+def test_an_offence_counts_once_and_is_told_also_where_its_wait_is_cut_short(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    monkeypatch.setattr(Penalties, "pause", lambda _self, _who: 3600.0)
+    bounds = Bounds(handshake_seconds=600.0, max_half_open_per_host=1)
+    with ThreadServer(cloud, home, bounds=bounds) as server:
+        offences = server.server._admission._penalties._offences
+        offender = raw_stream(server)
+        offender.send(b"GET / HTTP/1.1")
+        eventually(lambda: bool(offences))
+        newcomer = raw_stream(server)  # takes the place in which the offender waits
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            offender.receive(60)
+        assert [line["event"] for line in log() if line["event"] == "protocol_error"] == ["protocol_error"]
+        assert [count for count, _ in offences.values()] == [1.0]
+        for stream in (offender, newcomer):
+            stream.close()
+
+
 # How a session opens --------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from support.cloud.sessions import status_of_call
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.gateway.half_open import HalfOpen
-from isthmus.cloud.gateway.hang_up import HangUp
+from isthmus.cloud.gateway.hang_up import HangUp, IdleConnections
 from isthmus.cloud.gateway.health import MAX_QUESTION_BYTES, Health
 from isthmus.experiments.rigs.abuse.stranger import CHECK, WATCH
 from isthmus.protocol.service import SERVICE
@@ -51,15 +51,19 @@ class ResetContext:
 def test_who_resets_a_stream_while_health_is_answered_is_no_failure(
     log: Callable[[], list[dict[str, Any]]],
 ) -> None:
+    connections = IdleConnections(1)
+
     async def question() -> AsyncIterator[bytes]:
+        assert list(connections._used.values()) == [1]  # a check is a call: its connection is not idle
         yield QUESTION
 
     async def run() -> None:
         half_open = HalfOpen(Bounds())
-        health = Health(half_open, HangUp(3600))
+        health = Health(half_open, HangUp(3600), connections)
         await health.serving()
         await health._check(question(), ResetContext())
         assert len(half_open) == 0
+        assert not connections._used
 
     asyncio.run(run())
     assert [line["error"] for line in log() if line["event"] == "stream_broke"] == ["InternalError"]

@@ -114,9 +114,14 @@ def test_a_path_that_is_not_there_names_those_that_are(client: OpenAI) -> None:
     ):
         with pytest.raises(NotFoundError, match=f"'/v1/{path}' is not offered here: {there}"):
             ask()
-    with pytest.raises(NotFoundError) as caught:  # a path that is there names none
-        client.models.retrieve("other")
-    assert "/v1/completions" not in caught.value.message
+    for path in ("/responses", "/batches/batch_1/cancel"):
+        for method in (client.put, client.patch, client.delete):
+            with pytest.raises(NotFoundError, match=f"'/v1{path}' is not offered here"):
+                method(path, cast_to=object)
+    for ask in (lambda: client.models.retrieve("other"), lambda: client.get("/responsesfoo", cast_to=object)):
+        with pytest.raises(NotFoundError) as caught:  # a path that is there names none, nor does any other
+            ask()
+        assert "/v1/completions" not in caught.value.message
 
 
 def test_every_class_of_the_sdk_occurs_or_is_named_as_one_that_cannot() -> None:

@@ -129,7 +129,9 @@ def test_counters_are_told_to_the_first_owner_alone(
     seen: dict[str, list[object]] = {"first": [], "second": []}
     for n in range(2):
         fake.cross(1_000_000, 2_000_000, 5)
-        works = {"name": "main", "reachable": True, "model": BASE, "error": None, "bytes_up": n, "bytes_down": n}
+        now = {"reachable": not n, "error": "broke" if n else None, "since": n, "until": n}
+        there = {"reachable": True, "error": None, "since": None}
+        works = {"name": "main", "model": BASE, **now, "bytes_up": n, "bytes_down": n, "seen": there}
         fake.context.noted.answers = {"pid": n, "rss_bytes": n, "hot": ["x"] * n, "asked_at": n, "clouds": [works]}
         (fake.context.home.path / "files" / "more").write_bytes(bytes((n + 1) << 20))
         for name, headers in (("first", _authorized(fake)), ("second", second)):
@@ -139,6 +141,7 @@ def test_counters_are_told_to_the_first_owner_alone(
     assert seen["first"][0] != seen["first"][1]
     assert seen["second"][0] == seen["second"][1]
     assert "bytes_up" not in str(seen["second"])
+    assert "until" not in str(seen["second"])
 
 
 def test_a_code_is_exchanged_for_the_first_owners_token_once(client: TestClient, fake: FakeDaemon) -> None:

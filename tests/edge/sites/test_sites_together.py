@@ -60,7 +60,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
         models = {}
         for name, key in zip(EDGES, keys, strict=True):
             link = stack.enter_context(server.link(key))
-            link.open(5)
+            link.open(60)
             models[name] = adapted(link.load_model(leased=lambda _, name=name: name == "leased"), name)
             with torch.no_grad():  # the cloud binds the sites now: what waits below is a forward of each edge
                 models[name](input_ids=torch.tensor([[3, 4]]))

@@ -9,6 +9,8 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from support.daemon.openai_fakes import BASE, WORDS, OpenAIDaemon
 
+from isthmus.backbone.adapters.adapter_files import TUNING_INFO
+from isthmus.daemon.openai.model_names import TUNING
 from isthmus.daemon.serving.answers import Sampling, Target
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -93,7 +95,7 @@ def test_a_model_is_asked_in_the_form_that_it_was_tuned_on(
     name, folder = checkpoint.fine_tuned_model_checkpoint, openai_daemon.context.home.model(checkpoint.id)
     several: Any = [{"role": "system", "content": "Be brief."}, *HI]
     for form, prompt in (("messages", HI), ("text", HI), ("prompt", "hi"), (None, HI)):
-        (folder / "isthmus_tuning.json").write_text(json.dumps({"digest": "0", **({"form": form} if form else {})}))
+        (folder / TUNING).write_text(json.dumps({"digest": "0", **({"form": form} if form else {})}))
         client.chat.completions.create(model=name, messages=HI)
         assert openai_daemon.answers.asked[-1][1] == prompt
         assert client.models.retrieve(name).to_dict().get("isthmus") == ({"form": form} if form else None)
@@ -103,6 +105,10 @@ def test_a_model_is_asked_in_the_form_that_it_was_tuned_on(
         with pytest.raises(BadRequestError, match="tuned on prompt and completion") as caught:
             client.chat.completions.create(model=name, messages=several)
         assert caught.value.param == "messages"
+    for told in ("[]", '"text"', "[" * 9999):
+        (folder / TUNING).write_text(told)
+        assert "isthmus" not in client.models.retrieve(name).to_dict()
+    assert TUNING == TUNING_INFO
     client.fine_tuning.jobs.cancel(job.id)
 
 
