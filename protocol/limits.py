@@ -44,8 +44,9 @@ class Limits:
         renew_seconds: an edge renews the session's keys before a message once this much time has passed since the last
             renewal.
         renew_bytes: the same once this much was sealed and opened.
-        least_renew_seconds: a cloud takes no renewal sooner, but for
-        least_renew_bytes: once this much was sealed and opened.
+        least_renew_seconds: a cloud refuses an offer of a renewal that comes both within so many seconds and within
+            `least_renew_bytes` of the last one.
+        least_renew_bytes: the bytes, sealed and opened, of `least_renew_seconds`.
     """
 
     max_message_bytes: int = 256 * MIB

@@ -104,7 +104,7 @@ class Oversized:
 
 @dataclass(frozen=True, slots=True)
 class Incomplete:
-    """The frame was good and the message is not complete, or the key was changed."""
+    """The frame was good and the message is not complete, or it was a control frame."""
 
     frames: tuple[bytes, ...] = ()
 

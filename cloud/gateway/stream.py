@@ -78,7 +78,7 @@ class SealedStream:
         Args:
             stop: set to receive no further message, not even one that has just arrived: the edge repeats it elsewhere.
             patience: seconds until the message has to begin; None for no limit. From its first frame on, it keeps to
-                the timeout. A key change counts as its first frame, as it comes just before a message.
+                the timeout. A control frame counts as its first frame, as it comes just before a message.
 
         Returns:
             The message; None where the stream ended, or `stop` was set.

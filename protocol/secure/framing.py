@@ -37,8 +37,8 @@ _PREFIX_FIELD, _SEALED_FIELD = 0x0A, 0x12  # numbers 1 and 2 of `Frame`, of byte
 _NONCE = struct.Struct("!IQ")
 _ZEROS = memoryview(bytes(1 << 16))
 MAX_CHUNKS = (1 << 16) - 1
-MAX_REKEYS = 16
-"""Key changes in a row, without a message between. One would do, as a sender has one before a message at most."""
+MAX_CONTROLS = 16
+"""Control frames in a row, without a message between. Two would do: an honest sender has no more before a message."""
 PUBLIC_BYTES, SEALED_SECRET_BYTES = 1184 + 32, 1088 + 32 + KEY_BYTES + TAG
 """Of fresh ML-KEM-768 and X25519 keys, and of a secret that HPKE has sealed for them."""
 MAX_EPOCH = (1 << 32) - 1

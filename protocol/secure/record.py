@@ -10,8 +10,8 @@ Rules
     3. Sizes are compared with the limits before anything is allocated for them. A body of more bytes than are kept is
        authenticated chunk by chunk, as any other, and nothing is allocated for the whole of it.
        The side that asks says how much it has asked for (`expect`), and no message with more is begun.
-    4. A key changes at most `MAX_REKEYS` times between two messages. An honest sender changes it once, or when it is
-       told to.
+    4. At most `MAX_CONTROLS` control frames stand between two messages. An honest sender has two at most, one of a
+       renewal and a rekey, unless it is told to rekey.
     5. A key has a lifetime, in records and bytes: a sender changes it before a message once it has reached it, and a
        receiver takes one largest message more and nothing beyond.
     6. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
@@ -32,8 +32,8 @@ Theory of operation
     Control frames stand between messages. A rekey frame seals nothing under the old key and announces the next epoch,
     whose secret is HKDF(old secret). Old secrets are overwritten, so that who takes a key later cannot read what went
     before. The other control frames belong to a renewal of keys, and are given to whoever has set `on_control`: see
-    `isthmus.protocol.secure.renewal`. After `MAX_REKEYS` of them in a row a message must come, so that a session cannot
-    be kept busy with nothing.
+    `isthmus.protocol.secure.renewal`. After `MAX_CONTROLS` control frames in a row, of any kind, a message must
+    come, so that a session cannot be kept busy with nothing.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from isthmus.protocol.secure.framing import (
     CONTROL_BYTES,
     MAGIC,
     MAX_CHUNKS,
+    MAX_CONTROLS,
     MAX_COUNTER,
     MAX_EPOCH,
-    MAX_REKEYS,
     PREFIX,
     TAG,
     VERSION,
@@ -377,11 +377,11 @@ class Opener:
     def _open_control(self, kind: Kind, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
         size = CONTROL_BYTES[kind]
         if self._message is not None:
-            raise FrameError("a key change came within a message")
-        if self._controls >= MAX_REKEYS:
-            raise FrameError(f"more than {MAX_REKEYS} key changes came without a message between them")
+            raise FrameError("a control frame came within a message")
+        if self._controls >= MAX_CONTROLS:
+            raise FrameError(f"more than {MAX_CONTROLS} control frames came without a message between them")
         if rest != (0, 0, 1, size) or len(frame) != PREFIX.size + size + TAG or self._keys.epoch >= MAX_EPOCH:
-            raise FrameError("a key change is malformed")
+            raise FrameError("a control frame is malformed")
         plain = bytearray(size)
         self._decrypt(frame[PREFIX.size :], self._keys.aad(ContentType[kind.name], prefix), memoryview(plain))
         self._controls += 1

@@ -79,16 +79,17 @@ class EdgeRenewal(_Renewal):
     """The edge's side: offers, and switches once the answer has come."""
 
     _private: MLKEM768X25519PrivateKey | None = None
-    _th1 = b""
+    _th1 = b""  # from the offer to the switch, which the sending thread makes alone
 
     def before_message(self) -> bytes | None:
         """The frame that goes before the next message, if there is one."""
         if self._fresh is not None:
             frame = self._sealer.control(Kind.SWITCH, fresh=self._fresh)
             self.close()
+            self._th1 = b""
             self._begin_interval()
             return frame
-        if self._private is None and self._has_passed(self._limits.renew_seconds, self._limits.renew_bytes):
+        if not self._th1 and self._has_passed(self._limits.renew_seconds, self._limits.renew_bytes):
             keys = fresh_keys()
             offer = public_bytes(*keys)
             self._private, self._th1 = MLKEM768X25519PrivateKey(*keys), hash_parts(LABEL, self._session_id, offer)

@@ -9,7 +9,7 @@ from support.protocol.wire import new_edge, new_pair
 from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import body_bytes, pack
-from isthmus.protocol.secure.framing import MAX_REKEYS
+from isthmus.protocol.secure.framing import MAX_CONTROLS
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, encode
 
@@ -79,11 +79,11 @@ def test_the_bytes_of_a_tensor_are_known_beforehand(codec: str, shape: tuple[int
 def test_a_key_does_not_change_for_ever_without_a_message(up: bool) -> None:
     sender, receiver = new_pair() if up else new_pair()[::-1]
     for _ in range(2):
-        for _ in range(MAX_REKEYS):
+        for _ in range(MAX_CONTROLS):
             assert receiver.receive(sender.rekey()) == Incomplete()
         deliver(list(sender.send(m.Goodbye("a message"))), receiver)
-    for _ in range(MAX_REKEYS):
+    for _ in range(MAX_CONTROLS):
         receiver.receive(sender.rekey())
-    with pytest.raises(FrameError, match="more than 16 key changes"):
+    with pytest.raises(FrameError, match="more than 16 control frames"):
         receiver.receive(sender.rekey())
     assert receiver.closed

@@ -100,5 +100,5 @@ def test_a_cloud_that_only_changes_its_key_is_not_waited_for() -> None:
         while True:
             yield cloud.rekey()
 
-    with pytest.raises(FrameError, match="more than 16 key changes"):
+    with pytest.raises(FrameError, match="more than 16 control frames"):
         asked(SlowCloud(sending=1.0, answers=changes), timeout=100)

@@ -45,6 +45,7 @@ LONGEST = (
     "edge/training/test_draft_tuning.py",
     "experiments/rigs/secrets/test_secrets_bench.py",
     "edge/training/test_repeated_steps.py",
+    "edge/training/test_labels_on_the_wire.py",
 )
 """Whoever makes a file that takes more than a quarter of a minute puts it here."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import queue
 import socket
 import threading
@@ -86,10 +87,10 @@ def test_a_session_lives_over_three_renewals_of_its_keys(
     with (
         ThreadServer(cloud, home) as server,
         server.link(limits=Limits(renew_bytes=1)) as link,
-        server.link() as other,
+        server.link(limits=Limits(renew_seconds=math.inf)) as other,
     ):
         for each in (link, other):
-            each.open(5)
+            each.open(60)
             for _ in range(4):  # a forward with an offer, a backward with the switch
                 output, kept = each.forward_span(hidden(), None, None, keep=True)
                 assert torch.equal(output, expected)
@@ -106,11 +107,15 @@ def _epochs(link: Any) -> tuple[int, int]:
     return session._sealer._keys.epoch, session._opener._keys.epoch
 
 
-def test_an_edge_that_renews_its_keys_too_often_is_ended(server: ThreadServer) -> None:
-    edge = channel(server, limits=Limits(renew_bytes=1))
-    with pytest.raises(ConnectionLostError, match="rules were broken"):
-        edge.ask(m.Ping(1), 20)
-    edge.abandon()
+def test_an_edge_that_renews_its_keys_too_often_is_ended(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "Limits", partial(Limits, least_renew_seconds=math.inf))
+    with ThreadServer(cloud, home) as server:
+        edge = channel(server, limits=Limits(renew_bytes=1))
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            edge.ask(m.Ping(1), 60)
+        edge.abandon()
 
 
 def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(

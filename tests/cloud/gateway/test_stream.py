@@ -90,7 +90,7 @@ def test_key_changes_gain_no_time() -> None:
         while True:
             yield edge.rekey()
 
-    with pytest.raises(FrameError, match="more than 16 key changes"):
+    with pytest.raises(FrameError, match="more than 16 control frames"):
         received(0.1, changes)
     with pytest.raises(StalledError):
         received(5.0, changes)

@@ -45,21 +45,24 @@ _ALL: list[Run] = [
     for plan in (TOP, BELOW)
     if _offered(method, optimizer)
 ]
+_LADDER: Run = ({"method": "ladder", "optimizer": "adamw"}, BELOW)
 _NO_PATH = [
     (values, plan)
     for values, plan in _ALL
     if values["method"] == "ladder" or (plan == TOP and values["method"] != "prompt")  # a prompt goes in at the bottom
 ]
-_QUICK = [run for run in _NO_PATH if run[0]["optimizer"] != "mezo" or run[0]["method"] in ("lora", "ladder")]
+_QUICK = [run for run in _NO_PATH if run[0]["method"] == "lora" or run == _LADDER]
 _LAST_LAYER = {"target_modules": "3.self_attn.q_proj,3.self_attn.v_proj"}
-_NO_PATH_OPTIONS: list[Run] = [
+_QUICK_OPTIONS: list[Run] = [
     (_LAST_LAYER, BELOW),
+    ({"accumulate": 2, "codec": "int4", "seed": 5, "dropout": 0.2}, TOP),
+    ({"accumulate": 2, "overlap": 2}, TOP),
+]
+_NO_PATH_OPTIONS: list[Run] = [
     ({**_LAST_LAYER, "optimizer": "mezo"}, BELOW),
     ({"leak_budget": "labels<=0", "optimizer": "mezo"}, TOP),
     ({"resume": True, "schedule": "constant"}, TOP),
     ({"span_cache_mib": 8}, TOP),
-    ({"accumulate": 2, "codec": "int4", "seed": 5, "dropout": 0.2}, TOP),
-    ({"accumulate": 2, "overlap": 2}, TOP),
     ({"transcript": True, "audit_sample": 1, "eval_every": 1, "validation_split": 0.4}, TOP),
     ({"start_from": "first"}, TOP),
     ({"defence": "smoothing:share=0.1"}, TOP),
@@ -163,8 +166,8 @@ def messages(clouds: dict[str, Runs], tmp_path: Path, sent: list[bytes], monkeyp
     ("values", "plan"),
     [
         *_QUICK,
-        *_NO_PATH_OPTIONS,
-        *(pytest.param(*run, marks=pytest.mark.long) for run in _NO_PATH if run not in _QUICK),
+        *_QUICK_OPTIONS,
+        *(pytest.param(*run, marks=pytest.mark.long) for run in [*_NO_PATH, *_NO_PATH_OPTIONS] if run not in _QUICK),
     ],
     ids=str,
 )

@@ -101,8 +101,10 @@ def test_a_draft_comes_nearer_to_what_the_whole_model_says(
     assert first["lm"] is None
     assert f"kl {last['kl']:.4f}" in bench.shown.getvalue()
     shown = bench.shown.getvalue().splitlines()  # held-out text is measured before the steps and after them
-    assert shown[0] == shown[-1]
+    begun = [at for at, line in enumerate(shown) if line.endswith(" to do")]
+    assert [shown[at] for at in begun] == [shown[0]] * 2
     assert shown[0].startswith("measuring held-out blocks: ")
+    assert any(f"kl {last['kl']:.4f}" in line for line in shown[: begun[1]])
 
 
 def test_without_divergence_no_figure_of_it_is_stated(bench: Bench, tmp_path: Path) -> None:

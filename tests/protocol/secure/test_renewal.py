@@ -17,7 +17,7 @@ from support.protocol.wire import SMALL, new_pair
 from isthmus.common.errors import FrameError, LimitError, RemoteProtocolError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import GIB, Limits
-from isthmus.protocol.secure.framing import PUBLIC_BYTES, SEALED_SECRET_BYTES, Direction, FreshSecret, Kind
+from isthmus.protocol.secure.framing import PUBLIC_BYTES, SEALED_SECRET_BYTES, Direction, FreshSecret, KeyChain, Kind
 from isthmus.protocol.secure.record import Opener
 from isthmus.protocol.secure.renewal import EdgeRenewal
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
@@ -321,6 +321,23 @@ TestRenewing.settings = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
+
+
+def test_a_message_that_goes_while_an_answer_comes_makes_no_second_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    edge, cloud = new_pair(limits=OFTEN)
+    offered(edge, cloud)
+    answered = list(cloud.send(m.Pong(1, 2)))
+    ratchet, sent = KeyChain.ratchet, list[bytes]()
+
+    def meanwhile(keys: KeyChain, fresh: FreshSecret | None = None) -> None:
+        sent.extend(edge.send(m.Ping(1)))  # as another thread may
+        ratchet(keys, fresh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyChain, "ratchet", meanwhile)
+        deliver(answered, edge)
+    assert kinds(sent) == [Kind.DATA]
+    assert kinds(list(edge.send(m.Ping(1)))) == [Kind.SWITCH, Kind.DATA]
 
 
 def test_an_edge_has_one_offer_under_way() -> None:
