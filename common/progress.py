@@ -17,9 +17,8 @@ _T = TypeVar("_T")
 LINES = 20
 """Of a whole run, where nobody looks at a terminal."""
 
-
 SILENCE = 30.0
-"""Seconds after which there is a line between these, once an item of the work is done."""
+"""Seconds without a line, after which there is one where there is no terminal, once an item of the work is done."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """Shows work of that name and so many items, as `bar` does: the yielded function is called after each item."""
@@ -29,7 +28,11 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 def bar(
     console: Console | None, what: str, total: int, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[], None]]:
-    """Show work while the block runs, which calls the yielded function after each of `total` items."""
+    """Show work while the block runs, which calls the yielded function after each of `total` items.
+
+    On a terminal it is a live bar that goes when the block ends; elsewhere it is one line at the beginning, and one
+    after each `SILENCE`.
+    """
     with StepProgress(what, total, console, clock=clock, few=True) as shown:
         done = itertools.count(1)
         yield lambda: shown.show(next(done), "")

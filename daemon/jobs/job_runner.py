@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from isthmus.common.errors import DiskError, IsthmusError, WorkerDiedError
+from isthmus.common.errors import ConnectionLostError, DiskError, IsthmusError, UnreachableError, WorkerDiedError
 from isthmus.common.readable import moment
 from isthmus.common.shutdown import INTERRUPTED
 from isthmus.daemon.daemon_settings import DaemonSettings
@@ -52,6 +52,8 @@ TIDY = 3600.0
 """Seconds between looks for what has been kept long enough."""
 STOP_SECONDS = 130.0
 """How long a daemon that stops waits for its workers; somewhat longer than they allow themselves."""
+_AWAY = (UnreachableError.exit_code, ConnectionLostError.exit_code)
+"""The codes of a cloud that does not answer. One that refuses for now (a quota, say) does."""
 
 _log = logging.getLogger(__name__)
 
@@ -372,7 +374,7 @@ class JobRunner:
             shutil.rmtree(path, ignore_errors=True)
 
     def _rest(self, session: Session, job: Job, found: Mapping[str, Any], cloud: str) -> None:
-        """A cloud is away: the job goes back into the queue, for a while."""
+        """A cloud is away, or refuses for now: the job goes back into the queue, for a while."""
         trouble = self._trouble_of(job)
         now = time.monotonic()
         wait = min(self.patience.longest, self.patience.first * 2**trouble.waits)
@@ -382,15 +384,17 @@ class JobRunner:
             _fail(session, job, found["code"], message)
             return
         trouble.waits, trouble.until = trouble.waits + 1, now + wait
-        before = self._waiting.get(job.id)
-        since = time.time() if before is None else before.since
-        until = time.time() + trouble.since + self.patience.in_all - now
-        self._waiting[job.id] = Waiting(cloud, since, until, found["message"])
+        before = self._waiting.pop(job.id, None)
+        if found["code"] in _AWAY:
+            since = time.time() if before is None else before.since
+            until = time.time() + trouble.since + self.patience.in_all - now
+            self._waiting[job.id] = Waiting(cloud, since, until, found["message"])
         job.status = "queued"
         tell(session, job, f"{found['message']} The next attempt is in {wait:.0f} s.", level="warn")
 
     def _count_death(self, session: Session, job: Job, code: int) -> None:
         """A worker was killed, or died: it is begun again from the newest checkpoint, a few times."""
+        self._waiting.pop(job.id, None)
         trouble = self._trouble_of(job)
         trouble.deaths += 1
         how = f"by signal {-code}" if code < 0 else f"with code {code}"

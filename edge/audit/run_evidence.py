@@ -30,10 +30,14 @@ class RunEvidence:
         links: All of them.
         config: The run's.
         tell: Is told what there is in the end, in a line.
+
+    Raises:
+        KeyFileError: The edge's key cannot be used. It is loaded now: at the end its passphrase may be gone.
     """
 
     def __init__(self, links: Sequence[Link], config: TrainConfig, tell: Callable[[str], None]) -> None:
         self._links, self._config, self._tell = links, config, tell
+        self._key = load_edge((config.key or DEFAULT_KEY).expanduser()) if config.transcript else None
 
     def begin(self) -> None:
         """Note what crosses from now on. A certificate of what there was before is removed: it is not of the whole."""
@@ -60,12 +64,11 @@ class RunEvidence:
             UnsignedError: It has left too much unsigned. The certificate is there all the same.
         """
         config = self._config
-        if not config.transcript:
+        if self._key is None:
             return
         self.close()
         transcript = read_transcript(config.out / TRANSCRIPT_FILE, self._links[0].pin)
-        key = load_edge((config.key or DEFAULT_KEY).expanduser())
-        write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, key, leak)
+        write_certificate(config.out / CERTIFICATE_FILE, transcript, adapter, self._key, leak)
         signed, unsigned = transcript.exchanges - transcript.unsigned, transcript.unsigned
         verdict = judged(unsigned, may_be_unsigned(signed, config.max_unsigned))
         self._tell(

@@ -118,7 +118,7 @@ class SessionKeeper:
         observer: called at each phase of each question, see `isthmus.rpc.secure_stream.Observer`; may be replaced.
         check: called a few times a second during a wait; what it raises ends the wait. May be replaced.
         witness: notes what crosses; None for nobody.
-        wait: for a cloud that does not answer; None once it does again. It may be read by any thread.
+        wait: for a cloud that does not answer; None once there is a session again. It may be read by any thread.
     """
 
     def __init__(
@@ -276,9 +276,7 @@ class SessionKeeper:
         faults = 0
         for attempt, pause in enumerate(pauses(LONGEST_PAUSE, self._jitter)):
             try:
-                done = work(attempt)
-                self.wait = None
-                return done
+                return work(attempt)
             except ConnectionLostError as error:
                 reason, faults = str(error), 0
             except (RemoteProtocolError, FingerprintError, VersionError, RefusedError) as error:
@@ -343,7 +341,7 @@ class SessionKeeper:
         except BaseException:
             await stream.close()
             raise
-        self._info, self._stream = stream.info, stream
+        self._info, self._stream, self.wait = stream.info, stream, None
         return stream
 
     async def _end(self, end: Callable[[SecureStream], Awaitable[None]]) -> None:

@@ -26,7 +26,8 @@ class Passphrase:
 
     Attributes:
         whose: root, issuer, worker or edge; each has a file of its own, and no other key's is tried.
-        file: A private file that holds it; None for the one that the variable ISTHMUS_…_PASSPHRASE_FILE names.
+        file: A private file that holds it; None for the one that the variable ISTHMUS_…_PASSPHRASE_FILE names. The end
+            of its line, LF or CR LF, is no part of it.
         asks: Whether to ask at this process's terminal where there is no file: once for each key.
     """
 
@@ -86,7 +87,8 @@ class Passphrase:
         named = self.file or Path(os.environ.get(self.variable, ""))
         if named == Path():
             return None
-        return read_private(named.expanduser(), "it was named as the file of a passphrase").removesuffix(b"\n")
+        held = read_private(named.expanduser(), "it was named as the file of a passphrase")
+        return held.removesuffix(b"\r\n" if held.endswith(b"\r\n") else b"\n")
 
     def _may_ask(self) -> bool:
         return self.asks and sys.stdin is not None and sys.stdin.isatty()

@@ -47,10 +47,12 @@ def test_what_stands_in_a_text_is_one_value(text: str) -> None:
 )
 def test_what_is_no_json_costs_little(text: bytes) -> None:
     tracemalloc.start()
-    with contextlib.suppress(ValueError):
-        check_json(text)
-    assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
-    tracemalloc.stop()
+    try:
+        with contextlib.suppress(ValueError):
+            check_json(text)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 def test_of_a_value_only_the_beginning_is_written() -> None:
@@ -58,9 +60,11 @@ def test_of_a_value_only_the_beginning_is_written() -> None:
     assert shown("é") == "'\\xe9'"
     for value in ("x" * MANY, [["x" * MANY] * 9] * MANY, {"x" * MANY: ["y"] * MANY}, "\ud800" * MANY):
         tracemalloc.start()
-        for text in (brief(value), shown(value)):
-            assert len(text) == MOST_SHOWN
-            assert text.endswith("…")
-        assert tracemalloc.get_traced_memory()[1] < 64 << 10
-        tracemalloc.stop()
+        try:
+            for text in (brief(value), shown(value)):
+                assert len(text) == MOST_SHOWN
+                assert text.endswith("…")
+            assert tracemalloc.get_traced_memory()[1] < 64 << 10
+        finally:
+            tracemalloc.stop()
         shown(value).encode()

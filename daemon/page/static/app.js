@@ -36,7 +36,9 @@ async function arrive(moved) {
   try {
     const isCode = found[1] === "code";
     const next = isCode ? (await ask("/isthmus/v1/sign-in", { method: "POST", body: { code: found[2] } })).token : found[2];
-    const [name, now] = await Promise.all([next, token.get()].map(async (as) => as && (await ask("/isthmus/v1/status", { as })).owner));
+    const nameOf = async (as) => as && (await ask("/isthmus/v1/status", { as })).owner;
+    const unlessRevoked = (error) => error.status === 401 ? null : Promise.reject(error); // the tab's own may be
+    const [name, now] = await Promise.all([nameOf(next), nameOf(token.get()).catch(unlessRevoked)]);
     const before = now ? ` Now you are signed in as “${now}”.` : "";
     if ((now || !isCode) && now !== name && !(await confirm(`Sign in as “${name}”?`, `This address has the token of “${name}”: what you upload and ask is theirs then. Go on only if you meant to.${before}`, "Sign in", "Do not"))) return;
     signOut();

@@ -5,7 +5,7 @@ import { h, poll, say, setText } from "./dom.js";
 import { waitOf } from "./job_parts.js";
 
 // Kept while the tab is open, so that another page and back loses nothing; it is written nowhere.
-const talk = { turns: [], left: "", right: "", mode: "chat", temperature: "0", tokens: "200" };
+const talk = { turns: [], left: "", right: "", mode: "chat", fitted: "", temperature: "0", tokens: "200" };
 
 /** The base model of a tuned one's name, "ft:BASE:SUFFIX:ID…", by the known names. */
 const baseOf = (name, bases) => bases.find((base) => name.startsWith(`ft:${base}:`)) ?? bases[0] ?? "";
@@ -146,13 +146,15 @@ export function showChat(main, wanted, signal) {
   }
   poll(() => watchClouds().catch(() => {}), 2, signal);
 
-  /** Ask in the form that the tuned models were tuned on, where the daemon knows it. */
+  /** Ask in the form that the tuned models were tuned on, where the daemon knows it: once, until other models are chosen. */
   async function fitMode() {
+    const models = `${left.value} ${right.value}`;
+    if (models === talk.fitted) return;
     const tuned = [left.value, right.value].filter((name) => name.startsWith("ft:"));
     const found = await Promise.all(tuned.map((name) => ask(`/v1/models/${encodeURIComponent(name)}`, { signal })));
     const forms = found.map((model) => model.isthmus?.form).filter(Boolean);
     if (forms.length) mode.value = forms.includes("prompt") ? "text" : "chat";
-    talk.mode = mode.value;
+    Object.assign(talk, { mode: mode.value, fitted: models });
   }
 
   async function fillIn() {

@@ -11,7 +11,7 @@ import pytest
 from support.daemon.jobs.job_homes import Jobs, ended, said, until
 from support.daemon.jobs.scripted_jobs import AWAY, QUICK, SUCCEEDS, WAITS, does, jobs_in, progress
 
-from isthmus.common.errors import DiskError
+from isthmus.common.errors import ConnectionLostError, DiskError, OverQuotaError, UnreachableError
 from isthmus.common.readable import moment
 from isthmus.daemon.jobs import job_runner
 from isthmus.daemon.jobs.job_runner import Patience, Waiting
@@ -111,6 +111,23 @@ def test_a_wait_goes_on_in_the_queue_from_when_it_began(jobs: Jobs) -> None:
         assert service.waiting(ended(service, other)) is None
         service.cancel("one", made)
         assert service.waiting(service.get("one", made)) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "waits"),
+    [(UnreachableError.exit_code, True), (ConnectionLostError.exit_code, True), (OverQuotaError.exit_code, False)],
+)
+def test_only_a_cloud_that_does_not_answer_is_waited_for(jobs: Jobs, code: int, waits: bool) -> None:
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
+    made, runner = service.create("one", does(jobs, *SUCCEEDS)).id, service._runner
+    runner._waiting[made] = before = Waiting("main", 1000.0, 1600.0, "the stream broke")
+    with jobs.database.session() as session:
+        runner._rest(session, session.get_one(Job, made), {"code": code, "message": "Not now."}, "main")
+    assert (service.waiting(service.get("one", made)) is not None) == waits
+    runner._waiting[made] = before
+    with jobs.database.session() as session:
+        runner._count_death(session, session.get_one(Job, made), -9)
+    assert service.waiting(service.get("one", made)) is None
 
 
 def test_a_job_that_cannot_be_settled_stops_no_other_one(

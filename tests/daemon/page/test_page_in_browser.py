@@ -325,10 +325,20 @@ def test_an_address_signs_nobody_in_unasked_and_the_page_says_who_is(fake: FakeD
         expect(page.locator("#owner")).to_have_text(name)
         assert page.evaluate("sessionStorage['isthmus-token']") == token
         assert "token" not in page.url
-    fresh = watch().page  # nobody is signed in here
+    watched = watch(faults=True)
+    fresh = watched.page  # nobody is signed in here
     fresh.goto(f"{fake.url}/#token={second}")
     expect(fresh.locator("dialog")).not_to_contain_text("Now you are")
     assert fresh.evaluate("sessionStorage.length") == 0
+    fresh.locator("dialog").get_by_role("button", name="Sign in").click()
+    expect(fresh.locator("#owner")).to_have_text("second")
+    assert watched.faults == []
+    # A token in the tab that was revoked meanwhile hinders no good address; the browser notes its refusal.
+    fresh.evaluate(
+        "([found, hash]) => { sessionStorage['isthmus-token'] = found; location.hash = hash; }",
+        ["x", f"token={second}"],
+    )
+    expect(fresh.locator("dialog")).to_contain_text("Sign in as “second”?")
     fresh.locator("dialog").get_by_role("button", name="Sign in").click()
     expect(fresh.locator("#owner")).to_have_text("second")
 
@@ -372,6 +382,15 @@ def test_chat_asks_as_a_model_was_tuned_and_the_last_reason_counts(fake: FakeDae
     page.locator("#right").select_option(BASE)
     page.locator("#right").select_option(fake.saved[name][0]["model"])
     expect(page.locator("#mode")).to_have_value("chat")
+    # What is chosen stays over another page and back.
+    page.locator("#mode").select_option("text")
+    for place, heading in (("jobs", "Jobs"), ("chat", "Chat")):
+        page.goto(f"{fake.url}/#{place}")
+        expect(page.locator("h1")).to_have_text(heading)
+    page.locator("#prompt").fill("again")
+    page.keyboard.press("Enter")  # it waits for the models' names, and for the form
+    expect(page.locator(".turn")).to_have_count(3)
+    expect(page.locator("#mode")).to_have_value("text")
 
 
 def test_a_cloud_that_does_not_answer_is_told_everywhere(fake: FakeDaemon, watch: Opener) -> None:

@@ -17,7 +17,9 @@ from isthmus.edge.audit import replay as replay_module
 from isthmus.edge.audit.audit_command import lines, run_audit
 from isthmus.edge.audit.audit_run import AuditReport, audit, usual
 from isthmus.edge.audit.replay import LocalReplayer
+from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.audit_config import AuditCommandConfig
+from isthmus.edge.split_run import train_over
 from isthmus.edge.witness.audit_sample import SampledCall
 from isthmus.experiments.rigs.lying.lies import KINDS, LyingExecutor
 from isthmus.privacy.transcript.transcript_file import TRANSCRIPT_FILE, read_transcript
@@ -234,3 +236,21 @@ def test_a_run_that_goes_on_has_no_certificate_of_what_there_was_before(runs: Ru
     assert verify_run(tmp_path).edge is None
     runs.train(tmp_path, steps=5, schedule="constant", resume=True)
     assert verify_run(tmp_path).edge is not None
+
+
+def test_a_certificate_is_made_with_the_key_as_it_was_when_the_run_began(runs: Runs, tmp_path: Path) -> None:
+    """Its passphrase may be on a stick that is gone at the end."""
+    key = tmp_path / "id"
+    key.write_bytes(runs.server.home.key_file.read_bytes())
+    key.chmod(0o600)
+    config = runs.config(tmp_path / "run", key=key)
+
+    def observe(question: str, phase: str) -> None:
+        if question == "forward":
+            key.unlink(missing_ok=True)
+
+    with open_link(config) as link:
+        link.observer = observe
+        train_over(link, config)
+    assert not key.exists()
+    assert verify_run(config.out).edge is not None

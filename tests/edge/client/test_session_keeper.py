@@ -181,6 +181,11 @@ def test_a_wait_is_told_while_it_lasts(cloud: MemoryCloud, monkeypatch: pytest.M
     transport = MemoryTransport(cloud)
     link = new_link(transport, give_up_after=30)
     told: list[Wait | None] = []
+    asked: list[Wait | None] = []
+
+    def observe(question: str, phase: str) -> None:
+        if question == "forward":
+            asked.append(link.wait)
 
     def sleep(seconds: float) -> None:
         still.pauses.append(seconds)
@@ -188,6 +193,7 @@ def test_a_wait_is_told_while_it_lasts(cloud: MemoryCloud, monkeypatch: pytest.M
         transport.up = still.time() > 1008
 
     monkeypatch.setattr(still, "sleep", sleep)
+    link.observer = observe
     transport.up = False
     link._keeper.drop()
     link.forward_span(hidden(), None, None, keep=False)
@@ -197,6 +203,7 @@ def test_a_wait_is_told_while_it_lasts(cloud: MemoryCloud, monkeypatch: pytest.M
     assert len(late) == len(told) - early
     assert {(wait.since, round(wait.until), wait.reason) for wait in late} == {(1000, 1030, "the cloud is down")}
     assert link.wait is None
+    assert set(asked) == {None}  # from the session on, however long the call takes
     transport.up = False
     link._keeper.drop()
     monkeypatch.setattr(still, "sleep", still.pauses.append)

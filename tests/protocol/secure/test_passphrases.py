@@ -35,8 +35,8 @@ def neither_terminal_nor_files(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"ISTHMUS_{whose}_PASSPHRASE_FILE", raising=False)
 
 
-def words_file(path: Path, words: str = WORDS) -> Path:
-    path.write_text(words + "\n")
+def words_file(path: Path, words: str = WORDS, end: str = "\n") -> Path:
+    path.write_bytes((words + end).encode())
     path.chmod(0o600)
     return path
 
@@ -156,5 +156,9 @@ def test_a_worker_s_and_an_edge_s_key_have_one_on_request(
     assert edge.read_text().startswith(SEALED)
     with pytest.raises(KeyFileError, match=r"id has a passphrase.*ISTHMUS_EDGE_PASSPHRASE_FILE, or run this at a term"):
         load_edge(edge)
-    monkeypatch.setenv("ISTHMUS_EDGE_PASSPHRASE_FILE", str(words))
-    assert load_edge(edge)
+    for end in ("", "\n", "\r\n"):
+        monkeypatch.setenv("ISTHMUS_EDGE_PASSPHRASE_FILE", str(words_file(words, end=end)))
+        assert load_edge(edge)
+    words_file(words, end="\n\n")
+    with pytest.raises(KeyFileError, match="does not open"):
+        load_edge(edge)
