@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,11 @@ def submit(run: Any, path: Path, *words: object) -> str:
     return told
 
 
-def until(run: Any, job: str, status: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 30
-    while (tree := json.loads(run("show", job, "--json").stdout))["status"] != status:
+def until(
+    run: Any, job: str, status: str, also: Callable[[dict[str, Any]], bool] = lambda _tree: True
+) -> dict[str, Any]:
+    deadline = time.monotonic() + 60
+    while (tree := json.loads(run("show", job, "--json").stdout))["status"] != status or not also(tree):
         assert time.monotonic() < deadline, tree
         time.sleep(0.02)
     found: dict[str, Any] = tree
@@ -93,8 +95,7 @@ def test_a_job_is_submitted_followed_shown_and_its_result_fetched(run: Any, tmp_
 
 def test_a_list_fits_a_terminal(run: Any, tmp_path: Path) -> None:
     job = submit(run, script(tmp_path, *WAITS), "--priority", 3)
-    while until(run, job, "running")["step"] < 3:
-        time.sleep(0.02)
+    until(run, job, "running", lambda tree: tree["step"] == 3)
     told = run("list").stdout
     (line,) = (line for line in told.splitlines() if line.startswith(job))
     assert line.split()[1:] == ["train", "running", "3/12", "9.0", "minutes"]
@@ -110,8 +111,7 @@ def test_a_job_that_waits_for_its_cloud_says_so(run: Any, daemon: RunningDaemon,
     wait = {"kind": "waiting", "since": since, "until": since + 3600, "reason": "the stream broke"}
     lines = ({"report": PROGRESS}, {"report": wait}, {"wait": True})
     job = submit(run, script(tmp_path, *lines), "--suffix", "a-name-" + "x" * 50)
-    while (tree := until(run, job, "running"))["waiting"] is None:
-        time.sleep(0.02)
+    tree = until(run, job, "running", lambda tree: tree["waiting"] is not None)
     assert tree["waiting"] == {"cloud": "main", "since": since, "until": since + 3600, "reason": "the stream broke"}
     assert (tree["seconds_left"], tree["estimated_finish"]) == (None, None)
     assert f"the cloud main, since {moment(since)}, until {moment(since + 3600)}: then it is" in run("show", job).stdout
