@@ -75,7 +75,8 @@ class FakeDaemon:
         with self.context.database.session() as session:
             facts = {"plan": "2:2", "n_layers": 30}
             session.merge(BaseModel(name=BASE, cloud="main", facts=facts, seen_at=time.time()))
-        self.context.noted.answers = {"clouds": [{"name": "main", "reachable": True, "model": BASE, "error": None}]}
+        there = {"reachable": True, "error": None, "since": None}
+        self.context.noted.answers = {"clouds": [{"name": "main", "model": BASE, "seen": there} | there]}
         self.cross(12_345_678, 11_222_333, 84)
 
     def put_adapter(self, place: str) -> None:
