@@ -114,14 +114,14 @@ def test_slow_readers_keep_no_turn_from_others(tmp_path: Path) -> None:
         for each in slow:
             await anext(each)  # and no more
         assert await _read(answers.generate(Target("m"), "a", Sampling(), owner="other")) == MANY
-        while answers._requests:  # those that nobody reads are computed, and then they count no longer
+        while answers._requests.taken.total():  # those that nobody reads are computed, and then they count no longer
             await asyncio.sleep(0)
         assert answers._turns._free == 2
         assert await _read(slow[0]) == 4 * MANY - 1  # and nothing is lost
         assert answers._unread._requests[0].bytes > 0
         for each in slow:
             await each.aclose()
-        assert (answers._requests, answers._unread._requests) == (0, [])
+        assert (answers._requests.taken.total(), answers._unread._requests) == (0, [])
 
     asyncio.run(run())
 
@@ -137,6 +137,6 @@ def test_what_waits_has_a_bound_and_the_turns_come_back(tmp_path: Path) -> None:
         )  # who reads at once goes on
         with pytest.raises(WorkerError, match="read too slowly"):
             await _read(slow)
-        assert (answers._requests, answers._turns._free) == (0, 2)
+        assert (answers._requests.taken.total(), answers._turns._free) == (0, 2)
 
     asyncio.run(run())
