@@ -76,6 +76,15 @@ def enroll(
     max_tokens_per_second: Annotated[
         int | None, typer.Option(min=1, help="Token positions that the tenant may have computed, on average.")
     ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**9 - 1,
+            help="Token positions that the tenant may have computed in all, for a tenant who is to have packages and "
+            "no training through the cloud: every answer makes a better copy of the cloud's layers.",
+        ),
+    ] = None,
 ) -> None:
     """Let an edge in: add its public key to `authorized_edges`. A running cloud notices by itself.
 
@@ -87,7 +96,7 @@ def enroll(
     from isthmus.protocol.secure.keys import parse_public_key
 
     line = read_text(public_key.expanduser(), "ask the data owner for the .pub file that `isthmus edge keygen` made")
-    quota = Quota(max_sessions, parse_size(max_bytes_in_flight), weight, max_tokens_per_second)
+    quota = Quota(max_sessions, parse_size(max_bytes_in_flight), weight, max_tokens_per_second, max_tokens)
     path, key = home.expanduser() / EDGES_FILE, parse_public_key(line.strip())[0]
     revoked = path.with_name(REVOKED_FILE)
     if revoked.exists() and AuthorizedEdges.load(revoked).find(key) is not None:

@@ -55,12 +55,14 @@ class Quota:
             held of what the cloud makes for its sites.
         weight: Its share of the computing against the other tenants', where all want more than there is.
         max_tokens_per_second: Token positions, on average; None for no limit.
+        max_tokens: Token positions in all, of one model at one split; None for no limit.
     """
 
     max_sessions: int = 4
     max_inflight_bytes: int = GIB
     weight: int = 1
     max_tokens_per_second: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -119,6 +121,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], int]]] = {
     "max-bytes-in-flight": ("max_inflight_bytes", parse_size),
     "weight": ("weight", _count),
     "max-tokens-per-second": ("max_tokens_per_second", _count),
+    "max-tokens": ("max_tokens", _count),
 }
 
 

@@ -24,6 +24,7 @@ from isthmus.cloud.gateway.server import ServerTls
 from isthmus.cloud.session.file_store import FileStore, HashedLater
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
+from isthmus.cloud.session.token_counts import TokenCounts
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import ConfigError, KeyFileError
 from isthmus.common.files import locked
@@ -149,6 +150,7 @@ def served_by(spec: WorkerSpec) -> Served:
         executor,
         FileStore(Path(spec.parts), FileSet.PARTS),
         adapters,
+        TokenCounts(Path(spec.home) / "token-counts", info.digest, plan),
         None if package is None else FileStore(package.folder, FileSet.EMULATOR),
         spec.sites,
         cache_bytes,

@@ -65,6 +65,7 @@ class Calls:
         files: the threads that read and write files for edges.
         caches: keys and values of all sessions.
         records_history: whether answers are recorded (`isthmus.cloud.telemetry.event_history`).
+        tokens: counts those of tenants who may have so many in all.
         metrics, clock, recorder: see above.
     """
 
@@ -82,6 +83,7 @@ class Calls:
         self.metrics = metrics
         self.clock = clock
         self.recorder = recorder
+        self.tokens = served.tokens
         self._served = served
         self._fraction = fraction
         self._options = options
@@ -263,6 +265,10 @@ class SessionCalls:
 
     async def _reply(self, received: Received, due: float | None) -> m.Message | None:
         """Have a message answered by this worker, and by the stages behind it where there are any."""
+        refused = await self._over_allowance(received.message)
+        if refused is not None:
+            wipe(received.body)
+            return refused
         if self._stage is None and isinstance(received.message, m.Sites):
             wipe(received.body)
             return await self._bind(received.message)
@@ -274,6 +280,21 @@ class SessionCalls:
             )
         finally:
             wipe(received.body)
+
+    async def _over_allowance(self, message: m.Message) -> m.Status | None:
+        """Count a message's tokens where its tenant may have so many in all; a status where it may have no more.
+
+        They count before they are computed, so that nothing that happens later gives them back.
+        """
+        tenant = self._session.tenant
+        if tenant.quota.max_tokens is None:
+            return None
+        if isinstance(message, m.Sites | m.Lease):
+            fault: str | None = f"{tenant.name} has an allowance of tokens (max-tokens): no adapters inside the cloud"
+        else:
+            count = partial(self._calls.tokens.take, tenant, self._work.positions(message))
+            fault = await asyncio.to_thread(count)
+        return None if fault is None else m.Status.saying(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), fault)
 
     async def _answered(self, received: Received, due: float | None) -> m.Message | None:
         """Have a message handled where it belongs: on a compute thread, or on one for files."""

@@ -16,6 +16,7 @@ from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.site_calls import SiteCalls
 from isthmus.cloud.session.site_lists import SiteLists
 from isthmus.cloud.session.tenant_adapters import AdapterStore
+from isthmus.cloud.session.token_counts import TokenCounts
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
@@ -30,6 +31,7 @@ class Served:
         executor: the span.
         parts: the edge's parts of the model.
         adapters: the tenants' adapters.
+        tokens: how many tokens were computed for tenants who may have so many in all.
         package: the package with an emulator, if one is offered.
         sites: whether edges may have adapters inside the span.
         cache_bytes: budget of the keys and values of all sessions that generate.
@@ -40,6 +42,7 @@ class Served:
     executor: Executor
     parts: FileStore
     adapters: AdapterStore
+    tokens: TokenCounts
     package: FileStore | None = None
     sites: bool = True
     cache_bytes: int = 1 << 30

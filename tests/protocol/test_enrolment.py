@@ -32,7 +32,7 @@ def test_authorized_edges() -> None:
             line(1, "hospital-a"),
             "  max-sessions=2,max-bytes-in-flight=64MiB " + line(2, "hospital-b"),
             "max-sessions=9 " + line(3, "c@d") + "\r",
-            "weight=3,max-tokens-per-second=500 " + line(6, "f"),
+            "weight=3,max-tokens-per-second=500,max-tokens=9 " + line(6, "f"),
             "stage " + line(7, "g"),
             "stage,max-sessions=9 " + line(8, "h"),
         ]
@@ -45,10 +45,10 @@ def test_authorized_edges() -> None:
     assert tenant.fingerprint == Fingerprint.of(raw(line(1, "x")))
     assert edges.require(raw(line(2, "x"))).quota == Quota(2, 64 << 20)
     assert edges.require(raw(line(3, "x"))).quota == Quota(9, 1 << 30)
-    assert edges.require(raw(line(6, "x"))).quota == Quota(weight=3, max_tokens_per_second=500)
+    assert edges.require(raw(line(6, "x"))).quota == Quota(weight=3, max_tokens_per_second=500, max_tokens=9)
     assert [edges.require(raw(line(number, "x"))).stage for number in (1, 6, 7, 8)] == [False, False, True, True]
     assert [edges.require(raw(line(number, "x"))).quota for number in (7, 8)] == [Quota(), Quota(9)]
-    assert Quota.parse(Quota(2, 5, 3, 500).format()) == Quota(2, 5, 3, 500)
+    assert Quota.parse(Quota(2, 5, 3, 500, 9).format()) == Quota(2, 5, 3, 500, 9)
     assert Quota().format() == ""
     assert edges.find(raw(line(4, "x"))) is None
     with pytest.raises(NotEnrolledError, match=r"SHA256:.*isthmus cloud enroll"):
@@ -71,6 +71,7 @@ def test_authorized_edges() -> None:
         ("max-sessions=two " + line(5, "e"), "not a number"),
         ("weight=0 " + line(5, "e"), "at least 1"),
         ("max-tokens-per-second=0 " + line(5, "e"), "at least 1"),
+        ("max-tokens=0 " + line(5, "e"), "at least 1"),
         ("max-sessions=1,max-sessions=2 " + line(5, "e"), "twice"),
         ("max-bytes-in-flight=64MB " + line(5, "e"), "not a size"),
         ("command=ls " + line(5, "e"), "unknown option 'command'"),

@@ -32,7 +32,7 @@ def _seeds() -> Iterator[bytes]:
     one, other = (
         format_public_key(key.public_key().public_bytes_raw(), name) for key, name in ((EDGE, "a"), (WORKER, "b@c"))
     )
-    options = "max-sessions=2,max-bytes-in-flight=64MiB,weight=3,max-tokens-per-second=4"
+    options = "max-sessions=2,max-bytes-in-flight=64MiB,weight=3,max-tokens-per-second=4,max-tokens=5"
     yield f"# who\n{options} {one}\n\n{other}\n".encode()
     yield f"stage,weight=2 {one}\nstage {other}".encode()
     yield f"{one}\n{one}".encode()

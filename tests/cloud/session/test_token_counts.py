@@ -1,0 +1,88 @@
+"""How many tokens a tenant may have in all: counted before they are computed, in a file that outlives the server."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import hidden
+from support.models.tiny import HIDDEN
+from support.protocol.wire import TENANT
+
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.session.token_counts import TokenCounts
+from isthmus.common.errors import OverQuotaError
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Quota
+
+OF_TEN = replace(TENANT, quota=Quota(max_tokens=10))
+
+
+def counts(root: Path, plan: str = "2:2") -> TokenCounts:
+    return TokenCounts(root, "d" * 64, SplitPlan.parse(plan, 6))
+
+
+def test_what_was_counted_stays_counted(tmp_path: Path) -> None:
+    assert counts(tmp_path).take(OF_TEN, 7) is None
+    again = counts(tmp_path)
+    said = again.take(OF_TEN, 4)
+    assert said is not None
+    assert "10 tokens" in said
+    assert "3 are left" in said
+    assert again.take(OF_TEN, 3) is None  # the refused ones count nothing
+    assert again.take(replace(OF_TEN, quota=Quota(max_tokens=12)), 2) is None  # the owner allows more
+    assert counts(tmp_path, "1:2").take(OF_TEN, 10) is None  # another split is another count
+    assert again.take(TENANT, 10**9) is None  # who has no allowance is not counted
+
+
+def test_workers_that_count_at_a_time_lose_nothing(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def take() -> None:
+        refused.extend(filter(None, (counts(tmp_path).take(OF_TEN, 1) for _ in range(5))))
+
+    workers = [threading.Thread(target=take) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(refused) == 20 - 10
+
+
+@pytest.mark.parametrize("damage", [b"", b"ten", b"\xff"])
+def test_what_cannot_be_counted_is_refused(tmp_path: Path, damage: bytes) -> None:
+    assert counts(tmp_path).take(OF_TEN, 1) is None
+    (path,) = (path for path in tmp_path.glob("*/*") if not path.name.startswith("."))
+    path.write_bytes(damage)
+    assert "cannot count" in str(counts(tmp_path).take(OF_TEN, 1))
+
+
+def test_a_tenant_has_its_allowance_and_no_more_whatever_it_asks(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_tokens=12))
+    fresh = replace(cloud, tokens=counts(tmp_path / "counts"))
+    with ThreadServer(fresh, home) as server, server.link() as link:
+        link.open(5)
+        output, kept = link.forward_span(hidden(1, 4), None, None, keep=True)
+        link.backward_span(kept, output, hidden(1, 4), None, None)
+        with pytest.raises(OverQuotaError, match="no adapters inside the cloud"):
+            link._keeper.ask(m.Status, m.Sites(1, (SiteSpec(3, "mlp.down_proj"),)))
+        with pytest.raises(OverQuotaError, match=r"12 tokens.*6 were asked for and 4 are left"):
+            link.span.new_cache().extend(hidden(1, 6), None, None)
+    # Another process of the cloud.
+    with ThreadServer(replace(fresh, tokens=counts(tmp_path / "counts")), home) as server, server.link() as link:
+        link.open(5)
+        with pytest.raises(OverQuotaError, match=r"alice may have 12 tokens.*4 are left"):
+            link.forward_span(hidden(1, 5), None, None, keep=False)
+        assert link.forward_span(hidden(1, 4), None, None, keep=False)[0].shape == (1, 4, HIDDEN)
+        with pytest.raises(OverQuotaError, match="0 are left"):
+            link.forward_span(hidden(1, 1), None, None, keep=False)
+        assert link.traffic.sessions == 1
+        other = home.new_edge("bob")
+        with server.link(other) as free:
+            free.open(5)
+            free.forward_span(hidden(2, 20), None, None, keep=False)
