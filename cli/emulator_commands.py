@@ -382,6 +382,21 @@ def _show(package: Package, as_json: bool) -> None:
             lines["top-1 agreement"] = (
                 f"{done.agreement_before:.1%} -> {done.agreement_after:.1%} of the tokens with the whole model"
             )
+    if manifest.preset is not None:
+        lines["preset"] = manifest.preset
+    if manifest.tuning is not None:
+        advised = manifest.tuning
+        lines["tune with"] = (
+            f"learning rate {advised.learning_rate:g}, {advised.steps} steps, rank {advised.rank}, "
+            f"{advised.warmup_steps} warm-up steps"
+        )
+    if manifest.quality is not None:
+        found = manifest.quality
+        lines["quality"] = (
+            f"KL {found.kl:.4g} nats a token from the whole model; cosine of LoRA's first gradient with the true one "
+            f"{found.cosine_above:.2f} above, {found.cosine_below:.2f} below ({found.tokens:,} held-out tokens)"
+        )
+        lines["adapters below"] = "pay" if manifest.adapters_below else "do not pay: their gradient is wrong"
     if not manifest.protection:
         lines["protection"] = "not measured"
     for name, value in lines.items():

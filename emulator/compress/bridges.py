@@ -31,9 +31,8 @@ from isthmus.emulator.compress.public_text import spread
 # where tokens are about as many as inputs, a map does more harm on other text than no map.
 TOKENS_PER_INPUT = 64
 LEAST_TOKENS_PER_INPUT = 8
-MOST_TOKENS = 1 << 16  # several copies of their hidden states lie in memory
 
-_RIDGE = 1e-3  # of the diagonal
+RIDGE = 1e-3  # of the diagonal
 _TOKENS_AT_ONCE = 4096
 
 
@@ -97,8 +96,9 @@ def fit_bridges(
 
     Args:
         base: The kept layers with their bridges; what else was done to the layers has been done.
-        blocks: Public text, `[n, length]`; blocks at even distances are used, of `TOKENS_PER_INPUT * h` tokens and at
-            most `MOST_TOKENS`.
+        blocks: Public text, `[n, length]`; blocks at even distances are used, of `TOKENS_PER_INPUT * h` tokens. Their
+            hidden states are computed anew for each bridge, some thousand tokens at a time, so that memory does not
+            grow with the text.
 
     Raises:
         DataError: There is too little text, less than `LEAST_TOKENS_PER_INPUT * h` tokens.
@@ -110,50 +110,61 @@ def fit_bridges(
             f"the public text has {blocks.numel()} tokens, too few to fit linear maps of width {width} to: give "
             f"{LEAST_TOKENS_PER_INPUT * width} or more, better {TOKENS_PER_INPUT * width}"
         )
-    used = spread(blocks, min(TOKENS_PER_INPUT * width, MOST_TOKENS)).to(device)
+    used = spread(blocks, TOKENS_PER_INPUT * width)
     ends = OuterLayers(checkpoint, plan, with_top=False, device=device)
-    rows = max(1, _TOKENS_AT_ONCE // blocks.shape[1])
-    teacher = student = torch.cat([ends.entry(part) for part in torch.split(used, rows)])
+    parts = torch.split(used, max(1, _TOKENS_AT_ONCE // blocks.shape[1]))
     whole = Middle.of(checkpoint, plan, device)
     kept = Middle(base, layers, plan.bottom, checkpoint.config)
     distinct: dict[int, Any] = distinct_layers(base, layers)
-
-    def run(middle: Middle, layer: int, hidden: Tensor) -> Tensor:
-        return torch.cat([middle.run((layer - plan.bottom,), part) for part in torch.split(hidden, rows)])
-
-    # A bridge is fitted at the end of its run: before the next kept layer, or at the middle's end.
-    after = {place: [layer for layer in layers if layer > place] for place in bridges}
-    fitted_before = {(after[place] or [plan.cloud.stop])[0]: place for place in bridges}
-    with bar(progress, "fitting bridges", len(plan.cloud)) as advance:
-        for layer in plan.cloud:
-            teacher = run(whole, layer, teacher)
-            if layer in distinct:
-                student = run(kept, layer, student)
-            place = fitted_before.get(layer + 1)
-            if place is not None and place in distinct:
-                bridge = distinct[place].bridge
-                _fit(bridge, student, teacher)
-                student = bridge(student)
-            elif place is not None:
-                _fit(distinct[layers[0]].entry, student, teacher)  # it acts when that layer runs
-            advance()
+    with bar(progress, "fitting bridges", len(bridges) * len(parts)) as advance:
+        for place in bridges:
+            # A bridge is fitted at the end of its run: before the next kept layer, or at the middle's end.
+            stop = next((layer for layer in layers if layer > place), plan.cloud.stop)
+            before = [layer - plan.bottom for layer in layers if layer <= place]
+            sums = RidgeSums(width, device)
+            for part in parts:
+                entry = ends.entry(part.to(device))
+                # The bridge itself still changes nothing.
+                sums.add(kept.run(before, entry), whole.run(range(stop - plan.bottom), entry))
+                advance()
+            bridge = distinct[place].bridge if place in distinct else distinct[layers[0]].entry
+            weight, bias = sums.solve(RIDGE)
+            bridge.weight.copy_(weight)
+            bridge.bias.copy_(bias)
     arrange_layers(base, [distinct[layer] for layer in layers], layers, checkpoint.config)
 
 
-def _fit(bridge: Bridge, hidden: Tensor, target: Tensor) -> None:
-    """Set a bridge to the weighted ridge regression of `target - hidden` on `hidden`, both `[n, S, h]`."""
-    x, residual = hidden.flatten(0, 1), (target - hidden).flatten(0, 1)
-    weight = target.flatten(0, 1).square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
-    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)  # [tokens, h + 1]
-    weighted = (x * weight).T
-    gram, moments = (weighted @ x).double(), (weighted @ residual).double()
-    diagonal = gram.diagonal()
-    gram = gram + torch.diag(_RIDGE * diagonal + 1e-9 * diagonal.mean())
-    solution = torch.linalg.solve(gram, moments).float()  # [h + 1, h]
-    if not solution.isfinite().all():
-        raise NonFiniteError("a linear map fitted to this text is not finite; check the checkpoint")
-    bridge.weight.copy_(solution[:-1].T)
-    bridge.bias.copy_(solution[-1])
+class RidgeSums:
+    """What the weighted ridge regression of `target - x` on `x` needs of tokens, however many there are, in fp64."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self._gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
+        self._moments = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Count tokens: hidden states and what a bridge shall make of them, both `[..., h]`."""
+        x, target = x.flatten(0, -2).double(), target.flatten(0, -2).double()
+        weight = target.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        inputs = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        weighted = (inputs * weight).T
+        self._gram += weighted @ inputs
+        self._moments += weighted @ (target - x)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weight `[h, h]` and bias `[h]` of the best bridge, in fp32.
+
+        Args:
+            ridge: Share of the sums' diagonal that is added to it.
+
+        Raises:
+            NonFiniteError: There is none, as where a hidden state was not finite.
+        """
+        diagonal = self._gram.diagonal()
+        gram = self._gram + torch.diag(ridge * diagonal + 1e-9 * diagonal.mean())
+        solution = torch.linalg.solve(gram, self._moments).float()  # [h + 1, h]
+        if not solution.isfinite().all():
+            raise NonFiniteError("a linear map fitted to this text is not finite; check the checkpoint")
+        return solution[:-1].T.contiguous(), solution[-1]
 
 
 def _after(layer: Any, _inputs: Any, output: Any) -> Any:

@@ -38,6 +38,7 @@ MAX_LICENCE = 4096
 FORMAT = 1
 _LABEL = b"isthmus v1 emulator package\0"
 _AGAIN = "fetch the package again"
+_OF_PRESETS = ("preset", "tuning", "quality", "adapters_below")
 
 
 def _printable(text: str) -> str:
@@ -112,6 +113,32 @@ class Protection(_Part):
     seeds: Annotated[int, Field(ge=1, le=1000)]
 
 
+class Tuning(_Part):
+    """How the owner would have adapters tuned over the emulator, where nothing tells the data owner what is best."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    steps: Annotated[int, Field(ge=1, le=1 << 24)]
+    rank: Annotated[int, Field(ge=1, le=1 << 14)]
+    warmup_steps: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+
+
+class Quality(_Part):
+    """How the emulator does in the middle's place, on text that it was not made with.
+
+    Attributes:
+        kl: Mean KL divergence of the next-token distribution with the emulator from the whole model's, in nats a token.
+        cosine_above: Cosine between LoRA's first gradient over the emulator and that over the true middle, for the
+            edge's layers above the middle.
+        cosine_below: The same for the edge's layers below.
+        tokens: How many tokens it was measured on.
+    """
+
+    kl: Annotated[float, Field(ge=0)]
+    cosine_above: Annotated[float, Field(ge=-1, le=1)]
+    cosine_below: Annotated[float, Field(ge=-1, le=1)]
+    tokens: Count
+
+
 class Manifest(_Part):
     """What a package says about itself.
 
@@ -130,6 +157,10 @@ class Manifest(_Part):
         licence: The owner's note about what may be done with the package.
         allow_draft_tuning: The owner's consent that a data owner who drafts with the emulator goes on distilling it
             while tuning, from the outputs of the full middle that the edge gets anyway.
+        preset: Name of the preset that it was built by; None for none.
+        tuning: The owner's advice for tuning; None for none.
+        quality: What the owner measured; None for "not measured".
+        adapters_below: Whether adapters below the emulator learn from it.
         protection: What was measured; empty for "not measured".
         files: Every other file of the package.
         created: When the manifest was signed, Unix seconds.
@@ -154,6 +185,10 @@ class Manifest(_Part):
     licence: Annotated[str, Field(max_length=MAX_LICENCE)]
     distilled: Distilled | None = None
     allow_draft_tuning: bool = False
+    preset: Text | None = None
+    tuning: Tuning | None = None
+    quality: Quality | None = None
+    adapters_below: bool = False
     protection: Annotated[tuple[Protection, ...], Field(max_length=100)] = ()
     files: Annotated[dict[FileName, FileInfo], Field(min_length=1, max_length=64)]
     created: Count
@@ -181,8 +216,9 @@ class Manifest(_Part):
         return self.emulator_bytes / max(self.middle_bytes, 1)
 
     def to_payload(self) -> bytes:
-        """The bytes that are signed: JSON."""
-        return self.model_dump_json().encode()
+        """The bytes that are signed: JSON. Without a preset, older releases read them too."""
+        unused = {name for name in _OF_PRESETS if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump_json(exclude=unused).encode()
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Manifest:

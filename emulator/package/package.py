@@ -32,7 +32,16 @@ from isthmus.common.files import disk_errors, new_folder, sweep, write_atomic
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
-from isthmus.emulator.package.manifest import MANIFEST_FILE, Distilled, FileInfo, Manifest, protection_rows, sign
+from isthmus.emulator.package.manifest import (
+    MANIFEST_FILE,
+    Distilled,
+    FileInfo,
+    Manifest,
+    Quality,
+    Tuning,
+    protection_rows,
+    sign,
+)
 from isthmus.emulator.package.verification import package_sha256, verified
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
@@ -109,13 +118,17 @@ def write_package(
     licence: str,
     distilled: Mapping[str, Any] | None = None,
     allow_draft_tuning: bool = False,
+    preset: str | None = None,
+    tuning: Tuning | None = None,
+    quality: Quality | None = None,
+    adapters_below: bool = False,
     now: Callable[[], float] = time.time,
 ) -> Package:
     """Write and sign a package, whole or not at all; it replaces an older one.
 
     Args:
         distilled: The fields of `Distilled`; None without distillation.
-        allow_draft_tuning: See `Manifest`.
+        allow_draft_tuning: See `Manifest`, for this and the four after it.
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
@@ -155,6 +168,10 @@ def write_package(
                 licence=licence,
                 distilled=None if distilled is None else Distilled.model_validate(dict(distilled)),
                 allow_draft_tuning=allow_draft_tuning,
+                preset=preset,
+                tuning=tuning,
+                quality=quality,
+                adapters_below=adapters_below,
                 files=files,
                 created=int(now()),
             )

@@ -15,7 +15,8 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from isthmus.emulator.compress.bridges import Bridge, bridge_places
+from isthmus.emulator.compress import bridges
+from isthmus.emulator.compress.bridges import Bridge, RidgeSums, bridge_places
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import OuterLayers
@@ -104,6 +105,21 @@ def test_each_map_is_the_regression_on_what_the_emulator_gives(
     for module, (weight, bias) in zip((entry, bridge), wanted, strict=True):
         torch.testing.assert_close(module.weight, weight, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(module.bias, bias, atol=1e-3, rtol=1e-3)
+
+
+def test_text_is_summed_up_in_parts(checkpoints: Checkpoints, blocks: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoints("llama")
+    at_once = make(checkpoint, "uniform+bridged", 0.25, blocks)
+    seen: list[int] = []
+    add = RidgeSums.add
+    monkeypatch.setattr(bridges, "_TOKENS_AT_ONCE", 48)
+    monkeypatch.setattr(
+        RidgeSums, "add", lambda sums, x, target: seen.append(x[..., 0].numel()) or add(sums, x, target)
+    )
+    in_parts = make(checkpoint, "uniform+bridged", 0.25, blocks)
+    assert seen == [48] * (2 * blocks.numel() // 48)
+    for name, weight in at_once.tensors().items():
+        torch.testing.assert_close(in_parts.tensors()[name], weight)
 
 
 def test_too_little_text_is_refused(checkpoints: Checkpoints, blocks: Tensor) -> None:

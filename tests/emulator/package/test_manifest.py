@@ -105,6 +105,45 @@ def test_a_manifest_of_a_time_without_drafts_is_read() -> None:
     assert (read.distilled.kl_before, read.distilled.agreement_after) == (None, None)
 
 
+OF_A_PRESET: dict[str, Any] = {
+    "preset": "fidelity",
+    "tuning": {"learning_rate": 0.01, "steps": 100, "rank": 8, "warmup_steps": 10},
+    "quality": {"kl": 0.5, "cosine_above": 0.95, "cosine_below": -0.07, "tokens": 2048},
+    "adapters_below": True,
+}
+
+
+def test_what_a_preset_says_is_signed_and_nothing_of_it_without_one(signer: WorkerIdentity) -> None:
+    written = manifest(**OF_A_PRESET)
+    assert verify(sign(written, signer), signer.pin)[0] == written
+    assert json.loads(written.to_payload()).keys() - json.loads(manifest().to_payload()).keys() == OF_A_PRESET.keys()
+    before_presets = json.dumps({"format": 1} | VALUES | {"distilled": None, "allow_draft_tuning": False})
+    assert Manifest.from_payload(before_presets.encode()) == manifest()
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("tuning", {"learning_rate": 0.0}),
+        ("tuning", {"learning_rate": 1.5}),
+        ("tuning", {"steps": 0}),
+        ("tuning", {"steps": (1 << 24) + 1}),
+        ("tuning", {"rank": 0}),
+        ("tuning", {"rank": (1 << 14) + 1}),
+        ("tuning", {"warmup_steps": -1}),
+        ("quality", {"kl": -0.1}),
+        ("quality", {"kl": float("inf")}),
+        ("quality", {"cosine_above": 1.1}),
+        ("quality", {"cosine_below": float("nan")}),
+        ("quality", {"tokens": -1}),
+    ],
+)
+def test_advice_and_figures_out_of_bounds_are_refused(part: str, change: dict[str, Any]) -> None:
+    payload = json.dumps(VALUES | OF_A_PRESET | {part: OF_A_PRESET[part] | change})
+    with pytest.raises(PackageError, match=f"malformed at '{part}"):
+        Manifest.from_payload(payload.encode())
+
+
 @pytest.mark.parametrize("missing", ["signature", "certificate"])
 def test_an_unsigned_package_is_refused(signer: WorkerIdentity, missing: str) -> None:
     changed = outer(signer)
