@@ -284,7 +284,8 @@ class SessionCalls:
     async def _over_allowance(self, message: m.Message) -> m.Status | None:
         """Count a message's tokens where its tenant may have so many in all; a status where it may have no more.
 
-        They count before they are computed, so that nothing that happens later gives them back.
+        They count before they are computed, so that nothing that happens later gives them back. The refusal is no
+        `OVER_QUOTA`, after which edges try again.
         """
         tenant = self._session.tenant
         if tenant.quota.max_tokens is None:
@@ -294,7 +295,7 @@ class SessionCalls:
         else:
             count = partial(self._calls.tokens.take, tenant, self._work.positions(message))
             fault = await asyncio.to_thread(count)
-        return None if fault is None else m.Status.saying(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), fault)
+        return None if fault is None else m.Status.saying(m.StatusCode.BAD_REQUEST, getattr(message, "id", None), fault)
 
     async def _answered(self, received: Received, due: float | None) -> m.Message | None:
         """Have a message handled where it belongs: on a compute thread, or on one for files."""

@@ -16,7 +16,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.token_counts import TokenCounts
-from isthmus.common.errors import OverQuotaError
+from isthmus.common.errors import RefusedError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 
@@ -69,17 +69,18 @@ def test_a_tenant_has_its_allowance_and_no_more_whatever_it_asks(cloud: Served, 
         link.open(5)
         output, kept = link.forward_span(hidden(1, 4), None, None, keep=True)
         link.backward_span(kept, output, hidden(1, 4), None, None)
-        with pytest.raises(OverQuotaError, match="no adapters inside the cloud"):
+        with pytest.raises(RefusedError, match="no adapters inside the cloud"):
             link._keeper.ask(m.Status, m.Sites(1, (SiteSpec(3, "mlp.down_proj"),)))
-        with pytest.raises(OverQuotaError, match=r"12 tokens.*6 were asked for and 4 are left"):
+        with pytest.raises(RefusedError, match=r"12 tokens.*6 were asked for and 4 are left") as refused:
             link.span.new_cache().extend(hidden(1, 6), None, None)
+        assert refused.type is RefusedError  # as it does not pass, nothing waits for it
     # Another process of the cloud.
     with ThreadServer(replace(fresh, tokens=counts(tmp_path / "counts")), home) as server, server.link() as link:
         link.open(5)
-        with pytest.raises(OverQuotaError, match=r"alice may have 12 tokens.*4 are left"):
+        with pytest.raises(RefusedError, match=r"alice may have 12 tokens.*4 are left"):
             link.forward_span(hidden(1, 5), None, None, keep=False)
         assert link.forward_span(hidden(1, 4), None, None, keep=False)[0].shape == (1, 4, HIDDEN)
-        with pytest.raises(OverQuotaError, match="0 are left"):
+        with pytest.raises(RefusedError, match="0 are left"):
             link.forward_span(hidden(1, 1), None, None, keep=False)
         assert link.traffic.sessions == 1
         other = home.new_edge("bob")
