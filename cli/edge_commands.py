@@ -20,7 +20,7 @@ from isthmus.edge.config.flags import (
     run_to_its_end,
     with_flags,
 )
-from isthmus.edge.config.training_config import TrainConfig, load_config
+from isthmus.edge.config.training_config import TrainConfig
 
 app = typer.Typer(
     help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True
@@ -80,7 +80,7 @@ def train(
 
     Example: isthmus edge train --cloud cloud.txt --data tickets.jsonl --steps 200 --out run
     """
-    settings = load_config(config, flags, TrainConfig)
+    settings = read_settings(TrainConfig, config, flags)
     from isthmus.edge.split_run import run_training
 
     run_to_its_end(lambda: run_training(settings), settings.out, as_json=as_json)
@@ -98,7 +98,7 @@ def evaluate(
 
     Example: isthmus edge eval --cloud cloud.txt --data held-out.jsonl --adapter run/adapter --json
     """
-    settings = load_config(config, flags, EvalConfig)
+    settings = read_settings(EvalConfig, config, flags)
     from isthmus.edge.split_run import run_evaluation
 
     result = run_evaluation(settings, adapter)

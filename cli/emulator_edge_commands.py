@@ -13,7 +13,7 @@ import typer
 from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.flags import AsJson, ConfigFile, GroupedCommand, read_settings, run_to_its_end, with_flags
-from isthmus.edge.config.training_config import TuneConfig, load_config
+from isthmus.edge.config.training_config import TuneConfig
 
 if TYPE_CHECKING:
     from isthmus.edge.client.link import Link
@@ -59,7 +59,7 @@ def tune(
 
     Example: isthmus emulator tune --package package --data tickets.jsonl --steps 200 --out run
     """
-    settings = load_config(config, flags, TuneConfig)
+    settings = read_settings(TuneConfig, config, flags)
     from isthmus.edge.emulator_run import run_tuning
 
     run_to_its_end(lambda: run_tuning(settings), settings.out, as_json=as_json)

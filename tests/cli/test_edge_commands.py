@@ -65,17 +65,14 @@ def test_a_flag_of_another_command_is_refused_by_its_name(words: tuple[str, ...]
         assert f"No such option: {flag}" in result.output
 
 
-@pytest.mark.parametrize(
-    ("command", "code"), [("edge train", 10), ("edge eval", 10), ("edge generate", 2), ("emulator tune", 10)]
-)
-def test_a_missing_setting_is_named(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, code: int
-) -> None:
+@pytest.mark.parametrize("command", ["edge train", "edge eval", "edge generate", "emulator tune"])
+def test_a_missing_setting_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    (tmp_path / "d.jsonl").touch()
     words = ["hello"] if command == "edge generate" else ["--data", tmp_path / "d.jsonl"]
     done = in_process(capsys, *command.split(), *words)
     missing = "package" if command == "emulator tune" else "cloud"
     assert f"'{missing}' is missing: give --{missing}" in done.stderr
-    assert done.returncode == code
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(
