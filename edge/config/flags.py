@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 import typer.core
 from pydantic import ValidationError
 
-from isthmus.common.errors import ConfigError
+from isthmus.common.errors import ConfigError, DataError
 from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.settings import PANELS, Settings, field_names, panel_of
 from isthmus.edge.config.training_config import Config, load_config
@@ -79,14 +79,18 @@ def read_settings(cls: type[Config], file: Path | None, flags: dict[str, Any]) -
     Raises:
         BadParameter: A required one is in neither: a usage error, as for any option that is missing.
         ConfigError: See `load_config`.
+        DataError: A file of texts is not there.
     """
     try:
-        return load_config(file, flags, cls)
+        settings = load_config(file, flags, cls)
     except ConfigError as error:
         reason = error.__cause__
         if isinstance(reason, ValidationError) and reason.errors()[0]["type"] == "missing":
+            _check_texts(flags)
             raise typer.BadParameter(str(error)) from error
         raise
+    _check_texts(dict(settings))
+    return settings
 
 
 def run_to_its_end(run: Callable[[], Report], out: Path, *, as_json: bool) -> None:
@@ -94,6 +98,16 @@ def run_to_its_end(run: Callable[[], Report], out: Path, *, as_json: bool) -> No
     with interruptible():
         report = run()
     typer.echo(report.to_json() if as_json else report.lines(out))
+
+
+def _check_texts(values: Mapping[str, Any]) -> None:
+    """Look whether the files of texts are there, before a cloud is asked for anything. Raises DataError."""
+    for name in ("data", "validation", "public"):
+        value = values.get(name)
+        if value is None or value.startswith("hub:") or values.get("format") == "hub":
+            continue
+        if not Path(value).exists():
+            raise DataError(f"{name} = {value!r} is no file here: check the path")
 
 
 def _flags(cls: type[Settings], without: Collection[str]) -> list[inspect.Parameter]:

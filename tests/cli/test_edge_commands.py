@@ -75,6 +75,24 @@ def test_a_missing_setting_is_named(capsys: pytest.CaptureFixture[str], tmp_path
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize("words", [(), ("--cloud", f"isthmus://nowhere:1#SHA256:{'A' * 43}")])
+def test_a_file_of_texts_that_is_not_there_is_named_before_the_cloud(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "d.jsonl").touch()
+    train = ("edge", "train", *words, "--out", tmp_path / "run", "--data")
+    refused(in_process(capsys, *train, "missing.jsonl"), 11, "data = 'missing.jsonl' is no file here")
+    refused(in_process(capsys, *train, tmp_path / "d.jsonl", "--validation", "no.csv"), 11, "validation = 'no.csv'")
+    evaluate = in_process(capsys, "edge", "eval", *words, "--data", "missing.jsonl")
+    refused(evaluate, 11, "data = 'missing.jsonl' is no file here")
+    (tmp_path / "run.toml").write_text('data = "missing.jsonl"\n')
+    if words:
+        refused(in_process(capsys, "edge", "eval", *words, "--config", tmp_path / "run.toml"), 11, "missing.jsonl")
+    else:  # what a hub has is no file
+        done = in_process(capsys, *train, "hub:somebody/texts")
+        assert (done.returncode, "'cloud' is missing" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
