@@ -189,12 +189,13 @@ def build(
 
     A draft: isthmus emulator build --model smollm2-135m --draft --distill public.jsonl --out draft
     """
-    from isthmus.backbone.checkpoints.sources import resolve
+    from isthmus.backbone.checkpoints.sources import check_name, resolve
     from isthmus.backbone.plan import SplitPlan
     from isthmus.common.errors import ConfigError
     from isthmus.emulator.compress.recipe import Recipe
     from isthmus.emulator.distill.distillation import DistillConfig
     from isthmus.emulator.package.build import build_package, check_free
+    from isthmus.protocol.secure.keys import load_worker
 
     if draft and distill is None:
         raise ConfigError("--draft needs a text to distil on: give --distill (`isthmus emulator sample` writes a text)")
@@ -215,6 +216,8 @@ def build(
             precision=precision,
         )
         distillation = options, distill
+    check_name(model)
+    signer = load_worker(home.expanduser())  # a key that is missing is told before a model is fetched
     checkpoint = resolve(model)
     plan = SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers)
     share = preset.share(len(plan.cloud)) if keep is None else keep
@@ -226,7 +229,7 @@ def build(
             plan,
             recipe,
             distillation,
-            home=home.expanduser(),
+            signer=signer,
             licence=licence,
             allow_draft_tuning=allow_draft_tuning,
             length=length,

@@ -169,25 +169,39 @@ def resolve(model: str, *, cache_dir: Path | None = None, console: Console | Non
     shown = Console(stderr=True) if console is None else console
     if model == BUILT_IN:
         return Checkpoint(_once(cache / BUILT_IN, lambda folder: fetch_built_in(folder, shown)), BUILT_IN)
+    check_name(model)
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UnknownModelError(f"{model} has no config.json; name a folder that save_pretrained wrote")
         return Checkpoint(path.resolve(), path.resolve().name)
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise UnknownModelError(f"{model} is neither a folder nor a .gguf file; name the folder of the checkpoint")
         return _gguf(path, cache, shown)
-    meant = did_you_mean(model, [BUILT_IN, *_models_beside(path)])
-    if not is_hub_name(model) or path.suffix.lower() == ".gguf":
-        remedy = meant or f"name a folder, a .gguf file, a hub model or {BUILT_IN}"
-        raise UnknownModelError(f"{model!r} does not exist; {remedy}")
     try:
         return _hub(model, shown)
     except UnknownModelError as error:
+        meant = _meant(model)
         if meant is None:
             raise
         raise UnknownModelError(f"{error}; {meant}") from error
+
+
+def check_name(model: str) -> None:
+    """Refuse what is no model by its name alone, see `resolve`. Nothing is fetched. Raises UnknownModelError."""
+    path = Path(model).expanduser()
+    if model == BUILT_IN:
+        return
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UnknownModelError(f"{model} has no config.json; name a folder that save_pretrained wrote")
+    elif path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UnknownModelError(f"{model} is neither a folder nor a .gguf file; name the folder of the checkpoint")
+    elif (
+        not is_hub_name(model)
+        or path.suffix.lower() == ".gguf"
+        or ("/" not in model and did_you_mean(model, [BUILT_IN]))
+    ):
+        remedy = _meant(model) or f"name a folder, a .gguf file, a hub model or {BUILT_IN}"
+        raise UnknownModelError(f"{model!r} does not exist; {remedy}")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -209,6 +223,11 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _meant(model: str) -> str | None:
+    """A question for whoever mistyped a name that is known here."""
+    return did_you_mean(model, [BUILT_IN, *_models_beside(Path(model).expanduser())])
 
 
 def _models_beside(path: Path) -> list[str]:

@@ -22,6 +22,7 @@ from isthmus.cloud.control.worker_specs import (
     advertised_host,
     backbone_of,
     check_device,
+    check_model,
     check_package,
     check_recording,
     check_tls,
@@ -63,6 +64,7 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
     console = Console(stderr=True)
     options = dataclasses.replace(options, home=options.home.resolve())  # a link that changes later changes nothing
     home = options.home
+    check_model(options.model)
     identity = _check_home(home, console)
     backbone = backbone_of(options, console)
     check_device(options.device, wipe_freed=options.wipe_freed)

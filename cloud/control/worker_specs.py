@@ -14,7 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
+from isthmus.backbone.checkpoints.sources import (
+    Checkpoint,
+    check_name,
+    default_cache,
+    files_beside_the_weights,
+    resolve,
+)
 from isthmus.backbone.checkpoints.span_format import (
     NONE,
     PARTS,
@@ -73,6 +79,12 @@ class Backbone:
             small.update(f"{file.name} {sha256_of(file).hex()}\n".encode())
         name = f"{self.checkpoint.digest()[:16]}-{self.plan.bottom}-{self.plan.top}-{small.hexdigest()[:16]}"
         return default_cache().absolute() / "edge-parts" / name
+
+
+def check_model(model: str) -> None:
+    """Refuse what is no model by its name alone, before keys are asked for. Raises UnknownModelError."""
+    if not is_saved_span(Path(model).expanduser()):
+        check_name(model)
 
 
 def backbone_of(options: ServeOptions, console: Console) -> Backbone:

@@ -19,7 +19,7 @@ from isthmus.emulator.distill.distillation import DistillConfig, distill
 from isthmus.emulator.distill.loss_figure import loss_figure
 from isthmus.emulator.package.manifest import MAX_LICENCE
 from isthmus.emulator.package.package import Package, is_package, write_package
-from isthmus.protocol.secure.keys import load_worker
+from isthmus.protocol.secure.keys import WorkerIdentity
 
 
 def build_package(
@@ -29,7 +29,7 @@ def build_package(
     recipe: Recipe,
     distillation: tuple[DistillConfig, Path] | None,
     *,
-    home: Path,
+    signer: WorkerIdentity,
     licence: str,
     allow_draft_tuning: bool = False,
     length: int,
@@ -43,7 +43,7 @@ def build_package(
     the same call goes on where an interrupted one stopped.
 
     Args:
-        home: The cloud's folder with `worker_key` and `worker_cert`.
+        signer: The worker's key and certificate.
         distillation: How to distil, and the public text for it; None for no distillation.
         allow_draft_tuning: See `Manifest`.
         length: Tokens of a block of public text.
@@ -57,7 +57,6 @@ def build_package(
         ConfigError: `out` exists and is no package, or an option does not make sense.
         DataError: A text is missing, malformed or too short.
         DiskError: The disk is full or cannot be written.
-        KeyFileError: The worker's key or certificate is missing or has expired.
         NonFiniteError: The model or the distillation gives NaN or infinity.
         PlanError: The recipe leaves no layer.
     """
@@ -66,7 +65,6 @@ def build_package(
         raise ConfigError(f"--licence has {len(licence)} characters; a manifest takes {MAX_LICENCE}: shorten it")
     if figure is not None:
         plotting()  # a missing package is an error before the long run, not after it
-    signer = load_worker(home)
     recipe.layers_kept(len(plan.cloud))
 
     tokenizer = load_tokenizer(checkpoint.folder)

@@ -15,6 +15,7 @@ import torch
 from support.emulator.emulator_owner import Owner
 from typer.testing import CliRunner
 
+from isthmus.backbone.checkpoints import sources
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cli.emulator_commands import app
 from isthmus.common.errors import (
@@ -23,6 +24,7 @@ from isthmus.common.errors import (
     IsthmusError,
     KeyFileError,
     PlanError,
+    UnknownModelError,
 )
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
@@ -172,6 +174,16 @@ def test_a_bad_option_is_named_and_nothing_is_written(
     with pytest.raises(error, match=message):
         owner.build(tmp_path / "p", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_is_missing_is_told_before_a_model_is_fetched(
+    owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "resolve", None)
+    with pytest.raises(KeyFileError, match="isthmus cloud keygen"):
+        owner.build(tmp_path / "p", "--model", "smollm2-135m", "--home", "nowhere")
+    with pytest.raises(UnknownModelError, match="did you mean 'smollm2-135m'"):  # and a wrong name before the key
+        owner.build(tmp_path / "p", "--model", "smollm2-135", "--home", "nowhere")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "model", "link"])

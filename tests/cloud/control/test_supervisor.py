@@ -14,12 +14,20 @@ from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.cli.cloud_commands import app
-from isthmus.cloud.control import supervisor
-from isthmus.cloud.control.serve_options import ServeOptions
+from isthmus.cloud.cluster.attached import serve_on_cluster
+from isthmus.cloud.control import supervisor, worker_specs
+from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
 from isthmus.cloud.control.supervisor import _wait
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import recorder_of
-from isthmus.common.errors import ConfigError, PackageError, SignerError, UnreachableError
+from isthmus.common.errors import (
+    ConfigError,
+    KeyFileError,
+    PackageError,
+    SignerError,
+    UnknownModelError,
+    UnreachableError,
+)
 from isthmus.emulator.package.package import Package
 
 
@@ -133,7 +141,20 @@ def test_a_malformed_edges_file_is_told_at_the_start(tmp_path: Path) -> None:
     with (home.folder / "authorized_edges").open("a") as file:
         file.write("nonsense\n")
     with pytest.raises(ConfigError, match="line 2"):
-        supervisor.serve(ServeOptions(str(tmp_path), home.folder))
+        supervisor.serve(ServeOptions("smollm2-135m", home.folder))
+
+
+def test_a_model_that_is_none_is_told_before_a_key_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_specs, "resolve", None)  # nothing is fetched
+    on_cluster = ClusterOptions("127.0.0.1:6379")
+    for serve, where in ((supervisor.serve, {}), (serve_on_cluster, {"listen": "node:7443", "cluster": on_cluster})):
+        options = ServeOptions("smollm2-135", tmp_path / "nowhere", **where)
+        with pytest.raises(UnknownModelError, match="did you mean 'smollm2-135m'"):
+            serve(options)
+        with pytest.raises(KeyFileError, match="nowhere"):
+            serve(dataclasses.replace(options, model="smollm2-135m"))
 
 
 def serving(package: Package, keys: Home, **changes: Any) -> None:
