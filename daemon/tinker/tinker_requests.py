@@ -9,6 +9,7 @@ from pydantic import ConfigDict, FailFast, Field
 
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.web.bounded_body import BoundedBody, few
+from isthmus.edge.config.settings import MOST_FACTOR
 
 Number = Annotated[int, Field(ge=0, lt=2**62)]
 Seconds = Annotated[int, Field(ge=1, le=10 * 366 * 86400)]
@@ -73,12 +74,12 @@ class AdamParams(Body):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    learning_rate: float = 1e-4
+    learning_rate: float = Field(1e-4, ge=0, le=MOST_FACTOR)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-12, ge=0)
-    weight_decay: float = 0.0
-    grad_clip_norm: float = Field(0.0, ge=0)
+    eps: float = Field(1e-12, ge=0, le=MOST_FACTOR)
+    weight_decay: float = Field(0.0, ge=0, le=MOST_FACTOR)
+    grad_clip_norm: float = Field(0.0, ge=0, le=MOST_FACTOR)
 
 
 class Step(OfModel):
@@ -164,7 +165,7 @@ class SamplingParams(Body):
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[str | list[str] | list[int] | None, few(MOST_STOPS)] = None
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=MOST_FACTOR)
     top_k: int = Field(-1, ge=-1, lt=2**31)
     top_p: float = Field(1.0, gt=0, le=1)
 

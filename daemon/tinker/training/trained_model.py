@@ -30,6 +30,7 @@ from isthmus.daemon.tinker.training.lora_shape import ALPHA, LoraShape
 from isthmus.daemon.tinker.training.loss_functions import loss_named
 from isthmus.daemon.tinker.training.open_cloud import OpenCloud
 from isthmus.daemon.tinker.training.state_folder import ModelState, StateFolder
+from isthmus.edge.config.settings import MOST_FACTOR
 from isthmus.edge.run_report import count
 from isthmus.edge.training import methods
 from isthmus.training.gradient_step import GradientStep, require_finite
@@ -48,12 +49,12 @@ class AdamParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    learning_rate: float = Field(ge=0)
+    learning_rate: float = Field(ge=0, le=MOST_FACTOR)
     beta1: float = Field(ge=0, lt=1)
     beta2: float = Field(ge=0, lt=1)
-    eps: float = Field(ge=0)
-    weight_decay: float = Field(ge=0)
-    grad_clip_norm: float = Field(ge=0)
+    eps: float = Field(ge=0, le=MOST_FACTOR)
+    weight_decay: float = Field(ge=0, le=MOST_FACTOR)
+    grad_clip_norm: float = Field(ge=0, le=MOST_FACTOR)
 
 
 class TrainedModel:

@@ -184,7 +184,9 @@ def test_other_values_out_of_bounds_are_refused(http: httpx.Client, model: str) 
         assert refused(http.get(path, params={"limit": "-1"}))
     for ttl in (0, 10**30):
         assert refused(http.post("/save_weights", json={"model_id": model, "seq_id": 901, "ttl_seconds": ttl}))
-    for number, adam in enumerate(({"learning_rate": "x"}, {"beta1": 1.5}, {"momentum": 0.1}, {"eps": -1})):
+    too_large = [{name: 1e39} for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm")]
+    wrong = [{"learning_rate": "x"}, {"learning_rate": -1}, {"beta1": 1.5}, {"momentum": 0.1}, {"eps": -1}, *too_large]
+    for number, adam in enumerate(wrong):
         promise = http.post("/optim_step", json={"model_id": model, "seq_id": 910 + number, "adam_params": adam})
         assert "adam_params" in result(http, promise)["error"]
     for path in ("/billing/usage/events", "/audit"):

@@ -145,6 +145,7 @@ def test_what_is_wrong_is_said_with_its_code(runs: Runs, tmp_path: Path) -> None
     cases: list[tuple[str, dict[str, Any], int, str]] = [
         ("optim_step", {"model": "a", "number": 1, "adam": ADAM, "calls": 0}, 10, "no gradients"),
         ("optim_step", {"model": "a", "number": 1, "adam": {**ADAM, "beta1": 1.0}, "calls": 0}, 10, "adam.beta1"),
+        ("optim_step", {"model": "a", "number": 1, "adam": {**ADAM, "eps": 1e39}, "calls": 0}, 10, "adam.eps"),
         ("optim_step", {"model": "a", "number": 1, "adam": ADAM, "calls": 3}, 1, "of 3 calls"),
         ("load", {"model": "a", "number": 1, "folder": str(tmp_path / "none"), "optimizer": True}, 23, "none"),
     ]

@@ -9,12 +9,13 @@ from pydantic import BaseModel, Field
 
 from isthmus.common.errors import ConfigError
 from isthmus.common.machine import usable_cores
+from isthmus.daemon.tinker.tinker_requests import AdamParams
 from isthmus.edge.config.audit_config import AuditCommandConfig
 from isthmus.edge.config.client_config import EvalConfig, GenerateConfig
 from isthmus.edge.config.settings import MOST_WIDTH
 from isthmus.edge.config.training_config import TrainConfig, TuneConfig, load_config
 
-CLASSES = [TrainConfig, TuneConfig, EvalConfig, GenerateConfig, AuditCommandConfig]
+CLASSES = [TrainConfig, TuneConfig, EvalConfig, GenerateConfig, AuditCommandConfig, AdamParams]
 
 
 def unbounded(cls: type[BaseModel]) -> list[str]:
