@@ -167,6 +167,16 @@ def retry(job: JobId, home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) 
 
 
 @app.command()
+def delete(job: JobId, home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Delete a job that has ended, with its checkpoints, its tuned model and its result, for good.
+
+    Example: isthmus edge jobs delete ftjob-0123456789abcdef01234567
+    """
+    told = _client(home).delete(f"{JOBS}/{job}")
+    typer.echo(json.dumps(told) if as_json else f"{job} is deleted")
+
+
+@app.command()
 def steps(
     job: JobId,
     after: Annotated[int, typer.Option(min=0, help="Only steps after this one.")] = 0,

@@ -138,6 +138,20 @@ def test_jobs_are_paused_resumed_cancelled_and_retried(run: Any, tmp_path: Path)
     run("cancel", job)
 
 
+def test_a_job_that_has_ended_is_deleted_for_good(run: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
+    job = submit(run, script(tmp_path, *WAITS))
+    until(run, job, "running")
+    refused = run("delete", job, code=1).exception
+    assert isinstance(refused, RefusedRequestError)
+    assert str(refused).startswith(f"{job} is running and cannot be deleted")
+    run("cancel", job)
+    until(run, job, "cancelled")
+    assert run("delete", job).stdout == f"{job} is deleted\n"
+    assert not daemon.home.job(job).exists()
+    for words in (("show", job), ("delete", job, "--json")):
+        assert f"there is no job '{job}'" in str(run(*words, code=1).exception)
+
+
 def test_following_a_job_that_fails_ends_with_its_code(run: Any, tmp_path: Path) -> None:
     job = submit(run, script(tmp_path, *FAILS))
     told = run("follow", job, code=11).stdout
