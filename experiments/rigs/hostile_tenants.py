@@ -13,7 +13,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from isthmus.common.errors import ConnectionLostError, IsthmusError, RefusedError
 from isthmus.common.torch_threads import set_torch_threads
-from isthmus.experiments.harness.blocking_stream import BlockingStream, NothingYetError
+from isthmus.experiments.harness.blocking_stream import SEND_SECONDS, BlockingStream, NothingYetError
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
@@ -234,21 +234,44 @@ class Hostile:
                 session.ask(m.Backward(forward.id, gradient, None, forward.reply_codec))
 
     def _flood(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
         with contextlib.suppress(ConnectionLostError), self._session() as session:
+            answered = 0
             for number in during(seconds):
-                session.send(self._forward(session, number))
-                if number > AHEAD:
+                for frame in session.seal(self._forward(session, number)):
+                    answered += self._send(session.stream, frame, end, session.receive)
+                if number - answered > AHEAD:
                     session.receive()
+                    answered += 1
 
     def _forward(self, session: Session, number: int) -> m.Forward:
         return session.forward(number, *self._shape)
 
-    def _send(self, stream: BlockingStream, frame: bytes, end: float) -> None:
-        """Send a frame, however long the cloud does not take it, up to a time."""
+    def _send(
+        self,
+        stream: BlockingStream,
+        frame: bytes,
+        end: float,
+        read: Callable[[float], object] | None = None,
+    ) -> int:
+        """Send a frame, however long the cloud does not take it, up to a time.
+
+        Args:
+            read: Reads an answer, given seconds to wait for it: a cloud that has answers unread may take no more.
+
+        Returns:
+            How many answers were read meanwhile.
+        """
+        answered = 0
         while time.monotonic() < end:
             with contextlib.suppress(NothingYetError):
                 stream.send(frame)
-                return
+                break
+            if read is not None:
+                with contextlib.suppress(NothingYetError):
+                    read(SEND_SECONDS)
+                    answered += 1
+        return answered
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[BlockingStream]:

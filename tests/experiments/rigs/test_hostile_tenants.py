@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.cloud.dying_worker import MortalWorker
 from support.models.tiny import HIDDEN, tiny_checkpoint
+from support.protocol.wire import PIN
 
 from isthmus.edge.client.link import connect
+from isthmus.experiments.harness.blocking_stream import NothingYetError
 from isthmus.experiments.rigs.hostile_tenants import DEEDS, ENDED, Hostile
 
 CALLS = 12
@@ -56,3 +61,27 @@ def test_others_get_the_same_answers_whatever_a_tenant_does(worker: MortalWorker
         assert calm.traffic.retries == before
         assert not failures
     assert worker.lives == 1
+
+
+class _FullOfAnswers:
+    """A stream that takes a frame only once an answer has been read."""
+
+    def __init__(self) -> None:
+        self.unread, self.taken = 1, 0
+
+    def send(self, _frame: bytes) -> None:
+        if self.unread:
+            raise NothingYetError
+        self.taken += 1
+
+    def read(self, _seconds: float) -> None:
+        self.unread = 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_flood_goes_on_over_a_cloud_that_waits_for_its_answers_to_be_read(tmp_path: Path, reads: bool) -> None:
+    stream: Any = _FullOfAnswers()
+    end = time.monotonic() + (60 if reads else 0.05)
+    hostile = Hostile(f"isthmus://127.0.0.1:1#{PIN}", tmp_path, 1, 1)
+    assert hostile._send(stream, b"", end, stream.read if reads else None) == reads
+    assert stream.taken == reads
