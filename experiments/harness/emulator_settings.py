@@ -31,9 +31,9 @@ class TableSettings:
     """
 
     model: Model = "smollm2-135m"
-    tasks: Annotated[str, Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, text:PATH.")] = (
-        "e2e,openbookqa,arc_easy,sst2"
-    )
+    tasks: Annotated[
+        str, Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, tickets, text:PATH.")
+    ] = "e2e,openbookqa,arc_easy,sst2"
     methods: Annotated[
         str,
         Option(

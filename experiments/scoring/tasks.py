@@ -4,9 +4,11 @@ out.
     e2e                     write a text about a restaurant from its meaning; the loss of the reference text
     openbookqa, arc_easy    choose among answers by their likelihood; also the loss of the right one
     sst2                    the same with the two words for a review's sentiment
+    tickets                 write the triage line of a made-up support ticket; needs no file; to choose settings on, so
+                            that nothing is chosen on the tasks that are reported
     text:PATH               plain text, the last tenth held out; perplexity
 
-The validation slice is always a part of the training file; the test file is for scores alone.
+The validation slice is always a part of the training file, as is a public slice; the test file is for scores alone.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Encoded, encode, fingerprint, pad_id
 from isthmus.edge.data.readers import Example, read_examples
 from isthmus.emulator.compress.public_text import load_blocks
+from isthmus.experiments.harness.tickets import make_tickets
 
 _CHOICE_TESTS = 200
 _TESTS = {"e2e": 160}
 _TEXT_HELD_OUT = 10  # one block in so many
 _SENTIMENTS = (" negative", " positive")
+_TICKETS = (2000, 400)  # to train on, to score on
 
 T = TypeVar("T")
 
@@ -50,11 +54,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A task's questions: to train on, to choose a learning rate by, and to score on."""
+    """A task's questions: to train on, to choose a learning rate by, to score on, and what anyone may read."""
 
     train: tuple[Question, ...]
     validation: tuple[Question, ...]
     test: tuple[Question, ...]
+    public: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +69,14 @@ class Sizes:
     Attributes:
         test: Held-out documents; None for the task's own default (160 for e2e, 200 for the others).
         validation: Examples of the training file that a learning rate is chosen by.
+        public: Tokens of the public slice, about. With one, no two of a task's four parts share a prompt; with None
+            there is no slice, and E2E's parts share most of theirs.
     """
 
     test: int | None = None
     validation: int = 64
     max_length: int = 256
+    public: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,8 @@ class Task:
         validation: What a learning rate is chosen by; not in `train`.
         held_out: Documents that a loss is measured on; empty for multiple choice.
         questions: Questions of multiple choice; empty for the others.
+        public: The public slice, to be trained on.
+        public_texts: The same as plain text.
     """
 
     name: str
@@ -88,12 +98,14 @@ class Task:
     questions: tuple[Question, ...]
     metrics: tuple[str, ...]
     pad_id: int
+    public: tuple[Encoded, ...] = ()
+    public_texts: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all its tokens and questions."""
         questions = json.dumps([[question.prompt, question.choices, question.answer] for question in self.questions])
-        tokens = fingerprint(self.train, self.validation, self.held_out)
+        tokens = fingerprint(self.train, self.validation, self.held_out, *([self.public] if self.public else []))
         return hashlib.sha256(f"{tokens} {questions}".encode()).hexdigest()
 
 
@@ -106,15 +118,22 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
     """Read and tokenize a task.
 
     Args:
-        name: `e2e`, `openbookqa`, `arc_easy`, `sst2` or `text:PATH`.
+        name: `e2e`, `openbookqa`, `arc_easy`, `sst2`, `tickets` or `text:PATH`.
 
     Raises:
         ConfigError: There is no such task.
         DataError: A file is missing, malformed or too small; the message names it.
     """
     if name.startswith("text:"):
+        if sizes.public is not None:
+            raise ConfigError(f"{name!r} has no prompts that a public slice could be told apart by: name another task")
         return _text_task(name, Path(name.removeprefix("text:")), tokenizer, sizes)
-    split = read_task(name, folder, sizes)
+    if sizes.public is None:
+        split = read_task(name, folder, sizes)
+    else:
+        split = read_apart(
+            name, folder, sizes, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
     is_choice = len(split.test[0].choices) > 1
 
     def tokens(questions: Sequence[Question]) -> tuple[Encoded, ...]:
@@ -128,6 +147,8 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
         questions=split.test if is_choice else (),
         metrics=("accuracy", "completion_loss") if is_choice else ("completion_loss",),
         pad_id=pad_id(tokenizer),
+        public=tokens(split.public),
+        public_texts=tuple(map(_text, split.public)),
     )
 
 
@@ -138,15 +159,7 @@ def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
         ConfigError: There is no such task.
         DataError: A file is missing, malformed or too small; the message names it.
     """
-    if name not in _READERS:
-        raise ConfigError(f"{name!r} is not a task; use {', '.join(_READERS)} or text:PATH")
-    if not folder.is_dir():
-        raise DataError(
-            f"the data folder {folder} is missing; name with --data-folder where {name} and the other tasks lie"
-        )
-    read, suffix = _READERS[name]
-    train, test = (read(folder / name / f"{part}.{suffix}") for part in ("train", "test"))
-    n_test = sizes.test if sizes.test is not None else _TESTS.get(name, _CHOICE_TESTS)
+    train, test = _files(name, folder)
     validation = set(_sample(range(len(train)), sizes.validation, "validation"))
     if len(validation) >= len(train):
         raise DataError(
@@ -156,8 +169,75 @@ def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
     return Split(
         tuple(question for index, question in enumerate(train) if index not in validation),
         tuple(train[index] for index in sorted(validation)),
-        tuple(_sample(test, n_test, "test")),
+        _scored(name, test, sizes),
     )
+
+
+def read_apart(name: str, folder: Path, sizes: Sizes, length: Callable[[str], int]) -> Split:
+    """The same with a public slice, and with no prompt in two parts: the data owner's case.
+
+    Prompts that differ in case, white space or punctuation alone count as one. The public slice and the validation
+    have one text for each of their prompts; the others of these prompts are left out.
+
+    Args:
+        length: Tokens of a text, which the public slice is measured by.
+
+    Raises:
+        ConfigError: There is no such task.
+        DataError: A file is missing, malformed or too small; the message names it.
+    """
+    train, test = _files(name, folder)
+    scored = _scored(name, test, sizes)
+    held_out = set(map(_topic, scored))
+    topics: dict[str, list[Question]] = {}
+    for question in train:
+        if _topic(question) not in held_out:
+            topics.setdefault(_topic(question), []).append(question)
+    drawn = list(topics.values())
+    random.Random("task/apart").shuffle(drawn)  # noqa: S311  # a choice, not a secret
+    validation = [drawn.pop()[0] for _ in range(min(sizes.validation, len(drawn)))]
+    public: list[Question] = []
+    tokens = 0
+    while drawn and tokens < (sizes.public or 0):
+        public.append(drawn.pop()[0])
+        tokens += length(_text(public[-1]))
+    if not drawn:
+        raise DataError(
+            f"{folder / name} has {len(topics)} prompts to train on, and validation and {sizes.public} public tokens "
+            "take them all: nothing is left"
+        )
+    return Split(tuple(question for group in drawn for question in group), tuple(validation), scored, tuple(public))
+
+
+def _files(name: str, folder: Path) -> tuple[list[Question], list[Question]]:
+    if name == "tickets":
+        train, test = (
+            [Question(ticket.prompt, (ticket.completion,), 0) for ticket in make_tickets(count, seed)]
+            for seed, count in enumerate(_TICKETS)
+        )
+        return train, test
+    if name not in _READERS:
+        raise ConfigError(f"{name!r} is not a task; use {', '.join(_READERS)}, tickets or text:PATH")
+    if not folder.is_dir():
+        raise DataError(
+            f"the data folder {folder} is missing; name with --data-folder where {name} and the other tasks lie"
+        )
+    read, suffix = _READERS[name]
+    train, test = (read(folder / name / f"{part}.{suffix}") for part in ("train", "test"))
+    return train, test
+
+
+def _scored(name: str, test: Sequence[Question], sizes: Sizes) -> tuple[Question, ...]:
+    count = sizes.test if sizes.test is not None else _TESTS.get(name, _CHOICE_TESTS)
+    return tuple(_sample(test, count, "test"))
+
+
+def _topic(question: Question) -> str:
+    return " ".join(re.findall(r"\w+", question.prompt.casefold()))
+
+
+def _text(question: Question) -> str:
+    return question.prompt + question.choices[question.answer]
 
 
 def _text_task(name: str, path: Path, tokenizer: Any, sizes: Sizes) -> Task:

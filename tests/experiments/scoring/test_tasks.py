@@ -9,7 +9,14 @@ from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_tokenizer
 
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.experiments.scoring.tasks import Sizes, default_data_folder, load_task, parse_instruction
+from isthmus.experiments.scoring.tasks import (
+    Sizes,
+    default_data_folder,
+    load_task,
+    parse_instruction,
+    read_apart,
+    read_task,
+)
 
 SIZES = Sizes(test=8, validation=4, max_length=96)
 
@@ -112,3 +119,65 @@ def test_the_real_tasks_are_read(shared_data: Path, name: str, n_train: int, n_t
     assert len(task.validation) == 64
     assert len(task.held_out) + len(task.questions) == n_test
     assert all(question.choices[question.answer].startswith(" ") for question in task.questions)
+
+
+# Parts without a shared prompt ----------------------------------------------------------------------------------------
+
+APART = Sizes(test=8, validation=4, max_length=96, public=60)
+
+
+def parts(name: str, data: Path, sizes: Sizes) -> list[list[str]]:
+    """The prompts of the four parts, without case, punctuation and white space."""
+    split = read_apart(name, data, sizes, lambda text: len(text.split()))
+    return [
+        ["".join(filter(str.isalnum, question.prompt.casefold())) for question in part]
+        for part in (split.public, split.validation, split.train, split.test)
+    ]
+
+
+def assert_apart(prompts: list[list[str]]) -> None:
+    assert all(prompts)
+    assert len(set().union(*prompts)) == sum(len(set(part)) for part in prompts)
+    assert all(len(set(part)) == len(part) for part in prompts[:2])
+
+
+@pytest.mark.parametrize("name", ["e2e", "openbookqa", "sst2", "tickets"])
+def test_no_two_parts_share_a_prompt(data: Path, name: str) -> None:
+    found = parts(name, data, APART)
+    assert_apart(found)
+    assert len(found[1]) == 4
+    assert found == parts(name, data, APART)
+
+
+def test_what_shares_a_prompt_goes_to_one_part(data: Path, tmp_path: Path) -> None:
+    folder = task_folder(tmp_path / "copy")
+    rows = [f'"name[{i // 5}]","text {i}"' for i in range(100)]
+    (folder / "e2e" / "train.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
+    (folder / "e2e" / "test.csv").write_text('mr,ref\n"NAME[3] ","a text"\n"name[77]","a text"\n')
+    found = parts("e2e", folder, Sizes(validation=4, public=20))
+    assert_apart(found)
+    assert "meaningname3text" not in found[2]
+    assert len(found[2]) == 5 * (20 - 1 - 4 - len(found[0]))
+    split = read_task("e2e", folder, Sizes(validation=4))
+    assert {question.prompt for question in split.train} >= {question.prompt for question in split.validation}
+
+
+def test_a_task_has_a_public_slice_as_text_and_as_tokens(data: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    task = load_task("e2e", data, tokenizer, APART)
+    assert len(task.public) == len(task.public_texts) > 1
+    assert len("".join(task.public_texts[:-1])) < 60 * 8
+    assert task.public_texts[0].startswith("Meaning: name[")
+    assert task.fingerprint != load_task("e2e", data, tokenizer, SIZES).fingerprint
+    with pytest.raises(ConfigError, match="no prompts"):
+        load_task("text:a.txt", data, tokenizer, APART)
+    with pytest.raises(DataError, match="nothing is left"):
+        load_task("e2e", data, tokenizer, Sizes(validation=4, public=100_000))
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", ["e2e", "openbookqa", "arc_easy", "sst2"])
+def test_the_real_parts_share_no_prompt(shared_data: Path, name: str) -> None:
+    found = parts(name, shared_data, Sizes(public=14_000))
+    assert_apart(found)
+    assert len(found[2]) > 800
