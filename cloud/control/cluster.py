@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class Serving:
         least: how many of the workers are started at once; the others when they are needed.
         metrics: where the controller serves `/status` and `/metrics`; "" for nowhere.
         grace: seconds that calls in flight get when a worker is ended because it is not needed.
+        say: told of each phase of the start.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Serving:
         least: int,
         metrics: str,
         grace: float,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._specs, self._grace = specs, grace
+        self._specs, self._grace, self._say = specs, grace, say
         self._least, self._metrics, self._home, self._ray_folder = least, metrics, home, ray_folder
         log_to(log_file(home, "serve"))
         self._begin()
@@ -96,6 +98,7 @@ class Serving:
         self._workers: dict[int, _Worker] = {}
         self._controller: Actor | None = None
         self._silent = 0  # polls in a row that the control store has left unanswered
+        self._say("starting Ray")
         self._cluster = RayCluster(self._home, self._ray_folder)
         self._names = [f"worker-{spec.number}" for spec in self._specs]
         on_gpus = [number for number in range(self._least) if self._specs[number].device == CUDA]
@@ -103,11 +106,13 @@ class Serving:
             if not self._cluster.has_gpus:
                 raise no_gpu(CUDA)
             self._cluster.reserve_gpus(on_gpus)
+        self._say(f"starting {self._least} worker{'' if self._least == 1 else 's'}, each of which loads its layers")
         for number in range(self._least):
             self._start(number)
-        for worker in self._workers.values():
+        for done, worker in enumerate(self._workers.values(), 1):
             _result(worker.answer)
             worker.state = State.RUNNING
+            self._say(f"worker {done} of {self._least} is ready")
         spec = ControllerSpec(tuple(self._names), self._least, self._metrics, str(log_file(self._home, "controller")))
         self._controller = self._cluster.start(
             Controller, spec, name="controller", environment={"OMP_NUM_THREADS": "1"}

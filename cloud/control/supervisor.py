@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -62,11 +63,14 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
         IsthmusError: the model, an address or a key cannot be used.
     """
     console = Console(stderr=True)
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     options = dataclasses.replace(options, home=options.home.resolve())  # a link that changes later changes nothing
     home = options.home
     check_model(options.model)
     identity = _check_home(home, console)
+    say(f"looking for the model {options.model}")
     backbone = backbone_of(options, console)
+    say(f"the model {backbone.checkpoint.name} is there, split {backbone.plan}")
     check_device(options.device, wipe_freed=options.wipe_freed)
     _warn_of_intruders(backbone, console)
     count = count_workers(options, backbone.plan)
@@ -89,7 +93,7 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
         stop = threading.Event()
         with console.status("starting Ray and the workers"):
             serving = Serving(
-                specs, home, lock.make_ray_folder(), least=count.least, metrics=operator, grace=options.grace
+                specs, home, lock.make_ray_folder(), least=count.least, metrics=operator, grace=options.grace, say=say
             )
         stop_on_signals(stop)
         try:

@@ -107,6 +107,18 @@ def start(fake: FakeCluster, tmp_path: Path) -> Start:
     return serving
 
 
+def test_each_phase_of_a_start_is_said(fake: FakeCluster, tmp_path: Path) -> None:
+    specs = [dataclasses.replace(SPEC, number=number) for number in range(3)]
+    said: list[str] = []
+    Serving(specs, tmp_path, tmp_path / "ray", least=2, metrics="", grace=1.0, say=said.append)
+    assert said == [
+        "starting Ray",
+        "starting 2 workers, each of which loads its layers",
+        "worker 1 of 2 is ready",
+        "worker 2 of 2 is ready",
+    ]
+
+
 def test_only_workers_that_must_wipe_have_the_environment_for_it(fake: FakeCluster, start: Start) -> None:
     wiped = wiping(os.environ)
     for wipe in (True, False):

@@ -72,7 +72,10 @@ def test_workers_share_the_cores_at_their_largest_number_and_the_operator_is_tol
     with pytest.raises(StartedError):
         supervisor.serve(ServeOptions(str(model), home, listen="127.0.0.1:0", **options))
     assert [spec.threads for spec in started] == threads
-    assert line in " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr().err.splitlines()
+    assert line in " ".join(" ".join(said).split())
+    at_first = [f"looking for the model {model}", "the model model is there, split 2:2"]
+    assert [each for each in said if "the model" in each] == at_first
     logs = [Path(spec.log_file).name for spec in started]
     assert logs == ["worker.log", *(f"worker-{number}.log" for number in range(1, len(started)))]
     assert not (home / "pipeline").exists()
