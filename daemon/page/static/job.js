@@ -48,7 +48,7 @@ export function showJob(main, id, signal) {
     h("div", { class: "halves" },
       h("div", { class: "stack" },
         h("section", { class: "card" }, h("h2", {}, "Checkpoints"), noneSaved, saved),
-        h("section", { class: "card" }, h("h2", {}, "Details"), details, h("p", { class: "hint" }, "Settings that are not named are by default."))),
+        h("section", { class: "card" }, h("h2", {}, "Details"), details, h("p", { class: "hint" }, "Settings that are not named have their defaults."))),
       h("section", { class: "card" }, h("h2", {}, "Events"), events)));
 
   async function act(action) {

@@ -37,9 +37,9 @@ export function updatePill(node, job) {
   const state = stateOf(job);
   if (node.dataset.state === state) return;
   node.dataset.state = state;
-  node.dataset.status = job.status;
+  node.dataset.status = state === "waiting" ? "queued" : job.status; // a job that waits does not look like one that runs
   node.replaceChildren(
-    s("svg", { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" }, s("path", { d: MARKS[job.status] ?? MARKS.queued })),
+    s("svg", { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" }, s("path", { d: MARKS[node.dataset.status] ?? MARKS.queued })),
     state);
 }
 

@@ -400,7 +400,7 @@ def test_a_cloud_that_does_not_answer_is_told_everywhere(fake: FakeDaemon, watch
     fake.jobs[name]["seconds_left"] = None
     page = watch().open(fake.token)
     said = re.compile(r"The cloud main has not answered since [^;]*\d\d:\d\d:\d\d; it is waited for until ")
-    expect(page.locator(".job .pill")).to_have_text("waiting")
+    expect(page.locator(".job .pill[data-status=queued]")).to_have_text("waiting")
     expect(page.locator(".job-time")).to_have_text(said)
     page.goto(f"{fake.url}/#job/{name}")
     expect(page.locator(".notice.bad")).to_have_text(said)
@@ -498,4 +498,18 @@ def test_screenshots(fake: FakeDaemon, watch: Opener, tmp_path: Path, width: int
     page.wait_for_selector(".said:has-text('tuned')")
     page.wait_for_selector("[aria-busy]", state="detached")
     shoot("chat")
+    # The cloud is away.
+    now = time.time()
+    fake.jobs[long]["waiting"] = {"cloud": "main", "since": now - 60, "until": now + 540, "reason": "it stayed away"}
+    fake.jobs[long]["seconds_left"] = None
+    gone = {"name": "main", "reachable": False, "model": BASE, "error": "no route", "since": now, "until": now + 540}
+    fake.context.noted.answers = {"clouds": [gone]}
+    page.wait_for_selector("#away:visible")
+    shoot("away-chat")
+    page.goto(f"{fake.url}/#job/{long}")
+    page.wait_for_selector(".notice.bad")
+    shoot("away-job")
+    page.goto(f"{fake.url}/#jobs")
+    page.wait_for_selector(".pill:has-text('waiting')")
+    shoot("away-jobs")
     print(f"screenshots: {folder}")
