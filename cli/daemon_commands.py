@@ -309,7 +309,9 @@ def _owner_line(owner: Owner) -> str:
 
 def _message(url: str, home: Home, clouds: list[str], *, remote: bool, code: str | None) -> list[str]:
     """What the start of the daemon says."""
-    known = ", ".join(clouds) or f"none: add [clouds.NAME] to {home.path / FILE} (see `isthmus edge daemon config`)"
+    known = ", ".join(clouds) or (
+        f"none: give --cloud FILE once, or add [clouds.NAME] to {home.path / FILE} (see `isthmus edge daemon config`)"
+    )
     file = shlex.quote(str(home.token))
     key = f"$(cat {file})"
     return [

@@ -53,7 +53,9 @@ def list_jobs(
     if as_json:
         typer.echo(json.dumps(jobs))
         return
-    if jobs:
+    if not jobs:
+        typer.echo("no jobs", err=True)
+    else:
         typer.echo(f"{'JOB':30} {'KIND':8} {'STATUS':9} {'DONE':>13} {'LEFT':>12}")
     for job in jobs:
         typer.echo(f"{job['id']:30} {job['kind']:8} {_status(job):9} {_done(job):>13} {_left(job):>12}".rstrip())

@@ -118,7 +118,8 @@ def cloud_of(model: str, session: Session, settings: DaemonSettings) -> ClientCo
     if cloud is not None:
         return cloud
     served = session.scalars(select(BaseModel.name).where(BaseModel.cloud.in_(settings.clouds))).all()
-    known = f"the clouds serve {', '.join(sorted(served))}" if served else "no cloud of daemon.toml has been seen yet"
+    known = "no cloud of daemon.toml has answered yet: wait until `isthmus edge daemon status` names its model"
+    known = f"the clouds serve {', '.join(sorted(served))}" if served else known
     parts = (f"no cloud serves the model {model!r}: {known}", did_you_mean(model, served))
     raise UnknownModelError("; ".join(part for part in parts if part))
 

@@ -156,7 +156,7 @@ def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, m
     monkeypatch.setattr(server, "run", run)
     home = tmp_path / "home"
     told = _run("start", "--home", str(home))
-    assert "none: add [clouds.NAME]" in told
+    assert "none: give --cloud FILE once, or add [clouds.NAME]" in told
     assert f"OPENAI_BASE_URL=http://127.0.0.1:1/v1 OPENAI_API_KEY=$(cat {home / 'token'})" in told
     (home / "token").write_text("tml-x\n")
     exports = told.partition("for scripts:\n")[2].partition("\npage")[0]
