@@ -203,7 +203,7 @@ class Hostile:
             for _ in during(seconds):
                 for frame in session.seal(large):
                     self._send(session.stream, frame, end)
-                session.receive()
+                session.receive(_left(end))
 
     def renewals(self, seconds: float) -> None:
         """Offer fresh keys before every message; and again in another session, where that one was ended."""
@@ -241,7 +241,7 @@ class Hostile:
                 for frame in session.seal(self._forward(session, number)):
                     answered += self._send(session.stream, frame, end, session.receive)
                 if number - answered > AHEAD:
-                    session.receive()
+                    session.receive(_left(end))
                     answered += 1
 
     def _forward(self, session: Session, number: int) -> m.Forward:
@@ -286,6 +286,11 @@ class Hostile:
         finally:
             session.stream.close()
             self.computed.append(session.computed)
+
+
+def _left(end: float) -> float:
+    """Seconds to wait for an answer: up to the deed's end, as a message that it cut short is never answered."""
+    return max(0.1, end - time.monotonic())
 
 
 def during(seconds: float) -> Iterator[int]:
