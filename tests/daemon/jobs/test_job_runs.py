@@ -26,9 +26,9 @@ from support.warm_processes import WarmPopen
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.common.errors import LeakBudgetError
 from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
-from isthmus.daemon.jobs.job_runner import Patience
+from isthmus.daemon.jobs.job_runner import Patience, Waiting
 from isthmus.daemon.jobs.job_service import NewJob
-from isthmus.daemon.state.tables import Model, Traffic
+from isthmus.daemon.state.tables import Job, Model, Traffic
 from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.emulator_run import run_tuning
@@ -204,15 +204,26 @@ def test_a_job_waits_for_a_cloud_that_is_away(runs: Runs, undisturbed: Path, tmp
         port = free.getsockname()[1]
     there = runs.server
     address = there.address.replace(f":{there.port}#", f":{port}#")
-    client = {"cloud": address, "key": there.home.key_file, "connect_timeout": 0.3, "give_up_after": 1.0}
+    client = {"cloud": address, "key": there.home.key_file, "connect_timeout": 3.0, "give_up_after": 1.0}
     jobs = jobs_of(tmp_path / "home", runs, client=client)
     with jobs.service(Patience(first=0.1, longest=0.1)) as service:
         made = service.create("one", training(**LONG)).id
-        job = until(service, made, lambda job: any("next attempt" in line for line in said(service, job.id)))
+        waits: list[Waiting] = []
+
+        def gave_up(job: Job) -> bool:
+            waits.extend(filter(None, [service.waiting(job)]))
+            told = any("next attempt" in line for line in said(service, job.id))
+            return told and any("stayed away" in wait.reason for wait in waits)
+
+        job = until(service, made, gave_up)
+        assert {wait.cloud for wait in waits} == {"main"}
         assert job.status in ("queued", "running")
         assert job.error is None
         with ThreadServer(there.served, there.home, listen=f"127.0.0.1:{port}"):
+            until(service, made, lambda job: service.waiting(job) is None)
             job = ended(service, made)
+        assert service.waiting(job) is None
+        assert "The cloud main answers again" in said(service, made)
         assert job.status == "succeeded", said(service, made)
         assert job.attempts > 1
     assert weights(jobs.home.model(result_id(made))) == weights(undisturbed / "adapter")
