@@ -116,8 +116,8 @@ def build(
     method: Annotated[
         str | None,
         typer.Option(
-            help="uniform, importance, crash or crash-drop; then +bridged (not with crash), then +lowrank:F, then "
-            "+int8 or +int4.",
+            help="uniform, importance, kl, crash or crash-drop; then +bridged or +bridged+closed (not with crash), "
+            "then +lowrank:F, then +int8 or +int4.",
             show_default=f"{FOR_TUNING.method}; {FOR_DRAFTING.method} with --draft",
         ),
     ] = None,

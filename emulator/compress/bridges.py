@@ -6,7 +6,7 @@ the emulator itself gives at that place: so a bridge also corrects what the brid
 weighs one over the mean square of its target, as in half of `measure.relative_error`.
 
 A bridge belongs to the kept layer before the run and acts on its output; one for a run at the very beginning acts on
-the input of the first kept layer.
+the input of the first kept layer. A closing bridge stands in for no layer and corrects what is left at the end.
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ class Bridge(nn.Linear):
         return hidden + super().forward(hidden)
 
 
-def bridge_places(layers: Sequence[int], plan: SplitPlan) -> tuple[int, ...]:
+def bridge_places(layers: Sequence[int], plan: SplitPlan, *, closed: bool = False) -> tuple[int, ...]:
     """The layers after which a run of the middle is dropped, by their indices in the whole model.
 
-    The layer before the middle is among them if the middle's first layer is dropped. `layers` are those that are kept.
+    The layer before the middle is among them if the middle's first layer is dropped. `layers` are those that are kept;
+    with `closed` the last of them is among the places in any case.
     """
     kept = {*layers, plan.bottom - 1}
-    return tuple(layer - 1 for layer in plan.cloud if layer not in kept and layer - 1 in kept)
+    places = tuple(layer - 1 for layer in plan.cloud if layer not in kept and layer - 1 in kept)
+    return (*places, layers[-1]) if closed and layers[-1] not in places else places
 
 
 def add_bridges(base: nn.Module, layers: Sequence[int], bridges: Sequence[int]) -> None:

@@ -146,7 +146,7 @@ def _bridges_fit(bridges: Any, layers: list[int], recipe: Recipe) -> bool:
         and bridges == [*before, *inner, *after]
         and len(before) <= 1
         and all(-1 <= place < first - 1 for place in before)
-        and after in ([], [last])
+        and (after == [last] or (not after and not recipe.closed))
     )
 
 

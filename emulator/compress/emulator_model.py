@@ -210,7 +210,7 @@ def build_emulator(
             for layer in distinct.values():
                 replace_linears(layer, recipe.low_rank)
                 advance()
-    bridges = bridge_places(layers, plan) if recipe.bridged else ()
+    bridges = bridge_places(layers, plan, closed=recipe.closed) if recipe.bridged else ()
     fitted_to = None
     if bridges and blocks is not None:
         add_bridges(base, layers, bridges)

@@ -20,6 +20,8 @@ class Measures:
         influence: Block influence of each layer, `1 - E[cos(input, output)]` (Men et al. 2024, "ShortGPT").
         removed: Layers in the order in which they can go with the least harm to the middle's output.
         removal_errors: Relative error of the middle's output after each of those removals.
+        removed_by_kl: The same, with the least harm to the next-token distribution above the middle.
+        removal_kl: KL divergence of that distribution from the whole model's after each of these removals, in nats.
         similarity: Linear CKA between the outputs of each two layers, each token's divided by its rms, M x M; empty if
             it was not measured.
     """
@@ -28,6 +30,8 @@ class Measures:
     removed: tuple[int, ...] = ()
     removal_errors: tuple[float, ...] = ()
     similarity: tuple[tuple[float, ...], ...] = ()
+    removed_by_kl: tuple[int, ...] = ()
+    removal_kl: tuple[float, ...] = ()
 
 
 def select_layers(recipe: Recipe, n_middle: int, measures: Measures | None) -> tuple[int, ...]:
@@ -48,8 +52,9 @@ def select_layers(recipe: Recipe, n_middle: int, measures: Measures | None) -> t
         raise ConfigError(f"{recipe.selection!r} chooses layers by public text; give some with --text, or use uniform")
     if n_kept == n_middle:
         return tuple(range(n_middle))
-    if recipe.selection == "importance":
-        gone = set(measures.removed[: n_middle - n_kept])
+    if recipe.selection in ("importance", "kl"):
+        order = measures.removed if recipe.selection == "importance" else measures.removed_by_kl
+        gone = set(order[: n_middle - n_kept])
         return tuple(layer for layer in range(n_middle) if layer not in gone)
     clusters = cluster(measures.similarity, n_kept)
     return tuple(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Self
 
@@ -21,10 +23,13 @@ from isthmus.emulator.compress.layer_choice import Measures
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import spread
 from isthmus.emulator.compress.recipe import Recipe
+from isthmus.training.logit_divergence import logit_divergence
 
 # Enough for a stable order of the layers, and little enough for minutes of work: each removal tries all the layers that
 # are left, and runs for each trial those after it.
 MEASURED_TOKENS = 1024
+KL_TOKENS = 512  # for each trial with these, the top of the model and its head run too
+_LOGIT_TOKENS = 256  # whose logits are made at a time
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -59,10 +64,10 @@ def measure(
     progress: Console | None = None,
     known: Measures = _NOTHING,
 ) -> Measures:
-    """Run about `MEASURED_TOKENS` of public text through the middle and measure what its layers do.
+    """Run some public text through the middle and measure what its layers do: about `MEASURED_TOKENS`, for `kl` half.
 
     Args:
-        recipe: Says what is needed: the order of removal for `importance`, similarities for `crash`.
+        recipe: Says what is needed: an order of removal for `importance` and `kl`, similarities for `crash`.
         blocks: Public text, `[n, length]`; blocks at even distances are used.
         known: What was measured before on the same text, for another recipe; a removal order goes on from there.
 
@@ -70,13 +75,16 @@ def measure(
         NonFiniteError: The model gives NaN or infinite hidden states.
         PlanError: The recipe leaves no layer.
     """
-    used = spread(blocks, MEASURED_TOKENS).to(device)
-    entry = OuterLayers(checkpoint, plan, with_top=False, device=device).entry(used)
+    by_kl = recipe.selection == "kl"
+    used = spread(blocks, KL_TOKENS if by_kl else MEASURED_TOKENS).to(device)
+    ends = OuterLayers(checkpoint, plan, with_top=by_kl, device=device)
+    entry = ends.entry(used)
     middle = Middle.of(checkpoint, plan, device)
     n_middle = len(plan.cloud)
     everything = tuple(range(n_middle))
-    n_removed = n_middle - recipe.layers_kept(n_middle) if recipe.selection == "importance" else 0
-    rounds = range(len(known.removed), n_removed)
+    gone = known.removed_by_kl if by_kl else known.removed
+    n_removed = n_middle - recipe.layers_kept(n_middle) if by_kl or recipe.selection == "importance" else 0
+    rounds = range(len(gone), n_removed)
     total = n_middle + sum(n_middle - done for done in rounds)
     with bar(progress, "measuring layers", total) as advance:
         states = middle.states(everything, entry, advance)
@@ -85,11 +93,20 @@ def measure(
                 "the middle's output on this text is not finite; check the checkpoint with its own software"
             )
         influence = tuple(_influence(before, after) for before, after in pairwise(states))
-        removed, errors = removal_order(middle, states, known.removed, len(rounds), advance)
+        harm = _divergence(ends, used, states[-1]) if by_kl else partial(_error, states[-1])
+        removed, harms = removal_order(middle, states, gone, len(rounds), harm, advance)
+    if by_kl:
+        return replace(known, influence=influence, removed_by_kl=removed, removal_kl=known.removal_kl + harms)
     similarity = known.similarity
     if recipe.selection in ("crash", "crash-drop"):
         similarity = linear_cka([_normalised(state) for state in states[1:]])
-    return Measures(influence, removed, known.removal_errors + errors, similarity)
+    return replace(
+        known,
+        influence=influence,
+        removed=removed,
+        removal_errors=known.removal_errors + harms,
+        similarity=similarity,
+    )
 
 
 class Middle:
@@ -129,9 +146,14 @@ class Middle:
 
 
 def removal_order(
-    middle: Middle, states: list[Tensor], gone: Sequence[int], rounds: int, advance: Callable[[], None]
+    middle: Middle,
+    states: list[Tensor],
+    gone: Sequence[int],
+    rounds: int,
+    harm: Callable[[Tensor], float],
+    advance: Callable[[], None],
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Greedy backward elimination: in each round the layer goes whose absence changes the output least.
+    """Greedy backward elimination: in each round the layer goes whose absence does the least harm.
 
     A layer's absence is tried from the cached state before it, so only the layers after it run.
 
@@ -139,28 +161,54 @@ def removal_order(
         states: The hidden states of the whole middle, from its entry to its output.
         gone: Layers that have gone before, in their order.
         rounds: How many more go.
+        harm: Of the middle's output, `[B, S, h]`.
 
     Returns:
-        The layers in the order in which they go, those that have gone before first, and the output's relative error
-        after each further removal.
+        The layers in the order in which they go, those that have gone before first, and the harm after each further
+        removal.
     """
-    target = states[-1]
     left = [layer for layer in range(len(states) - 1) if layer not in gone]
     removed = list(gone)
-    errors: list[float] = []
+    harms: list[float] = []
     if gone and rounds:
         states = middle.states(left, states[0])
     for _ in range(rounds):
         trials = []
         for place in range(len(left)):
             output = middle.run(left[place + 1 :], states[place])
-            trials.append(relative_error(output, target).item())
+            trials.append(harm(output))
             advance()
         place = min(range(len(left)), key=lambda i: trials[i] if math.isfinite(trials[i]) else math.inf)
-        errors.append(trials[place])
+        harms.append(trials[place])
         removed.append(left.pop(place))
         states = states[:place] + middle.states(left[place:], states[place])
-    return tuple(removed), tuple(errors)
+    return tuple(removed), tuple(harms)
+
+
+def _error(target: Tensor, output: Tensor) -> float:
+    return relative_error(output, target).item()
+
+
+def _divergence(ends: OuterLayers, ids: Tensor, target: Tensor) -> Callable[[Tensor], float]:
+    """Of a middle's output, the KL divergence of what is predicted above it from what is predicted above `target`.
+
+    The logits of `target` are kept: 100 MB for 512 tokens and 50,000 words.
+    """
+    rows = max(1, _LOGIT_TOKENS // ids.shape[1])
+    slices = torch.split(ids, rows)
+    wanted = [
+        ends.predict(part, states)[0].flatten(0, 1)
+        for part, states in zip(slices, torch.split(target, rows), strict=True)
+    ]
+
+    def harm(output: Tensor) -> float:
+        total = 0.0
+        for part, states, theirs in zip(slices, torch.split(output, rows), wanted, strict=True):
+            ours = ends.predict(part, states)[0].flatten(0, 1)
+            total += logit_divergence(ours, theirs).item() * len(part)
+        return total / len(ids)
+
+    return harm
 
 
 def linear_cka(outputs: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:

@@ -153,7 +153,9 @@ class Workshop:
         with locked(path):
             known = _read_measures(path) if path.is_file() else Measures(())
             n_removed = len(self.plan.cloud) - recipe.layers_kept(len(self.plan.cloud))
-            enough = len(known.removed) >= n_removed if recipe.selection == "importance" else known.similarity
+            orders = {"importance": known.removed, "kl": known.removed_by_kl}
+            order = orders.get(recipe.selection)
+            enough = known.similarity if order is None else len(order) >= n_removed
             if not enough:
                 known = measure(
                     self.checkpoint, self.plan, recipe, blocks, device=self.device, progress=console, known=known
@@ -169,4 +171,6 @@ def _read_measures(path: Path) -> Measures:
         tuple(kept["removed"]),
         tuple(kept["removal_errors"]),
         tuple(map(tuple, kept["similarity"])),
+        tuple(kept.get("removed_by_kl", ())),
+        tuple(kept.get("removal_kl", ())),
     )

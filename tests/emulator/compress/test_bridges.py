@@ -41,6 +41,30 @@ def test_a_bridge_stands_before_each_run_that_is_dropped(layers: tuple[int, ...]
     assert bridge_places(layers, PLAN) == places
 
 
+@pytest.mark.parametrize(
+    ("layers", "places"), [((1, 4), (1, 4)), ((1, 3), (1, 3)), ((4,), (0, 4)), ((1, 2, 3, 4), (4,))]
+)
+def test_a_closing_bridge_stands_at_the_end_in_any_case(layers: tuple[int, ...], places: tuple[int, ...]) -> None:
+    assert bridge_places(layers, PLAN, closed=True) == places
+
+
+def test_a_closing_bridge_corrects_the_end(checkpoints: Checkpoints, blocks: Tensor, tmp_path: Path) -> None:
+    checkpoint = checkpoints("llama")
+    entry = OuterLayers(checkpoint, PLAN, with_top=False).entry(blocks)
+    target = load_span(checkpoint, PLAN)(entry)
+    bridged, closed = (make(checkpoint, f"uniform+bridged{end}", 0.5, blocks) for end in ("", "+closed"))
+    assert (bridged.bridges, closed.bridges) == ((1,), (1, 4))
+    assert relative_error(closed(entry), target) < 0.95 * relative_error(bridged(entry), target)
+    save_emulator(closed, tmp_path)
+    assert torch.equal(load_emulator(tmp_path, checkpoint.config)(entry), closed(entry))
+    path = tmp_path / "emulator.json"
+    path.write_text(path.read_text().replace("+closed", ""))
+    load_emulator(tmp_path, checkpoint.config)  # a bridge at the end may stand for layers
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": "uniform+bridged+closed", "bridges": [1]}))
+    with pytest.raises(CheckpointError, match="its bridges do not fit"):
+        load_emulator(tmp_path, checkpoint.config)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bridges_bring_the_output_nearer_to_the_middles(checkpoints: Checkpoints, blocks: Tensor, family: str) -> None:
     checkpoint = checkpoints(family)

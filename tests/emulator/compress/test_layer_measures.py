@@ -16,6 +16,7 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import load_span
 from isthmus.emulator.compress.layer_measures import linear_cka, measure, relative_error
 from isthmus.emulator.compress.recipe import Recipe
+from isthmus.training.logit_divergence import logit_divergence
 
 from ..conftest import PLAN, Checkpoints, hidden_states, make
 
@@ -46,6 +47,28 @@ def test_a_removal_order_goes_on_from_what_is_known(checkpoints: Checkpoints, bl
     assert len(at_once.removed) > len(half.removed)
     both = measure(checkpoint, PLAN, Recipe("crash", 0.5), blocks, known=half)
     assert both == replace(half, similarity=measure(checkpoint, PLAN, Recipe("crash", 0.5), blocks).similarity)
+
+
+def test_the_order_by_kl_is_that_of_the_emulators_kl_and_goes_on(checkpoints: Checkpoints, blocks: Tensor) -> None:
+    checkpoint, used = checkpoints("gemma3_text"), blocks[:8]
+    half = measure(checkpoint, PLAN, Recipe("kl", 0.5), used)
+    at_once = measure(checkpoint, PLAN, Recipe("kl", 0.25), used)
+    assert measure(checkpoint, PLAN, Recipe("kl", 0.25), used, known=half) == at_once
+    assert (len(half.removed_by_kl), half.removed) == (2, ())
+
+    @torch.no_grad()
+    def kl(removed: tuple[int, ...]) -> float:
+        keep = 1 - len(removed) / 4
+        emulator = make(checkpoint, "kl", keep, measures=replace(at_once, removed_by_kl=removed))
+        ours, theirs = (
+            load_edge_parts(checkpoint, PLAN, span)(input_ids=used, use_cache=False).logits.flatten(0, 1)
+            for span in (emulator, load_span(checkpoint, PLAN))
+        )
+        return logit_divergence(ours, theirs).item()
+
+    trials = [kl((layer,)) for layer in range(4)]
+    assert at_once.removed_by_kl[0] == trials.index(min(trials))
+    assert at_once.removal_kl[-1] == pytest.approx(kl(at_once.removed_by_kl), rel=1e-4)
 
 
 def test_the_measured_error_is_that_of_the_emulator(checkpoints: Checkpoints, blocks: Tensor) -> None:

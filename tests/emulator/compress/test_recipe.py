@@ -10,7 +10,9 @@ from isthmus.emulator.compress.recipe import SELECTIONS, Recipe
 
 @pytest.mark.parametrize(
     ("selection", "bridged"),
-    [(selection, "") for selection in SELECTIONS] + [(each, "+bridged") for each in SELECTIONS if each != "crash"],
+    [(selection, "") for selection in SELECTIONS]
+    + [(each, "+bridged") for each in SELECTIONS if each != "crash"]
+    + [("kl", "+bridged+closed")],
 )
 @pytest.mark.parametrize("rest", ["", "+lowrank:0.25", "+int8", "+lowrank:0.125+int4"])
 def test_writing_and_reading_are_inverse(selection: str, bridged: str, rest: str) -> None:
@@ -40,6 +42,8 @@ def test_writing_and_reading_are_inverse(selection: str, bridged: str, rest: str
         ("uniform+int8+bridged", "'bridged'"),
         ("uniform+bridged+bridged", "'bridged'"),
         ("crash+bridged", "crash-drop+bridged"),
+        ("uniform+closed", "'closed'"),
+        ("uniform+closed+bridged", "'closed'"),
     ],
 )
 def test_bad_text_is_refused_by_name(text: str, names: str) -> None:
