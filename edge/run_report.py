@@ -74,6 +74,7 @@ class Spent:
     tokens: int = 0
     positions: int = 0
     wire: WireTotals = WireTotals()
+    first_epoch_seconds: float = 0.0
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(
@@ -81,6 +82,7 @@ class Spent:
             self.tokens + other.tokens,
             self.positions + other.positions,
             self.wire + other.wire,
+            self.first_epoch_seconds + other.first_epoch_seconds,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +106,9 @@ class Report:
     is what a codec and a hidden size predict, `bytes_per_token_*` what a token of the data cost. `peak_bytes_edge` is
     the process's largest resident memory, `peak_bytes_cloud` the cloud's estimate of what the largest call takes there
     while it is computed, null where it did not say. `codec` is "none" where nothing crosses.
+
+    `first_epoch_step_s` and `later_epoch_step_s` are the seconds of a step; the second is null where no step is in a
+    later epoch.
 
     `draft_*` are means over the first and the last ten steps: the KL divergence of a tuned draft in nats, and its top-1
     agreement, the share of labels where its likeliest token is the model's; null where none is tuned.
@@ -164,6 +169,8 @@ class Report:
     leak_tokens: float | None = None
     leak_labels: float | None = None
     leak_attacks: int | None = None
+    first_epoch_step_s: float | None = None
+    later_epoch_step_s: float | None = None
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -179,6 +186,11 @@ class Report:
             "per token position, "
             f"{self.retries} retries\n"
         )
+        epochs = ""
+        if self.later_epoch_step_s is not None:
+            epochs = (
+                f"a step: {self.first_epoch_step_s:.3g} s in the first epoch, {self.later_epoch_step_s:.3g} s later\n"
+            )
         draft = ""
         if self.draft_kl_first is not None:
             draft = (
@@ -195,7 +207,7 @@ class Report:
             defences += f"leak: {self.leak}\n"
         return (
             f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
-            f"{wire if self.calls else ''}{draft}{defences}"
+            f"{epochs}{wire if self.calls else ''}{draft}{defences}"
             f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
         )
 
@@ -210,6 +222,13 @@ def shares(spent: Spent) -> dict[str, float]:
     return {f"{who}_s": s for who, s in seconds.items()} | {
         f"{who}_share": _per(s, total) for who, s in seconds.items()
     }
+
+
+def step_seconds(spent: Spent, steps: int, per_epoch: int) -> dict[str, float | None]:
+    """Seconds of a step in the first epoch and later, under the names that `Report` has for them."""
+    first = min(steps, per_epoch)
+    later = (spent.seconds - spent.first_epoch_seconds) / (steps - first) if steps > first else None
+    return {"first_epoch_step_s": spent.first_epoch_seconds / first, "later_epoch_step_s": later}
 
 
 def traffic(spent: Spent) -> dict[str, float]:

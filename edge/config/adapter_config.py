@@ -26,6 +26,14 @@ Sites = Annotated[Literal["none", "all"] | tuple[int, ...], BeforeValidator(_rea
 """Some of the cloud's layers."""
 
 
+def _read_edge_layers(value: object) -> object:
+    return value if value is None or value in ("all", "above") else read_layers(value)
+
+
+EdgeLayers = Annotated[Literal["all", "above"] | tuple[int, ...] | None, BeforeValidator(_read_edge_layers)]
+"""Some of the edge's layers; None for what the package advises."""
+
+
 class AdapterConfig(Settings):
     """What is trained, and how it is shaped."""
 

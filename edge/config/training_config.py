@@ -14,7 +14,7 @@ from typing import Literal, Self, TypeVar, overload
 from pydantic import Field, ValidationError, model_validator
 
 from isthmus.common.errors import ConfigError
-from isthmus.edge.config.adapter_config import AdapterConfig, Method, SitesConfig
+from isthmus.edge.config.adapter_config import AdapterConfig, EdgeLayers, Method, SitesConfig
 from isthmus.edge.config.audit_config import AuditConfig
 from isthmus.edge.config.budget_config import BudgetConfig, check_budgeted
 from isthmus.edge.config.client_config import SCHEMES, ClientConfig, EvalConfig, GenerateConfig, PluggedConfig
@@ -295,6 +295,18 @@ class TuneConfig(TuningConfig):
         None,
         description="Who must have signed the package: a fingerprint SHA256:…, a connection string, or the path of a "
         "file that holds either. Without it, any valid signature counts, and whose it is is shown.",
+    )
+    layers: EdgeLayers = Field(
+        None,
+        description="The edge's layers that are trained: `all`, `above` for those above the emulator, or numbers and "
+        "ranges such as 24-29. By default `above` where the package says how to tune on it, and else `all`.",
+    )
+    keep_outputs_gib: float = Field(
+        4.0,
+        ge=0,
+        le=MOST_MIB / 1024,
+        description="GiB of the disk, in --out, for the emulator's outputs, so that they are computed once a text; "
+        "only where nothing is trained below it. 0 for none.",
     )
 
     def signer_text(self) -> str | None:

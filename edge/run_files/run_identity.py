@@ -67,6 +67,7 @@ _FREE = {
     "leak_sample",
     "leak_change",
     "leak_every",
+    "keep_outputs_gib",
 }
 
 

@@ -82,6 +82,13 @@ def refuse_trainable(model: Any) -> None:
     Raises:
         UnsupportedCallError: It is not.
     """
+    what = tuned_below(model)
+    if what is not None:
+        _refuse(what, edge_model(model))
+
+
+def tuned_below(model: Any) -> str | None:
+    """What is trainable or an adapter's at or below the cut, as a clause; None where nothing is."""
     edge = edge_model(model)
     below = _parameters_below(edge)
     frozen_only = {id(parameter) for parameter in below.values()}
@@ -89,11 +96,12 @@ def refuse_trainable(model: Any) -> None:
     for name, parameter in model.named_parameters():
         # What the edge's model does not have is a prompt's, which goes in at the bottom.
         if parameter.requires_grad and (id(parameter) in frozen_only or id(parameter) not in own):
-            _refuse(f"{name} is trainable", edge)
+            return f"{name} is trainable"
     origin = edge.isthmus_origin
     for name in below:
         if name.replace(".base_layer.", ".") not in origin.names | origin.tied.keys():
-            _refuse(f"{name} is an adapter's", edge)
+            return f"{name} is an adapter's"
+    return None
 
 
 def _refuse(what: str, edge: Any) -> NoReturn:
@@ -141,10 +149,11 @@ def wants_input_grads(edge: Any) -> bool:
     return bool(getattr(edge, "_require_grads_hooks", None))
 
 
-def fingerprint(edge: Any) -> bytes:
-    """A BLAKE2b-256 of the weights that a row passes on the edge before it reaches the span."""
+def fingerprint(edge: Any, span: nn.Module | None = None) -> bytes:
+    """A BLAKE2b-256 of the weights that a row passes on the edge before it reaches the span, and of a local span's."""
     hashed = hashlib.blake2b(digest_size=32)
-    for name, parameter in _parameters_below(edge).items():
+    own = {} if span is None else {f"span.{name}": parameter for name, parameter in span.named_parameters()}
+    for name, parameter in {**_parameters_below(edge), **own}.items():
         hashed.update(json.dumps([name, str(parameter.dtype), *parameter.shape]).encode())
         hashed.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.digest()

@@ -320,7 +320,7 @@ class SpanStore:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         warnings.warn(
             f"the span cache {self.folder} cannot be written ({reason}) and takes in nothing more: "
-            "what it lacks crosses the wire in every epoch. Free some space, or choose another folder.",
+            "what it lacks is computed anew in every epoch. Free some space, or choose another folder.",
             stacklevel=3,
         )
 

@@ -192,7 +192,8 @@ class EdgeSteps(Task):
         tokens = sum(int(batch["attention_mask"].sum()) for batch in self._batches)
         positions = sum(batch["input_ids"].numel() for batch in self._batches)
         seconds = time.perf_counter() - self._started
-        self._step_spent = Spent(seconds, tokens, positions, self._totals() - self._before)
+        first = seconds if step <= self._per_epoch else 0.0
+        self._step_spent = Spent(seconds, tokens, positions, self._totals() - self._before, first)
         self.spent += self._step_spent
         accuracy = {} if self._accuracy is None else {"accuracy": self._accuracy.value}
         return {"tokens": tokens, **accuracy, **fit}

@@ -17,7 +17,7 @@ from isthmus.common.files import claim, write_atomic
 from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.common.torch_threads import use_threads
-from isthmus.edge.config.schedule import total_steps
+from isthmus.edge.config.schedule import steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import TrainingData
 from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT
@@ -32,6 +32,7 @@ from isthmus.edge.run_report import (
     linear_parameters,
     peak_bytes,
     shares,
+    step_seconds,
     traffic,
 )
 from isthmus.edge.training import methods
@@ -267,6 +268,7 @@ class Trainer:
             **({} if self._defended is None else self._defended.figures()),
             **({} if self._leak is None else self._leak.figures()),
             **shares(spent),
+            **step_seconds(spent, self.step, steps_per_epoch(self.config, len(self._data.train))),
             **traffic(spent),
             **self._flops(spent.positions),
         }

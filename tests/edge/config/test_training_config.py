@@ -177,8 +177,8 @@ def test_every_field_is_described() -> None:
 
 def test_where_the_middle_layers_are_is_asked_first() -> None:
     assert field_names(TrainConfig)[:3] == ["cloud", "key", "codec"]
-    assert field_names(TuneConfig)[:2] == ["package", "signer"]
-    assert set(field_names(TuneConfig)[2:]) == set(TuningConfig.model_fields)
+    assert field_names(TuneConfig)[:4] == ["package", "signer", "layers", "keep_outputs_gib"]
+    assert set(field_names(TuneConfig)[4:]) == set(TuningConfig.model_fields)
 
 
 def test_fields_stand_heading_by_heading() -> None:

@@ -21,6 +21,7 @@ from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.package.manifest import Tuning
 from isthmus.emulator.package.package import Package, write_package
 from isthmus.protocol.messages import FileSet
 from isthmus.protocol.secure.keys import WorkerIdentity
@@ -35,6 +36,8 @@ def tiny_package(
     keep: float = 0.5,
     signer: WorkerIdentity | None = None,
     allow_draft_tuning: bool = False,
+    tuning: Tuning | None = None,
+    adapters_below: bool = False,
 ) -> Package:
     """Write a package of a tiny model, signed as the clouds of `support.cloud.memory_cloud` sign."""
     checkpoint = Checkpoint(model, "tiny")
@@ -49,6 +52,8 @@ def tiny_package(
         signer=signer or identity(),
         licence="for tests",
         allow_draft_tuning=allow_draft_tuning,
+        tuning=tuning,
+        adapters_below=adapters_below,
         now=now,
     )
 
