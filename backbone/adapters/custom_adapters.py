@@ -119,7 +119,9 @@ def require_files(folder: Path, *names: str) -> None:
     """
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not an adapter ({name} is missing): give a folder that training wrote.")
+            inside = folder / "adapter"  # of a run
+            wanted = f"{inside}, which is in it" if inside.is_dir() else "a folder that training wrote"
+            raise CheckpointError(f"{folder} is not an adapter ({name} is missing): give {wanted}.")
 
 
 def check_names(folder: Path, names: set[str], places: set[str]) -> None:

@@ -346,7 +346,7 @@ class BudgetWatch:
     def _between(self, attack: str, done: int, of: int) -> None:
         self._check_stop()
         if done == 0:
-            self._say(f"attacking: {attack}, {of} calls")
+            self._say(f"attacking: {attack} on {of} messages of the run")
 
 
 def _moved(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:

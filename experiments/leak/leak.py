@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.checkpoints.sources import Checkpoint, check_name, load_tokenizer, resolve
 from isthmus.backbone.runtime.numerics import processor_name
 from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError
 from isthmus.common.figures import plotting
@@ -80,6 +80,7 @@ def run_leak(settings: LeakSettings, console: Console | None = None) -> dict[str
     if settings.quick:
         settings = quick_settings(settings)
     rows = read_grid(settings)
+    check_name(settings.model)
     if settings.quick:
         console.print(
             f"A quick look at {len(rows)} row(s), {settings.attacked} texts and two attacks: about "

@@ -234,8 +234,10 @@ def test_an_adapter_of_another_method_is_not_gone_on_from(model_folder: Path, tm
     planned = trainer(model_folder, config(tmp_path / "planned", method="adalora")).fit().adapter
     with pytest.raises(ConfigError, match=r"'adalora' cannot go on"):
         go_on("adalora", planned)
-    with pytest.raises(CheckpointError, match="is not an adapter"):
-        go_on("lora", tmp_path)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    for folder, remedy in ((tmp_path, "a folder that"), (tmp_path / "run", str(tmp_path / "run" / "adapter"))):
+        with pytest.raises(CheckpointError, match=rf"is not an adapter .*: give {remedy}"):
+            go_on("lora", folder)
 
 
 def test_dropout_of_a_bottleneck_is_the_runs(model_folder: Path, tmp_path: Path) -> None:
