@@ -16,7 +16,7 @@ from rich.console import Console
 from support.commands import in_process, refused
 from support.privacy.small_leak import all_here, grid_file, small_settings
 
-from isthmus.common.errors import AttackLimitedError, CheckpointError, ConfigError, DataError
+from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError, UnknownModelError
 from isthmus.experiments.leak import leak
 from isthmus.experiments.leak.leak import quick_settings, run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
@@ -210,7 +210,7 @@ def test_a_quick_look_is_smaller_where_nothing_else_is_asked_for(tmp_path: Path)
     assert (quick.edge_layers, quick.attacked, quick.public, quick.scored) == ("2:2", 4, 77, 8)
     assert quick_settings(LeakSettings(quick=True, grid=[tmp_path])).edge_layers is None
     shown = StringIO()
-    with pytest.raises(ConfigError, match="did you mean 'smollm2-135m'"):
+    with pytest.raises(UnknownModelError, match="did you mean 'smollm2-135m'"):
         run_leak(LeakSettings(model="smollm2-135", quick=True), Console(file=shown))
     assert not shown.getvalue()  # no minutes are named for a model that is none
 
