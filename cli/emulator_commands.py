@@ -12,7 +12,7 @@ from isthmus.cli.cloud_flags import DEFAULT_HOME
 from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
 from isthmus.edge.config.flags import AsJson
-from isthmus.emulator.package.build_presets import FOR_DRAFTING, FOR_TUNING
+from isthmus.emulator.package.build_presets import FOR_DRAFTING, FOR_TUNING, PRESETS, top_heavy
 from isthmus.experiments.harness.bench_flags import Model
 
 if TYPE_CHECKING:
@@ -97,8 +97,21 @@ def build(
     model: Model,
     out: Annotated[Path, typer.Option(help="Where the package goes: a new folder, or an older package.")],
     adapter_layers: Annotated[
-        str, typer.Option(help="How many of the first and of the last layers the data owner tunes.")
-    ] = "2:2",
+        str | None,
+        typer.Option(
+            help="How many of the first and of the last layers the data owner tunes.",
+            show_default="2:2; with --preset a fifth above the middle, as 2:6 of 30 layers",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="fidelity, which keeps 0.75 of the middle and claims no protection from theft; or guarded, which "
+            "keeps 0.25, is distilled, gives less of the gain, and is meant for an edge that fits its own bridge. Both "
+            "choose by kl+bridged+closed, measure the emulator and advise how to tune; without --text the model writes "
+            "the text itself.",
+        ),
+    ] = None,
     draft: Annotated[
         bool,
         typer.Option(
@@ -118,7 +131,7 @@ def build(
         typer.Option(
             help="uniform, importance, kl, crash or crash-drop; then +bridged or +bridged+closed (not with crash), "
             "then +lowrank:F, then +int8 or +int4.",
-            show_default=f"{FOR_TUNING.method}; {FOR_DRAFTING.method} with --draft",
+            show_default=f"{FOR_TUNING.method}; {FOR_DRAFTING.method} with --draft; kl+bridged+closed with --preset",
         ),
     ] = None,
     licence: Annotated[
@@ -141,8 +154,12 @@ def build(
         ),
     ] = None,
     distill: Annotated[Path | None, typer.Option(help="Public text to distil on; without it, no distillation.")] = None,
-    distill_steps: Annotated[int, typer.Option(min=1, help="Steps of the distillation.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 8,
+    distill_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the distillation.", show_default="1000; 130 with --preset")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Blocks of a step.", show_default="8; 2 with --preset")
+    ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 256,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak of AdamW's learning rate.")] = 3e-4,
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 20,
@@ -154,8 +171,9 @@ def build(
         float | None,
         typer.Option(
             min=0,
-            help="Weight of the language model's loss; 0 is much faster, unless --kl-weight is more.",
-            show_default="1; 0 with --draft",
+            help="Weight of the language model's loss; 0 is much faster, unless --kl-weight is more. On text like the "
+            "task's it teaches the emulator the task, and a thief with it.",
+            show_default="1; 0 with --draft or --preset",
         ),
     ] = None,
     kl_weight: Annotated[
@@ -163,7 +181,7 @@ def build(
         typer.Option(
             min=0,
             help="Weight of the KL divergence from the whole model's next-token probabilities; it makes good drafts.",
-            show_default="0; 1 with --draft",
+            show_default="0; 1 with --draft or --preset",
         ),
     ] = None,
     precision: Annotated[
@@ -187,6 +205,8 @@ def build(
     Example: isthmus emulator build --model smollm2-135m --keep 0.5 --method importance+bridged --distill public.txt
     --licence "tuning only" --out package
 
+    A preset: isthmus emulator build --model smollm2-135m --preset fidelity --out package
+
     A draft: isthmus emulator build --model smollm2-135m --draft --distill public.jsonl --out draft
     """
     from isthmus.backbone.checkpoints.sources import check_name, resolve
@@ -199,18 +219,21 @@ def build(
 
     if draft and distill is None:
         raise ConfigError("--draft needs a text to distil on: give --distill (`isthmus emulator sample` writes a text)")
-    preset = FOR_DRAFTING if draft else FOR_TUNING
+    if preset is not None and (draft or preset not in PRESETS):
+        said = "--draft is a preset of its own" if draft else f"--preset {preset!r} is not known"
+        raise ConfigError(f"{said}: give --preset {' or '.join(PRESETS)}, or --draft")
+    chosen = FOR_DRAFTING if draft else PRESETS[preset] if preset is not None else FOR_TUNING
     check_free(out)
     distillation = None
-    if distill is not None:
+    if distill is not None or chosen.distils:
         options = DistillConfig(
-            steps=distill_steps,
-            batch=batch,
+            steps=chosen.distil_steps if distill_steps is None else distill_steps,
+            batch=chosen.batch if batch is None else batch,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
-            mse_weight=preset.mse_weight if mse_weight is None else mse_weight,
-            lm_weight=preset.lm_weight if lm_weight is None else lm_weight,
-            kl_weight=preset.kl_weight if kl_weight is None else kl_weight,
+            mse_weight=chosen.mse_weight if mse_weight is None else mse_weight,
+            lm_weight=chosen.lm_weight if lm_weight is None else lm_weight,
+            kl_weight=chosen.kl_weight if kl_weight is None else kl_weight,
             seed=seed,
             save_every=save_every,
             precision=precision,
@@ -219,9 +242,10 @@ def build(
     check_name(model)
     signer = load_worker(home.expanduser())  # a key that is missing is told before a model is fetched
     checkpoint = resolve(model)
-    plan = SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers)
-    share = preset.share(len(plan.cloud)) if keep is None else keep
-    recipe = Recipe.parse(method or preset.method, share)
+    n_layers = checkpoint.config.num_hidden_layers
+    plan = SplitPlan.parse(adapter_layers or (top_heavy(n_layers) if chosen.name else "2:2"), n_layers)
+    share = chosen.share(len(plan.cloud)) if keep is None else keep
+    recipe = Recipe.parse(method or chosen.method, share)
     with interruptible():
         package = build_package(
             out,
@@ -236,6 +260,7 @@ def build(
             text=text,
             figure=figure,
             device=device,
+            preset=chosen,
         )
     _show(package, as_json)
 
@@ -386,7 +411,8 @@ def _show(package: Package, as_json: bool) -> None:
                 f"{done.agreement_before:.1%} -> {done.agreement_after:.1%} of the tokens with the whole model"
             )
     if manifest.preset is not None:
-        lines["preset"] = manifest.preset
+        known = PRESETS.get(manifest.preset)
+        lines["preset"] = manifest.preset + ("" if known is None else f" ({known.gives_not})")
     if manifest.tuning is not None:
         advised = manifest.tuning
         lines["tune with"] = (

@@ -91,6 +91,7 @@ def fit_bridges(
     bridges: Sequence[int],
     blocks: Tensor,
     *,
+    ridge: float = RIDGE,
     device: torch.device | str = "cpu",
     progress: Console | None = None,
 ) -> None:
@@ -101,6 +102,7 @@ def fit_bridges(
         blocks: Public text, `[n, length]`; blocks at even distances are used, of `TOKENS_PER_INPUT * h` tokens. Their
             hidden states are computed anew for each bridge, some thousand tokens at a time, so that memory does not
             grow with the text.
+        ridge: See `RidgeSums.solve`.
 
     Raises:
         DataError: There is too little text, less than `LEAST_TOKENS_PER_INPUT * h` tokens.
@@ -130,7 +132,7 @@ def fit_bridges(
                 sums.add(kept.run(before, entry), whole.run(range(stop - plan.bottom), entry))
                 advance()
             bridge = distinct[place].bridge if place in distinct else distinct[layers[0]].entry
-            weight, bias = sums.solve(RIDGE)
+            weight, bias = sums.solve(ridge)
             bridge.weight.copy_(weight)
             bridge.bias.copy_(bias)
     arrange_layers(base, [distinct[layer] for layer in layers], layers, checkpoint.config)

@@ -20,7 +20,7 @@ from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.split.span import distinct_layers, load_layers, run_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.progress import bar
-from isthmus.emulator.compress.bridges import add_bridges, bridge_places, fit_bridges
+from isthmus.emulator.compress.bridges import RIDGE, add_bridges, bridge_places, fit_bridges
 from isthmus.emulator.compress.layer_choice import Measures, select_layers
 from isthmus.emulator.compress.layer_measures import measure
 from isthmus.emulator.compress.public_text import fingerprint
@@ -179,12 +179,14 @@ def build_emulator(
     device: torch.device | str = "cpu",
     progress: Console | None = None,
     measures: Measures | None = None,
+    ridge: float = RIDGE,
 ) -> Emulator:
     """Make an emulator of a model's middle, in fp32. Nothing is trained.
 
     Args:
         blocks: Public text, `[n, length]` tokens, for the recipes that need it; else None.
         measures: What `measure` found for this recipe, if it has been asked already.
+        ridge: Of the fit of bridges, see `RidgeSums.solve`.
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
@@ -214,6 +216,6 @@ def build_emulator(
     fitted_to = None
     if bridges and blocks is not None:
         add_bridges(base, layers, bridges)
-        fit_bridges(checkpoint, plan, base, layers, bridges, blocks, device=device, progress=progress)
+        fit_bridges(checkpoint, plan, base, layers, bridges, blocks, ridge=ridge, device=device, progress=progress)
         fitted_to = fingerprint(blocks)
     return Emulator(base, layers, recipe, config, bridges=bridges, measures=measures, fitted_to=fitted_to)

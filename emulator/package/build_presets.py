@@ -1,4 +1,4 @@
-"""What `isthmus emulator build` makes where the user gives no options: a stand-in to tune on, or a small draft."""
+"""What `isthmus emulator build` makes where no options say it: a stand-in to tune on, a small draft, a preset."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ class BuildPreset:
         method: See `Recipe`.
         keep: Which of the middle's layers are kept: a share, or as a whole number how many.
         mse_weight: See `DistillConfig`, for this and the other weights.
+        distils: Whether it is distilled also where no text for that is given.
+        ridge: Of the fit of bridges, see `RidgeSums.solve`.
+        name: As `--preset` has it and the manifest; a preset with a name writes its own text where there is none,
+            cuts the model by `top_heavy`, measures its quality and gives advice for tuning.
+        gives_not: What the data owner or the model's owner must not expect of it.
+        tuning: The advice, the fields of `Tuning`.
     """
 
     method: str
@@ -20,6 +26,13 @@ class BuildPreset:
     mse_weight: float
     lm_weight: float
     kl_weight: float
+    distil_steps: int = 1000
+    batch: int = 8
+    distils: bool = False
+    ridge: float = 1e-3
+    name: str | None = None
+    gives_not: str = ""
+    tuning: tuple[tuple[str, float | int], ...] = ()
 
     def share(self, n_middle: int) -> float:
         """Share of a middle of so many layers that is kept."""
@@ -28,3 +41,45 @@ class BuildPreset:
 
 FOR_TUNING = BuildPreset("uniform", 0.5, mse_weight=30.0, lm_weight=1.0, kl_weight=0.0)
 FOR_DRAFTING = BuildPreset("uniform+bridged", 3, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)
+
+_METHOD = "kl+bridged+closed"
+_TUNING = (("learning_rate", 1e-2), ("steps", 100), ("rank", 8), ("warmup_steps", 0))
+PRESETS = {
+    "fidelity": BuildPreset(
+        _METHOD,
+        0.75,
+        mse_weight=30.0,
+        lm_weight=0.0,
+        kl_weight=1.0,
+        distil_steps=130,
+        batch=2,
+        ridge=0.1,
+        name="fidelity",
+        gives_not="no protection from theft is claimed: who keeps the package can tune a copy",
+        tuning=_TUNING,
+    ),
+    "guarded": BuildPreset(
+        _METHOD,
+        0.25,
+        mse_weight=30.0,
+        lm_weight=0.0,
+        kl_weight=1.0,
+        distil_steps=130,
+        batch=2,
+        distils=True,
+        ridge=0.1,
+        name="guarded",
+        gives_not="less of the gain than with fidelity: it is meant for an edge that fits a bridge of its own",
+        tuning=_TUNING,
+    ),
+}
+"""What `--preset` names."""
+
+
+def top_heavy(n_layers: int) -> str:
+    """The split plan of a preset: above the middle a fifth of the layers, at least two; below it two, or one.
+
+    There are always fewer below than above: adapters above an emulator learn from it, those below mostly do not.
+    """
+    top = max(2, round(n_layers / 5))
+    return f"{min(2, top - 1)}:{top}"

@@ -16,6 +16,7 @@ from support.emulator.emulator_owner import Owner
 from typer.testing import CliRunner
 
 from isthmus.backbone.checkpoints import sources
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cli.emulator_commands import app
 from isthmus.common.errors import (
@@ -26,8 +27,11 @@ from isthmus.common.errors import (
     PlanError,
     UnknownModelError,
 )
+from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
+from isthmus.emulator.package.build import measure_quality
+from isthmus.emulator.package.build_presets import PRESETS, top_heavy
 from isthmus.emulator.package.package import open_package
 
 IDS = torch.tensor([[5, 9, 33, 120, 7, 2]])
@@ -80,6 +84,8 @@ def test_a_draft_has_three_layers_and_says_how_near_it_came(owner: Owner, tmp_pa
         ([], (30.0, 1.0, 0.0), 2),
         (["--kl-weight", 0.5], (30.0, 1.0, 0.5), 2),
         (["--draft"], (0.0, 0.0, 1.0), 3),
+        (["--preset", "guarded"], (30.0, 0.0, 1.0), 1),
+        (["--preset", "fidelity", "--lm-weight", 2, "--keep", 0.5], (30.0, 2.0, 1.0), 2),
         (["--draft", "--mse-weight", 2, "--kl-weight", 3, "--keep", 0.25], (2.0, 0.0, 3.0), 1),
     ],
 )
@@ -105,6 +111,83 @@ def test_the_preset_of_a_draft_gives_way_to_what_is_given(
     monkeypatch.setattr(build, "build_package", seen)
     with pytest.raises(Seen):
         owner.build(tmp_path / "p", *options, *owner.distil_arguments())
+
+
+@pytest.mark.parametrize(("preset", "layers"), [("fidelity", 2), ("guarded", 1)])
+def test_a_preset_says_how_good_it_is_and_how_to_tune(
+    owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, layers: int
+) -> None:
+    from isthmus.emulator.package import build
+
+    monkeypatch.setattr(build, "OWN_TOKENS", 512)
+    out = tmp_path / "p"
+    where = ["--home", owner.home, "--device", "cpu", "--length", 16, "--distill-steps", 2]
+    said = json.loads(owner.run("build", "--model", owner.model, "--out", out, "--preset", preset, *where, "--json"))
+    assert (said["preset"], said["plan"], said["recipe"]) == (preset, "1:2", "kl+bridged+closed")
+    assert (len(said["layers"]), said["distilled"] is not None) == (layers, preset == "guarded")
+    quality = said["quality"]
+    assert quality["kl"] > 0
+    assert -1 <= quality["cosine_below"] <= quality["cosine_above"] <= 1
+    assert said["adapters_below"] == (quality["cosine_below"] >= 0.5)
+    assert said["tuning"] == {"learning_rate": 0.01, "steps": 100, "rank": 8, "warmup_steps": 0}
+    assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["p"]
+    shown = owner.run("verify", "--package", out)
+    assert f"preset           {preset} ({PRESETS[preset].gives_not})" in shown
+    assert "tune with        learning rate 0.01, 100 steps, rank 8, 0 warm-up steps" in shown
+    assert f"KL {quality['kl']:.4g} nats a token" in shown
+    assert "adapters below" in shown
+
+
+def test_a_presets_text_is_kept_until_the_package_is_there(
+    owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isthmus.emulator.package import build
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(build, "OWN_TOKENS", 512)
+    arguments = ["build", "--model", owner.model, "--out", tmp_path / "p", "--preset", "fidelity", "--length", 16]
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build_emulator", stop)
+        with pytest.raises(Stopped):
+            owner.run(*arguments, "--home", owner.home, "--device", "cpu")
+    (text,) = tmp_path.glob("p.text-*.jsonl")
+    assert text.read_text().count("\n") >= 32
+    monkeypatch.setattr(build, "write_sample", stop)  # it is not written again
+    owner.run(*arguments, "--home", owner.home, "--device", "cpu")
+    assert not text.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(["--preset", "fidelity", "--draft"], "--draft is"), (["--preset", "x"], "'x' is not known")]
+)
+def test_a_preset_that_is_none_is_refused(owner: Owner, tmp_path: Path, options: list[object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        owner.build(tmp_path / "p", *options, *owner.distil_arguments())
+
+
+@pytest.mark.parametrize(("n_layers", "plan"), [(30, "2:6"), (4, "1:2"), (12, "1:2"), (16, "2:3"), (80, "2:16")])
+def test_a_presets_plan_has_more_layers_above(n_layers: int, plan: str) -> None:
+    assert top_heavy(n_layers) == plan
+
+
+def test_an_emulator_that_is_the_middle_has_no_kl_and_the_same_gradient(owner: Owner) -> None:
+    checkpoint = Checkpoint(owner.model, "tiny")
+    plan = SplitPlan.parse("1:2", 6)
+    ids = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(0))
+    whole = build_emulator(checkpoint, plan, Recipe.parse("uniform", 1.0), None)
+    quality = measure_quality(checkpoint, plan, whole, ids, 4)
+    assert (quality.kl, quality.tokens) == (pytest.approx(0, abs=1e-6), 64)
+    assert (quality.cosine_below, quality.cosine_above) == (pytest.approx(1), pytest.approx(1))
+    one = measure_quality(
+        checkpoint, plan, build_emulator(checkpoint, plan, Recipe.parse("uniform", 0.3), None), ids, 4
+    )
+    assert one.kl > 0.01
+    assert one.cosine_below < 0.99
 
 
 def test_consent_to_tuning_a_draft_is_written_and_shown(owner: Owner, package: Path, tmp_path: Path) -> None:
