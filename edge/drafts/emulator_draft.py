@@ -59,7 +59,8 @@ class EmulatorDraft(ModelDraft):
         if model is None:
             package = open_package(folder, signer=signer)
             base = package.load_model()
-            emulator = base.remote_layers.span
+            # A draft that was tuned was tuned without the data owner's bridge.
+            emulator = base.remote_layers.span if tuned is None else package.load_emulator()
         else:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             package = open_package_for(base, folder, signer=signer)

@@ -20,7 +20,7 @@ from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.split.span import distinct_layers, load_layers, run_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.progress import bar
-from isthmus.emulator.compress.bridges import RIDGE, add_bridges, bridge_places, fit_bridges
+from isthmus.emulator.compress.bridges import RIDGE, Bridge, add_bridges, bridge_places, fit_bridges
 from isthmus.emulator.compress.layer_choice import Measures, select_layers
 from isthmus.emulator.compress.layer_measures import measure
 from isthmus.emulator.compress.public_text import fingerprint
@@ -117,6 +117,11 @@ class Emulator(nn.Module):
             Hidden states in the place of those after the middle, `[B, S, h]`.
         """
         return run_layers(self.base, hidden, attention_mask, position_ids)
+
+    def end_with(self, bridge: Bridge) -> None:
+        """Have one more linear map act on the output, with and without a cache. It is none of `tensors`."""
+        self.base.add_module("end", bridge.requires_grad_(False))
+        self.base.register_forward_hook(_through_end)
 
     def new_cache(self) -> LocalCache:
         """An empty cache of keys and values, one entry for each place in the running order."""
@@ -219,3 +224,8 @@ def build_emulator(
         fit_bridges(checkpoint, plan, base, layers, bridges, blocks, ridge=ridge, device=device, progress=progress)
         fitted_to = fingerprint(blocks)
     return Emulator(base, layers, recipe, config, bridges=bridges, measures=measures, fitted_to=fitted_to)
+
+
+def _through_end(base: Any, _inputs: Any, output: Any) -> Any:
+    output.last_hidden_state = base.end(output.last_hidden_state)
+    return output

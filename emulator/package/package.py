@@ -4,6 +4,8 @@
     emulator.safetensors, emulator.json                                   the emulator
     manifest.json                                                         what it is, every file's hash, the signature
 
+    <folder>.bridge/<package's id>.safetensors      of the data owner's, beside it: their own bridge, see `Package`
+
 It comes as files or over a session, and is trusted only after `open_package`: the signature under the manifest, then
 the files against it. A file that the manifest does not name is refused like a changed one, because transformers decides
 by the files of a folder what it loads.
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from isthmus.backbone.checkpoints.assembly import build_on_meta
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
@@ -29,6 +32,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import export_edge_parts, load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, new_folder, sweep, write_atomic
+from isthmus.emulator.compress.bridges import Bridge
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
@@ -52,7 +56,8 @@ class Package:
 
     Attributes:
         folder: Where it lies. It is a `Checkpoint` of an edge's parts as well.
-        id: SHA-256 (hex) of the signed bytes.
+        id: SHA-256 (hex) of the signed bytes. The data owner's own bridge is named after it, a linear map at the
+            emulator's end that `isthmus emulator fit` makes; no owner gets it, and a package signed anew has none.
         signer: Fingerprint of the root key that certified its signer.
     """
 
@@ -93,11 +98,59 @@ class Package:
     def load_model(self) -> Any:
         """The edge's model over the emulator, fp32: the family's own class, with the whole model's layer numbers.
 
+        The data owner's own bridge is at the emulator's end, where there is one.
+
         Raises:
-            CheckpointError: A file does not fit the configuration.
+            CheckpointError: A file does not fit the configuration, or the bridge not the package.
         """
         attention = self.manifest.attn_implementation
-        return load_edge_parts(self.checkpoint, self.plan, self.load_emulator(), attn_implementation=attention)
+        emulator, bridge = self.load_emulator(), self.load_bridge()
+        if bridge is not None:
+            emulator.end_with(bridge)
+        return load_edge_parts(self.checkpoint, self.plan, emulator, attn_implementation=attention)
+
+    @property
+    def bridge_file(self) -> Path:
+        """Where the data owner's own bridge is, if there is one."""
+        folder = self.folder.resolve()
+        return folder.with_name(f"{folder.name}.bridge") / f"{self.id}.safetensors"
+
+    def save_bridge(self, bridge: Bridge, about: Mapping[str, str]) -> None:
+        """Keep the data owner's own bridge, and what there is to say about it; it replaces an older one.
+
+        Raises:
+            DiskError: It cannot be written; an older one is unchanged.
+        """
+        with disk_errors(self.bridge_file):
+            self.bridge_file.parent.mkdir(mode=0o700, exist_ok=True)
+        write_atomic(self.bridge_file, save(dict(bridge.state_dict()), {**about, "package": self.id}), 0o600)
+
+    def load_bridge(self) -> Bridge | None:
+        """The data owner's own bridge; None where there is none.
+
+        Raises:
+            CheckpointError: It is damaged, or of another package.
+        """
+        path = self.bridge_file
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                named = (file.metadata() or {}).get("package")
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise _no_bridge(path, f"damaged ({error})") from error
+        bridge = Bridge(self.checkpoint.config.hidden_size, torch.device("cpu"))
+        if named != self.id:
+            raise _no_bridge(path, f"of the package {str(named)[:16]}, not of {self.id[:16]}")
+        if {name: (each.shape, each.dtype) for name, each in held.items()} != {
+            name: (each.shape, each.dtype) for name, each in bridge.state_dict().items()
+        }:
+            raise _no_bridge(path, f"of another shape than the model's width {bridge.in_features}")
+        if not all(each.isfinite().all() for each in held.values()):
+            raise _no_bridge(path, "not finite")
+        bridge.load_state_dict(held)
+        return bridge
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer, with a padding token.
@@ -238,6 +291,10 @@ def sign_package(
     signer.certificate.verify(renewed.created)
     write_atomic(folder / MANIFEST_FILE, sign(renewed, signer))
     return open_package(folder, signer=signer.pin)
+
+
+def _no_bridge(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"the bridge {path} is {why}: remove it, or make it anew by `isthmus emulator fit`")
 
 
 def _middle(checkpoint: Checkpoint, plan: SplitPlan) -> tuple[int, int]:

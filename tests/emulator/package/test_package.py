@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.models.tiny import tiny_checkpoint
+from safetensors.torch import load_file, save_file
+from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import ConfigError, FingerprintError, PackageError, SignerError
+from isthmus.common.errors import CheckpointError, ConfigError, FingerprintError, PackageError, SignerError
+from isthmus.emulator.compress.bridges import Bridge
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package import package as packages
@@ -115,6 +117,52 @@ def test_a_bridged_emulator_comes_back(tmp_path: Path, checkpoint: Checkpoint, s
     loss.backward()
     assert loss.isfinite()
     assert loss.item() != write(tmp_path / "q", checkpoint, signer).load_model()(IDS, labels=IDS).loss.item()
+
+
+def some_bridge(package: Package) -> Bridge:
+    bridge = Bridge(package.checkpoint.config.hidden_size, torch.device("cpu"))
+    torch.nn.init.normal_(bridge.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.ones_(bridge.bias)
+    return bridge
+
+
+@torch.no_grad()
+def test_the_data_owners_bridge_acts_at_the_emulators_end_with_and_without_a_cache(folder: Path) -> None:
+    package = open_package(folder)
+    emulator, bridge = package.load_emulator(), some_bridge(package)
+    hidden = torch.randn(1, 4, bridge.in_features, generator=torch.Generator().manual_seed(1))
+    assert package.load_bridge() is None
+    assert torch.equal(package.load_model().remote_layers.span(hidden), emulator(hidden))
+    package.save_bridge(bridge, {})
+    span = package.load_model().remote_layers.span
+    assert torch.equal(span(hidden), bridge(emulator(hidden)))
+    torch.testing.assert_close(span.new_cache().extend(hidden, None, None), span(hidden))
+    assert span.tensors().keys() == emulator.tensors().keys()
+    assert open_package(folder).id == package.id  # it lies beside the package, not in it
+    moved = Path(shutil.copytree(folder, folder.with_name("elsewhere")))
+    assert open_package(moved).load_bridge() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"package": "f" * 64}, "is of the package ffffffffffffffff, not of"),
+        ({"weight": torch.zeros(2, 2)}, "of another shape than the model's width"),
+        ({"bias": torch.full((HIDDEN,), float("nan"))}, "not finite"),
+        ({"more": torch.zeros(1)}, "of another shape"),
+    ],
+)
+def test_a_bridge_that_is_not_the_packages_is_refused(folder: Path, changes: dict[str, Any], why: str) -> None:
+    package = open_package(folder)
+    package.save_bridge(some_bridge(package), {})
+    names = {"package": package.id} | {name: each for name, each in changes.items() if isinstance(each, str)}
+    tensors = {**load_file(package.bridge_file), **{k: v for k, v in changes.items() if isinstance(v, torch.Tensor)}}
+    save_file(tensors, package.bridge_file, metadata=names)
+    with pytest.raises(CheckpointError, match=why):
+        package.load_model()
+    package.bridge_file.write_bytes(b"no safetensors")
+    with pytest.raises(CheckpointError, match="damaged"):
+        package.load_model()
 
 
 @pytest.mark.parametrize(
