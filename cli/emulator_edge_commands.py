@@ -1,4 +1,4 @@
-"""The data owner's commands for emulators: `isthmus emulator fetch | tune | return`."""
+"""The data owner's commands for emulators: `isthmus emulator fetch | fit | tune | return`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.common.shutdown import interruptible
-from isthmus.edge.config.client_config import ClientConfig
+from isthmus.edge.config.client_config import ClientConfig, FitConfig
 from isthmus.edge.config.flags import AsJson, ConfigFile, GroupedCommand, read_settings, run_to_its_end, with_flags
 from isthmus.edge.config.training_config import TuneConfig
 
@@ -44,6 +44,27 @@ def fetch(
     typer.echo(f"package  {out} ({package.model}, {package.manifest.recipe}, split {package.plan})")
     typer.echo(f"id       {package.id}")
     typer.echo(f"signer   {package.signer}")
+
+
+@app.command(cls=GroupedCommand)
+@with_flags(FitConfig, without={"max_length", "max_fetch_gib"})
+def fit(
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Make a package's emulator better for your task, by what the cloud answers to public texts.
+
+    One linear map is fitted here and kept in PACKAGE.bridge, from where `tune` takes it. Before anything is sent, the
+    command says what will be. It goes on where an interrupted one stopped.
+
+    Example: isthmus emulator fit --cloud cloud.txt --package package --text public.jsonl --data tickets.jsonl
+    """
+    settings = read_settings(FitConfig, None, flags)
+    from isthmus.edge.bridge_fit import run_fit
+
+    with interruptible("stopped; the same command goes on from here"):
+        fitted = run_fit(settings)
+    typer.echo(fitted.to_json() if as_json else fitted.lines())
 
 
 @app.command(cls=GroupedCommand)

@@ -81,7 +81,7 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
         data,
         config,
         ModelIdentity(
-            f"{package.model} emulator {package.id[:16]}",
+            package.emulator_name,
             package.digest,
             str(package.plan),
             attn_implementation=package.manifest.attn_implementation,

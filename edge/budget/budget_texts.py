@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,16 +71,19 @@ def choose_texts(config: TrainConfig, data: TrainingData, tokenizer: Any, *, att
     return BudgetTexts(sample, secrets, tuple(public[:MOST_PUBLIC]), config.public is not None)
 
 
+def read_secrets(path: Path) -> list[str]:
+    """The lines of a file of secrets, blank ones among them. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"secrets = {str(path)!r} cannot be read ({error}): give a file in UTF-8.") from error
+
+
 def _secrets_of(config: TrainConfig, private: Sequence[Encoded], tokenizer: Any) -> dict[int, tuple[str, ...]]:
     """The secrets that a text holds, for each that holds some."""
     if config.secrets is None:
         return {}
-    try:
-        lines = config.secrets.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"secrets = {str(config.secrets)!r} cannot be read ({error}): give a file in UTF-8."
-        ) from error
+    lines = read_secrets(config.secrets)
     texts = [decoded(tokenizer, torch.tensor(text.input_ids)) for text in private]
     held: dict[int, tuple[str, ...]] = {}
     for number, secret in enumerate(lines, 1):

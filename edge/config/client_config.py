@@ -9,11 +9,13 @@ from pydantic import Field, model_validator
 
 from isthmus.edge.config.adapter_config import Sites
 from isthmus.edge.config.config_text import read_text
-from isthmus.edge.config.data_config import ComputationConfig, SentExamplesConfig
+from isthmus.edge.config.data_config import ComputationConfig, ExamplesConfig, SentExamplesConfig
 from isthmus.edge.config.settings import MOST_FACTOR, MOST_MIB, MOST_SECONDS, MOST_TEXTS, MOST_TOKENS, Settings
 from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, KEEPALIVE_SECONDS, LEAST_KEEPALIVE_SECONDS
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
+NO_DATA = "none"
+"""What `emulator fit` is given for private data where there are none yet."""
 SCHEMES = ("isthmus://", "isthmus+tls://")
 
 
@@ -181,3 +183,24 @@ class GenerateConfig(ClientConfig, PluggedConfig, GenerationConfig):
         description="Seconds that a call may wait in the cloud before it is computed; after that the command ends with "
         "an error.",
     )
+
+
+class FitConfig(ClientConfig, ExamplesConfig):
+    """What `emulator fit` needs."""
+
+    panel = "Package"
+
+    package: Path = Field(description="Folder of the package, which the cloud's owner has signed.")
+    text: Path = Field(description="Public text (.txt, or .jsonl with `text`). The cloud can read what is sent of it.")
+    tokens: int = Field(
+        20_000,
+        ge=2,
+        le=1 << 30,
+        description="Tokens of the text that the cloud is asked about, in all commands together.",
+    )
+    block: int = Field(256, ge=2, le=MOST_TOKENS, description="Tokens of a block, which crosses as one sequence.")
+    data: str = Field(
+        description="The private data that you will tune on, which stay here: a text that shares 13 tokens in a row "
+        "with them is refused. `none` where there are none yet."
+    )
+    secrets: Path | None = Field(None, description="File with a string in each line that may not be in the text.")

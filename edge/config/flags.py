@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.common.shutdown import interruptible
+from isthmus.edge.config.client_config import NO_DATA
 from isthmus.edge.config.settings import PANELS, Settings, field_names, panel_of
 from isthmus.edge.config.training_config import Config, load_config
 
@@ -104,7 +105,7 @@ def _check_texts(values: Mapping[str, Any]) -> None:
     """Look whether the files of texts are there, before a cloud is asked for anything. Raises DataError."""
     for name in ("data", "validation", "public"):
         value = values.get(name)
-        if value is None or value.startswith("hub:") or values.get("format") == "hub":
+        if value in (None, NO_DATA) or value.startswith("hub:") or values.get("format") == "hub":
             continue
         if not Path(value).exists():
             raise DataError(f"{name} = {value!r} is no file here: check the path")

@@ -206,6 +206,12 @@ def _opening(tokenizer: Any) -> list[int]:
     return []
 
 
+def rendered(examples: Sequence[Example], tokenizer: Any) -> list[str]:
+    """The whole text of each example, as a model is given it. Raises what `encode` raises for conversations."""
+    with ChatTemplate(tokenizer) as template:
+        return ["".join(text for text, _ in _segments(example, template)) for example in examples]
+
+
 def _segments(example: Example, template: ChatTemplate) -> list[Segment]:
     if not example.messages:
         return [(example.prompt, False), (example.completion, True)]

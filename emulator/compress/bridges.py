@@ -139,11 +139,16 @@ def fit_bridges(
 
 
 class RidgeSums:
-    """What the weighted ridge regression of `target - x` on `x` needs of tokens, however many there are, in fp64."""
+    """What the weighted ridge regression of `target - x` on `x` needs of tokens, however many there are, in fp64.
+
+    Attributes:
+        gram: `[h + 1, h + 1]`, of the inputs and a one.
+        moments: `[h + 1, h]`, of these and the residuals.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self._gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
-        self._moments = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
+        self.moments = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Count tokens: hidden states and what a bridge shall make of them, both `[..., h]`."""
@@ -151,8 +156,8 @@ class RidgeSums:
         weight = target.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
         inputs = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         weighted = (inputs * weight).T
-        self._gram += weighted @ inputs
-        self._moments += weighted @ (target - x)
+        self.gram += weighted @ inputs
+        self.moments += weighted @ (target - x)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Weight `[h, h]` and bias `[h]` of the best bridge, in fp32.
@@ -163,9 +168,9 @@ class RidgeSums:
         Raises:
             NonFiniteError: There is none, as where a hidden state was not finite.
         """
-        diagonal = self._gram.diagonal()
-        gram = self._gram + torch.diag(ridge * diagonal + 1e-9 * diagonal.mean())
-        solution = torch.linalg.solve(gram, self._moments).float()  # [h + 1, h]
+        diagonal = self.gram.diagonal()
+        gram = self.gram + torch.diag(ridge * diagonal + 1e-9 * diagonal.mean())
+        solution = torch.linalg.solve(gram, self.moments).float()  # [h + 1, h]
         if not solution.isfinite().all():
             raise NonFiniteError("a linear map fitted to this text is not finite; check the checkpoint")
         return solution[:-1].T.contiguous(), solution[-1]

@@ -35,15 +35,9 @@ def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
     """
     if length < 2:
         raise ConfigError(f"blocks of {length} tokens hold nothing to predict; use a length of 2 or more")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"the text {path} cannot be read ({error.strerror}): check the path.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the text {path} is not UTF-8 (at byte {error.start}); save it as UTF-8.") from error
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
-    for document in _documents(path, text):
+    for document in documents(path):
         tokens += between if tokens else []
         for chunk in _chunks(document):
             tokens += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
@@ -67,6 +61,21 @@ def fingerprint(blocks: Tensor) -> str:
     digest = hashlib.sha256(str(tuple(blocks.shape)).encode())
     digest.update(blocks.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def documents(path: Path) -> list[str]:
+    """The documents of a text file; see `load_blocks`.
+
+    Raises:
+        DataError: The file is missing or malformed; the message names it.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"the text {path} cannot be read ({error.strerror}): check the path.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the text {path} is not UTF-8 (at byte {error.start}); save it as UTF-8.") from error
+    return list(_documents(path, text))
 
 
 def _documents(path: Path, text: str) -> Iterator[str]:

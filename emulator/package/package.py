@@ -31,7 +31,7 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import export_edge_parts, load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError
-from isthmus.common.files import disk_errors, new_folder, sweep, write_atomic
+from isthmus.common.files import disk_errors, new_folder, sha256_of, sweep, write_atomic
 from isthmus.emulator.compress.bridges import Bridge
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.emulator_model import Emulator
@@ -108,6 +108,12 @@ class Package:
         if bridge is not None:
             emulator.end_with(bridge)
         return load_edge_parts(self.checkpoint, self.plan, emulator, attn_implementation=attention)
+
+    @property
+    def emulator_name(self) -> str:
+        """Names what `load_model` has in the cloud's place, so that a run goes on with no other bridge."""
+        name = f"{self.model} emulator {self.id[:16]}"
+        return f"{name}, bridge {sha256_of(self.bridge_file).hex()[:16]}" if self.bridge_file.exists() else name
 
     @property
     def bridge_file(self) -> Path:

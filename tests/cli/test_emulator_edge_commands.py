@@ -64,6 +64,18 @@ def test_a_package_is_fetched_tuned_on_and_the_adapter_returned(
     assert open_package(out).id == package.id
     assert package.id in command(server, "fetch", "--out", str(out)).stdout
 
+    public = tmp_path / "public.jsonl"
+    public.write_text("".join(json.dumps({"text": f"{i * i * 37} words about {i}"}) + "\n" for i in range(200)))
+    words = ("fit", "--package", str(out), "--text", str(public), "--tokens", "2000", "--block", "50", "--json")
+    fitted = command(server, *words, "--data", "none")
+    assert fitted.exit_code == 0, fitted.output
+    said = json.loads(fitted.stdout)
+    assert (said["tokens"], said["package"]) == (2000, package.id)
+    assert said["bytes_up"] > 2000 * 32 * 4
+    assert Path(said["bridge"]).is_file()
+    assert open_package(out).load_bridge() is not None
+    assert "--data" in command(server, *words).output  # nobody forgets to say what is private
+
     returned = command(server, "return", "--adapter", str(adapter), "--json")
     assert returned.exit_code == 0, returned.output
     assert "plugged in: lora" in json.loads(returned.stdout)["message"]

@@ -133,11 +133,13 @@ def test_the_data_owners_bridge_acts_at_the_emulators_end_with_and_without_a_cac
     hidden = torch.randn(1, 4, bridge.in_features, generator=torch.Generator().manual_seed(1))
     assert package.load_bridge() is None
     assert torch.equal(package.load_model().remote_layers.span(hidden), emulator(hidden))
+    name = package.emulator_name
     package.save_bridge(bridge, {})
     span = package.load_model().remote_layers.span
     assert torch.equal(span(hidden), bridge(emulator(hidden)))
     torch.testing.assert_close(span.new_cache().extend(hidden, None, None), span(hidden))
     assert span.tensors().keys() == emulator.tensors().keys()
+    assert package.emulator_name.startswith(f"{name}, bridge ")  # no run goes on with another emulator
     assert open_package(folder).id == package.id  # it lies beside the package, not in it
     moved = Path(shutil.copytree(folder, folder.with_name("elsewhere")))
     assert open_package(moved).load_bridge() is None

@@ -1,0 +1,273 @@
+"""What the command `emulator fit` does: the edge's own bridge, from the cloud's answers to public texts.
+
+The texts go through the package's own bottom layers, with no adapter, prompt or defence, and through the cloud's
+layers, by the forward that training uses. The same hidden states go through the emulator here. One linear map at the
+emulator's end is fitted to the difference and kept beside the package; nothing of it is sent. The sums that it is made
+of are kept as well, so that an interrupted fit goes on, and more tokens of the same text add to them.
+
+Every eighth block is held out until the error with and without the bridge is measured on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from isthmus.common.errors import DataError, PackageError
+from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.progress import bar
+from isthmus.common.shutdown import uninterrupted
+from isthmus.edge.budget.budget_texts import read_secrets
+from isthmus.edge.cloud_link import open_link
+from isthmus.edge.config.client_config import NO_DATA, FitConfig
+from isthmus.edge.data.batches import rendered
+from isthmus.edge.data.readers import read_examples
+from isthmus.emulator.compress.bridges import Bridge, RidgeSums
+from isthmus.emulator.compress.layer_measures import relative_error
+from isthmus.emulator.compress.outer_layers import OuterLayers
+from isthmus.emulator.compress.public_text import documents, fingerprint, load_blocks
+from isthmus.emulator.package.package import Package, open_package
+from isthmus.protocol.enrolment import ConnectionString
+
+if TYPE_CHECKING:
+    from isthmus.edge.client.link import Link
+
+RUN = 13
+"""Tokens in a row that a public text may not share with the private ones: as for the overlap of benchmarks with what a
+model was trained on (Brown et al. 2020)."""
+RIDGE = 0.1
+"""Of the sums' diagonal: a few thousand tokens are few for a map of some hundred inputs, and less fits them alone."""
+_HELD = 8
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A bridge that was fitted.
+
+    Attributes:
+        bridge: Its file.
+        tokens: How many it is fitted to, those of earlier commands among them.
+        asked: How many of them this command has asked the cloud about.
+        error_before: Relative error of the emulator on held-out blocks of the text; None where none was held out.
+        error_after: The same with a bridge that was fitted to the other blocks.
+    """
+
+    bridge: str
+    package: str
+    tokens: int
+    asked: int
+    error_before: float | None
+    error_after: float | None
+    bytes_up: int
+    bytes_down: int
+
+    def to_json(self) -> str:
+        """One object."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def lines(self) -> str:
+        """What a person reads."""
+        text = f"bridge  {self.bridge}, fitted to {self.tokens:,} tokens"
+        if self.error_before is not None:
+            text += f"\nerror   {self.error_before:.4g} -> {self.error_after:.4g}, on blocks of the text held out"
+        return f"{text}\nsent    {self.bytes_up:,} bytes, received {self.bytes_down:,}"
+
+
+def run_fit(config: FitConfig) -> Fitted:
+    """Fit the edge's own bridge as the configuration says; the work of `isthmus emulator fit`.
+
+    Raises:
+        DataError: The public text shares a run of tokens with the private data or holds a secret, or the bridge does
+            not help on the blocks that are held out.
+        PackageError: The package is damaged, or of another model or plan than the cloud's.
+        IsthmusError: of whatever kind fits. What the cloud has answered is kept, and the same command goes on.
+    """
+    place = ConnectionString.parse(config.connection_text())
+    package = open_package(config.package, signer=place.pin)
+    tokenizer = package.load_tokenizer()
+    texts = documents(config.text)
+    _check_public(texts, config, tokenizer)
+    block = min(config.block, config.tokens)
+    blocks = load_blocks(config.text, tokenizer, block)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    answers = _Answers.load(package, fingerprint(blocks))
+    wanted = blocks[order[: config.tokens // block]]
+    todo = max(0, len(wanted) - answers.done)
+    console = Console(stderr=True, highlight=False)
+    console.print(
+        f"This sends {todo * block:,} tokens of the {len(texts):,} texts in {config.text} to the cloud at "
+        f"{place.address}. The cloud can read them, and which texts you chose tells it something about your task. "
+        "Nothing else is sent, and the bridge stays here.",
+        soft_wrap=True,
+        markup=False,
+    )
+    up = down = 0
+    if todo:
+        with open_link(config) as link:
+            _check_fits(package, link)
+            try:
+                _ask(link, package, wanted, answers, console)
+            finally:
+                answers.save(package)
+                totals = link.totals()
+                up, down = totals.bytes_up, totals.bytes_down
+    before, after = answers.errors()
+    if before is not None and after is not None and after >= before:
+        raise DataError(
+            f"a bridge fitted to {answers.tokens} tokens of {config.text} makes the emulator no better on other ones "
+            f"(error {before:.4g} -> {after:.4g}), so none is kept: give more --tokens, or a text that is more alike"
+        )
+    package.save_bridge(answers.bridge(), {"text": answers.text, "tokens": str(answers.tokens)})
+    file, asked = str(package.bridge_file), todo * block
+    return Fitted(file, package.id, answers.tokens, asked, before, after, up, down)
+
+
+class _Answers:
+    """What is kept of the cloud's answers: sums of the blocks that are fitted to, and the others as they are."""
+
+    def __init__(self, text: str, width: int) -> None:
+        self.text = text
+        self.done = 0
+        self.tokens = 0
+        self._sums = RidgeSums(width)
+        self._held = torch.zeros(2, 0, width)  # what the emulator gives, and what the cloud does
+
+    @classmethod
+    def load(cls, package: Package, text: str) -> _Answers:
+        """Those of earlier commands about the same package and text; none where they are not there or not whole."""
+        answers = cls(text, package.checkpoint.config.hidden_size)
+        with suppress(OSError, SafetensorError, ValueError, LookupError):
+            with safe_open(_kept(package), framework="pt") as file:
+                said, held = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            wanted = answers._tensors()
+            fits = all(held[name].shape[-1] == each.shape[-1] for name, each in wanted.items())
+            if fits and (said["package"], said["text"]) == (package.id, text):
+                answers.done, answers.tokens = int(said["done"]), int(said["tokens"])
+                answers._sums.gram, answers._sums.moments = held["gram"], held["moments"]
+                answers._held = held["held"]
+        return answers
+
+    def save(self, package: Package) -> None:
+        """Keep them beside the package. Raises DiskError."""
+        about = {"package": package.id, "text": self.text, "done": str(self.done), "tokens": str(self.tokens)}
+        path = _kept(package)
+        with disk_errors(path):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_atomic(path, save(self._tensors(), about), 0o600)
+
+    def add(self, given: Tensor, target: Tensor) -> None:
+        """Count what the emulator and the cloud give for the next blocks, `[B, S, h]` both."""
+        held = (torch.arange(self.done, self.done + len(given)) % _HELD) == 0
+        with uninterrupted():  # the two sums and the number of blocks belong together
+            if not held.all():
+                self._sums.add(given[~held], target[~held])
+            self._held = torch.cat([self._held, torch.stack([given[held], target[held]]).flatten(1, 2)], dim=1)
+            self.done += len(given)
+            self.tokens += given.shape[0] * given.shape[1]
+
+    def errors(self) -> tuple[float | None, float | None]:
+        """Relative error on what is held out, without and with a bridge that is fitted to the rest."""
+        given, target = self._held[:, None]
+        if not 0 < given.shape[1] < self.tokens:
+            return None, None
+        with torch.no_grad():
+            fitted = _bridge(self._sums)(given)
+        return relative_error(given, target).item(), relative_error(fitted, target).item()
+
+    def bridge(self) -> Bridge:
+        """The bridge that is fitted to all of them."""
+        self._sums.add(*self._held)
+        return _bridge(self._sums)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"gram": self._sums.gram, "moments": self._sums.moments, "held": self._held}
+
+
+def _kept(package: Package) -> Path:
+    return package.bridge_file.with_suffix(".answers.safetensors")
+
+
+def _bridge(sums: RidgeSums) -> Bridge:
+    weight, bias = sums.solve(RIDGE)
+    bridge = Bridge(len(bias), weight.device)
+    bridge.load_state_dict({"weight": weight, "bias": bias})
+    return bridge
+
+
+@torch.no_grad()
+def _ask(link: Link, package: Package, wanted: Tensor, answers: _Answers, console: Console) -> None:
+    """Ask the cloud about the blocks that are missing."""
+    front = OuterLayers(package.checkpoint, package.plan, with_top=False)
+    emulator = package.load_emulator()
+    rows = max(1, min(_TOKENS_AT_ONCE, link.info.limits.max_tokens_per_call) // wanted.shape[1])
+    parts = torch.split(wanted[answers.done :], rows)
+    with bar(console, "asking the cloud", len(parts)) as advance:
+        for ids in parts:
+            hidden = front.entry(ids)
+            target, _ = link.forward_span(hidden, None, None, keep=False)
+            answers.add(emulator(hidden), target.float())
+            advance()
+
+
+def _check_fits(package: Package, link: Link) -> None:
+    info = link.info
+    if (package.digest, str(package.plan)) != (info.digest, info.plan):
+        raise PackageError(
+            f"{package.folder} is of {package.model} (digest {package.digest[:16]}) split {package.plan}, and the "
+            f"cloud serves {info.model} (digest {info.digest[:16]}) split {info.plan}: fetch the cloud's package, or "
+            "ask its owner to serve this one's model and split"
+        )
+
+
+# What may be sent -----------------------------------------------------------------------------------------------------
+
+
+def _check_public(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> None:
+    """Refuse texts that hold a secret, or share a run of tokens with the private data. The errors quote neither."""
+    for number, secret in enumerate(read_secrets(config.secrets), 1) if config.secrets else ():
+        for place, text in enumerate(texts, 1):
+            if secret.strip() and _plain(secret) in _plain(text):
+                raise DataError(
+                    f"text {place} of {config.text} holds the string in line {number} of {config.secrets}: nothing was "
+                    "sent; take the text out"
+                )
+    if config.data == NO_DATA:
+        return
+    public = {run: place for place, text in enumerate(texts, 1) for run in _runs(text, tokenizer)}
+    examples = read_examples(config.data, config)
+    shared: dict[int, str] = {}  # the public text, and where the private one is
+    for example, text in zip(examples, rendered(examples, tokenizer), strict=True):
+        for run in _runs(text, tokenizer):
+            if run in public:
+                shared.setdefault(public[run], example.where)
+    if shared:
+        first = min(shared)
+        raise DataError(
+            f"{len(shared)} of the {len(texts)} texts in {config.text} share a run of {RUN} tokens with private ones, "
+            f"the first of them text {first} with {shared[first]}: nothing was sent; take them out"
+        )
+
+
+def _plain(text: str) -> str:
+    """A text without differences of case and of white space."""
+    return " ".join(text.casefold().split())
+
+
+def _runs(text: str, tokenizer: Any) -> Iterator[int]:
+    """A hash of each run of `RUN` tokens of a plain text."""
+    words = _plain(text).split(" ")  # in pieces, as a tokenizer is slow at long texts
+    pieces = [" " + " ".join(words[at : at + 4096]) for at in range(0, len(words), 4096)]
+    tokens = [token for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for token in ids]
+    return (hash(tuple(tokens[at : at + RUN])) for at in range(len(tokens) - RUN + 1))

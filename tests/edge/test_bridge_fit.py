@@ -1,0 +1,190 @@
+"""`emulator fit`: what it sends, what it refuses to send, and that the bridge helps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cloud.clouds import with_info
+from support.cloud.memory_cloud import MemoryCloud, messages, new_link
+from support.emulator.packages import Owner
+from support.protocol.wire import PIN
+
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import DataError, PackageError, RefusedError, SignerError
+from isthmus.edge import bridge_fit
+from isthmus.edge.bridge_fit import Fitted, run_fit
+from isthmus.edge.client.link import Link
+from isthmus.edge.config.client_config import FitConfig
+from isthmus.emulator.compress.bridges import RidgeSums
+from isthmus.emulator.compress.layer_measures import relative_error
+from isthmus.emulator.compress.outer_layers import OuterLayers
+from isthmus.emulator.package.package import Package, open_package
+from isthmus.protocol import messages as m
+from isthmus.protocol.tensor_codecs import decode
+
+Fit = Callable[..., Fitted]
+SENTENCE = "The patient has a rash since Monday."
+
+
+@pytest.fixture(scope="module")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Owner:
+    torch.set_num_threads(1)
+    return Owner(tmp_path_factory.mktemp("owner"))
+
+
+@pytest.fixture
+def cloud(owner: Owner, tmp_path: Path) -> MemoryCloud:
+    return MemoryCloud(owner.offer(tmp_path / "adapters"))
+
+
+@pytest.fixture
+def package(cloud: MemoryCloud, tmp_path: Path) -> Package:
+    return new_link(cloud).fetch_package(tmp_path / "package")
+
+
+@pytest.fixture
+def fit(cloud: MemoryCloud, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """Runs the command over a link in memory, on public texts of random letters."""
+    monkeypatch.setattr(bridge_fit, "open_link", lambda config: new_link(cloud))
+    letters = torch.randint(97, 123, (60, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    public = tmp_path / "public.jsonl"
+    public.write_text("".join(json.dumps({"text": bytes(each).decode()}) + "\n" for each in letters))
+    cloud.seen.clear()
+
+    def run(**values: Any) -> Fitted:
+        usual = {"package": package.folder, "text": public, "tokens": 2048, "block": 32, "data": "none"}
+        return run_fit(FitConfig.model_validate({"cloud": f"isthmus://cloud:1#{PIN}", **usual, **values}))
+
+    return run
+
+
+def asked(cloud: MemoryCloud) -> list[m.Forward]:
+    forwards: list[m.Forward] = messages(cloud, m.Forward)
+    return forwards
+
+
+def test_the_bridge_brings_the_emulator_nearer_to_the_clouds_layers(
+    fit: Fit, cloud: MemoryCloud, package: Package, owner: Owner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fit()
+    assert (said.tokens, said.asked, said.package) == (2048, 2048, package.id)
+    assert said.error_before is not None
+    assert said.error_after is not None
+    assert said.error_after < said.error_before
+    assert "sends 2,048 tokens of the 60 texts" in capsys.readouterr().err
+    # Other texts than those that it is fitted to.
+    ids = torch.randint(97, 123, (4, 32), generator=torch.Generator().manual_seed(1))
+    hidden = OuterLayers(package.checkpoint, package.plan, with_top=False).entry(ids)
+    true, emulator = owner.plain.executor.host.span(hidden), package.load_emulator()
+    bridged = open_package(package.folder, signer=PIN).load_model().remote_layers.span
+    assert relative_error(bridged(hidden), true) < relative_error(emulator(hidden), true)
+    sent = {type(message) for message in cloud.seen}
+    assert sent <= {m.Attach, m.Forward, m.Goodbye}
+    assert all((each.keep, each.sites, each.lease) == (False, 0, 0) for each in asked(cloud))
+
+
+def test_what_is_sent_comes_from_the_bare_front(fit: Fit, cloud: MemoryCloud, package: Package) -> None:
+    fit(tokens=32)
+    front = OuterLayers(package.checkpoint, package.plan, with_top=False)
+    tokens = bridge_fit.load_blocks(package.folder.parent / "public.jsonl", package.load_tokenizer(), 32)
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+    (only,) = asked(cloud)
+    assert torch.equal(decode(only.hidden), front.entry(tokens[order[:1]]))
+
+
+@pytest.mark.parametrize("why", [KeyboardInterrupt, RefusedError("no tokens are left")])
+def test_an_interrupted_fit_goes_on_and_ends_in_the_same_bridge(
+    fit: Fit, cloud: MemoryCloud, package: Package, monkeypatch: pytest.MonkeyPatch, why: Any
+) -> None:
+    monkeypatch.setattr(bridge_fit, "_TOKENS_AT_ONCE", 160)
+    forward, calls = Link.forward_span, iter(range(1000))
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        if next(calls) == 5:
+            raise why
+        return forward(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Link, "forward_span", stopped)
+        with pytest.raises((KeyboardInterrupt, RefusedError)):
+            fit()
+    assert package.load_bridge() is None
+    assert len(asked(cloud)) == 5
+    said = fit()
+    assert (said.tokens, said.asked) == (2048, 2048 - 800)
+    after = package.load_bridge()
+    assert after is not None
+    assert fit().asked == 0
+    assert fit(tokens=2112).asked == 64
+    for path in package.bridge_file.parent.iterdir():
+        path.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(bridge_fit, "open_link", lambda config: new_link(cloud))
+    fit()
+    once = package.load_bridge()
+    assert once is not None
+    torch.testing.assert_close(after.weight, once.weight)
+    torch.testing.assert_close(after.bias, once.bias)
+
+
+def test_a_text_that_shares_a_run_with_private_data_is_not_sent(fit: Fit, cloud: MemoryCloud, tmp_path: Path) -> None:
+    sessions = len(cloud.sessions)
+    public, data = tmp_path / "mine.jsonl", tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"symptom": "a rash", "since": "Monday"}) + "\n")
+    columns = {
+        "data": str(data),
+        "prompt_template": "The patient has {symptom}",
+        "completion_template": " since {since}.",
+    }
+    rest = [{"text": "lorem ipsum dolor sit amet " * 40}]
+    # The tokens of the tiny model are bytes: the second one shares 12 of them.
+    for text, refused in (("He SAID:  the\tPatient has A rash", True), ("patient has", False)):
+        public.write_text("".join(json.dumps(each) + "\n" for each in [*rest, {"text": text}]))
+        if not refused:
+            fit(text=public, tokens=32, **columns)
+            continue
+        with pytest.raises(
+            DataError, match=r"1 of the 2 texts in .*mine\.jsonl .*13 tokens.*text 2 with .*data\.jsonl, line 1"
+        ):
+            fit(text=public, tokens=32, **columns)
+        assert len(cloud.sessions) == sessions
+        fit(text=public, tokens=32)  # nobody said that there are private data
+
+
+def test_a_text_with_a_secret_is_not_sent_and_the_secret_not_shown(
+    fit: Fit, cloud: MemoryCloud, tmp_path: Path
+) -> None:
+    sessions = len(cloud.sessions)
+    public, secrets = tmp_path / "mine.jsonl", tmp_path / "secrets.txt"
+    public.write_text(
+        json.dumps({"text": "lorem ipsum " * 40}) + "\n" + json.dumps({"text": "call  Agent K7 now"}) + "\n"
+    )
+    secrets.write_text("\nagent k7\n")
+    with pytest.raises(DataError, match=r"text 2 of .* line 2 of .*secrets\.txt") as refused:
+        fit(text=public, tokens=32, secrets=secrets)
+    assert "k7" not in str(refused.value).lower()
+    assert len(cloud.sessions) == sessions
+    secrets.write_text("agent k8\n")
+    fit(text=public, tokens=32, secrets=secrets)
+
+
+def test_a_bridge_that_does_not_help_is_not_kept(fit: Fit, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = RidgeSums.solve
+    monkeypatch.setattr(RidgeSums, "solve", lambda *args: tuple(-10 * each for each in solve(*args)))
+    with pytest.raises(DataError, match="no better on other ones"):
+        fit()
+    assert package.load_bridge() is None
+
+
+def test_a_package_of_another_cloud_or_signer_asks_nothing(fit: Fit, cloud: MemoryCloud) -> None:
+    with pytest.raises(SignerError):
+        fit(cloud=f"isthmus://cloud:1#SHA256:{'A' * 43}")
+    cloud.served = with_info(cloud.served, plan=str(SplitPlan(6, 1, 2)))
+    with pytest.raises(PackageError, match=r"serves tiny .* split 1:2"):
+        fit()
+    assert not asked(cloud)
