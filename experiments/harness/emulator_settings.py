@@ -27,6 +27,8 @@ class TableSettings:
     With several shares to keep and --figure, this is the frontier between the two. An interrupted table goes on when
     the same command is repeated.
 
+    With --preset the rows are others: see docs/guides/emulators.md.
+
     Example: isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 --json
     """
 
@@ -44,10 +46,28 @@ class TableSettings:
     keep: Annotated[
         str, Option(help="Share of the middle's layers that the emulators keep; several, comma-separated.")
     ] = "0.5"
-    adapter_layers: _AdapterLayers = "2:2"
-    seeds: Annotated[int, Option(min=1, help="How many seeds.")] = 3
+    preset: Annotated[
+        list[str] | None,
+        Option(
+            help="Measure a package that says how to tune on it, by its folder, instead of --methods; several by "
+            "repeating the flag. Steps, rank and rate are the package's."
+        ),
+    ] = None
+    adapter_layers: Annotated[
+        str | None,
+        Option(help="How many of the first and of the last layers are the edge's; default: 2:2, of presets 2:6."),
+    ] = None
+    split_layers: Annotated[str, Option(help="The plan of the split training that presets are compared with.")] = "2:2"
+    seeds: Annotated[int | None, Option(min=1, help="How many seeds; default: 3, of presets 5.")] = None
+    few_seeds: Annotated[
+        int, Option(min=1, help="Of presets: seeds of the thief, of the public text alone, and of split training.")
+    ] = 2
+    public: Annotated[int, Option(min=1, help="Of presets: tokens of a task's public slice.")] = 20_000
+    bridges: Annotated[
+        bool, Option(help="Of presets: the edge's bridge on other text, and the owner's on public text, too.")
+    ] = True
     steps: Annotated[int, Option(min=1, help="Optimizer steps of every training run.")] = 40
-    batch: Annotated[int, Option(min=1, help="Examples of a step.")] = 8
+    batch: Annotated[int | None, Option(min=1, help="Examples of a step; default: 8, of presets 4.")] = None
     max_length: Annotated[int, Option(min=8, help="Tokens of an example at most.")] = 256
     trainables: Annotated[
         str, Option(help="What is trained on the edge's layers: full, lora, bottleneck, bitfit, …")
@@ -65,7 +85,8 @@ class TableSettings:
     text: Annotated[
         Path | None,
         Option(
-            help="Public text to choose layers, fit bridges and distil by; default: Shakespeare of the data folder."
+            help="Public text to choose layers, fit bridges and distil by; default: Shakespeare of the data folder, "
+            "of presets the model's own writing."
         ),
     ] = None
     text_length: Annotated[int, Option(min=2, help="Tokens of a block of the text.")] = 256

@@ -28,6 +28,7 @@ from isthmus.emulator.package.build import pick_device
 from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
 from isthmus.experiments.harness.emulator_settings import TableSettings
 from isthmus.experiments.harness.finished_cells import Cells
+from isthmus.experiments.offsite.preset_table import PresetTable
 from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
 from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
 from isthmus.experiments.offsite.table_rows import draw_frontier, rows_of, verdict_of
@@ -35,6 +36,7 @@ from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
 
+_SEEDS, _BATCH, _PLAN = 3, 8, "2:2"
 _WHOLE = ("full_fine_tuned", "lora_full")
 
 
@@ -42,7 +44,8 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> dic
     """Make the table, or go on with it, and draw the frontier if it is asked for.
 
     Returns:
-        `runs` (see `rows_of`), `verdict`, `no_signal`, `methods` (see `verdict_of`) and `settings`.
+        `runs` (see `rows_of`), `verdict`, `no_signal`, `methods` (see `verdict_of`) and `settings`; of presets `runs`
+        (see `row_of`) and `settings`.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
@@ -52,7 +55,10 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> dic
     if settings.figure is not None:
         plotting()  # a missing package is reported before the long run, not after it
     try:
-        result = _Run(settings, console or Console(stderr=True, highlight=False)).make()
+        console = console or Console(stderr=True, highlight=False)
+        if settings.preset:
+            return PresetTable(settings, console).make()
+        result = _Run(settings, console).make()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Stopped; what is finished is kept in {settings.out}: repeat the command to go on."
@@ -65,7 +71,7 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> dic
 class _Run:
     def __init__(self, settings: TableSettings, console: Console) -> None:
         self._settings, self._console = settings, console
-        self._regime = _regime(settings)
+        self._regime, self._n_seeds = _regime(settings), settings.seeds or _SEEDS
         self._sizes = Sizes(test=settings.test, validation=settings.validation, max_length=settings.max_length)
         self._names = names_of(settings.tasks, "tasks")
         self._method_names = names_of(settings.methods, "methods")
@@ -81,7 +87,7 @@ class _Run:
         )
         use_threads(settings.threads)
         checkpoint = resolve(settings.model)
-        plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)
+        plan = SplitPlan.parse(settings.adapter_layers or _PLAN, checkpoint.config.num_hidden_layers)
         tokenizer = load_tokenizer(checkpoint.folder)
         folder = settings.data_folder or default_data_folder()
         self._tasks = [load_task(name, folder, tokenizer, self._sizes) for name in self._names]
@@ -126,8 +132,9 @@ class _Run:
         """The settings as JSON can say them, without paths of this machine."""
         settings = self._settings
         return {
-            **{name: getattr(settings, name) for name in ("model", "adapter_layers", "seeds", "text_length")},
-            **{name: getattr(settings, name) for name in ("whole_runs", "threads")},
+            **{name: getattr(settings, name) for name in ("model", "text_length", "whole_runs", "threads")},
+            "adapter_layers": settings.adapter_layers or _PLAN,
+            "seeds": self._n_seeds,
             "tasks": self._names,
             "methods": self._method_names,
             "keeps": self._keeps,
@@ -194,7 +201,7 @@ class _Run:
         scores["thief"] = _join([scores_of(result, view) for result, view in better])
         return rows_of(
             scores,
-            self._settings.seeds,
+            self._n_seeds,
             method=built.label,
             task=task.name,
             keep=built.keep,
@@ -232,7 +239,7 @@ class _Run:
         }
         where = "" if built is None else f"{built.label} {built.keep:g} "
         results: list[dict[str, Any]] = []
-        for seed in range(self._settings.seeds):
+        for seed in range(self._n_seeds):
             rates = candidates if seed == 0 else (results[0]["rate"],)
             run = partial(self._lab.run, task, seed, rates, build, views or {kind: None}, method=method)
             name = f"{task.name} {where}{kind} seed {seed}"
@@ -240,7 +247,7 @@ class _Run:
         return results
 
     def _expected(self) -> int:
-        seeds, n_whole = self._settings.seeds, len(_WHOLE) * self._settings.whole_runs
+        seeds, n_whole = self._n_seeds, len(_WHOLE) * self._settings.whole_runs
         of_task = 1 + seeds * (1 + n_whole)
         of_emulator = 1 + 2 * seeds
         return len(self._tasks) * (of_task + len(self._methods) * of_emulator)
@@ -258,7 +265,7 @@ def _regime(settings: TableSettings) -> Regime:
     return Regime(
         trainables=settings.trainables,
         steps=settings.steps,
-        batch=settings.batch,
+        batch=settings.batch or _BATCH,
         max_length=settings.max_length,
         rank=settings.rank,
         weight_rates=numbers_of(settings.learning_rates, "learning-rates"),

@@ -7,6 +7,7 @@ has nothing else.
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import nn
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.skeleton import named_linears
 from isthmus.backbone.split.edge_model import SpanFn
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import FrozenSpan, load_span
@@ -48,6 +50,7 @@ class Regime:
         adapter_rates: Candidate rates where adapters are.
         whole_rates: Candidate rates where all weights of a model are.
         score_batch: Documents of a forward in scoring.
+        warmup: Steps over which the rate rises; None for a tenth of them.
     """
 
     trainables: str
@@ -62,6 +65,7 @@ class Regime:
     score_precision: Precision
     alpha: float = 16.0
     score_batch: int = 16
+    warmup: int | None = None
 
     def rates(self, method: str, *, everything: bool = False) -> tuple[float, ...]:
         """The candidates for a method of `edge train`, or for a run that trains all weights."""
@@ -107,6 +111,12 @@ class Lab:
         self._tokenizer, self._device = tokenizer, device
         self._identity = ModelIdentity(checkpoint.name, checkpoint.digest(), str(plan))
 
+    def at(self, regime: Regime) -> Lab:
+        """The same laboratory in another regime."""
+        other = copy.copy(self)
+        other.regime = regime
+        return other
+
     def edge(self, span: SpanFn) -> Any:
         """A fresh edge's model over `span`."""
         return load_edge_parts(self.checkpoint, self.plan, span).to(self._device)
@@ -116,6 +126,20 @@ class Lab:
     def on_edge_layers(self, span: SpanFn) -> Callable[[TuningConfig], Any]:
         """The table's trainables on the edge's layers, over `span`."""
         return lambda config: build_peft(self.edge(span), config, total_steps=config.steps)
+
+    def above(self, span: SpanFn) -> Callable[[TuningConfig], Any]:
+        """Adapters on all linears of the layers above `span`."""
+        layers = range(self.plan.cloud.stop, self.plan.n_layers)
+        return lambda config: build_peft(self.edge(span), _on_all_linears(config, self.middle), layers=layers)
+
+    def split(self, plan: SplitPlan, *, all_linears: bool) -> Callable[[TuningConfig], Any]:
+        """Adapters on the edge's layers of another plan over the true middle, as split training has them."""
+
+        def build(config: TuningConfig) -> Any:
+            wanted = _on_all_linears(config, self.middle) if all_linears else config
+            return build_peft(whole(self.checkpoint).to(self._device), wanted, layers=plan.edge_layers)
+
+        return build
 
     def everything(self, middle: Callable[[], nn.Module]) -> Callable[[TuningConfig], Any]:
         """All weights of the edge's model and of a fresh middle."""
@@ -192,7 +216,7 @@ class Lab:
                 batch=regime.batch,
                 max_length=regime.max_length,
                 learning_rate=rate,
-                warmup_steps=regime.steps // 10,
+                warmup_steps=regime.steps // 10 if regime.warmup is None else regime.warmup,
                 seed=seed,
                 method=method,
                 rank=regime.rank,
@@ -228,6 +252,11 @@ def over(model: Any, span: SpanFn | None) -> Any:
         base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
         base.remote_layers.span = span
     return scored
+
+
+def _on_all_linears(config: TuningConfig, layers: nn.Module) -> TuningConfig:
+    names = {name.rpartition(".")[2] for name, _ in named_linears(layers)}
+    return config.model_copy(update={"target_modules": tuple(sorted(names))})
 
 
 def scores_of(result: Mapping[str, Any], view: str) -> dict[str, Score]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isthmus.common.figures import plotting, save_figure
+from isthmus.experiments.offsite.preset_rows import preset_lines
 from isthmus.experiments.scoring.scores import METRICS, Score, gain, mean
 
 FIELDS = (
@@ -126,6 +127,9 @@ def verdict_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print a table's result for people, on standard output unless `console` is another."""
     console = console or Console()
+    if "preset" in result["runs"][0]:
+        console.print(preset_lines(result["runs"]), markup=False, highlight=False, soft_wrap=True)
+        return
     for method, keep in dict.fromkeys((row["method"], row["keep"]) for row in result["runs"]):
         table = Table(title=f"{method}, keep {keep:g}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for name in ("task", "metric"):

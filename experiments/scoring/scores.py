@@ -91,6 +91,24 @@ def gain(scores: Sequence[Score], base: Sequence[Score]) -> Estimate:
     )
 
 
+def share(scores: Sequence[Score], base: Sequence[Score], best: Sequence[Score]) -> Estimate:
+    """Which part of the way from `base` to `best` the scores go, with the error of the ratio (the delta method).
+
+    Args:
+        scores, best: One for each seed, of the same documents; equal seeds are paired.
+        base: One for each seed, or a single one for all.
+    """
+    whole = gain(best, base).value
+    value = gain(scores, base).value / whole
+    values, contributions = [], []
+    for index, (ours, theirs) in enumerate(zip(scores, best, strict=False)):
+        least = base[min(index, len(base) - 1)]
+        values.append((ours.value - least.value - value * (theirs.value - least.value)) / whole)
+        parts = zip(ours.contributions(), least.contributions(), theirs.contributions(), strict=True)
+        contributions.append([(a - b - value * (c - b)) / whole for a, b, c in parts])
+    return Estimate(value, _estimate(values, contributions).error)
+
+
 def _estimate(values: Sequence[float], contributions: Sequence[Sequence[float]]) -> Estimate:
     """Seeds and documents are drawn independently, so their variances add."""
     of_seeds = statistics.variance(values) / len(values) if len(values) > 1 else 0.0

@@ -1,0 +1,91 @@
+"""From the scores of a table of presets to its rows, to whether a preset keeps its promise, and to text. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isthmus.experiments.scoring.scores import METRICS, Estimate, Score, gain, mean, share
+
+_HEADER = f"{'':18}{'score':>15}{'of reference':>15}{'of split':>15}{'above floor':>15}"
+
+
+def row_of(scores: Mapping[str, Sequence[Score]], *, best_split: str, **about: Any) -> dict[str, Any]:
+    """What one preset does on one task, by one metric; `about` is said too.
+
+    Args:
+        scores: A score for each seed, or a single one, by row: see `preset_table`.
+        best_split: Which of the rows of split training had the lower loss on the validation slice.
+
+    Returns:
+        `rows`, by name: `value`, `seeds`, and where the gain that is divided by is above two standard errors
+        `of_reference` and `of_split` (shares of the gain of these over zero-shot) and `above_floor` (the share of the
+        way from the floor to the reference). Each has its interval of two standard errors, seeds and texts together, as
+        `<name>_interval`. Beside it what `isthmus emulator sign --protection` takes, of the row with the edge's bridge.
+    """
+    zero, reference, floor = scores["zero-shot"], scores["reference"], scores["floor"]
+    ways = {
+        "of_reference": (zero, reference),
+        "of_split": (zero, scores[best_split]),
+        "above_floor": (floor, reference),
+    }
+    clear = {name: way for name, way in ways.items() if gain(way[1], way[0]).is_clear}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own in scores.items():
+        rows[name] = {"seeds": len(own), **_stated("value", mean(own))}
+        for way, (base, best) in clear.items():
+            rows[name] |= _stated(way, share(own, base, best))
+    metric = str(about["metric"])
+    row = {
+        **about,
+        "higher_is_better": METRICS[metric],
+        "best_split": best_split,
+        "rows": rows,
+        "full_zero_shot": rows["zero-shot"]["value"],
+        "plug_in": rows["plug-in, bridge"]["value"],
+        "thief": rows["thief"]["value"],
+        "seeds": rows["thief"]["seeds"],
+        "plug_in_recovery": rows["plug-in, bridge"].get("of_reference"),
+        "thief_recovery": rows["thief"].get("of_reference"),
+    }
+    return row | {"promises": _promises(rows)}
+
+
+def preset_lines(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The table for people, at most 80 columns."""
+    lines = []
+    for run in runs:
+        lines += [f"{run['preset']}, {run['task']}, {run['metric']}"[:80], _HEADER]
+        for name, row in run["rows"].items():
+            shares = "".join(f"{_percent(row, way):>15}" for way in ("of_reference", "of_split", "above_floor"))
+            lines.append(f"{name:18}{row['value']:9.3f} ±{_half(row, 'value'):.3f}{shares}")
+        lines += [f"{'yes' if kept else 'no ':4}{promise}" for promise, kept in run["promises"].items()]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _promises(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+    """What fidelity and guarded are for, by sentence; nothing where no gain is clear."""
+    plain, bridged, thief = rows["plug-in"], rows["plug-in, bridge"], rows["thief"]
+    if not all("above_floor" in row and "of_reference" in row for row in (plain, bridged, thief)):
+        return {}
+    return {
+        "90 % of reference's gain and 70 % above the floor without public text": plain["of_reference"] >= 0.9
+        and plain["above_floor"] >= 0.7,
+        "40 % above the floor with the edge's bridge": bridged["above_floor"] >= 0.4,
+        "the thief 30 points below": bridged["of_reference"] - thief["of_reference"] >= 0.3,
+    }
+
+
+def _stated(name: str, estimate: Estimate) -> dict[str, Any]:
+    around = 2 * estimate.error
+    return {name: estimate.value, f"{name}_interval": [estimate.value - around, estimate.value + around]}
+
+
+def _half(row: Mapping[str, Any], name: str) -> float:
+    low, high = row[f"{name}_interval"]
+    return float(high - low) / 2
+
+
+def _percent(row: Mapping[str, Any], name: str) -> str:
+    return f"{100 * row[name]:.0f} ±{100 * _half(row, name):.0f} %" if name in row else "-"

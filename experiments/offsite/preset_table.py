@@ -1,0 +1,368 @@
+"""The table of presets: what `isthmus emulator build --preset` gives the data owner, and what it gives a thief.
+
+Public, private and scored texts of a task share no prompt. Nothing is chosen on scored texts: where there are several
+learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate counts, since
+there the data owner can tell nothing. The rows:
+
+    zero-shot           the full model as it is
+    reference           adapters on all linears of the layers above, trained over the true middle
+    split q,v; all      split training with another plan, adapters on q and v, or on all linears
+    public alone        the reference's adapters, trained on the public slice alone
+    floor               the same adapters, tuned over one early layer and one bridge, and plugged in
+    plug-in             the same, tuned over the preset's emulator, and plugged in
+    plug-in, bridge     the same, with the edge's own bridge at the emulator's end, fitted to the public slice
+    bridge, own text    the same bridge, fitted to the model's own writing
+    owner, public       the package's owner's closing bridge fitted to the public slice, and none of the edge's
+    tuned, bridge       as in `plug-in, bridge`, but scored over the emulator
+    thief               all weights of the package with the edge's bridge, trained on private and public texts, for as
+                        many steps as the owner or twice as many; or the tuned emulator, if the validation says so
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.span import distinct_layers, load_layers
+from isthmus.common.errors import ConfigError
+from isthmus.common.torch_threads import use_threads
+from isthmus.emulator.compress.bridges import Bridge, RidgeSums, add_bridges, fit_bridges
+from isthmus.emulator.compress.emulator_model import Emulator
+from isthmus.emulator.compress.outer_layers import OuterLayers
+from isthmus.emulator.compress.public_text import fingerprint, load_blocks
+from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.distill.distillation import DistillConfig
+from isthmus.emulator.distill.sampled_text import write_sample
+from isthmus.emulator.package.build import pick_device
+from isthmus.emulator.package.manifest import Tuning
+from isthmus.emulator.package.package import is_package, open_package
+from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
+from isthmus.experiments.harness.emulator_settings import TableSettings
+from isthmus.experiments.harness.finished_cells import Cells
+from isthmus.experiments.harness.prose import write_jsonl
+from isthmus.experiments.harness.single_process import whole
+from isthmus.experiments.offsite.preset_rows import row_of
+from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
+from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
+from isthmus.experiments.scoring.likelihood import require_lm_eval
+from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+
+RIDGE = 0.1  # of `emulator fit`
+_LENGTHS = (1, 2)  # of a thief's run, over that of the data owner's
+_OWN_TEXT = 20_000  # tokens that the model writes where no text is given
+_SEEDS, _BATCH, _PLAN = 5, 4, "2:6"
+
+Result = dict[str, Any]
+Build = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """An emulator to be measured, and how its owner would have it tuned."""
+
+    name: str
+    method: Method
+    options: DistillConfig
+    tuning: Tuning
+
+
+def preset_of(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> Preset:
+    """The preset that a flag names: the folder of a package that says how to tune on it.
+
+    Raises:
+        ConfigError: It is none, or of another model or plan.
+    """
+    if not is_package(Path(text)):
+        raise ConfigError(f"{text!r} is no preset and no package's folder: check the path")
+    manifest = open_package(Path(text)).manifest
+    if manifest.tuning is None:
+        raise ConfigError(f"the package {text} does not say how to tune on it: measure it with --methods")
+    if (manifest.digest, manifest.plan) != (checkpoint.digest(), str(plan)):
+        raise ConfigError(
+            f"the package {text} is of {manifest.model} split {manifest.plan}, the table of {checkpoint.name} split "
+            f"{plan}: give its --model and --adapter-layers"
+        )
+    method = Method.parse(text, 1.0)
+    return Preset(manifest.preset or method.label, method, DistillConfig(steps=1), manifest.tuning)
+
+
+class PresetTable:
+    """See the module; `make` makes the table, or goes on with it."""
+
+    def __init__(self, settings: TableSettings, console: Console) -> None:
+        self._settings, self._console = settings, console
+        self._seeds = settings.seeds or _SEEDS
+        self._few = min(settings.few_seeds, self._seeds)
+        device = pick_device(settings.device)
+        use_threads(settings.threads)
+        checkpoint = resolve(settings.model)
+        n_layers = checkpoint.config.num_hidden_layers
+        plan = SplitPlan.parse(settings.adapter_layers or _PLAN, n_layers)
+        self._split_plan = SplitPlan.parse(settings.split_layers, n_layers)
+        self._presets = [preset_of(name, checkpoint, plan) for name in settings.preset or ()]
+        regime = Regime(
+            trainables="lora",
+            steps=1,  # it and the rank are a preset's
+            rank=1,
+            batch=settings.batch or _BATCH,
+            max_length=settings.max_length,
+            weight_rates=(),
+            adapter_rates=numbers_of(settings.adapter_rates, "adapter-rates"),
+            whole_rates=numbers_of(settings.whole_rates, "whole-rates"),
+            precision=precision_of(settings.precision, "precision"),
+            score_precision=precision_of(settings.score_precision, "score-precision"),
+        )
+        tokenizer = load_tokenizer(checkpoint.folder)
+        sizes = Sizes(settings.test, settings.validation, settings.max_length, settings.public)
+        folder = settings.data_folder or default_data_folder()
+        self._tasks = [load_task(name, folder, tokenizer, sizes) for name in names_of(settings.tasks, "tasks")]
+        if any(task.questions for task in self._tasks):
+            require_lm_eval()
+        self._lab = Lab(checkpoint, plan, tokenizer, regime, device)
+        text = settings.text or _own_text(settings.out, checkpoint, tokenizer, device, console)
+        self._blocks = load_blocks(text, tokenizer, settings.text_length)
+        options = self._presets[0].options
+        self._workshop = Workshop(
+            settings.out / "emulators", checkpoint, plan, tokenizer, text, settings.text_length, options, device
+        )
+        self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
+        self._cells = Cells(settings.out / "cells.jsonl", console)
+        of_row = 1 + 4 * self._seeds + (4 + 2 * settings.bridges) * self._few + len(_LENGTHS) - 1
+        self._cells.expect(len(self._tasks) * len(self._presets) * of_row)
+        self._common = {
+            "model": checkpoint.digest(),
+            "plan": str(plan),
+            "score_precision": regime.score_precision,
+        }
+
+    def make(self) -> dict[str, Any]:
+        """All cells, then the rows."""
+        rows = []
+        for preset in self._presets:
+            built = replace(self._workshop, options=preset.options).build(preset.method, self._console)
+            advice = preset.tuning
+            regime = replace(self._lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
+            lab = self._lab.at(regime)
+            for task in self._tasks:
+                results = self._without_emulator(lab, task, preset.tuning)
+                results |= self._with_emulator(lab, task, preset.tuning, built)
+                rows += self._rows(preset.name, built, task, results)
+        return {"runs": rows, "settings": self._described()}
+
+    # Cells ------------------------------------------------------------------------------------------------------------
+
+    def _without_emulator(self, lab: Lab, task: Task, tuning: Tuning) -> dict[str, list[Result]]:
+        zero_shot = self._cells.get(
+            f"{task.name} zero-shot",
+            self._common | {"task": task.fingerprint},
+            lambda: {"scores": {"zero-shot": lab.score(lab.edge(lab.middle), task)}},
+        )
+        rates, split = lab.regime.adapter_rates, self._split_plan
+        public = replace(task, train=task.public)
+        cells = partial(self._cells_of, lab, task, rates=rates)
+        return {
+            "zero-shot": [zero_shot],
+            "reference": cells("reference", lab.above(lab.middle), seeds=self._seeds),
+            "split q,v": cells(f"split {split} q,v", lab.split(split, all_linears=False)),
+            "split all": cells(f"split {split} all", lab.split(split, all_linears=True)),
+            "public alone": cells("public alone", lab.above(lab.middle), trained_on=public),
+            "floor": self._plug_in(lab, task, "floor", tuning, self._floor, {"text": fingerprint(self._blocks)}),
+        }
+
+    def _with_emulator(self, lab: Lab, task: Task, tuning: Tuning, built: Built) -> dict[str, list[Result]]:
+        def fresh() -> Emulator:
+            return built.load(lab.checkpoint, self._workshop.device)
+
+        @cache
+        def bridged(*, public: bool = True, owner: bool = False) -> Emulator:
+            emulator = fresh()
+            if owner:
+                _last_bridge(emulator).reset_parameters()
+            emulator.end_with(self._fit(lab, emulator, self._public(task) if public else self._blocks))
+            return emulator
+
+        def of(**which: bool) -> dict[str, Any]:
+            text = self._public(task) if which.get("public", True) else self._blocks
+            return {"emulator": built.sha256, "bridge": fingerprint(text), "ridge": RIDGE, **which}
+
+        where = f"{built.label} {built.keep:g}"
+        plug_in = partial(self._plug_in, lab, task, tuning=tuning)
+        bridge = plug_in(f"{where} plug-in, bridge", span=bridged, of=of())
+        results = {
+            "plug-in": plug_in(f"{where} plug-in", span=cache(fresh), of={"emulator": built.sha256}),
+            "plug-in, bridge": bridge,
+            "tuned, bridge": bridge,
+        }
+        if self._settings.bridges:
+            others = {"bridge, own text": {"public": False}}
+            if _last_bridge(fresh()) is not None:
+                others["owner, public"] = {"owner": True}
+            for name, which in others.items():
+                span = partial(bridged, **which)
+                results[name] = plug_in(f"{where} {name}", span=span, of=of(**which), seeds=self._few)
+        stolen = lab.everything(lambda: copy.deepcopy(bridged()))
+        thief = self._thief(lab, task, where, stolen, of())
+        results["thief"] = [
+            trained if trained["validation_loss"] < tuned["validation_loss"] else _as_thief(tuned)
+            for trained, tuned in zip(thief, bridge, strict=False)
+        ]
+        return results
+
+    def _plug_in(
+        self,
+        lab: Lab,
+        task: Task,
+        name: str,
+        tuning: Tuning,
+        span: Callable[[], Emulator],
+        of: Mapping[str, Any],
+        seeds: int | None = None,
+    ) -> list[Result]:
+        """Adapters above what `span` gives, tuned at the preset's rate, scored there and over the true middle."""
+        return self._cells_of(
+            lab,
+            task,
+            name,
+            lambda config: lab.above(span())(config),  # noqa: PLW0108  # made when it is needed
+            rates=(tuning.learning_rate,),
+            seeds=seeds or self._seeds,
+            views={"tuned": None, "plug-in": lab.middle},
+            of=of,
+        )
+
+    def _thief(self, lab: Lab, task: Task, where: str, build: Build, of: Mapping[str, Any]) -> list[Result]:
+        both = replace(task, train=task.train + task.public)
+
+        def cells(length: int, rates: Sequence[float], seeds: range) -> list[Result]:
+            longer = lab.at(replace(lab.regime, steps=length * lab.regime.steps, warmup=None))
+            name = f"{where} thief, {length} x"
+            return self._cells_of(longer, task, name, build, rates=rates, seeds=seeds, trained_on=both, of=of)
+
+        first = {length: cells(length, lab.regime.whole_rates, range(1))[0] for length in _LENGTHS}
+        best = min(first, key=lambda length: first[length]["validation_loss"])
+        return [first[best], *cells(best, (first[best]["rate"],), range(1, self._few))]
+
+    def _cells_of(
+        self,
+        lab: Lab,
+        task: Task,
+        name: str,
+        build: Build,
+        *,
+        rates: Sequence[float],
+        seeds: int | range | None = None,
+        trained_on: Task | None = None,
+        views: Mapping[str, Any] | None = None,
+        of: Mapping[str, Any] | None = None,
+    ) -> list[Result]:
+        """A run for each seed: the first one chooses among the rates, the others take its choice."""
+        regime = lab.regime
+        trained = {
+            "task": task.fingerprint,
+            "rates": list(rates),
+            **{key: getattr(regime, key) for key in ("steps", "batch", "rank", "alpha", "precision", "warmup")},
+            **(of or {}),
+        }
+        results: list[Result] = []
+        for seed in seeds if isinstance(seeds, range) else range(seeds or self._few):
+            own = rates if not results else (results[0]["rate"],)
+            run = partial(lab.run, trained_on or task, seed, own, build, views or {name: None}, method="lora")
+            label = f"{task.name} {name} seed {seed}"
+            results.append(self._cells.get(label, self._common | trained | {"seed": seed}, run))
+        return results
+
+    # Rows -------------------------------------------------------------------------------------------------------------
+
+    def _rows(self, preset: str, built: Built, task: Task, results: Mapping[str, Sequence[Result]]) -> list[Result]:
+        views = {"tuned, bridge": "tuned"}
+        by_row = {
+            name: [scores_of(each, views.get(name, next(reversed(each["scores"])))) for each in found]
+            for name, found in results.items()
+        }
+        loss = {name: sum(each["validation_loss"] for each in results[name]) for name in ("split q,v", "split all")}
+        rates = {name: found[0]["rate"] for name, found in results.items() if "rate" in found[0]}
+        return [
+            row_of(
+                {name: [scores[metric] for scores in found] for name, found in by_row.items()},
+                best_split=min(loss, key=lambda name: loss[name]),
+                preset=preset,
+                method=built.label,
+                keep=built.keep,
+                emulator=built.sha256,
+                task=task.name,
+                metric=metric,
+                texts={"train": len(task.train), "public": len(task.public)},
+                rates=rates,
+            )
+            for metric in task.metrics
+        ]
+
+    def _described(self) -> dict[str, Any]:
+        """The settings as JSON can say them, without paths of this machine."""
+        settings = asdict(self._settings) | {"seeds": self._seeds, "few_seeds": self._few}
+        settings |= {"text": None if self._settings.text is None else self._settings.text.name}
+        left_out = ("out", "data_folder", "figure", "methods", "keep")
+        return {name: value for name, value in settings.items() if name not in left_out}
+
+    # What is tuned over -----------------------------------------------------------------------------------------------
+
+    def _public_blocks(self, task: Task) -> Tensor:
+        path = self._settings.out / "public" / f"{task.name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, ({"text": text} for text in task.public_texts))
+        return load_blocks(path, self._workshop.tokenizer, self._settings.text_length)
+
+    @torch.no_grad()
+    def _fit(self, lab: Lab, emulator: Emulator, blocks: Tensor) -> Bridge:
+        """What `emulator fit` fits, with the true middle in the cloud's place."""
+        device = self._workshop.device
+        front = OuterLayers(lab.checkpoint, lab.plan, with_top=False, device=device)
+        sums = RidgeSums(lab.checkpoint.config.hidden_size, device)
+        for ids in torch.split(blocks, 8):
+            entry = front.entry(ids.to(device))
+            sums.add(emulator(entry), lab.middle(entry, None, None))
+        weight, bias = sums.solve(RIDGE)
+        bridge = Bridge(len(bias), weight.device)
+        bridge.load_state_dict({"weight": weight, "bias": bias})
+        return bridge
+
+    def _make_floor(self) -> Emulator:
+        """The middle's first layer, and one bridge for all the others."""
+        work = self._workshop
+        layers = (work.plan.bottom,)
+        base = load_layers(work.checkpoint, layers).to(work.device)
+        add_bridges(base, layers, layers)
+        fit_bridges(work.checkpoint, work.plan, base, layers, layers, self._blocks, device=work.device)
+        recipe = Recipe("uniform", 1 / len(work.plan.cloud), bridged=True)
+        return Emulator(base, layers, recipe, work.checkpoint.config, bridges=layers)
+
+
+def _own_text(out: Path, checkpoint: Checkpoint, tokenizer: Any, device: str, console: Console) -> Path:
+    """The model's own writing, kept for the table that goes on."""
+    path, part = out / "own-text.jsonl", out / "own-text.part.jsonl"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_sample(part, whole(checkpoint).to(device), tokenizer, _OWN_TEXT, progress=console)
+        part.replace(path)
+    return path
+
+
+def _last_bridge(emulator: Emulator) -> Any:
+    """The bridge at the emulator's end; None where there is none."""
+    last = emulator.layers[-1]
+    return getattr(distinct_layers(emulator.base, emulator.layers)[last], "bridge", None)
+
+
+def _as_thief(tuned: Result) -> Result:
+    """The tuned emulator, as a thief's result."""
+    return tuned | {"scores": {"thief": tuned["scores"]["tuned"]}}

@@ -1,0 +1,216 @@
+"""The table of presets on a tiny model: what must be equal is equal, and nothing is chosen on scored texts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.models.small_tasks import table_settings, task_folder
+from support.models.tiny import tiny_checkpoint
+from support.protocol.wire import NOW, identity
+
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import ConfigError
+from isthmus.emulator.compress.emulator_model import build_emulator
+from isthmus.emulator.compress.public_text import load_blocks
+from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.package.manifest import Tuning, protection_rows
+from isthmus.emulator.package.package import Package, write_package
+from isthmus.experiments.offsite import table_lab
+from isthmus.experiments.offsite.preset_rows import preset_lines, row_of
+from isthmus.experiments.offsite.table import run_table
+from isthmus.experiments.offsite.table_rows import show
+from isthmus.experiments.scoring.scores import Score
+from isthmus.experiments.scoring.tasks import Task
+
+ADVICE = Tuning(learning_rate=1e-2, steps=3, rank=2, warmup_steps=1)
+ROWS = {
+    *("zero-shot", "reference", "split q,v", "split all", "public alone", "floor", "plug-in", "plug-in, bridge"),
+    *("tuned, bridge", "bridge, own text", "owner, public", "thief"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return task_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def package(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Package]:
+    def make(recipe: str, keep: float, tuning: Tuning | None = ADVICE) -> Package:
+        checkpoint = Checkpoint(model, "tiny")
+        plan = SplitPlan.parse("1:3", checkpoint.config.num_hidden_layers)
+        blocks = load_blocks(data / "shakespeare" / "input.txt", load_tokenizer(model), 32)
+        emulator = build_emulator(checkpoint, plan, Recipe.parse(recipe, keep), blocks)
+        folder = tmp_path_factory.mktemp("packages") / "package"
+        return write_package(
+            *(folder, checkpoint, plan, emulator),
+            signer=identity(),
+            licence="for tests",
+            tuning=tuning,
+            now=lambda: float(NOW),
+        )
+
+    return make
+
+
+def table(model: Path, data: Path, out: Path, package: Package, **values: Any) -> dict[str, Any]:
+    wanted = {
+        "preset": [str(package.folder)],
+        "adapter_layers": "1:3",
+        "split_layers": "1:1",
+        "few_seeds": 1,
+        "public": 200,
+        "text": data / "shakespeare" / "input.txt",
+        **values,
+    }
+    return run_table(table_settings(model, data, out, **wanted), console=Console(file=io.StringIO()))
+
+
+def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
+) -> None:
+    result = table(model, data, tmp_path, package("uniform", 1.0), bridges=False, seeds=1, whole_rates="1e-3")
+    (run,) = result["runs"]
+    values = {name: row["value"] for name, row in run["rows"].items()}
+    assert set(values) == ROWS - {"bridge, own text", "owner, public"}
+    assert values["plug-in"] == values["reference"] != values["zero-shot"]
+    assert values["plug-in, bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
+    assert {name: row["seeds"] for name, row in run["rows"].items()}["plug-in"] == 1
+    assert run["rates"]["plug-in"] == ADVICE.learning_rate
+    assert result["settings"]["seeds"] == 1
+
+
+def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = package("uniform+bridged", 0.5)
+    train = table_lab.Lab._train
+    trained: list[tuple[int, int]] = []
+
+    def stop_at_the_fifth(self: table_lab.Lab, task: Task, *rest: Any) -> Any:
+        trained.append((self.regime.steps, len(task.train)))
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return train(self, task, *rest)
+
+    monkeypatch.setattr(table_lab.Lab, "_train", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt, match="repeat the command to go on"):
+        table(model, data, tmp_path, made)
+    before = len(trained) - 1
+    result = table(model, data, tmp_path, made)
+    (run,) = result["runs"]
+    assert len(trained) - 1 == 4 * 2 + 5 + 2 * 2  # with two seeds; with one; the thief at two rates and two lengths
+    assert set(run["rows"]) == ROWS - ({"owner, public"} if "owner, public" not in run["rows"] else set())
+    n_private, n_public = (run["texts"][name] for name in ("train", "public"))
+    assert {count for steps, count in trained if steps == 6} == {n_private + n_public}
+    assert (3, n_public) in trained
+    assert before == 4
+
+    trained.clear()
+    assert table(model, data, tmp_path, made) == result
+    assert trained == []
+    (protection,) = protection_rows(result["runs"], run["emulator"])
+    assert protection.thief == run["rows"]["thief"]["value"]
+    assert protection.plug_in == run["rows"]["plug-in, bridge"]["value"]
+    shown = io.StringIO()
+    show(result, Console(file=shown, width=80))
+    assert "public alone" in shown.getvalue()
+    assert max(map(len, shown.getvalue().splitlines())) <= 80
+
+
+def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(
+        self: table_lab.Lab, task: Task, seed: int, rates: Sequence[float], _build: Any, views: Any, **_: Any
+    ) -> dict[str, Any]:
+        name, n = next(iter(views)), len(task.held_out)
+        losses = {"split 1:1 all": 0.1, "tuned": 0.3}
+        if "thief" in name:  # the longer run is the better one by validation, and the worse one by its score
+            loss, score = (0.2, 9.0) if self.regime.steps == 6 else (0.4, 1.0)
+        else:
+            loss, score = losses.get(name, 0.5), 2.0
+        scores = {
+            view: {"completion_loss": Score("completion_loss", (score,) * n, (1.0,) * n).to_json()} for view in views
+        }
+        return {"rate": rates[0], "validation_loss": loss, "tried": {}, "scores": scores}
+
+    monkeypatch.setattr(table_lab.Lab, "run", run)
+    made = package("uniform", 0.5)
+    (result,) = table(model, data, tmp_path / "longer", made, bridges=False)["runs"]
+    assert result["thief"] == 9.0
+    assert result["best_split"] == "split all"
+    monkeypatch.setattr(table_lab.Lab, "run", lambda self, *a, **k: {**run(self, *a, **k), "validation_loss": 0.1})
+    (result,) = table(model, data, tmp_path / "tuned", made, bridges=False)["runs"]
+    assert result["thief"] == 2.0  # the tuned emulator is no worse
+
+
+def test_what_is_no_preset_is_said_before_the_work(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
+) -> None:
+    without = package("uniform", 0.5, None)
+    with pytest.raises(ConfigError, match="does not say how to tune"):
+        table(model, data, tmp_path, without)
+    with pytest.raises(ConfigError, match="give its --model and --adapter-layers"):
+        table(model, data, tmp_path, package("uniform", 0.5), adapter_layers="1:2")
+    with pytest.raises(ConfigError, match="no preset"):
+        table(model, data, tmp_path, without, preset=["nowhere"])
+
+
+# Shares ---------------------------------------------------------------------------------------------------------------
+
+
+def scores(*values: float) -> list[Score]:
+    """One for each seed, of four texts that are about as hard in each."""
+    hard = (-0.01, 0.0, 0.02, -0.01)
+    return [Score("completion_loss", tuple(value + each for each in hard), (1.0,) * 4) for value in values]
+
+
+def row(**changed: Sequence[Score]) -> dict[str, Any]:
+    given = {
+        "zero-shot": scores(3.0),
+        "reference": scores(1.0, 1.1),
+        "split q,v": scores(1.4),
+        "split all": scores(0.8),
+        "floor": scores(2.0, 2.2),
+        "plug-in": scores(1.2, 1.3),
+        "plug-in, bridge": scores(1.0, 1.1),
+        "thief": scores(2.4),
+        **changed,
+    }
+    return row_of(given, best_split="split all", task="e2e", metric="completion_loss", preset="guarded")
+
+
+def test_shares_are_of_the_reference_of_split_and_above_the_floor() -> None:
+    made = row()
+    found = made["rows"]["plug-in"]
+    share, floor = found["of_reference"], made["rows"]["floor"]["of_reference"]
+    assert share == pytest.approx(1.75 / 1.95)
+    assert found["of_split"] == pytest.approx(1.75 / 2.2)
+    assert found["above_floor"] == pytest.approx((share - floor) / (1 - floor))
+    assert made["rows"]["floor"]["above_floor"] == 0
+    # The seeds are paired: what is as good as the reference in each of them has no interval.
+    assert made["rows"]["plug-in, bridge"]["of_reference_interval"] == pytest.approx([1, 1])
+    low, high = found["of_reference_interval"]
+    assert 0 < high - low < 0.1
+    assert list(made["promises"].values()) == [False, True, True]
+    assert "yes 40 % above the floor" in preset_lines([made])
+
+
+def test_no_share_is_told_of_a_gain_that_is_not_clear() -> None:
+    made = row(reference=scores(2.9, 3.1))
+    assert "of_reference" not in made["rows"]["plug-in"]
+    assert made["plug_in_recovery"] is None
+    assert made["promises"] == {}
+    assert "-" in preset_lines([made])
