@@ -49,13 +49,15 @@ class TableSettings:
     preset: Annotated[
         list[str] | None,
         Option(
-            help="Measure a package that says how to tune on it, by its folder, instead of --methods; several by "
-            "repeating the flag. Steps, rank and rate are the package's."
+            help="Instead of --methods: a preset of `emulator build`, which is built, or the folder of a package that "
+            "says how to tune on it; several by repeating the flag. Steps, rank and rate are the preset's."
         ),
     ] = None
     adapter_layers: Annotated[
         str | None,
-        Option(help="How many of the first and of the last layers are the edge's; default: 2:2, of presets 2:6."),
+        Option(
+            help="How many of the first and of the last layers are the edge's; default: 2:2, of presets a fifth above."
+        ),
     ] = None
     split_layers: Annotated[str, Option(help="The plan of the split training that presets are compared with.")] = "2:2"
     seeds: Annotated[int | None, Option(min=1, help="How many seeds; default: 3, of presets 5.")] = None

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from torch import Tensor
 
@@ -35,15 +36,17 @@ from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, res
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import distinct_layers, load_layers
 from isthmus.common.errors import ConfigError
+from isthmus.common.files import sha256_of
 from isthmus.common.torch_threads import use_threads
 from isthmus.emulator.compress.bridges import Bridge, RidgeSums, add_bridges, fit_bridges
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
-from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
 from isthmus.emulator.distill.sampled_text import write_sample
-from isthmus.emulator.package.build import pick_device
+from isthmus.emulator.package.build import OWN_TOKENS, build_package, pick_device
+from isthmus.emulator.package.build_presets import PRESETS, BuildPreset, top_heavy
 from isthmus.emulator.package.manifest import Tuning
 from isthmus.emulator.package.package import is_package, open_package
 from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
@@ -53,14 +56,16 @@ from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.offsite.preset_rows import row_of
 from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
-from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
+from isthmus.experiments.offsite.table_methods import Built
 from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+from isthmus.protocol.secure.certificates import WorkerCertificate
+from isthmus.protocol.secure.keys import WorkerIdentity
 
 RIDGE = 0.1  # of `emulator fit`
 _LENGTHS = (1, 2)  # of a thief's run, over that of the data owner's
-_OWN_TEXT = 20_000  # tokens that the model writes where no text is given
-_SEEDS, _BATCH, _PLAN = 5, 4, "2:6"
+_SEEDS, _BATCH = 5, 4
+_NEVER = (1 << 62) - 1  # when the certificate of a key ends that nobody keeps
 
 Result = dict[str, Any]
 Build = Callable[[Any], Any]
@@ -71,19 +76,45 @@ class Preset:
     """An emulator to be measured, and how its owner would have it tuned."""
 
     name: str
-    method: Method
-    options: DistillConfig
+    built: Built
     tuning: Tuning
 
 
-def preset_of(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> Preset:
-    """The preset that a flag names: the folder of a package that says how to tune on it.
+def build_preset(
+    preset: BuildPreset, folder: Path, checkpoint: Checkpoint, plan: SplitPlan, text: Path, length: int, device: str
+) -> None:
+    """Write what `isthmus emulator build --preset` writes, unless it is there, under a key that nobody keeps."""
+    if is_package(folder):
+        return
+    key = Ed25519PrivateKey.generate()
+    weights = {name: getattr(preset, name) for name in ("mse_weight", "lm_weight", "kl_weight")}
+    options = DistillConfig(steps=preset.distil_steps, batch=preset.batch, **weights)
+    build_package(
+        folder,
+        checkpoint,
+        plan,
+        Recipe.parse(preset.method, preset.share(len(plan.cloud))),
+        (options, None) if preset.distils else None,
+        signer=WorkerIdentity(key, WorkerCertificate.issue(key, key.public_key().public_bytes_raw(), _NEVER)),
+        licence="",
+        length=length,
+        text=text,
+        figure=None,
+        device=device,
+        preset=preset,
+    )
+
+
+def check_preset(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> None:
+    """Make sure that a flag names a preset, or the folder of a package that says how to tune on it.
 
     Raises:
-        ConfigError: It is none, or of another model or plan.
+        ConfigError: It does not, or the package is of another model or plan.
     """
+    if text in PRESETS:
+        return
     if not is_package(Path(text)):
-        raise ConfigError(f"{text!r} is no preset and no package's folder: check the path")
+        raise ConfigError(f"{text!r} is no preset and no package's folder: give {', '.join(PRESETS)} or a package")
     manifest = open_package(Path(text)).manifest
     if manifest.tuning is None:
         raise ConfigError(f"the package {text} does not say how to tune on it: measure it with --methods")
@@ -92,8 +123,14 @@ def preset_of(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> Preset:
             f"the package {text} is of {manifest.model} split {manifest.plan}, the table of {checkpoint.name} split "
             f"{plan}: give its --model and --adapter-layers"
         )
-    method = Method.parse(text, 1.0)
-    return Preset(manifest.preset or method.label, method, DistillConfig(steps=1), manifest.tuning)
+
+
+def open_preset(folder: Path) -> Preset:
+    """A package that says how to tune on it."""
+    manifest, label = open_package(folder).manifest, folder.resolve().name
+    assert manifest.tuning is not None  # noqa: S101  # checked before, or built by a preset
+    built = Built(manifest.recipe, manifest.keep, folder, sha256_of(folder / EMULATOR_FILE).hex())
+    return Preset(manifest.preset or label, built, manifest.tuning)
 
 
 class PresetTable:
@@ -107,9 +144,11 @@ class PresetTable:
         use_threads(settings.threads)
         checkpoint = resolve(settings.model)
         n_layers = checkpoint.config.num_hidden_layers
-        plan = SplitPlan.parse(settings.adapter_layers or _PLAN, n_layers)
+        plan = SplitPlan.parse(settings.adapter_layers or top_heavy(n_layers), n_layers)
         self._split_plan = SplitPlan.parse(settings.split_layers, n_layers)
-        self._presets = [preset_of(name, checkpoint, plan) for name in settings.preset or ()]
+        self._names = settings.preset or []
+        for name in self._names:
+            check_preset(name, checkpoint, plan)
         regime = Regime(
             trainables="lora",
             steps=1,  # it and the rank are a preset's
@@ -129,16 +168,14 @@ class PresetTable:
         if any(task.questions for task in self._tasks):
             require_lm_eval()
         self._lab = Lab(checkpoint, plan, tokenizer, regime, device)
-        text = settings.text or _own_text(settings.out, checkpoint, tokenizer, device, console)
-        self._blocks = load_blocks(text, tokenizer, settings.text_length)
-        options = self._presets[0].options
-        self._workshop = Workshop(
-            settings.out / "emulators", checkpoint, plan, tokenizer, text, settings.text_length, options, device
-        )
+        self._tokenizer, self._device = tokenizer, device
+        length = settings.text_length
+        self._text = settings.text or _own_text(settings.out, checkpoint, tokenizer, length, device, console)
+        self._blocks = load_blocks(self._text, tokenizer, length)
         self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
         self._cells = Cells(settings.out / "cells.jsonl", console)
         of_row = 1 + 4 * self._seeds + (4 + 2 * settings.bridges) * self._few + len(_LENGTHS) - 1
-        self._cells.expect(len(self._tasks) * len(self._presets) * of_row)
+        self._cells.expect(len(self._tasks) * len(self._names) * of_row)
         self._common = {
             "model": checkpoint.digest(),
             "plan": str(plan),
@@ -148,16 +185,24 @@ class PresetTable:
     def make(self) -> dict[str, Any]:
         """All cells, then the rows."""
         rows = []
-        for preset in self._presets:
-            built = replace(self._workshop, options=preset.options).build(preset.method, self._console)
+        for name in self._names:
+            preset = self._preset(name)
             advice = preset.tuning
             regime = replace(self._lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
             lab = self._lab.at(regime)
             for task in self._tasks:
                 results = self._without_emulator(lab, task, preset.tuning)
-                results |= self._with_emulator(lab, task, preset.tuning, built)
-                rows += self._rows(preset.name, built, task, results)
+                results |= self._with_emulator(lab, task, preset.tuning, preset.built)
+                rows += self._rows(preset.name, preset.built, task, results)
         return {"runs": rows, "settings": self._described()}
+
+    def _preset(self, name: str) -> Preset:
+        if name not in PRESETS:
+            return open_preset(Path(name))
+        folder = self._settings.out / "packages" / name
+        plan, length = self._lab.plan, self._settings.text_length
+        build_preset(PRESETS[name], folder, self._lab.checkpoint, plan, self._text, length, self._device)
+        return open_preset(folder)
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
@@ -181,7 +226,7 @@ class PresetTable:
 
     def _with_emulator(self, lab: Lab, task: Task, tuning: Tuning, built: Built) -> dict[str, list[Result]]:
         def fresh() -> Emulator:
-            return built.load(lab.checkpoint, self._workshop.device)
+            return built.load(lab.checkpoint, self._device)
 
         @cache
         def bridged(*, public: bool = True, owner: bool = False) -> Emulator:
@@ -320,12 +365,12 @@ class PresetTable:
         path = self._settings.out / "public" / f"{task.name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, ({"text": text} for text in task.public_texts))
-        return load_blocks(path, self._workshop.tokenizer, self._settings.text_length)
+        return load_blocks(path, self._tokenizer, self._settings.text_length)
 
     @torch.no_grad()
     def _fit(self, lab: Lab, emulator: Emulator, blocks: Tensor) -> Bridge:
         """What `emulator fit` fits, with the true middle in the cloud's place."""
-        device = self._workshop.device
+        device = self._device
         front = OuterLayers(lab.checkpoint, lab.plan, with_top=False, device=device)
         sums = RidgeSums(lab.checkpoint.config.hidden_size, device)
         for ids in torch.split(blocks, 8):
@@ -338,21 +383,21 @@ class PresetTable:
 
     def _make_floor(self) -> Emulator:
         """The middle's first layer, and one bridge for all the others."""
-        work = self._workshop
-        layers = (work.plan.bottom,)
-        base = load_layers(work.checkpoint, layers).to(work.device)
+        checkpoint, plan = self._lab.checkpoint, self._lab.plan
+        layers = (plan.bottom,)
+        base = load_layers(checkpoint, layers).to(self._device)
         add_bridges(base, layers, layers)
-        fit_bridges(work.checkpoint, work.plan, base, layers, layers, self._blocks, device=work.device)
-        recipe = Recipe("uniform", 1 / len(work.plan.cloud), bridged=True)
-        return Emulator(base, layers, recipe, work.checkpoint.config, bridges=layers)
+        fit_bridges(checkpoint, plan, base, layers, layers, self._blocks, ridge=RIDGE, device=self._device)
+        recipe = Recipe("uniform", 1 / len(plan.cloud), bridged=True)
+        return Emulator(base, layers, recipe, checkpoint.config, bridges=layers)
 
 
-def _own_text(out: Path, checkpoint: Checkpoint, tokenizer: Any, device: str, console: Console) -> Path:
+def _own_text(out: Path, checkpoint: Checkpoint, tokenizer: Any, length: int, device: str, console: Console) -> Path:
     """The model's own writing, kept for the table that goes on."""
     path, part = out / "own-text.jsonl", out / "own-text.part.jsonl"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_sample(part, whole(checkpoint).to(device), tokenizer, _OWN_TEXT, progress=console)
+        write_sample(part, whole(checkpoint).to(device), tokenizer, OWN_TOKENS, length=length, progress=console)
         part.replace(path)
     return path
 

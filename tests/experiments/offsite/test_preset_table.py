@@ -20,7 +20,7 @@ from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package.manifest import Tuning, protection_rows
-from isthmus.emulator.package.package import Package, write_package
+from isthmus.emulator.package.package import Package, open_package, write_package
 from isthmus.experiments.offsite import table_lab
 from isthmus.experiments.offsite.preset_rows import preset_lines, row_of
 from isthmus.experiments.offsite.table import run_table
@@ -152,8 +152,11 @@ def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
     assert result["thief"] == 9.0
     assert result["best_split"] == "split all"
     monkeypatch.setattr(table_lab.Lab, "run", lambda self, *a, **k: {**run(self, *a, **k), "validation_loss": 0.1})
-    (result,) = table(model, data, tmp_path / "tuned", made, bridges=False)["runs"]
+    (result,) = table(model, data, tmp_path / "tuned", made, preset=["fidelity"])["runs"]
     assert result["thief"] == 2.0  # the tuned emulator is no worse
+    built = open_package(tmp_path / "tuned" / "packages" / "fidelity").manifest
+    assert (built.preset, built.recipe) == (result["preset"], result["method"]) == ("fidelity", "kl+bridged+closed")
+    assert "owner, public" in result["rows"]
 
 
 def test_what_is_no_preset_is_said_before_the_work(
