@@ -154,6 +154,7 @@ def _write_text(path: Path, checkpoint: Checkpoint, tokenizer: Any, length: int,
     try:
         write_sample(unfinished, load_whole(checkpoint).to(device), tokenizer, OWN_TOKENS, length=length)
     except KeyboardInterrupt:
+        unfinished.unlink(missing_ok=True)
         raise KeyboardInterrupt("Stopped while the model wrote text; repeat the command to write it anew.") from None
     with disk_errors(path):
         unfinished.rename(path)
