@@ -38,6 +38,7 @@ from isthmus.backbone.split.span import distinct_layers, load_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.files import sha256_of
 from isthmus.common.torch_threads import use_threads
+from isthmus.edge.bridge_fit import RIDGE
 from isthmus.emulator.compress.bridges import Bridge, RidgeSums, add_bridges, fit_bridges
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.outer_layers import OuterLayers
@@ -62,7 +63,6 @@ from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, 
 from isthmus.protocol.secure.certificates import WorkerCertificate
 from isthmus.protocol.secure.keys import WorkerIdentity
 
-RIDGE = 0.1  # of `emulator fit`
 _LENGTHS = (1, 2)  # of a thief's run, over that of the data owner's
 _SEEDS, _BATCH = 5, 4
 _NEVER = (1 << 62) - 1  # when the certificate of a key ends that nobody keeps

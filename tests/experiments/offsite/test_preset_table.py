@@ -69,7 +69,9 @@ def table(model: Path, data: Path, out: Path, package: Package, **values: Any) -
         "preset": [str(package.folder)],
         "adapter_layers": "1:3",
         "split_layers": "1:1",
+        "seeds": 1,
         "few_seeds": 1,
+        "whole_rates": "1e-3",
         "public": 200,
         "text": data / "shakespeare" / "input.txt",
         **values,
@@ -80,13 +82,12 @@ def table(model: Path, data: Path, out: Path, package: Package, **values: Any) -
 def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
     model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
 ) -> None:
-    result = table(model, data, tmp_path, package("uniform", 1.0), bridges=False, seeds=1, whole_rates="1e-3")
+    result = table(model, data, tmp_path, package("uniform", 1.0), bridges=False)
     (run,) = result["runs"]
     values = {name: row["value"] for name, row in run["rows"].items()}
     assert set(values) == ROWS - {"bridge, own text", "owner, public"}
     assert values["plug-in"] == values["reference"] != values["zero-shot"]
     assert values["plug-in, bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
-    assert {name: row["seeds"] for name, row in run["rows"].items()}["plug-in"] == 1
     assert run["rates"]["plug-in"] == ADVICE.learning_rate
     assert result["settings"]["seeds"] == 1
 
@@ -110,7 +111,7 @@ def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
     before = len(trained) - 1
     result = table(model, data, tmp_path, made)
     (run,) = result["runs"]
-    assert len(trained) - 1 == 4 * 2 + 5 + 2 * 2  # with two seeds; with one; the thief at two rates and two lengths
+    assert len(trained) - 1 == 9 + 2  # one for each row that is trained, and two lengths of the thief
     assert set(run["rows"]) == ROWS - ({"owner, public"} if "owner, public" not in run["rows"] else set())
     n_private, n_public = (run["texts"][name] for name in ("train", "public"))
     assert {count for steps, count in trained if steps == 6} == {n_private + n_public}
@@ -148,8 +149,10 @@ def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
 
     monkeypatch.setattr(table_lab.Lab, "run", run)
     made = package("uniform", 0.5)
-    (result,) = table(model, data, tmp_path / "longer", made, bridges=False)["runs"]
+    (result,) = table(model, data, tmp_path / "longer", made, bridges=False, seeds=3, few_seeds=2)["runs"]
     assert result["thief"] == 9.0
+    seeds = {name: row["seeds"] for name, row in result["rows"].items()}
+    assert [seeds[name] for name in ("zero-shot", "reference", "plug-in, bridge", "thief")] == [1, 3, 3, 2]
     assert result["best_split"] == "split all"
     monkeypatch.setattr(table_lab.Lab, "run", lambda self, *a, **k: {**run(self, *a, **k), "validation_loss": 0.1})
     (result,) = table(model, data, tmp_path / "tuned", made, preset=["fidelity"])["runs"]
