@@ -356,6 +356,7 @@ class PresetTable:
         """The settings as JSON can say them, without paths of this machine."""
         settings = asdict(self._settings) | {"seeds": self._seeds, "few_seeds": self._few}
         settings |= {"text": None if self._settings.text is None else self._settings.text.name}
+        settings |= {"preset": [Path(name).name for name in self._names]}
         left_out = ("out", "data_folder", "figure", "methods", "keep")
         return {name: value for name, value in settings.items() if name not in left_out}
 

@@ -90,6 +90,7 @@ def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
     assert values["plug-in, bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
     assert run["rates"]["plug-in"] == ADVICE.learning_rate
     assert result["settings"]["seeds"] == 1
+    assert result["settings"]["preset"] == ["package"]
 
 
 def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
