@@ -38,6 +38,7 @@ from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import Report
 from isthmus.edge.span_cache.cache_check import dropout_below, edge_model, fingerprint, tuned_below
 from isthmus.edge.span_cache.cache_store import KEY_BYTES, SpanStore
+from isthmus.edge.training.defended_run import defended_run
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
 from isthmus.edge.training.run_listener import RunListener
@@ -54,7 +55,7 @@ KEPT = "kept-outputs"
 def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Report:
     """Train on a package as the configuration says; the work of `isthmus emulator tune`.
 
-    The adapter's folder says which package it was tuned on (`isthmus_tuning.json`).
+    The adapter's folder says which package it was tuned on, and what dp-sgd guarantees (`isthmus_tuning.json`).
 
     Raises:
         IsthmusError: of whatever kind fits; what was reached is in the newest checkpoint.
@@ -68,7 +69,8 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
     if wanted is None:
         console = Console(stderr=True, highlight=False)
         console.print(f"The package is signed by {package.signer}; --signer insists on it.", soft_wrap=True)
-    data = load_data(config, package.load_tokenizer())
+    tokenizer = package.load_tokenizer()
+    data = load_data(config, tokenizer)
     model = package.load_model().to(device_of(config.device))
     config = _as_advised(config, package, model)
     total = total_steps(config, len(data.train))
@@ -76,22 +78,28 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
     _refuse_below(tuned, package)
     hold_frozen_linears(tuned, config)
     progress = StepProgress("step", total, every=config.log_every)
-    trainer = Trainer(
-        tuned,
-        data,
-        config,
-        ModelIdentity(
-            package.emulator_name,
-            package.digest,
-            str(package.plan),
-            attn_implementation=package.manifest.attn_implementation,
-            package=package.id,
-        ),
-        emulator_parameters=_parameters_run(model.remote_layers.span),
-        progress=progress,
-        listener=listener,
+    identity = ModelIdentity(
+        package.emulator_name,
+        package.digest,
+        str(package.plan),
+        attn_implementation=package.manifest.attn_implementation,
+        package=package.id,
     )
-    with _kept_outputs(tuned, package, data, config, progress.message):
+    emulator_parameters = _parameters_run(model.remote_layers.span)
+    with (
+        _kept_outputs(tuned, package, data, config, progress.message),
+        defended_run(model, tuned, config, identity, data, tokenizer, progress.message) as defended,
+    ):
+        trainer = Trainer(
+            tuned,
+            data,
+            config,
+            identity,
+            emulator_parameters=emulator_parameters,
+            progress=progress,
+            listener=listener,
+            defended=defended,
+        )
         return trainer.fit().report
 
 

@@ -86,8 +86,9 @@ def prepare(
     for name in spec:
         if name in _DECIDED:
             raise ConfigError(f"{name!r} is the daemon's to decide: set what daemon.toml offers, and leave it out here")
-        if kind == "train" and name in _ELSEWHERE:
-            raise ConfigError(f"{name!r} is not offered in jobs: {_ELSEWHERE[name]} with `isthmus edge train`")
+        if kind in TRAINING and name in names and name in _ELSEWHERE:
+            command = "emulator tune" if kind == "tune" else "edge train"
+            raise ConfigError(f"{name!r} is not offered in jobs: {_ELSEWHERE[name]} with `isthmus {command}`")
         check_name(name, None, names)
     if kind == "generate" and "prompts" not in spec:
         raise ConfigError("'prompts' is missing: give a file of JSON Lines, each with `prompt` or `messages`")

@@ -20,7 +20,7 @@ from isthmus.privacy.defences.defence_options import (
 )
 
 if TYPE_CHECKING:
-    from isthmus.edge.config.training_config import TrainConfig
+    from isthmus.edge.config.training_config import TrainConfig, TuneConfig, TuningConfig
 
 KEY_FILE = "defence-key"
 """Inside the run's folder."""
@@ -87,14 +87,33 @@ def check_defended(config: TrainConfig) -> None:
         _check_one(config, each)
 
 
+def check_alone(config: TuneConfig) -> None:
+    """Refuse defences that have nothing to do where nothing is sent.
+
+    Raises:
+        ValueError: One has not; the message names it.
+    """
+    for each in config.defences():
+        if not isinstance(each, DpSgd):
+            raise ValueError(
+                f"defence {each.name} changes what is sent, and tuning on a package sends nothing: leave it out, or "
+                "give dp-sgd, which bounds what the adapter tells"
+            )
+        _check_gradients(config, each)
+
+
+def _check_gradients(config: TuningConfig, each: DefenceOptions) -> None:
+    if config.optimizer == "mezo" and isinstance(each, DpSgd | Smoothing | Mixing | LearnedNoise):
+        raise ValueError(f"defence {each.name} acts on gradients, and optimizer mezo has none: use another")
+
+
 def _check_one(config: TrainConfig, each: DefenceOptions) -> None:
     if config.span_cache_mib is not None and not isinstance(each, DpSgd | Smoothing):
         raise ValueError(
             f"span_cache_mib = {config.span_cache_mib} gives again what was sent before, and defence {each.name} "
             "changes what is sent: leave one of them out"
         )
-    if config.optimizer == "mezo" and isinstance(each, DpSgd | Smoothing | Mixing | LearnedNoise):
-        raise ValueError(f"defence {each.name} acts on gradients, and optimizer mezo has none: use another")
+    _check_gradients(config, each)
     if each.trained and config.optimizer not in ("adamw", "mezo"):
         raise ValueError(
             f"defence {each.name} is trained beside the adapter, and optimizer {config.optimizer} moves LoRA alone: "

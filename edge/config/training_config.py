@@ -20,7 +20,7 @@ from isthmus.edge.config.budget_config import BudgetConfig, check_budgeted
 from isthmus.edge.config.client_config import SCHEMES, ClientConfig, EvalConfig, GenerateConfig, PluggedConfig
 from isthmus.edge.config.config_text import check_name, one_line, read_text, read_toml
 from isthmus.edge.config.data_config import ComputationConfig, DataConfig, SentExamplesConfig
-from isthmus.edge.config.defence_config import DefenceConfig, check_defended
+from isthmus.edge.config.defence_config import DefenceConfig, check_alone, check_defended
 from isthmus.edge.config.settings import MOST_FACTOR, MOST_MIB, MOST_STEPS, MOST_TEXTS, Settings, field_names
 from isthmus.training.rate_schedule import Schedule
 
@@ -285,7 +285,7 @@ class TrainConfig(
                 raise ValueError(f"leased has layer {strange[0]}, which is not among the sites: name it there, too")
 
 
-class TuneConfig(TuningConfig):
+class TuneConfig(DefenceConfig, TuningConfig):
     """A run on an emulator of the middle layers, which touches no network."""
 
     panel = "Package"
@@ -308,6 +308,17 @@ class TuneConfig(TuningConfig):
         description="GiB of the disk, in --out, for the emulator's outputs, so that they are computed once a text; "
         "only where nothing is trained below it. 0 for none.",
     )
+    defence: tuple[str, ...] = Field(
+        (),
+        description="dp-sgd:clip=C,sigma=S[,delta=D]: clip each example's gradient and add noise to their sum, which "
+        "bounds what the adapter tells of any example. The others are refused: they change what is sent, and nothing "
+        "is.",
+    )
+
+    @model_validator(mode="after")
+    def _check_defended(self) -> Self:
+        check_alone(self)
+        return self
 
     def signer_text(self) -> str | None:
         """The fingerprint that the package must be signed by, as text; None where none was asked for.

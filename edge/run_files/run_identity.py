@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.edge.config.training_config import TuningConfig
+from isthmus.edge.config.training_config import TuneConfig, TuningConfig
 from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damaged_entry
 
 START_ANEW = "give another --out"
@@ -101,6 +101,8 @@ def fixed_settings(
     settings = config.model_dump(mode="json", exclude=set(_FREE))
     if config.device == "cpu":  # as in runs of releases that had no other
         del settings["device"]
+    if isinstance(config, TuneConfig) and not config.defence:  # alike
+        settings["defence"] = None
     planned = (
         config.schedule != "constant"
         or config.method == "adalora"

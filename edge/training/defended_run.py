@@ -9,7 +9,9 @@ fingerprint, and the answers by a digest.
 That holds as far as the edge computes the same bits: on one machine, with as many threads. Elsewhere the last bits of
 what noise is added to can be others, and the noise the same.
 
-What each process of a run begins to send is counted (`isthmus.edge.run_files.release_log`).
+What each process of a run begins to send is counted (`isthmus.edge.run_files.release_log`). Tuning on a package sends
+nothing, so no step is a release but for the adapter that it led to: epochs count once there, however often a process
+makes them, and nothing stands between model and emulator.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import hmac
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.edge.config.defence_config import KEY_FILE
 from isthmus.edge.config.schedule import epochs_left, evaluations_left, steps_per_epoch, total_steps
-from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.config.training_config import TrainConfig, TuneConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
 from isthmus.edge.run_files.release_log import RELEASES_FILE, ReleaseLog
@@ -55,6 +57,7 @@ class DefendedRun:
 
     Args:
         per_epoch: Steps of an epoch.
+        sends: Whether anything is sent.
 
     Attributes:
         texts: The defences as options write them.
@@ -72,6 +75,7 @@ class DefendedRun:
         decoys: str | None,
         eval_every: int | None,
         per_epoch: int,
+        sends: bool,
     ) -> None:
         self.texts = [each.text() for each in options]
         self.defences = tuple(defences)
@@ -81,6 +85,7 @@ class DefendedRun:
         self._modules = modules
         self._releases = releases
         self._per_epoch = per_epoch
+        self._sends = sends
         # What was guaranteed at the start goes by how often held-out texts are sent.
         self._identity = {"key": noise.fingerprint, "decoys": decoys, "eval_every": eval_every}
         self._step = _BEFORE
@@ -138,6 +143,8 @@ class DefendedRun:
         self._span.answers = self._answers
         before_first = None if follows else partial(self._releases.add, epochs=1)
         self._span.begin("step", step, learned_from=True, before_first=before_first)
+        if not self._sends:
+            self._releases.settle()
 
     def after_step(self, step: int) -> None:
         """See `StepObserver`."""
@@ -168,7 +175,8 @@ class DefendedRun:
                     f"started with, or {START_ANEW}."
                 )
         self._step = int(state["step"])
-        self._releases.go_on(self._step)
+        if self._sends:
+            self._releases.go_on(self._step)
         self._answers = self._span.answers = bytes.fromhex(state["answers"])
         self._await_evaluation()
 
@@ -181,7 +189,7 @@ class DefendedRun:
 def defended_run(
     model: Any,
     trained: Any,
-    config: TrainConfig,
+    config: TrainConfig | TuneConfig,
     identity: ModelIdentity,
     data: TrainingData,
     tokenizer: Any,
@@ -221,8 +229,10 @@ def defended_run(
     releases = ReleaseLog(config.out / RELEASES_FILE, noise.fingerprint, options, exposure_after, say)
     per_epoch = steps_per_epoch(config, len(data.train))
     span = DefendedSpan(model, defences, noise, decoys)
-    with span.in_place():
-        yield DefendedRun(options, span, defences, modules, noise, releases, made_of, config.eval_every, per_epoch)
+    sends = isinstance(config, TrainConfig)
+    every = config.eval_every if sends else None
+    with span.in_place() if sends else nullcontext():
+        yield DefendedRun(options, span, defences, modules, noise, releases, made_of, every, per_epoch, sends)
 
 
 def read_key(path: Path, *, make: bool) -> bytes:
@@ -254,7 +264,7 @@ def read_key(path: Path, *, make: bool) -> bytes:
 def exposure_of(
     model: Any,
     trained: Any,
-    config: TrainConfig,
+    config: TrainConfig | TuneConfig,
     data: TrainingData,
     done: int = _BEFORE,
     before: Releases = _NOTHING,
@@ -269,6 +279,8 @@ def exposure_of(
     epochs = before.epochs + epochs_left(config, n_examples, done)
     mezo = config.optimizer == "mezo"
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
+    if isinstance(config, TuneConfig):
+        return Exposure(tokens=max(lengths), forwards=0, backwards=0, held_out=0, steps=epochs, moves=False)
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),
@@ -295,7 +307,7 @@ def _front_moves(model: Any, trained: Any, config: TrainConfig) -> bool:
     return config.method != "ladder" and below
 
 
-def _of_run(config: TrainConfig, identity: ModelIdentity, data: TrainingData) -> bytes:
+def _of_run(config: TrainConfig | TuneConfig, identity: ModelIdentity, data: TrainingData) -> bytes:
     """What noise is for, beside the step: two runs that send something else may not share any."""
     start = None if config.start_from is None else adapter_digest(config.start_from)
     settings = fixed_settings(config, total_steps(config, len(data.train)), start)
@@ -310,7 +322,11 @@ def _trained_below(model: Any, trained: Any) -> bool:
 
 
 def _decoys(
-    options: Sequence[DefenceOptions], config: TrainConfig, data: TrainingData, tokenizer: Any, noise: SecretNoise
+    options: Sequence[DefenceOptions],
+    config: TrainConfig | TuneConfig,
+    data: TrainingData,
+    tokenizer: Any,
+    noise: SecretNoise,
 ) -> tuple[Decoys | None, str | None]:
     """The decoys of the run's examples, and the fingerprint of what they were made of."""
     wanted = next((each for each in options if isinstance(each, DecoyOptions)), None)

@@ -254,12 +254,15 @@ class Trainer:
     def _save_adapter(self, folder: Path) -> None:
         save_adapter(self.model, folder, record=self._record())
 
-    def _record(self) -> dict[str, str]:
+    def _record(self) -> dict[str, Any]:
         """What the adapter's folder says about where it was made; whoever plugs it in checks that. Where it stays
-        on the edge, also which form the examples had."""
+        on the edge, also which form the examples had; where it leaves, what is guaranteed of it."""
         made_on = {"digest": self._identity.digest, "plan": self._identity.plan, "method": self.config.method}
         package = self._identity.package
-        return made_on | ({"form": self._data.form} if package is None else {"package": package})
+        if package is None:
+            return made_on | {"form": self._data.form}
+        promised = {} if self._defended is None else self._defended.figures()
+        return made_on | {"package": package} | promised
 
     def _report(self) -> Report:
         spent, lines = self._steps.spent, [json.loads(line) for line in self._loop.log]

@@ -95,9 +95,8 @@ def guarantee(defences: Sequence[DefenceOptions], exposure: Exposure) -> Guarant
     (delta,) = deltas
     steps = 0.0 if private is None else exposure.steps * 4 / private.sigma**2
     if not messages:
-        return Guarantee(
-            epsilon(math.sqrt(steps), delta), delta, "the adapters, of each example; the messages have none"
-        )
+        messages_too = "the messages have none" if exposure.forwards else "nothing is sent"
+        return Guarantee(epsilon(math.sqrt(steps), delta), delta, f"the adapters, of each example; {messages_too}")
     gap = _gap(messages, exposure)
     if gap is not None:
         return Guarantee(None, None, gap)

@@ -7,7 +7,8 @@ Claims: the adapters after every step, and so the one that is returned, are (ε,
 example. An example is in one step of each epoch, whose sum it changes by at most 2C where another takes its place.
 Batches are those of a shuffled epoch and no Poisson samples, so nothing is gained by subsampling; the accountant
 counts epochs, and one that several processes of the run have begun as often. A step that is made again has the same
-noise where the cloud answers the same, and other noise where it does not.
+noise where the cloud answers the same, and other noise where it does not. In `emulator tune` there is no cloud: epochs
+count once, and a step that is made again has the same noise.
 
 Not claimed: anything about messages. What the cloud sees of an example while it is trained on is not less for it;
 with `gaussian` beside it, the claims add up to one about everything.

@@ -1,9 +1,11 @@
-"""`emulator tune` on a preset's package: above the emulator alone, from outputs that are computed once a text."""
+"""`emulator tune` on a preset's package: above the emulator alone, from outputs that are computed once a text, and with
+dp-sgd."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +14,22 @@ from typing import Any
 import pytest
 from support.emulator.packages import tiny_package
 from support.models.tiny import tiny_checkpoint
-from support.run_folders import adapter, assert_same_run, losses
+from support.run_folders import adapter, assert_same_run, losses, same
 from torch import Tensor
 
-from isthmus.common.errors import ConfigError
+from isthmus.backbone.adapters.adapter_files import adapter_digest
+from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.edge import emulator_run
 from isthmus.edge.config.training_config import TuneConfig, load_config
 from isthmus.edge.emulator_run import KEPT, run_tuning
 from isthmus.edge.span_cache.cache_check import fingerprint
 from isthmus.edge.training import methods
 from isthmus.emulator.compress.emulator_model import Emulator
+from isthmus.emulator.package.intake import check_adapter
 from isthmus.emulator.package.manifest import Tuning
 from isthmus.emulator.package.package import Package
+from isthmus.privacy.defences.accountant import epsilon
+from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.training.run_checkpoint import load
 
 ADVICE = Tuning(learning_rate=0.02, steps=5, rank=3, warmup_steps=1)
@@ -191,10 +197,9 @@ def test_a_batch_gives_the_same_but_for_rounding(
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    packages: Callable[..., Package], data: Path, tmp_path: Path, rows: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_tuning(config(packages(), data, tmp_path / "straight"))
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[TuneConfig], None]:
+    """Begins a run, and stops it after step 4."""
     after_step = methods.after_step
 
     def interrupt(model: Any, step: int) -> None:
@@ -202,10 +207,24 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
         if step == 4:
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(methods, "after_step", interrupt)
-        with pytest.raises(KeyboardInterrupt, match="after step 4 of 5"):
-            run_tuning(config(packages(), data, tmp_path / "stopped"))
+    def run(options: TuneConfig) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(methods, "after_step", interrupt)
+            with pytest.raises(KeyboardInterrupt, match="after step 4 of"):
+                run_tuning(options)
+
+    return run
+
+
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(
+    packages: Callable[..., Package],
+    data: Path,
+    tmp_path: Path,
+    rows: list[int],
+    stopped: Callable[[TuneConfig], None],
+) -> None:
+    run_tuning(config(packages(), data, tmp_path / "straight"))
+    stopped(config(packages(), data, tmp_path / "stopped"))
     kept = tmp_path / "stopped" / KEPT / "rows.bin"
     whole = kept.read_bytes()
     kept.write_bytes(bytes(200) + whole[200:])  # a row that a crash has damaged
@@ -230,3 +249,101 @@ def test_kept_rows_belong_to_the_emulators_weights(packages: Callable[..., Packa
     assert before == fingerprint(model, packages().load_emulator()) != fingerprint(model)
     next(iter(emulator.parameters())).data[0] += 1
     assert fingerprint(model, emulator) != before
+
+
+# dp-sgd ---------------------------------------------------------------------------------------------------------------
+
+PRIVATE: dict[str, Any] = {
+    "defence": "dp-sgd:clip=0.5,sigma=2",
+    "epochs": 2,
+    "save_every": 3,
+    "target_modules": "q_proj",
+}
+TRAINED = 8
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    path.write_text("ab" * 32)
+    return path
+
+
+def test_dp_sgd_takes_examples_one_by_one_and_says_what_it_guarantees(
+    packages: Callable[..., Package],
+    data: Path,
+    tmp_path: Path,
+    rows: list[int],
+    key: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    added: list[int] = []
+    add = PrivateGradients.add
+    monkeypatch.setattr(PrivateGradients, "add", lambda self, found: (added.append(len(found)), add(self, found))[1])
+    report = run_tuning(config(packages(), data, tmp_path / "run", **PRIVATE, defence_key=key))
+    assert len(added) == 2 * TRAINED
+    assert rows == [1] * TEXTS
+    # Each example is in one step of each of two epochs, and sampling is not counted.
+    assert report.epsilon == pytest.approx(epsilon(math.sqrt(2 * 4 / 2**2), 1e-5))
+    said = f"epsilon {report.epsilon:.3g} at delta 1e-05, of the adapters, of each example; nothing is sent"
+    assert f"differential privacy: {said}" in capsys.readouterr().err
+    assert said in report.lines(tmp_path)
+    folder = tmp_path / "run" / "adapter"
+    told = json.loads((folder / "isthmus_tuning.json").read_text())
+    for name in ("defences", "epsilon", "delta", "guarantee"):
+        assert told[name] == json.loads((tmp_path / "run" / "report.json").read_text())[name]
+    check_adapter(folder, packages(), packages().folder, packages().plan)
+
+    run_tuning(config(packages(), data, tmp_path / "again", **PRIVATE, defence_key=key, keep_outputs_gib=0))
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+    assert adapter_digest(folder) == adapter_digest(tmp_path / "again" / "adapter")
+    first = {**PRIVATE, "epochs": None, "steps": 1, "schedule": "constant"}
+    for name, more in (("ours", {"defence_key": key}), ("other", {})):
+        run_tuning(config(packages(), data, tmp_path / name, **first, **more))
+    assert not same(adapter(tmp_path / "ours"), adapter(tmp_path / "other"))
+
+
+def test_a_private_run_that_is_stopped_goes_on_with_the_same_noise_and_guarantee(
+    packages: Callable[..., Package], data: Path, tmp_path: Path, key: Path, stopped: Callable[[TuneConfig], None]
+) -> None:
+    private = {**PRIVATE, "defence_key": key}
+    run_tuning(config(packages(), data, tmp_path / "straight", **private))
+    stopped(config(packages(), data, tmp_path / "stopped", **private))
+    for wrong, why in (
+        ({"defence": ()}, "defence was"),
+        ({"defence": "dp-sgd:clip=0.5,sigma=1"}, "defence was"),
+        ({"defence_key": None}, "another key"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            run_tuning(config(packages(), data, tmp_path / "stopped", **{**private, **wrong, "resume": True}))
+    run_tuning(config(packages(), data, tmp_path / "stopped", **private, resume=True, eval_every=4))
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+    straight, gone_on = (adapter_digest(tmp_path / name / "adapter") for name in ("straight", "stopped"))
+    assert straight == gone_on  # with what they say of the guarantee
+
+
+@pytest.mark.parametrize("values", [{"method": "prompt"}, {"method": "full", "layers": "all"}], ids=str)
+def test_dp_sgd_below_the_emulator_and_by_other_methods(
+    packages: Callable[..., Package], data: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    report = run_tuning(
+        config(packages(below=True), data, tmp_path / "run", **PRIVATE | values | {"epochs": 1, "batch": 8})
+    )
+    assert report.epsilon == pytest.approx(epsilon(1, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"defence": "gaussian:clip=1,sigma=1"}, "defence gaussian changes what is sent, and tuning on a package"),
+        ({"defence": ["dp-sgd:clip=1,sigma=1", "smoothing:share=.1"]}, "defence smoothing changes what is sent"),
+        ({"defence": "dp-sgd:clip=1,sigma=1", "optimizer": "mezo"}, "optimizer mezo has none"),
+        ({"defence": "dp-sgd:clip=1"}, "sigma: field required"),
+    ],
+    ids=str,
+)
+def test_other_defences_have_nothing_to_defend(values: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as refused:
+        load_config(None, {"package": "p", "data": "d", **values}, TuneConfig)
+    assert "\n" not in str(refused.value)

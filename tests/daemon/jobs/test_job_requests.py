@@ -92,6 +92,7 @@ def test_numbers_beyond_the_models_own_are_refused(jobs: Jobs, name: str, most: 
         ("evaluate", "tiny", {"data": "file-texts", "adapter": "ft:x"}, ConfigError, "there is no such model"),
         ("generate", "tiny", {}, ConfigError, "'prompts' is missing"),
         ("tune", "tiny", {"data": "file-texts"}, ConfigError, "'package' is missing"),
+        ("tune", "tiny", {"data": "file-texts", "defence_key": "/x"}, ConfigError, "not offered .* emulator tune"),
         ("train", "tiny", {"data": "file-texts", "text_column": "x" * 70_000}, ConfigError, "more than 65536 bytes"),
     ],
 )
