@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,15 +99,21 @@ def run_fit(config: FitConfig) -> Fitted:
     place = ConnectionString.parse(config.connection_text())
     package = open_package(config.package, signer=place.pin)
     tokenizer = package.load_tokenizer()
-    texts = documents(config.text)
-    _check_public(texts, config, tokenizer)
+    console = Console(stderr=True, highlight=False)
+    given = documents(config.text)
+    texts = _public(given, config, tokenizer)
+    if len(texts) < len(given):
+        shared = len(given) - len(texts)
+        said = (
+            f"{shared:,} of the {len(given):,} texts share {RUN} tokens in a row with private ones, and are left out."
+        )
+        console.print(said, soft_wrap=True)
     block = min(config.block, config.tokens)
-    blocks = load_blocks(config.text, tokenizer, block)
+    blocks = load_blocks(config.text, tokenizer, block, texts)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     answers = _Answers.load(package, fingerprint(blocks))
     wanted = blocks[order[: config.tokens // block]]
     todo = max(0, len(wanted) - answers.done)
-    console = Console(stderr=True, highlight=False)
     console.print(
         f"This sends {todo * block:,} tokens of the {len(texts):,} texts in {config.text} to the cloud at "
         f"{place.address}. The cloud can read them, and which texts you chose tells it something about your task. "
@@ -234,40 +242,75 @@ def _check_fits(package: Package, link: Link) -> None:
 # What may be sent -----------------------------------------------------------------------------------------------------
 
 
-def _check_public(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> None:
-    """Refuse texts that hold a secret, or share a run of tokens with the private data. The errors quote neither."""
+def _public(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> Sequence[str]:
+    """The texts that may be sent: none holds a secret, or shares a run of tokens with the private data.
+
+    Raises:
+        DataError: One does; with `leave_out_shared`, where one holds a secret, or all share a run. None is quoted.
+    """
+    plain = [_plain(text) for text in texts] if config.secrets else []
     for number, secret in enumerate(read_secrets(config.secrets), 1) if config.secrets else ():
-        for place, text in enumerate(texts, 1):
-            if secret.strip() and _plain(secret) in _plain(text):
+        wanted = _plain(secret)
+        for place, text in enumerate(plain, 1):
+            if wanted and wanted in text:
                 raise DataError(
                     f"text {place} of {config.text} holds the string in line {number} of {config.secrets}: nothing was "
                     "sent; take the text out"
                 )
-    if config.data == NO_DATA:
-        return
-    public = {run: place for place, text in enumerate(texts, 1) for run in _runs(text, tokenizer)}
-    examples = read_examples(config.data, config)
-    shared: dict[int, str] = {}  # the public text, and where the private one is
-    for example, text in zip(examples, rendered(examples, tokenizer), strict=True):
-        for run in _runs(text, tokenizer):
-            if run in public:
-                shared.setdefault(public[run], example.where)
-    if shared:
-        first = min(shared)
-        raise DataError(
-            f"{len(shared)} of the {len(texts)} texts in {config.text} share a run of {RUN} tokens with private ones, "
-            f"the first of them text {first} with {shared[first]}: nothing was sent; take them out"
-        )
+    shared = _shared(texts, config, tokenizer)
+    if not shared or (config.leave_out_shared and len(shared) < len(texts)):
+        return [text for place, text in enumerate(texts) if place not in shared]
+    first, (at, where) = next(iter(shared.items()))
+    line = f" (line {_line(texts[first], at, tokenizer)})" if len(texts) == 1 else ""
+    raise DataError(
+        f"{len(shared)} of the {len(texts)} texts in {config.text} share a run of {RUN} tokens with private ones, "
+        f"the first of them text {first + 1}{line} with {where}: nothing was sent; take them out"
+        + ("" if len(shared) == len(texts) else ", or give --leave-out-shared")
+    )
+
+
+def _shared(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> dict[int, tuple[int, str]]:
+    """Which texts share a run with private ones: the token where it begins, and where the private one is."""
+    sources = [source for source in (config.data, config.validation) if source not in (None, NO_DATA)]
+    public = {run for text in texts for run in _runs(text, tokenizer)} if sources else set()
+    private: dict[int, str] = {}
+    for source in sources:
+        examples = read_examples(source, config)
+        for example, parts in zip(examples, rendered(examples, tokenizer), strict=True):
+            for text in ("".join(parts), " ".join(parts)):  # in a public text they may stand apart, or not
+                for run in _runs(text, tokenizer):
+                    if run in public:
+                        private.setdefault(run, example.where)
+    shared: dict[int, tuple[int, str]] = {}
+    for place, text in enumerate(texts) if private else ():
+        for at, run in enumerate(_runs(text, tokenizer)):
+            if run in private:
+                shared[place] = at, private[run]
+                break
+    return shared
 
 
 def _plain(text: str) -> str:
-    """A text without differences of case and of white space."""
-    return " ".join(text.casefold().split())
+    """A text without differences of case, of white space, and of how a character is encoded."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _runs(text: str, tokenizer: Any) -> Iterator[int]:
     """A hash of each run of `RUN` tokens of a plain text."""
-    words = _plain(text).split(" ")  # in pieces, as a tokenizer is slow at long texts
-    pieces = [" " + " ".join(words[at : at + 4096]) for at in range(0, len(words), 4096)]
-    tokens = [token for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for token in ids]
+    tokens = _tokens(text, tokenizer)
     return (hash(tuple(tokens[at : at + RUN])) for at in range(len(tokens) - RUN + 1))
+
+
+def _line(text: str, at: int, tokenizer: Any) -> int:
+    """The line of a text in which a token of the plain text stands, from 1."""
+    lines = text.split("\n")
+    return 1 + bisect_right(
+        range(1, len(lines)), at, key=lambda number: len(_tokens("\n".join(lines[:number]), tokenizer))
+    )
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a plain text."""
+    words = _plain(text).split()  # in pieces, as a tokenizer is slow at long texts
+    pieces = [" " + " ".join(words[at : at + 4096]) for at in range(0, len(words), 4096)]
+    return [token for each in pieces for token in tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"]]

@@ -203,4 +203,6 @@ class FitConfig(ClientConfig, ExamplesConfig):
         description="The private data that you will tune on, which stay here: a text that shares 13 tokens in a row "
         "with them is refused. `none` where there are none yet."
     )
+    validation: str | None = Field(None, description="Private validation data, which are looked at like --data.")
+    leave_out_shared: bool = Field(False, description="Leave such texts out and send the others, instead of refusing.")
     secrets: Path | None = Field(None, description="File with a string in each line that may not be in the text.")

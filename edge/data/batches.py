@@ -206,10 +206,10 @@ def _opening(tokenizer: Any) -> list[int]:
     return []
 
 
-def rendered(examples: Sequence[Example], tokenizer: Any) -> list[str]:
-    """The whole text of each example, as a model is given it. Raises what `encode` raises for conversations."""
+def rendered(examples: Sequence[Example], tokenizer: Any) -> list[list[str]]:
+    """The text of each example in its segments, as a model is given it. Raises what `encode` raises."""
     with ChatTemplate(tokenizer) as template:
-        return ["".join(text for text, _ in _segments(example, template)) for example in examples]
+        return [[text for text, _ in _segments(example, template)] for example in examples]
 
 
 def _segments(example: Example, template: ChatTemplate) -> list[Segment]:

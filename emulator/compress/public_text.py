@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from isthmus.common.errors import ConfigError, DataError
 _CHUNK = 1 << 16
 
 
-def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
+def load_blocks(path: Path, tokenizer: Any, length: int, texts: Sequence[str] | None = None) -> Tensor:
     """Cut a text file into blocks of `length` tokens; what is left at the end is dropped.
 
     A `.jsonl` file holds one document a line, under the key `text`; any other file is one document. Documents follow
@@ -25,6 +25,7 @@ def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
 
     Args:
         path: UTF-8 text, or JSON lines if it ends in `.jsonl`.
+        texts: Those of its documents that count; None for all, which are read here.
 
     Returns:
         `[n, length]`, int64, n >= 1.
@@ -37,7 +38,7 @@ def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
         raise ConfigError(f"blocks of {length} tokens hold nothing to predict; use a length of 2 or more")
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
-    for document in documents(path):
+    for document in documents(path) if texts is None else texts:
         tokens += between if tokens else []
         for chunk in _chunks(document):
             tokens += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]

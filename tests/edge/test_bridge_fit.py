@@ -23,6 +23,7 @@ from isthmus.edge.config.client_config import FitConfig
 from isthmus.emulator.compress.bridges import RidgeSums
 from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import OuterLayers
+from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.package.package import Package, open_package
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import decode
@@ -91,7 +92,7 @@ def test_the_bridge_brings_the_emulator_nearer_to_the_clouds_layers(
 def test_what_is_sent_comes_from_the_bare_front(fit: Fit, cloud: MemoryCloud, package: Package) -> None:
     fit(tokens=32)
     front = OuterLayers(package.checkpoint, package.plan, with_top=False)
-    tokens = bridge_fit.load_blocks(package.folder.parent / "public.jsonl", package.load_tokenizer(), 32)
+    tokens = load_blocks(package.folder.parent / "public.jsonl", package.load_tokenizer(), 32)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
     (only,) = asked(cloud)
     assert torch.equal(decode(only.hidden), front.entry(tokens[order[:1]]))
@@ -154,6 +155,73 @@ def test_a_text_that_shares_a_run_with_private_data_is_not_sent(fit: Fit, cloud:
             fit(text=public, tokens=32, **columns)
         assert len(cloud.sessions) == sessions
         fit(text=public, tokens=32)  # nobody said that there are private data
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "now the patient has a rash, since then",  # across the end of the prompt, which has no space there
+        "e\N{COMBINING ACUTE ACCENT}tude de l'anne\N{COMBINING ACUTE ACCENT}e",  # in another normal form
+        "and it began on tuesday",  # in the validation data
+    ],
+)
+def test_a_run_is_found_across_segments_in_any_normal_form_and_in_validation_data(
+    fit: Fit, cloud: MemoryCloud, tmp_path: Path, text: str
+) -> None:
+    sessions = len(cloud.sessions)
+    public, data, validation = (tmp_path / name for name in ("mine.jsonl", "data.jsonl", "validation.jsonl"))
+    rows = [{"prompt": "has a rash,", "completion": "since then"}, {"prompt": "étude de l'année", "completion": "."}]
+    data.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    validation.write_text(json.dumps({"prompt": "It began", "completion": " on Tuesday"}) + "\n")
+    rest = {"text": "lorem ipsum dolor sit amet " * 40}
+    public.write_text("".join(json.dumps(each) + "\n" for each in ({"text": text}, rest, {"text": text})))
+    private = {"data": str(data), "validation": str(validation)}
+    with pytest.raises(DataError, match=r"2 of the 3 texts .* text 1 with .*--leave-out-shared"):
+        fit(text=public, tokens=32, **private)
+    assert len(cloud.sessions) == sessions
+
+
+def test_texts_that_share_a_run_can_be_left_out(
+    fit: Fit, cloud: MemoryCloud, package: Package, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    public, data = tmp_path / "mine.jsonl", tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": SENTENCE}) + "\n")
+    rest = ["lorem ipsum dolor sit amet", "consectetur adipiscing elit"]
+    texts = [SENTENCE, rest[0], SENTENCE.upper(), rest[1]]
+    public.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    left = {"data": str(data), "leave_out_shared": True, "block": 50}
+    fit(text=public, tokens=50, **left)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 of the 4 texts share 13 tokens in a row with private ones, and are left out" in said
+    assert "of the 2 texts in" in said
+    public.write_text("".join(json.dumps({"text": text}) + "\n" for text in rest))
+    blocks = load_blocks(public, package.load_tokenizer(), 50)
+    (only,) = asked(cloud)
+    assert torch.equal(decode(only.hidden), OuterLayers(package.checkpoint, package.plan, with_top=False).entry(blocks))
+    public.write_text(json.dumps({"text": SENTENCE}) + "\n")
+    with pytest.raises(DataError, match="1 of the 1 texts"):
+        fit(text=public, tokens=50, **left)
+
+
+def test_what_is_checked_is_what_is_sent(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    public = tmp_path / "mine.txt"
+    public.write_text("lorem ipsum " * 40)
+    checked = bridge_fit._public
+
+    def changed_meanwhile(*args: Any) -> Any:
+        public.unlink()
+        return checked(*args)
+
+    monkeypatch.setattr(bridge_fit, "_public", changed_meanwhile)
+    assert fit(text=public, tokens=32).asked == 32
+
+
+def test_of_a_single_text_the_line_is_named(fit: Fit, tmp_path: Path) -> None:
+    public, data = tmp_path / "mine.txt", tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": SENTENCE}) + "\n")
+    public.write_text("\n" + "lorem ipsum\n" * 5000 + "and the patient has\na rash\n" + "dolor\n" * 5000)
+    with pytest.raises(DataError, match=r"text 1 \(line 5002\) with"):
+        fit(text=public, tokens=32, data=str(data))
 
 
 def test_a_text_with_a_secret_is_not_sent_and_the_secret_not_shown(
