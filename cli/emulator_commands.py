@@ -377,6 +377,7 @@ def _show(package: Package, as_json: bool) -> None:
             "signer": str(package.signer),
             "share_of_parameters": manifest.share_of_parameters,
             "share_of_bytes": manifest.share_of_bytes,
+            "bridge": str(package.bridge_file) if package.bridge_file.exists() else None,
         }
         typer.echo(json.dumps(said))
         return
@@ -398,6 +399,8 @@ def _show(package: Package, as_json: bool) -> None:
         "draft tuning": "allowed" if manifest.allow_draft_tuning else "not allowed",
         "licence": manifest.licence or "(none stated)",
     }
+    if package.bridge_file.exists():
+        lines["your bridge"] = package.bridge_file
     if manifest.distilled is not None:
         done = manifest.distilled
         lines["distilled"] = (

@@ -5,7 +5,7 @@ layers, by the forward that training uses. The same hidden states go through the
 emulator's end is fitted to the difference and kept beside the package; nothing of it is sent. The sums that it is made
 of are kept as well, so that an interrupted fit goes on, and more tokens of the same text add to them.
 
-Every eighth block is held out until the error with and without the bridge is measured on it.
+Every eighth block, up to 64 of them, is held out until the error with and without the bridge is measured on it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from isthmus.common.errors import DataError, PackageError
-from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.files import disk_errors, locked, write_atomic
+from isthmus.common.ownership import private_folder
 from isthmus.common.progress import bar
 from isthmus.common.shutdown import uninterrupted
 from isthmus.edge.budget.budget_texts import read_secrets
@@ -51,6 +52,10 @@ model was trained on (Brown et al. 2020)."""
 RIDGE = 0.1
 """Of the sums' diagonal: a few thousand tokens are few for a map of some hundred inputs, and less fits them alone."""
 _HELD = 8
+_MOST_HELD = 64
+"""Blocks that are held out at most, which bounds what is kept of them as they are."""
+_PARTS_KEPT = 16
+"""Calls after which the answers are kept, for the case that the process dies."""
 _TOKENS_AT_ONCE = 2048
 
 
@@ -111,18 +116,36 @@ def run_fit(config: FitConfig) -> Fitted:
     block = min(config.block, config.tokens)
     blocks = load_blocks(config.text, tokenizer, block, texts)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    answers = _Answers.load(package, fingerprint(blocks))
     wanted = blocks[order[: config.tokens // block]]
+    with disk_errors(package.bridge_file):
+        private_folder(package.bridge_file.parent)
+    with locked(package.bridge_file):
+        answers = _Answers.load(package, fingerprint(blocks))
+        return _fit(config, package, texts, wanted, answers, place.address, console)
+
+
+def _fit(
+    config: FitConfig,
+    package: Package,
+    texts: Sequence[str],
+    wanted: Tensor,
+    answers: _Answers,
+    address: str,
+    console: Console,
+) -> Fitted:
+    """Ask about the blocks that are missing, and keep the bridge if it helps."""
+    block = wanted.shape[1]
     todo = max(0, len(wanted) - answers.done)
     console.print(
         f"This sends {todo * block:,} tokens of the {len(texts):,} texts in {config.text} to the cloud at "
-        f"{place.address}. The cloud can read them, and which texts you chose tells it something about your task. "
+        f"{address}. The cloud can read them, and which texts you chose tells it something about your task. "
         "Nothing else is sent, and the bridge stays here.",
         soft_wrap=True,
         markup=False,
     )
     up = down = 0
     if todo:
+        answers.save(package)  # where they cannot be kept, nothing is asked
         with open_link(config) as link:
             _check_fits(package, link)
             try:
@@ -154,10 +177,10 @@ class _Answers:
 
     @classmethod
     def load(cls, package: Package, text: str) -> _Answers:
-        """Those of earlier commands about the same package and text; none where they are not there or not whole."""
+        """Those of earlier commands about the same package and blocks; none where they are not there or not whole."""
         answers = cls(text, package.checkpoint.config.hidden_size)
         with suppress(OSError, SafetensorError, ValueError, LookupError):
-            with safe_open(_kept(package), framework="pt") as file:
+            with safe_open(answers._file(package), framework="pt") as file:
                 said, held = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             wanted = answers._tensors()
             fits = all(held[name].shape[-1] == each.shape[-1] for name, each in wanted.items())
@@ -170,14 +193,12 @@ class _Answers:
     def save(self, package: Package) -> None:
         """Keep them beside the package. Raises DiskError."""
         about = {"package": package.id, "text": self.text, "done": str(self.done), "tokens": str(self.tokens)}
-        path = _kept(package)
-        with disk_errors(path):
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_atomic(path, save(self._tensors(), about), 0o600)
+        write_atomic(self._file(package), save(self._tensors(), about), 0o600)
 
     def add(self, given: Tensor, target: Tensor) -> None:
         """Count what the emulator and the cloud give for the next blocks, `[B, S, h]` both."""
-        held = (torch.arange(self.done, self.done + len(given)) % _HELD) == 0
+        places = torch.arange(self.done, self.done + len(given))
+        held = (places % _HELD == 0) & (places < _HELD * _MOST_HELD)
         with uninterrupted():  # the two sums and the number of blocks belong together
             if not held.all():
                 self._sums.add(given[~held], target[~held])
@@ -191,27 +212,19 @@ class _Answers:
         if not 0 < given.shape[1] < self.tokens:
             return None, None
         with torch.no_grad():
-            fitted = _bridge(self._sums)(given)
+            fitted = self._sums.bridge(RIDGE)(given)
         return relative_error(given, target).item(), relative_error(fitted, target).item()
 
     def bridge(self) -> Bridge:
         """The bridge that is fitted to all of them."""
         self._sums.add(*self._held)
-        return _bridge(self._sums)
+        return self._sums.bridge(RIDGE)
+
+    def _file(self, package: Package) -> Path:
+        return package.bridge_file.with_suffix(f".{self.text[:16]}.answers.safetensors")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"gram": self._sums.gram, "moments": self._sums.moments, "held": self._held}
-
-
-def _kept(package: Package) -> Path:
-    return package.bridge_file.with_suffix(".answers.safetensors")
-
-
-def _bridge(sums: RidgeSums) -> Bridge:
-    weight, bias = sums.solve(RIDGE)
-    bridge = Bridge(len(bias), weight.device)
-    bridge.load_state_dict({"weight": weight, "bias": bias})
-    return bridge
 
 
 @torch.no_grad()
@@ -222,10 +235,12 @@ def _ask(link: Link, package: Package, wanted: Tensor, answers: _Answers, consol
     rows = max(1, min(_TOKENS_AT_ONCE, link.info.limits.max_tokens_per_call) // wanted.shape[1])
     parts = torch.split(wanted[answers.done :], rows)
     with bar(console, "asking the cloud", len(parts)) as advance:
-        for ids in parts:
+        for number, ids in enumerate(parts, 1):
             hidden = front.entry(ids)
             target, _ = link.forward_span(hidden, None, None, keep=False)
             answers.add(emulator(hidden), target.float())
+            if number % _PARTS_KEPT == 0:
+                answers.save(package)
             advance()
 
 

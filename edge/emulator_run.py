@@ -66,9 +66,11 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
     use_threads(config.threads)
     wanted = config.signer_text()
     package = open_package(config.package, signer=None if wanted is None else Fingerprint.parse(wanted))
+    console = Console(stderr=True, highlight=False)
     if wanted is None:
-        console = Console(stderr=True, highlight=False)
         console.print(f"The package is signed by {package.signer}; --signer insists on it.", soft_wrap=True)
+    if package.bridge_file.exists():
+        console.print(f"Your bridge acts at the emulator's end: {package.bridge_file}", soft_wrap=True, markup=False)
     tokenizer = package.load_tokenizer()
     data = load_data(config, tokenizer)
     model = package.load_model().to(device_of(config.device))

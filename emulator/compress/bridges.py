@@ -175,6 +175,13 @@ class RidgeSums:
             raise NonFiniteError("a linear map fitted to this text is not finite; check the checkpoint")
         return solution[:-1].T.contiguous(), solution[-1]
 
+    def bridge(self, ridge: float) -> Bridge:
+        """The bridge that `solve` finds."""
+        weight, bias = self.solve(ridge)
+        bridge = Bridge(len(bias), weight.device)
+        bridge.load_state_dict({"weight": weight, "bias": bias})
+        return bridge
+
 
 def _after(layer: Any, _inputs: Any, output: Any) -> Any:
     if isinstance(output, tuple):

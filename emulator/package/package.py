@@ -32,6 +32,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import export_edge_parts, load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, new_folder, sha256_of, sweep, write_atomic
+from isthmus.common.ownership import check_private, private_folder
 from isthmus.emulator.compress.bridges import Bridge
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.emulator_model import Emulator
@@ -126,9 +127,10 @@ class Package:
 
         Raises:
             DiskError: It cannot be written; an older one is unchanged.
+            OwnershipError: The folder is another user's, or others may write to it.
         """
         with disk_errors(self.bridge_file):
-            self.bridge_file.parent.mkdir(mode=0o700, exist_ok=True)
+            private_folder(self.bridge_file.parent)
         write_atomic(self.bridge_file, save(dict(bridge.state_dict()), {**about, "package": self.id}), 0o600)
 
     def load_bridge(self) -> Bridge | None:
@@ -136,10 +138,12 @@ class Package:
 
         Raises:
             CheckpointError: It is damaged, or of another package.
+            OwnershipError: Its folder is another user's, or others may write to it.
         """
         path = self.bridge_file
         if not path.exists():
             return None
+        check_private(path.parent)
         try:
             with safe_open(path, framework="pt") as file:
                 named = (file.metadata() or {}).get("package")

@@ -377,10 +377,7 @@ class PresetTable:
         for ids in torch.split(blocks, 8):
             entry = front.entry(ids.to(device))
             sums.add(emulator(entry), lab.middle(entry, None, None))
-        weight, bias = sums.solve(RIDGE)
-        bridge = Bridge(len(bias), weight.device)
-        bridge.load_state_dict({"weight": weight, "bias": bias})
-        return bridge
+        return sums.bridge(RIDGE)
 
     def _make_floor(self) -> Emulator:
         """The middle's first layer, and one bridge for all the others."""

@@ -103,6 +103,8 @@ def run_score(settings: ScoreSettings) -> dict[str, Any]:
         model, tokenizer, digest = package.load_model(), package.load_tokenizer(), package.digest
         model.remote_layers.span.to(device)
         what = f"{package.model} over the emulator {package.manifest.recipe}, keep {package.manifest.keep:g}"
+        if package.bridge_file.exists():
+            what += f", with your bridge {package.bridge_file}"
     else:
         checkpoint = resolve(str(settings.model))
         model, tokenizer, digest = whole(checkpoint), load_tokenizer(checkpoint.folder), checkpoint.digest()

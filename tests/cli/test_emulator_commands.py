@@ -25,6 +25,7 @@ from isthmus.common.errors import (
     PackageError,
     SignerError,
 )
+from isthmus.emulator.compress.bridges import Bridge
 from isthmus.emulator.package.package import open_package
 
 IDS = torch.tensor([[5, 9, 33, 120, 7, 2]])
@@ -46,7 +47,10 @@ def test_figures_are_signed_and_shown(owner: Owner, package: Path, tmp_path: Pat
     copy = Path(shutil.copytree(package, tmp_path / "p"))
     assert "not measured" in owner.run("verify", "--package", copy)
     owner.run("sign", "--package", copy, "--protection", table(copy, tmp_path), "--home", owner.home)
+    signed = open_package(copy)
+    signed.save_bridge(Bridge(signed.checkpoint.config.hidden_size, torch.device("cpu")), {})
     shown = owner.run("verify", "--package", copy)
+    assert f"{signed.id}.safetensors" in shown  # whose bridge acts
     assert "e2e (nats): plug-in 2.2, thief 3" in shown
     assert "recovered 90% by plug-in, 50% by a thief (seeds: 2)" in shown
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from support.cloud.clouds import with_info
 from support.cloud.memory_cloud import MemoryCloud, messages, new_link
 from support.emulator.packages import Owner
 from support.protocol.wire import PIN
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import DataError, PackageError, RefusedError, SignerError
+from isthmus.common.errors import DataError, DiskError, OwnershipError, PackageError, RefusedError, SignerError
 from isthmus.edge import bridge_fit
 from isthmus.edge.bridge_fit import Fitted, run_fit
 from isthmus.edge.client.link import Link
@@ -239,6 +241,47 @@ def test_a_text_with_a_secret_is_not_sent_and_the_secret_not_shown(
     assert len(cloud.sessions) == sessions
     secrets.write_text("agent k8\n")
     fit(text=public, tokens=32, secrets=secrets)
+
+
+def test_another_text_does_not_replace_the_answers_of_the_first(fit: Fit, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("lorem ipsum " * 40)
+    assert fit().asked == 2048
+    assert fit(text=other, tokens=32).asked == 32
+    assert fit().asked == 0
+
+
+def test_what_cannot_be_kept_is_not_asked(fit: Fit, cloud: MemoryCloud, package: Package) -> None:
+    sessions, folder = len(cloud.sessions), package.bridge_file.parent
+    folder.write_text("no folder")
+    with pytest.raises(DiskError, match="cannot be written"):
+        fit()
+    folder.unlink()
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(OwnershipError, match="written by everybody"):
+        fit()
+    assert len(cloud.sessions) == sessions
+
+
+def test_answers_are_kept_meanwhile_and_few_of_them_as_they_are(
+    fit: Fit, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_TOKENS_AT_ONCE", 160), ("_PARTS_KEPT", 2), ("_MOST_HELD", 2)):
+        monkeypatch.setattr(bridge_fit, name, value)
+    forward, done = Link.forward_span, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        (kept,) = package.bridge_file.parent.glob("*.answers.safetensors")
+        with safe_open(kept, framework="pt") as file:
+            done.append(int(file.metadata()["done"]))
+        return forward(*args, **options)
+
+    monkeypatch.setattr(Link, "forward_span", watched)
+    fit(tokens=800)
+    assert done == [0, 0, 10, 10, 20]
+    (kept,) = package.bridge_file.parent.glob("*.answers.safetensors")
+    assert load_file(kept)["held"].shape[:2] == (2, 2 * 32)
 
 
 def test_a_bridge_that_does_not_help_is_not_kept(fit: Fit, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from isthmus.edge.run_report import linear_parameters
 from isthmus.edge.training import methods
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.trainer import Trainer
+from isthmus.emulator.compress.bridges import Bridge
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package.package import Package, open_package, write_package
@@ -152,6 +153,15 @@ def test_the_signer(package: Package, data: Path, tmp_path: Path, capsys: pytest
     assert pin not in capsys.readouterr().err
     run_tuning(config(package, data, tmp_path / "again", signer=None, steps=1))
     assert f"signed by {pin}" in capsys.readouterr().err
+
+
+def test_it_is_said_that_a_bridge_acts(
+    package: Package, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = open_package(Path(shutil.copytree(package.folder, tmp_path / "copy")))
+    copy.save_bridge(Bridge(copy.checkpoint.config.hidden_size, torch.device("cpu")), {})
+    run_tuning(config(copy, data, tmp_path / "run", steps=1))
+    assert str(copy.bridge_file) in capsys.readouterr().err
 
 
 def test_no_core_files_are_written(package: Package, data: Path, tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import CheckpointError, ConfigError, FingerprintError, PackageError, SignerError
+from isthmus.common.errors import (
+    CheckpointError,
+    ConfigError,
+    FingerprintError,
+    OwnershipError,
+    PackageError,
+    SignerError,
+)
 from isthmus.emulator.compress.bridges import Bridge
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
@@ -143,6 +150,9 @@ def test_the_data_owners_bridge_acts_at_the_emulators_end_with_and_without_a_cac
     assert open_package(folder).id == package.id  # it lies beside the package, not in it
     moved = Path(shutil.copytree(folder, folder.with_name("elsewhere")))
     assert open_package(moved).load_bridge() is None
+    package.bridge_file.parent.chmod(0o777)
+    with pytest.raises(OwnershipError, match="cannot be trusted"):
+        package.load_model()
 
 
 @pytest.mark.parametrize(
