@@ -22,6 +22,7 @@ from isthmus.common.errors import ConfigError, DataError
 from isthmus.common.figures import plotting
 from isthmus.common.files import check_replaceable, disk_errors, remove_folder
 from isthmus.common.progress import bar
+from isthmus.emulator.compress.bridges import LEAST_TOKENS_PER_INPUT
 from isthmus.emulator.compress.emulator_model import Emulator, build_emulator
 from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.compress.recipe import Recipe
@@ -37,6 +38,7 @@ from isthmus.training.gradient_step import require_finite
 from isthmus.training.logit_divergence import logit_divergence
 
 OWN_TOKENS = 20_000  # that the model writes for a preset; with three times as many, bridges are hardly better
+_SPARE = 2  # texts have fewer tokens than were written: special ones are left out
 LEAST_COSINE = 0.5
 """Between the gradients over the emulator and over the true middle, from which on adapters below may be tuned."""
 _HELD_OUT = 8  # blocks at most, and at most one in ten
@@ -144,15 +146,21 @@ def build_package(
     return package
 
 
+def own_tokens(width: int, length: int) -> int:
+    """How many tokens a model of this width writes: enough for its bridges beside the blocks that are held out."""
+    return max(OWN_TOKENS, _SPARE * (LEAST_TOKENS_PER_INPUT * width + _HELD_OUT * length))
+
+
 def _write_text(path: Path, checkpoint: Checkpoint, tokenizer: Any, length: int, device: str) -> None:
     """Let the model write a preset's text, unless an interrupted build has done it."""
     if path.exists():
         return
     unfinished = path.with_suffix(".part")
+    tokens = own_tokens(checkpoint.config.hidden_size, length)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_sample(unfinished, load_whole(checkpoint).to(device), tokenizer, OWN_TOKENS, length=length)
+        write_sample(unfinished, load_whole(checkpoint).to(device), tokenizer, tokens, length=length)
     except KeyboardInterrupt:
         unfinished.unlink(missing_ok=True)
         raise KeyboardInterrupt("Stopped while the model wrote text; repeat the command to write it anew.") from None

@@ -46,7 +46,7 @@ from isthmus.emulator.compress.public_text import fingerprint, load_blocks
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
 from isthmus.emulator.distill.sampled_text import write_sample
-from isthmus.emulator.package.build import OWN_TOKENS, build_package, pick_device
+from isthmus.emulator.package.build import build_package, own_tokens, pick_device
 from isthmus.emulator.package.build_presets import PRESETS, BuildPreset, top_heavy
 from isthmus.emulator.package.manifest import Tuning
 from isthmus.emulator.package.package import is_package, open_package
@@ -395,7 +395,8 @@ def _own_text(out: Path, checkpoint: Checkpoint, tokenizer: Any, length: int, de
     path, part = out / "own-text.jsonl", out / "own-text.part.jsonl"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_sample(part, whole(checkpoint).to(device), tokenizer, OWN_TOKENS, length=length, progress=console)
+        tokens = own_tokens(checkpoint.config.hidden_size, length)
+        write_sample(part, whole(checkpoint).to(device), tokenizer, tokens, length=length, progress=console)
         part.replace(path)
     return path
 

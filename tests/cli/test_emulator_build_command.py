@@ -27,10 +27,11 @@ from isthmus.common.errors import (
     PlanError,
     UnknownModelError,
 )
+from isthmus.emulator.compress.bridges import LEAST_TOKENS_PER_INPUT
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
-from isthmus.emulator.package.build import measure_quality
+from isthmus.emulator.package.build import measure_quality, own_tokens
 from isthmus.emulator.package.build_presets import PRESETS, top_heavy
 from isthmus.emulator.package.package import open_package
 
@@ -173,6 +174,17 @@ def test_a_preset_that_is_none_is_refused(owner: Owner, tmp_path: Path, options:
 @pytest.mark.parametrize(("n_layers", "plan"), [(30, "2:6"), (4, "1:2"), (12, "1:2"), (16, "2:3"), (80, "2:16")])
 def test_a_presets_plan_has_more_layers_above(n_layers: int, plan: str) -> None:
     assert top_heavy(n_layers) == plan
+
+
+@pytest.mark.parametrize("width", [64, 576, 2048, 4096, 16384])
+@pytest.mark.parametrize("length", [16, 256, 4096])
+def test_a_model_writes_enough_for_its_own_bridges(width: int, length: int) -> None:
+    written = own_tokens(width, length)
+    assert written >= 20_000
+    lost = written // 4  # special tokens
+    n_blocks = (written - lost) // length
+    assert (n_blocks - 8) * length >= LEAST_TOKENS_PER_INPUT * width
+    assert own_tokens(576, 256) == 20_000
 
 
 def test_an_emulator_that_is_the_middle_has_no_kl_and_the_same_gradient(owner: Owner) -> None:
