@@ -95,14 +95,17 @@ def share(scores: Sequence[Score], base: Sequence[Score], best: Sequence[Score])
     """Which part of the way from `base` to `best` the scores go, with the error of the ratio (the delta method).
 
     Args:
-        scores, best: One for each seed, of the same documents; equal seeds are paired.
+        scores, best: One for each seed, of the same documents; equal seeds are paired, and what one of the lists alone
+            has is left out.
         base: One for each seed, or a single one for all.
     """
+    base = base if len(base) > 1 else [*base] * len(best)
+    shared = min(len(scores), len(base), len(best))
+    scores, base, best = scores[:shared], base[:shared], best[:shared]
     whole = gain(best, base).value
     value = gain(scores, base).value / whole
     values, contributions = [], []
-    for index, (ours, theirs) in enumerate(zip(scores, best, strict=False)):
-        least = base[min(index, len(base) - 1)]
+    for ours, least, theirs in zip(scores, base, best, strict=True):
         values.append((ours.value - least.value - value * (theirs.value - least.value)) / whole)
         parts = zip(ours.contributions(), least.contributions(), theirs.contributions(), strict=True)
         contributions.append([(a - b - value * (c - b)) / whole for a, b, c in parts])

@@ -10,7 +10,7 @@ import statistics
 import pytest
 
 from isthmus.experiments.offsite.table_rows import FIELDS, rows_of, verdict_of
-from isthmus.experiments.scoring.scores import Score, gain, mean
+from isthmus.experiments.scoring.scores import Score, gain, mean, share
 
 ABOUT = {"method": "uniform", "task": "e2e", "keep": 0.5, "emulator": "hash", "share_given_away": 0.5}
 
@@ -56,6 +56,17 @@ def test_seeds_add_their_own_error() -> None:
     assert found.value == pytest.approx(0.8)
     assert found.error == pytest.approx(0.2 / math.sqrt(3))
     assert found.is_clear
+
+
+def test_a_share_is_of_the_seeds_that_all_have() -> None:
+    def of(*values: float) -> list[Score]:
+        return [Score("completion_loss", (value - 0.1, value + 0.1), (1.0, 1.0)) for value in values]
+
+    zero, best, few = of(3.0), of(1.0, 2.0, 0.1, 0.2, 0.3), of(2.0, 2.5)
+    half = share(few, zero, best)  # (1.0 + 0.5) / (2.0 + 1.0): half of the way in each seed, so without an error
+    assert (half.value, half.error) == (pytest.approx(0.5), pytest.approx(0))
+    assert share(few, of(4.0, 3.0, 9.0), best).value == pytest.approx((2.0 + 0.5) / (3.0 + 1.0))
+    assert share(best, zero, few).value == pytest.approx((2.0 + 1.0) / (1.0 + 0.5))
 
 
 def test_a_score_survives_its_file() -> None:
