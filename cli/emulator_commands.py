@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,7 +110,8 @@ def build(
             help="fidelity, which keeps 0.75 of the middle and claims no protection from theft; or guarded, which "
             "keeps 0.25, is distilled, gives less of the gain, and is meant for an edge that fits its own bridge. Both "
             "choose by kl+bridged+closed, measure the emulator and advise how to tune; without --text the model writes "
-            "the text itself.",
+            "the text itself, anew where it was stopped before the end. With --keep, --method, --adapter-layers or a "
+            "weight the package is signed without the preset's name and advice.",
         ),
     ] = None,
     draft: Annotated[
@@ -223,6 +225,19 @@ def build(
         said = "--draft is a preset of its own" if draft else f"--preset {preset!r} is not known"
         raise ConfigError(f"{said}: give --preset {' or '.join(PRESETS)}, or --draft")
     chosen = FOR_DRAFTING if draft else PRESETS[preset] if preset is not None else FOR_TUNING
+    changes = {
+        **{"--keep": keep, "--method": method, "--adapter-layers": adapter_layers},
+        **{"--mse-weight": mse_weight, "--lm-weight": lm_weight, "--kl-weight": kl_weight},
+    }
+    changed = ", ".join(flag for flag, value in changes.items() if value is not None)
+    if preset is not None and changed:
+        chosen = replace(chosen, changed=True)
+        typer.echo(f"with {changed} the package is signed without {preset}'s name and advice for tuning", err=True)
+    if preset is not None and lm_weight:
+        typer.echo(
+            f"--lm-weight {lm_weight:g}: on text like the task's it teaches the emulator the task, and a thief with it",
+            err=True,
+        )
     check_free(out)
     distillation = None
     if distill is not None or chosen.distils:

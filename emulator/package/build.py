@@ -134,8 +134,8 @@ def build_package(
         licence=licence,
         distilled=distilled,
         allow_draft_tuning=allow_draft_tuning,
-        preset=preset.name,
-        tuning=tuning,
+        preset=None if preset.changed else preset.name,
+        tuning=None if preset.changed else tuning,
         quality=quality,
         adapters_below=quality is not None and quality.cosine_below >= LEAST_COSINE,
     )
@@ -161,11 +161,12 @@ def _write_text(path: Path, checkpoint: Checkpoint, tokenizer: Any, length: int,
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_sample(unfinished, load_whole(checkpoint).to(device), tokenizer, tokens, length=length)
+        with disk_errors(path):
+            unfinished.rename(path)
     except KeyboardInterrupt:
-        unfinished.unlink(missing_ok=True)
         raise KeyboardInterrupt("Stopped while the model wrote text; repeat the command to write it anew.") from None
-    with disk_errors(path):
-        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def measure_quality(

@@ -17,6 +17,7 @@ class BuildPreset:
         ridge: Of the fit of bridges, see `RidgeSums.solve`.
         name: As `--preset` has it and the manifest; a preset with a name writes its own text where there is none,
             cuts the model by `top_heavy`, measures its quality and gives advice for tuning.
+        changed: Whether an option changes what it makes: then a package has neither the name nor the advice.
         gives_not: What the data owner or the model's owner must not expect of it.
         tuning: The advice, the fields of `Tuning`.
     """
@@ -31,6 +32,7 @@ class BuildPreset:
     distils: bool = False
     ridge: float = 1e-3
     name: str | None = None
+    changed: bool = False
     gives_not: str = ""
     tuning: tuple[tuple[str, float | int], ...] = ()
 

@@ -153,14 +153,48 @@ def test_a_presets_text_is_kept_until_the_package_is_there(
     monkeypatch.setattr(build, "OWN_TOKENS", 512)
     arguments = ["build", "--model", owner.model, "--out", tmp_path / "p", "--preset", "fidelity", "--length", 16]
     with monkeypatch.context() as patch:
+        patch.setattr(build, "write_sample", lambda path, *_, **__: path.write_text("begun") and stop())
+        with pytest.raises(Stopped):
+            owner.run(*arguments, "--home", owner.home, "--device", "cpu")
+    assert list(tmp_path.glob("p.text-*")) == []  # what is not finished is not kept
+    with monkeypatch.context() as patch:
         patch.setattr(build, "build_emulator", stop)
         with pytest.raises(Stopped):
             owner.run(*arguments, "--home", owner.home, "--device", "cpu")
     (text,) = tmp_path.glob("p.text-*.jsonl")
     assert text.read_text().count("\n") >= 32
     monkeypatch.setattr(build, "write_sample", stop)  # it is not written again
-    owner.run(*arguments, "--home", owner.home, "--device", "cpu")
+    owner.run(*arguments, "--home", owner.home, "--device", "cpu", "--keep", 0.5)
     assert not text.exists()
+    manifest = open_package(tmp_path / "p").manifest  # with --keep it is another emulator than the preset's
+    assert (manifest.preset, manifest.tuning, manifest.plan) == (None, None, "1:2")
+    assert manifest.quality is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ""),
+        (["--distill-steps", 3], ""),
+        (["--keep", 1.0], "with --keep the package is signed without guarded's name"),
+        (["--method", "uniform", "--adapter-layers", "1:1"], "with --method, --adapter-layers the package is"),
+        (["--mse-weight", 30, "--lm-weight", 0, "--kl-weight", 1], "with --mse-weight, --lm-weight, --kl-weight the"),
+        (["--lm-weight", 2], "--lm-weight 2: on text like the task's it teaches the emulator the task"),
+    ],
+)
+def test_a_preset_that_is_changed_says_so(
+    owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], said: str
+) -> None:
+    from isthmus.emulator.package import build
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(build, "build_package", lambda *_, **given: seen.update(given) or open_package(tmp_path))
+    arguments = ["build", "--model", owner.model, "--out", tmp_path / "p", "--preset", "guarded", "--home", owner.home]
+    done = CliRunner().invoke(app, [str(argument) for argument in [*arguments, *options]])
+    assert (seen["preset"].name, seen["preset"].changed) == ("guarded", bool(said))
+    assert said in done.stderr
+    assert bool(done.stderr) == bool(said)
+    assert ("--lm-weight" in done.stderr and "thief" in done.stderr) == (options == ["--lm-weight", 2])
 
 
 @pytest.mark.parametrize(
