@@ -233,3 +233,8 @@ def named_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
+
+
+def linear_names(layers: nn.Module) -> tuple[str, ...]:
+    """The last parts of the names of all linears in these layers, as PEFT's `target_modules` take them."""
+    return tuple(sorted({name.rpartition(".")[2] for name, _ in named_linears(layers)}))

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.skeleton import linear_names
 from isthmus.common.errors import ConfigError
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
@@ -113,10 +113,7 @@ def _as_advised(config: TuneConfig, package: Package, model: Any) -> TuneConfig:
     advised: dict[str, Any] = {"layers": "above", "steps": tuning.steps, "warmup_steps": tuning.warmup_steps}
     if config.method == "lora":
         layers = model.get_submodule(family_of(model.config).layers_path)[package.plan.cloud.stop :]
-        linears = {
-            name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear | Conv1D)
-        }
-        advised |= {"rank": tuning.rank, "target_modules": tuple(sorted(linears))}
+        advised |= {"rank": tuning.rank, "target_modules": linear_names(layers)}
         if config.optimizer == "adamw":
             advised["learning_rate"] = tuning.learning_rate
     said = config.model_fields_set | ({"steps"} if config.epochs is not None else set())

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import ConfigError
 from isthmus.common.figures import plotting
 from isthmus.common.torch_threads import use_threads
 from isthmus.emulator.compress.emulator_model import Emulator
@@ -52,6 +53,8 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> dic
         ConfigError: A task, a method or an option does not make sense, or the package lm-eval is needed and missing.
         DataError: Data are missing or malformed.
     """
+    if settings.preset and settings.figure is not None:
+        raise ConfigError("--figure draws methods, none of presets: leave it out, or give --methods without --preset")
     if settings.figure is not None:
         plotting()  # a missing package is reported before the long run, not after it
     try:

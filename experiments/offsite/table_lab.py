@@ -21,7 +21,7 @@ from torch import nn
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.skeleton import named_linears
+from isthmus.backbone.skeleton import linear_names
 from isthmus.backbone.split.edge_model import SpanFn
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import FrozenSpan, load_span
@@ -255,8 +255,7 @@ def over(model: Any, span: SpanFn | None) -> Any:
 
 
 def _on_all_linears(config: TuningConfig, layers: nn.Module) -> TuningConfig:
-    names = {name.rpartition(".")[2] for name, _ in named_linears(layers)}
-    return config.model_copy(update={"target_modules": tuple(sorted(names))})
+    return config.model_copy(update={"target_modules": linear_names(layers)})
 
 
 def scores_of(result: Mapping[str, Any], view: str) -> dict[str, Score]:

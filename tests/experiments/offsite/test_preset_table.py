@@ -173,6 +173,8 @@ def test_what_is_no_preset_is_said_before_the_work(
         table(model, data, tmp_path, package("uniform", 0.5), adapter_layers="1:2")
     with pytest.raises(ConfigError, match="no preset"):
         table(model, data, tmp_path, without, preset=["nowhere"])
+    with pytest.raises(ConfigError, match="--figure draws methods, none of presets"):
+        table(model, data, tmp_path, without, figure=tmp_path / "drawn.png")
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------
