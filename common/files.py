@@ -138,10 +138,14 @@ def check_replaceable(path: Path, ours: Callable[[Path], bool], what: str) -> No
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, mode: int = 0o644) -> Iterator[None]:
     """Hold a lock that stands for `path`: what several processes may make is made by one of them at a time.
 
     The others wait. The lock is a file beside `path`, which stays; the system drops the lock itself with its process.
+
+    Args:
+        path: What it stands for.
+        mode: Of the lock's file, where it is made.
 
     Raises:
         DiskError: The folder of `path` cannot be made or written.
@@ -149,20 +153,20 @@ def locked(path: Path) -> Iterator[None]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open_lock(path.parent / f".{path.name}.lock")
+        lock = open_lock(path.parent / f".{path.name}.lock", mode)
     with lock:
         check_owner(path, os.fstat(lock.fileno()))
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def open_lock(path: Path) -> IO[str]:
+def open_lock(path: Path, mode: int = 0o644) -> IO[str]:
     """Open the file of a lock, made where there is none. It is neither emptied nor found through a link.
 
     Raises:
         OSError: It cannot be made, or a link is in its place.
     """
-    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # noqa: PTH123  # a descriptor
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode), "r+")  # noqa: PTH123  # a descriptor
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from isthmus.cloud.session.handler import TenantSession, kind_of
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry import event_history
 from isthmus.cloud.telemetry.metrics import Metrics
+from isthmus.common.errors import ConfigError
 from isthmus.privacy.recording.recorder import Recorder
 from isthmus.privacy.transcript.chain import ADAPTERS, QUESTIONS, CloudTranscript, digest
 from isthmus.protocol import messages as m
@@ -248,10 +249,11 @@ class SessionCalls:
     async def _thread_for(self, received: Received) -> None:
         """Have a call with sites that begins wait until there is a thread for it, after those that came before it.
 
-        One whose session has paused calls does not wait: others wait for the threads of these.
+        One whose session has paused calls does not wait: others wait for the threads of these. One of a tenant who may
+        have no sites is refused in its turn, and claims nothing.
         """
-        message = received.message
-        if not _has_sites(message) or self._stage is not None or self._work.calls.begun:
+        message, allowance = received.message, self._session.tenant.quota.max_tokens
+        if not _has_sites(message) or self._stage is not None or self._work.calls.begun or allowance is not None:
             return
         try:
             thread = self._work.calls.claim(self._work.call_bytes(message))
@@ -265,7 +267,11 @@ class SessionCalls:
 
     async def _reply(self, received: Received, due: float | None) -> m.Message | None:
         """Have a message answered by this worker, and by the stages behind it where there are any."""
-        refused = await self._over_allowance(received.message)
+        try:
+            refused = await self._over_allowance(received.message)
+        except BaseException:  # the edge is gone
+            wipe(received.body)
+            raise
         if refused is not None:
             wipe(received.body)
             return refused
@@ -281,20 +287,26 @@ class SessionCalls:
         finally:
             wipe(received.body)
 
-    async def _over_allowance(self, message: m.Message) -> m.Status | None:
+    async def _over_allowance(self, message: m.Message) -> m.Message | None:
         """Count a message's tokens where its tenant may have so many in all; a status where it may have no more.
 
-        They count before they are computed, so that nothing that happens later gives them back. The refusal is no
-        `OVER_QUOTA`, after which edges try again.
+        They count before they are computed, so that nothing that happens later gives them back; a call that is too
+        large is refused first. The refusal is no `OVER_QUOTA`, after which edges try again.
         """
         tenant = self._session.tenant
         if tenant.quota.max_tokens is None:
             return None
-        if isinstance(message, m.Sites | m.Lease):
+        if isinstance(message, m.Sites | m.Lease) or _has_sites(message):
             fault: str | None = f"{tenant.name} has an allowance of tokens (max-tokens): no adapters inside the cloud"
-        else:
+        elif isinstance(message, m.Forward | m.Backward | m.Decode):
+            try:
+                self._work.check_bounds(message)
+            except (ConfigError, ValueError) as error:
+                return self._work.refusal(message, error)
             count = partial(self._calls.tokens.take, tenant, self._work.positions(message))
-            fault = await asyncio.to_thread(count)
+            fault = await self._calls.files.run(tenant.fingerprint.digest, count, lambda: None)
+        else:
+            return None
         return None if fault is None else m.Status.saying(m.StatusCode.BAD_REQUEST, getattr(message, "id", None), fault)
 
     async def _answered(self, received: Received, due: float | None) -> m.Message | None:

@@ -1,4 +1,4 @@
-"""Threads that read, write and hash files for edges, so that a download keeps no computation waiting."""
+"""Threads that read, write and hash files for edges and count tokens, so that a disk keeps no computation waiting."""
 
 from __future__ import annotations
 

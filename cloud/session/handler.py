@@ -160,7 +160,7 @@ class TenantSession:
             ConfigError: the model is not made for so long a sequence.
             ValueError: its shape does not fit, or a step takes too much memory.
         """
-        self._bounds.check_shape(message.hidden, before=message.start)
+        self.check_bounds(message)
         tenant, inputs = self.adapters.tenant.name, partial(self._inputs, message.inputs)
         call = DecodeCall(self.decoding, self.session_id, tenant, message, inputs, self.calls.lists.leased_at)
         for step in call.steps():
@@ -223,6 +223,21 @@ class TenantSession:
             return 0  # a call with sites is refused where it claims its thread
         return self.executor.memory.of(shape)
 
+    def check_bounds(self, message: m.Forward | m.Backward | m.Decode) -> None:
+        """Check that a call is not too large for this cloud. The event loop may ask.
+
+        Raises:
+            ConfigError: the model is not made for so long a sequence.
+            ValueError: its shape does not fit, or the call takes too much memory.
+        """
+        if isinstance(message, m.Decode):
+            self._bounds.check_shape(message.hidden, before=message.start)
+            return
+        sent = message.inputs if isinstance(message, m.Forward) else message.replay
+        if sent is not None:
+            self._bounds.check_shape(sent.hidden)
+            self._bounds.check_memory(message)
+
     def check(self, message: m.Forward | m.Backward) -> CheckedCall:
         """Check a call against this cloud, and decode its tensors.
 
@@ -231,10 +246,7 @@ class TenantSession:
             ValueError: a shape does not fit, or the call takes too much memory.
         """
         key = (self.session_id, message.id.call)
-        sent = message.inputs if isinstance(message, m.Forward) else message.replay
-        if sent is not None:
-            self._bounds.check_shape(sent.hidden)
-            self._bounds.check_memory(message)
+        self.check_bounds(message)
         if isinstance(message, m.Forward):
             inputs = self._inputs(message.inputs)
             return CheckedCall(key, inputs, inputs.positions, partial(self._forward_reply, message))

@@ -15,6 +15,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import IsthmusError
 from isthmus.common.files import locked, write_atomic
+from isthmus.common.ownership import private_folder
 from isthmus.protocol.enrolment import Tenant
 
 
@@ -37,7 +38,8 @@ class TokenCounts:
             return None
         path = self._root / tenant.fingerprint.digest.hex()
         try:
-            with locked(path):
+            private_folder(self._root.parent, self._root.name)
+            with locked(path, 0o600):
                 had = int(path.read_bytes()) if path.exists() else 0
                 if had + positions > allowed:
                     return (
