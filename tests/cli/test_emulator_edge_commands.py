@@ -74,7 +74,9 @@ def test_a_package_is_fetched_tuned_on_and_the_adapter_returned(
     assert said["bytes_up"] > 2000 * 32 * 4
     assert Path(said["bridge"]).is_file()
     assert open_package(out).load_bridge() is not None
-    assert "--data" in command(server, *words).output  # nobody forgets to say what is private
+    forgotten = command(server, *words)  # nobody forgets to say what is private
+    assert forgotten.exit_code == 2
+    assert "'data' is missing: give --data" in forgotten.output
 
     returned = command(server, "return", "--adapter", str(adapter), "--json")
     assert returned.exit_code == 0, returned.output
