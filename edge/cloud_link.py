@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import OverQuotaError, UnsupportedCallError
+from isthmus.common.files import disk_errors
+from isthmus.common.ownership import private_folder
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.codecs.auto_codec import AutoCodec
@@ -167,6 +169,8 @@ def cache_of(link: Link, config: TrainConfig, model: Any) -> Iterator[CachedSpan
             f"are adapted, so the split, here {info.plan}, must leave the first ones to the cloud (0:N); method prompt "
             "does not work at all"
         ) from None
+    with disk_errors(config.out):
+        private_folder(config.out)  # the cache's own would be made in one with the usual mode
     codecs = WireCodecs.parse(config.codec)
     identity = SpanIdentity(
         info.digest, info.plan, info.span_dtype, info.attn_implementation, codecs.forward_up, codecs.forward_down

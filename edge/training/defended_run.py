@@ -31,6 +31,7 @@ from isthmus.backbone.adapters.adapter_files import adapter_digest
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.ownership import private_folder
 from isthmus.edge.config.defence_config import KEY_FILE
 from isthmus.edge.config.schedule import epochs_left, evaluations_left, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig, TuneConfig
@@ -239,7 +240,7 @@ def read_key(path: Path, *, make: bool) -> bytes:
     """The key in a file.
 
     Args:
-        make: Whether to make one, readable by its owner alone, where there is no file.
+        make: Whether to make one, and its folder, for their owner alone, where there is no file.
 
     Raises:
         ConfigError: The file cannot be read, or holds something else.
@@ -247,7 +248,7 @@ def read_key(path: Path, *, make: bool) -> bytes:
     """
     if make and not path.exists():
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_folder(path.parent)
         write_atomic(path, f"{os.urandom(KEY_BYTES).hex()}\n".encode(), 0o600)
     remedy = f"give a file with {2 * KEY_BYTES} hexadecimal digits, which `openssl rand -hex {KEY_BYTES}` prints."
     try:

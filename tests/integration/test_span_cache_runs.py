@@ -69,6 +69,7 @@ def test_a_resumed_run_finds_what_is_there(top_runs: Runs, tmp_path: Path) -> No
     assert_same_run(tmp_path / "broken", tmp_path / "straight")
     assert report.calls <= 8
     assert (tmp_path / "broken" / CACHE_FOLDER).is_dir()
+    assert (tmp_path / "broken").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_cache_under_trained_layers_is_refused(runs: Runs, top_runs: Runs, tmp_path: Path) -> None:

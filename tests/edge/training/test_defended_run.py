@@ -63,6 +63,7 @@ def test_the_same_key_gives_the_same_run(runs: Runs, tmp_path: Path) -> None:
     first = runs.train(tmp_path / "a", steps=2, defence=[NOISY])
     key = tmp_path / "a" / "defence-key"
     assert key.stat().st_mode & 0o777 == 0o600
+    assert key.parent.stat().st_mode & 0o777 == 0o700
     again = runs.train(tmp_path / "b", steps=2, defence=[NOISY], defence_key=key)
     other = runs.train(tmp_path / "c", steps=2, defence=[NOISY])
     assert_same_run(tmp_path / "b", tmp_path / "a")
