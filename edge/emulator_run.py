@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import linear_names
 from isthmus.common.errors import ConfigError
+from isthmus.common.files import remove_folder
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import total_steps
@@ -88,10 +88,7 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
         package=package.id,
     )
     emulator_parameters = _parameters_run(model.remote_layers.span)
-    with (
-        _kept_outputs(tuned, package, data, config, progress.message),
-        defended_run(model, tuned, config, identity, data, tokenizer, progress.message) as defended,
-    ):
+    with defended_run(model, tuned, config, identity, data, tokenizer, progress.message) as defended:
         trainer = Trainer(
             tuned,
             data,
@@ -101,6 +98,7 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
             progress=progress,
             listener=listener,
             defended=defended,
+            within=_kept_outputs(tuned, package, data, config, progress.message),
         )
         return trainer.fit().report
 
@@ -149,24 +147,25 @@ def _refuse_below(tuned: Any, package: Package) -> None:
 def _kept_outputs(
     tuned: Any, package: Package, data: TrainingData, config: TuneConfig, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """Keep what comes out of the emulator, see the top of the file; deleted unless the block is left by an error."""
+    """Keep what comes out of the emulator, see the top of the file; deleted unless the block is left by an error.
+
+    The run's folder must be this process's, and hold no other run: another's rows are deleted on entering.
+    """
     edge = edge_model(tuned)
-    if tuned_below(tuned) is not None or dropout_below(edge) is not None:
-        yield
-        return
     folder = config.out / KEPT
     with ExitStack() as stack:
-        store = None
-        if config.keep_outputs_gib:
-            of = json.dumps([package.id, data.fingerprint, config.precision, config.device]).encode()
-            below = fingerprint(edge, edge.remote_layers.span)
-            identity = hashlib.blake2b(of + below, digest_size=KEY_BYTES).digest()
-            store = SpanStore(folder, identity, max_bytes=int(config.keep_outputs_gib * GIB))
-            stack.enter_context(store)
-        stack.enter_context(_RowByRow(edge, store, say).in_place())
+        if tuned_below(tuned) is None and dropout_below(edge) is None:
+            store = None
+            if config.keep_outputs_gib:
+                of = json.dumps([package.id, data.fingerprint, config.precision, config.device]).encode()
+                below = fingerprint(edge, edge.remote_layers.span)
+                identity = hashlib.blake2b(of + below, digest_size=KEY_BYTES).digest()
+                store = SpanStore(folder, identity, max_bytes=int(config.keep_outputs_gib * GIB))
+                stack.enter_context(store)
+            stack.enter_context(_RowByRow(edge, store, say).in_place())
         yield
-    if store is not None:
-        shutil.rmtree(folder)
+    if folder.exists():  # also what the run has kept before it was resumed with room for nothing
+        remove_folder(folder)
 
 
 class _RowByRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,6 +114,7 @@ class Trainer:
         defended: The run's defences; None for none.
         evidence: What is kept of what crosses; None for nothing.
         leak: Attacks the run for its leak budget; None for nobody.
+        within: Entered once the run's folder is this process's and is known to hold no other run; left at the end.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Trainer:
         defended: DefendedRun | None = None,
         evidence: Evidence | None = None,
         leak: LeakWatch | None = None,
+        within: AbstractContextManager[object] | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -150,6 +153,7 @@ class Trainer:
         self._defended = defended
         self._evidence = evidence
         self._leak = leak
+        self._within = within or nullcontext()
         self._stop = StopRequest()
         total = total_steps(config, len(data.train))
         self._progress = progress or StepProgress("step", total, every=config.log_every)
@@ -205,9 +209,10 @@ class Trainer:
         use_threads(self.config.threads)
         random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
-        with claim(self.config.out):
+        with claim(self.config.out), ExitStack() as stack:
             with self._loop.listening():
                 self._resume()
+                stack.enter_context(self._within)
                 if self._data.dropped:
                     cut = (
                         f"cut to {self.config.max_length} tokens, they have no label; a larger --max-length keeps them"

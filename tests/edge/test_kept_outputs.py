@@ -145,6 +145,7 @@ def test_other_methods_above_are_trained_from_kept_outputs(
     packages: Callable[..., Package], data: Path, tmp_path: Path, rows: list[int], method: str
 ) -> None:
     report = run_tuning(config(packages(), data, tmp_path / "run", method=method))
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
     assert report.steps == 5
     assert rows == [1] * TEXTS
 
@@ -233,6 +234,36 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     assert rows == [1]
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
     assert not kept.exists()
+
+
+def test_a_run_that_goes_on_with_room_for_nothing_leaves_no_rows(
+    packages: Callable[..., Package], data: Path, tmp_path: Path, stopped: Callable[[TuneConfig], None]
+) -> None:
+    stopped(config(packages(), data, tmp_path / "run"))
+    assert (tmp_path / "run" / KEPT).exists()
+    run_tuning(config(packages(), data, tmp_path / "run", resume=True, keep_outputs_gib=0))
+    assert not (tmp_path / "run" / KEPT).exists()
+
+
+def test_what_is_refused_neither_makes_nor_deletes_rows(
+    packages: Callable[..., Package], data: Path, tmp_path: Path, stopped: Callable[[TuneConfig], None]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("Ticket", "Bill"))
+    stopped(config(packages(), data, tmp_path / "run"))
+    rows = tmp_path / "run" / KEPT / "rows.bin"
+    before = rows.read_bytes()
+    with pytest.raises(CheckpointError, match="data"):
+        run_tuning(config(packages(), other, tmp_path / "run", resume=True))
+    for source in (data, other):
+        with pytest.raises(ConfigError, match="holds a run"):
+            run_tuning(config(packages(), source, tmp_path / "run"))
+    assert before
+    assert rows.read_bytes() == before
+    run_tuning(config(packages(), data, tmp_path / "run", resume=True))
+    with pytest.raises(ConfigError, match="holds a run"):
+        run_tuning(config(packages(), data, tmp_path / "run"))
+    assert not rows.parent.exists()
 
 
 def test_where_something_random_acts_below_nothing_is_kept(
