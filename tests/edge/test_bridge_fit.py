@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def test_a_text_that_shares_a_run_with_private_data_is_not_sent(fit: Fit, cloud:
     "text",
     [
         "now the patient has a rash, since then",  # across the end of the prompt, which has no space there
-        "e\N{COMBINING ACUTE ACCENT}tude de l'anne\N{COMBINING ACUTE ACCENT}e",  # in another normal form
+        unicodedata.normalize("NFD", "déjà été né là"),  # in another normal form
         "and it began on tuesday",  # in the validation data
     ],
 )
@@ -172,7 +173,7 @@ def test_a_run_is_found_across_segments_in_any_normal_form_and_in_validation_dat
 ) -> None:
     sessions = len(cloud.sessions)
     public, data, validation = (tmp_path / name for name in ("mine.jsonl", "data.jsonl", "validation.jsonl"))
-    rows = [{"prompt": "has a rash,", "completion": "since then"}, {"prompt": "étude de l'année", "completion": "."}]
+    rows = [{"prompt": "has a rash,", "completion": "since then"}, {"prompt": "déjà été né là", "completion": "."}]
     data.write_text("".join(json.dumps(each) + "\n" for each in rows))
     validation.write_text(json.dumps({"prompt": "It began", "completion": " on Tuesday"}) + "\n")
     rest = {"text": "lorem ipsum dolor sit amet " * 40}
