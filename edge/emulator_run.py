@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from isthmus.common.errors import ConfigError
 from isthmus.common.files import remove_folder
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
+from isthmus.edge.config.config_text import one_line
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.data.batches import TrainingData, load_data
@@ -74,7 +76,9 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
     tokenizer = package.load_tokenizer()
     data = load_data(config, tokenizer)
     model = package.load_model().to(device_of(config.device))
-    config = _as_advised(config, package, model)
+    config, taken = _as_advised(config, package, model)
+    if taken:
+        console.print(f"Taken over from the package: {taken}", soft_wrap=True)
     total = total_steps(config, len(data.train))
     tuned = build_peft(model, config, total_steps=total, layers=_trained_layers(config, package.plan))
     _refuse_below(tuned, package)
@@ -103,11 +107,18 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
         return trainer.fit().report
 
 
-def _as_advised(config: TuneConfig, package: Package, model: Any) -> TuneConfig:
-    """What the user did not say, as the package's owner advises it. Rank, modules and rate were chosen for LoRA."""
+def _as_advised(config: TuneConfig, package: Package, model: Any) -> tuple[TuneConfig, str]:
+    """What the user did not say, as the package's owner advises it. Rank, modules and rate were chosen for LoRA.
+
+    Returns:
+        The configuration, and the flags that say what of it is the owner's.
+
+    Raises:
+        ConfigError: What is advised is no setting of a run.
+    """
     tuning = package.manifest.tuning
     if tuning is None:
-        return config
+        return config, ""
     advised: dict[str, Any] = {"layers": "above", "steps": tuning.steps, "warmup_steps": tuning.warmup_steps}
     if config.method == "lora":
         layers = model.get_submodule(family_of(model.config).layers_path)[package.plan.cloud.stop :]
@@ -115,7 +126,17 @@ def _as_advised(config: TuneConfig, package: Package, model: Any) -> TuneConfig:
         if config.optimizer == "adamw":
             advised["learning_rate"] = tuning.learning_rate
     said = config.model_fields_set | ({"steps"} if config.epochs is not None else set())
-    return config.model_copy(update={name: value for name, value in advised.items() if name not in said})
+    taken = {name: value for name, value in advised.items() if name not in said}
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    try:
+        config = TuneConfig.model_validate(given | taken)
+    except ValidationError as error:
+        raise ConfigError(f"the package's advice does not fit this run: {one_line(error, TuneConfig)}") from error
+    flags = (
+        f"--{name.replace('_', '-')} {','.join(value) if isinstance(value, tuple) else value}"
+        for name, value in taken.items()
+    )
+    return config, " ".join(flags)
 
 
 def _trained_layers(config: TuneConfig, plan: SplitPlan) -> list[int]:
@@ -160,7 +181,8 @@ def _kept_outputs(
                 of = json.dumps([package.id, data.fingerprint, config.precision, config.device]).encode()
                 below = fingerprint(edge, edge.remote_layers.span)
                 identity = hashlib.blake2b(of + below, digest_size=KEY_BYTES).digest()
-                store = SpanStore(folder, identity, max_bytes=int(config.keep_outputs_gib * GIB))
+                size = int(config.keep_outputs_gib * GIB)
+                store = SpanStore(folder, identity, max_bytes=size, what="folder of kept outputs")
                 stack.enter_context(store)
             stack.enter_context(_RowByRow(edge, store, say).in_place())
         yield

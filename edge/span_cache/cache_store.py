@@ -94,6 +94,7 @@ class SpanStore:
             for them and they would take the place of others.
         max_bytes: Bound on the rows and `ENTRY_BYTES` for each. A folder that holds more is cut down to it. Beyond the
             bound are the pages of an empty index (12 KiB) and, while the store is open, the log of the index (1 MiB).
+        what: What messages call it.
 
     Raises:
         ConfigError: Another process uses the folder, or an argument makes no sense.
@@ -101,14 +102,15 @@ class SpanStore:
         OwnershipError: The folder or something in it is another user's, or others may write to it.
     """
 
-    def __init__(self, folder: Path, identity: bytes, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, identity: bytes, *, max_bytes: int, what: str = "span cache") -> None:
         if max_bytes < 1 or len(identity) != KEY_BYTES:
             raise ConfigError(
-                f"a span cache of {max_bytes} bytes for an identity of {len(identity)} bytes makes no sense: give at "
+                f"a {what} of {max_bytes} bytes for an identity of {len(identity)} bytes makes no sense: give at "
                 f"least 1 byte and an identity of {KEY_BYTES}."
             )
         self.folder = folder
         self.identity = identity
+        self._what = what
         self._max_bytes = max_bytes
         self._hits = self._misses = self._damaged = 0
         self._full = self._failed = self._closed = False
@@ -118,7 +120,7 @@ class SpanStore:
                 held.enter_context(claim(folder))
             except ConfigError:
                 raise ConfigError(
-                    f"another process uses the span cache {folder}: wait for it or stop it, or give another folder."
+                    f"another process uses the {what} {folder}: wait for it or stop it, or give another folder."
                 ) from None
             self._drop_older_format()
             self._file = os.open(folder / _ROWS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -191,7 +193,7 @@ class SpanStore:
         """
         if row.dim() != 2 or row.dtype not in _CODES:
             raise UnsupportedCallError(
-                f"the span cache keeps floating point rows of rank 2, not {row.dtype} of shape {list(row.shape)}"
+                f"the {self._what} keeps floating point rows of rank 2, not {row.dtype} of shape {list(row.shape)}"
             )
         with self._mutex:
             if self._failed or self._closed:
@@ -224,8 +226,8 @@ class SpanStore:
             path.unlink()
         if older:
             warnings.warn(
-                f"the span cache {self.folder} had rows of an older format, which are deleted: "
-                "they cross the wire once more.",
+                f"the {self._what} {self.folder} had rows of an older format, which are deleted: "
+                "they are computed once more.",
                 stacklevel=4,
             )
 
@@ -319,7 +321,7 @@ class SpanStore:
             os.truncate(self._file, self._end)
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         warnings.warn(
-            f"the span cache {self.folder} cannot be written ({reason}) and takes in nothing more: "
+            f"the {self._what} {self.folder} cannot be written ({reason}) and takes in nothing more: "
             "what it lacks is computed anew in every epoch. Free some space, or choose another folder.",
             stacklevel=3,
         )

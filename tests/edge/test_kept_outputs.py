@@ -8,6 +8,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from isthmus.backbone.adapters.adapter_files import adapter_digest
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.edge import emulator_run
+from isthmus.edge.config.settings import MOST_WIDTH
 from isthmus.edge.config.training_config import TuneConfig, load_config
 from isthmus.edge.emulator_run import KEPT, run_tuning
 from isthmus.edge.span_cache.cache_check import fingerprint
@@ -33,6 +35,7 @@ from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.training.run_checkpoint import load
 
 ADVICE = Tuning(learning_rate=0.02, steps=5, rank=3, warmup_steps=1)
+TAKEN = ("layers", "steps", "warmup_steps", "rank", "target_modules", "learning_rate")
 TEXTS = 10
 TINY = 1e-5
 """GiB that hold some of the rows: 10 KiB, and a row takes 2 KiB."""
@@ -88,19 +91,23 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_run_goes_by_the_owners_advice_and_flags_win(
-    packages: Callable[..., Package], data: Path, tmp_path: Path
+    packages: Callable[..., Package], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("learning_rate", "warmup_steps", "rank", "layers", "target_modules")
     run_tuning(config(packages(), data, tmp_path / "advised"))
     settings = load(tmp_path / "advised" / "checkpoint-5").settings
     linears = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert [settings[name] for name in names] == [0.02, 1, 3, "above", linears]
+    line = f"--layers above --steps 5 --warmup-steps 1 --rank 3 --target-modules {','.join(linears)} "
+    said = capsys.readouterr().err
+    assert f"Taken over from the package: {line}--learning-rate 0.02\n" in said, said
     sites = {name.split("layers.")[1].rpartition(".lora_")[0] for name in adapter(tmp_path / "advised")}
     assert len(sites) == 3 * len(linears)
     assert {site.partition(".")[0] for site in sites} == {"3", "4", "5"}
 
     flags = {"learning_rate": 1e-3, "warmup_steps": 0, "rank": 2, "layers": "4-5", "target_modules": "q_proj"}
     run_tuning(config(packages(), data, tmp_path / "said", epochs=1, **flags))
+    assert "Taken over" not in capsys.readouterr().err
     settings = load(tmp_path / "said" / "checkpoint-3").settings
     assert [settings[name] for name in names] == [1e-3, 0, 2, [4, 5], ["q_proj"]]
 
@@ -108,6 +115,17 @@ def test_a_run_goes_by_the_owners_advice_and_flags_win(
     settings = load(tmp_path / "older" / "checkpoint-1").settings
     assert [settings[name] for name in names] == [1e-3, 0, 8, None, None]
     assert any("layers.0." in name for name in adapter(tmp_path / "older"))
+
+
+def test_advice_is_held_to_the_bounds_of_a_run(packages: Callable[..., Package], data: Path, tmp_path: Path) -> None:
+    advice = ADVICE.model_copy(update={"rank": MOST_WIDTH + 1})
+    wide = replace(packages(), manifest=packages().manifest.model_copy(update={"tuning": advice}))
+    options, model = config(packages(), data, tmp_path), packages().load_model()
+    with pytest.raises(ConfigError, match=f"advice does not fit this run: rank = {MOST_WIDTH + 1}") as refused:
+        emulator_run._as_advised(options, wide, model)
+    assert "\n" not in str(refused.value)
+    advised, _ = emulator_run._as_advised(options, packages(), model)
+    assert advised == options.model_copy(update={name: getattr(advised, name) for name in TAKEN})
 
 
 @pytest.mark.parametrize(
