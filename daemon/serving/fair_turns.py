@@ -7,6 +7,9 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+KEPT_SECONDS = 600.0
+"""So long after an owner has asked, a turn is kept for them."""
+
 
 class Shares:
     """Places that all owners have in common, and beyond them a share of each owner's own, whatever others take.
@@ -41,25 +44,40 @@ class Shares:
 class FairTurns:
     """At most `at_once` turns at a time; of the owners who wait, each gets the next one in turn. For one event loop.
 
+    The last free turn is kept for who has none, where several owners have asked within `KEPT_SECONDS`: nobody waits for
+    the end of another's long answers.
+
     Args:
         at_once: Turns at a time.
     """
 
     def __init__(self, at_once: int) -> None:
         self._free = at_once
+        self._had: Counter[str] = Counter()
+        self._asked_at: dict[str, float] = {}
         self._waiting: OrderedDict[str, OrderedDict[asyncio.Future[None], None]] = OrderedDict()  # none without a wait
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
         """Wait for a turn, and have it while the block runs."""
-        if self._free:
-            self._free -= 1
+        self._asked_at[owner] = asyncio.get_running_loop().time()
+        if self._may_have(owner):
+            self._take(owner)
         else:
             await self._wait(owner)
         try:
             yield
         finally:
-            self._pass_on()
+            self._give_back(owner)
+
+    def _may_have(self, owner: str) -> bool:
+        latest = asyncio.get_running_loop().time() - KEPT_SECONDS
+        is_kept = self._had[owner] and any(at > latest for other, at in self._asked_at.items() if other != owner)
+        return self._free > (1 if is_kept else 0)
+
+    def _take(self, owner: str) -> None:
+        self._free -= 1
+        self._had[owner] += 1
 
     async def _wait(self, owner: str) -> None:
         turn = asyncio.get_running_loop().create_future()
@@ -68,23 +86,24 @@ class FairTurns:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
-                self._pass_on()  # it has come meanwhile
+                self._give_back(owner)  # it has come meanwhile
             elif turn in self._waiting.get(owner, ()):
                 del self._waiting[owner][turn]
                 if not self._waiting[owner]:
                     del self._waiting[owner]
             raise
 
-    def _pass_on(self) -> None:
-        """Give a turn that is over to the owner who has waited longest since its last one."""
-        while self._waiting:
-            owner, turns = next(iter(self._waiting.items()))
+    def _give_back(self, owner: str) -> None:
+        """Give turns that are free to the owners who have waited longest since their last one."""
+        self._free += 1
+        self._had[owner] -= 1
+        while (following := next(filter(self._may_have, self._waiting), None)) is not None:
+            turns = self._waiting[following]
             turn, _ = turns.popitem(last=False)
             if turns:
-                self._waiting.move_to_end(owner)
+                self._waiting.move_to_end(following)
             else:
-                del self._waiting[owner]
+                del self._waiting[following]
             if not turn.done():
+                self._take(following)
                 turn.set_result(None)
-                return
-        self._free += 1

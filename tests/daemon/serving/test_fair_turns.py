@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from isthmus.daemon.serving.fair_turns import FairTurns, Shares
+import pytest
+
+from isthmus.daemon.serving.fair_turns import KEPT_SECONDS, FairTurns, Shares
 
 
 def test_an_owner_has_a_share_of_the_places_whatever_others_take() -> None:
@@ -38,6 +40,34 @@ def test_owners_take_turns() -> None:
 
     assert asyncio.run(run("aaaabbc")) == "aabcaba"
     assert asyncio.run(run("aaaa")) == "aaaa"
+
+
+@pytest.mark.parametrize(("pause", "second"), [(0.0, False), (KEPT_SECONDS, True)])
+def test_the_last_turn_is_kept_for_one_who_has_asked_lately(pause: float, second: bool) -> None:
+    async def run() -> None:
+        now = 0.0
+        asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
+        turns, over = FairTurns(2), asyncio.Event()
+        began: list[str] = []
+
+        async def work(owner: str) -> None:
+            async with turns.turn(owner):
+                began.append(owner)
+                await over.wait()
+
+        async with turns.turn("b"):
+            pass
+        now = pause
+        tasks = [asyncio.create_task(work(owner)) for owner in "aaab"]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert began == (["a", "a"] if second else ["a", "b"])
+        over.set()
+        await asyncio.gather(*tasks)
+        assert sorted(began) == ["a", "a", "a", "b"]
+        assert turns._free == 2
+
+    asyncio.run(run())
 
 
 def test_so_many_have_a_turn_at_a_time() -> None:
