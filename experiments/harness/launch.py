@@ -44,6 +44,11 @@ class LocalServer(ABC):
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def command(self) -> list[str]:
+        """The command line that starts it."""
+        return isthmus(*self._arguments)
+
     @abstractmethod
     def is_up(self) -> bool:
         """Whether it answers."""
@@ -55,7 +60,7 @@ class LocalServer(ABC):
         """
         with self._log.open("ab") as log, uninterrupted():
             self._process = subprocess.Popen(
-                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, env=self._environment,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS

@@ -108,12 +108,13 @@ class ChaosSettings:
 
 @dataclass(frozen=True, slots=True)
 class AbuseSettings:
-    """Attack a cloud as strangers and tenants would, and an edge as a cloud would; hold the cost to fixed ceilings.
+    """Attack a cloud, an edge and a daemon, as strangers, tenants, clouds and owners could; hold the cost to ceilings.
 
     Each attack on a worker is made alone, while its memory, descriptors and processor time are counted, and beside a
     tenant that behaves, whose latency is compared with its calm one. An attack on an edge must end with the error that
-    the edge documents. Servers with planted weaknesses, and edges without a bound, are measured last: each must be
-    caught. Exits with 1 where a ceiling is broken or a planted weakness is not caught.
+    the edge documents. A daemon is attacked beside another owner, whose slowest answer has a ceiling, too. Servers with
+    planted weaknesses, and edges and a daemon without a bound, are measured last: each must be caught. Exits with 1
+    where a ceiling is broken or a planted weakness is not caught.
 
     Example: isthmus bench abuse --json
     """
@@ -121,7 +122,7 @@ class AbuseSettings:
     model: flags.Model = "smollm2-135m"
     edge_layers: flags.EdgeLayers = "2:2"
     attacks: Annotated[str, Option(help="Attacks, comma-separated; by default all.")] = ""
-    seconds: Annotated[float, Option(min=0.5, help="For which each attack on a worker goes on, twice.")] = 5.0
+    seconds: Annotated[float, Option(min=0.5, help="Of each attack on a daemon, or a worker (twice).")] = 5.0
     threads: Annotated[int, Option(min=1, help="torch threads of the worker.")] = 1
 
 

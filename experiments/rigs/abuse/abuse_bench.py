@@ -2,7 +2,8 @@
 
 Each attack on a worker is made twice: alone, while the kernel counts what the worker takes, and beside a tenant that
 behaves, whose latency is compared with that before the attack. An attack of a cloud on an edge is made once, and the
-edge must end it with the error that it documents. Then servers with a planted weakness, and edges without a bound, are
+edge must end it with the error that it documents. An attack of an owner on a daemon is made once, beside another owner,
+whose slowest answer has a ceiling, too. Then servers with a planted weakness, and edges without a bound, are
 measured in the same way; a measurement that finds nothing wrong with them would be worth nothing.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control.worker_setup import make_parts
 from isthmus.common.errors import IsthmusError
+from isthmus.experiments.daemon.local_daemon import LocalDaemon
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.processes import TaskProcess
@@ -36,21 +38,21 @@ from isthmus.experiments.rigs.abuse.ceilings import (
     STASH_BYTES,
     Ceiling,
 )
+from isthmus.experiments.rigs.abuse.daemon_attacks import DAEMON_ATTACKS, WeakDaemon, attacked
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
-from isthmus.experiments.rigs.abuse.honest import Honest
+from isthmus.experiments.rigs.abuse.honest import CALM_SECONDS, Honest
 from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud
 from isthmus.experiments.rigs.abuse.stranger import NEWCOMERS
 from isthmus.protocol.service import CLIENT_CODING, METHOD
 
 LOG: Final = "attacks.log"
-CALM_SECONDS = 2.0
 SETTLE_SECONDS = 60.0
 """After an attack, for the worker to end its sessions, before the next one is measured."""
 FRAMES, FRAME_BYTES = 160, 1 << 20
 """Sent to each server with a planted weakness, which does to every one of them what none should."""
 
-ALL: Final = (*ATTACKS, *EDGE_ATTACKS)
-"""The names of all attacks, by strangers, tenants and clouds."""
+ALL: Final = (*ATTACKS, *EDGE_ATTACKS, *DAEMON_ATTACKS)
+"""The names of all attacks, by strangers, tenants, clouds and owners of a daemon's tokens."""
 
 
 def run_abuse(settings: AbuseSettings, folder: Path) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def run_abuse(settings: AbuseSettings, folder: Path) -> dict[str, Any]:
         `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
         `unit`, `held`, `latency_ratio`, which is a tenant's latency during the attack over its calm one, and
         `computed`, the calls that the worker has computed for the attack, the less of the two times, where it is made
-        of such calls: none of its rows is held without one. The last two are None for an attack on an edge. `planted`:
+        of such calls, or the requests that a daemon was sent: none of its rows is held without one. The last two are
+        None for an attack on an edge. `planted`:
         one row for each planted weakness. `held` and `planted_caught` sum them up.
 
     Raises:
@@ -83,9 +86,21 @@ def _run(settings: AbuseSettings, attacks: Sequence[str], folder: Path, advance:
         *("--stash-bytes", str(STASH_BYTES), "--compute-bytes", str(COMPUTE_BYTES)),
         *("--cache-bytes", str(CACHE_BYTES)),
     )
-    on_worker = [name for name in attacks if name in ATTACKS]
-    runs = _on_worker(settings, on_worker, cloud, folder, advance) if on_worker else []
-    planted = []
+    on_edge = [name for name in attacks if name in EDGE_ATTACKS]
+    runs: list[dict[str, Any]] = []
+    planted: list[dict[str, Any]] = []
+    if len(on_edge) < len(attacks):
+        key = folder / "hostile"
+        cloud.enroll("hostile", key)
+        with attacker_process(key, folder / LOG) as attacker, cloud:
+            if on_worker := [name for name in attacks if name in ATTACKS]:
+                runs += _on_worker(settings, on_worker, cloud, attacker, advance)
+            if on_daemon := [name for name in attacks if name in DAEMON_ATTACKS]:
+                with LocalDaemon(folder, cloud) as daemon:
+                    for name in on_daemon:
+                        runs += daemon_rows(name, attacker, daemon, settings.seconds)
+                        advance()
+                planted.append(weak_daemon_row(cloud, attacker, folder / "weak", settings.seconds))
     with BareServer(checkpoint.folder, parts, cloud.home, folder / LOG) as server:
         for weakness in PLANTED:
             planted.append(planted_row(server, weakness))
@@ -94,11 +109,10 @@ def _run(settings: AbuseSettings, attacks: Sequence[str], folder: Path, advance:
         HostileCloud(cloud.home, parts, settings.edge_layers) as hostile,
         Edge(cloud.edge_key, folder, folder / LOG) as edge,
     ):
-        for name in attacks:
-            if name in EDGE_ATTACKS:
-                taken = edge.attacked(name, hostile)
-                runs += rows(taken, CEILINGS[name], attack=name, by="cloud", latency_ratio=None)
-                advance()
+        for name in on_edge:
+            taken = edge.attacked(name, hostile)
+            runs += rows(taken, CEILINGS[name], attack=name, by="cloud", latency_ratio=None)
+            advance()
         for name in LIFTED:
             planted.append(lifted_row(edge, hostile, name))
             advance()
@@ -113,26 +127,31 @@ def _run(settings: AbuseSettings, attacks: Sequence[str], folder: Path, advance:
 
 
 def _on_worker(
-    settings: AbuseSettings, attacks: Sequence[str], cloud: LocalCloud, folder: Path, advance: Callable[[], None]
-) -> list[dict[str, Any]]:
+    settings: AbuseSettings,
+    attacks: Sequence[str],
+    cloud: LocalCloud,
+    attacker: TaskProcess,
+    advance: Callable[[], None],
+) -> Iterator[dict[str, Any]]:
     """The rows of the attacks on a worker."""
-    key = folder / "hostile"
-    cloud.enroll("hostile", key)
-    runs: list[dict[str, Any]] = []
-    with attacker_process(key, folder / LOG) as attacker, cloud:
-        pid = cloud.status()["pid"]
-        with Honest(cloud.connection, cloud.edge_key) as honest:
-            honest.latency_s(time.monotonic())  # the first calls warm both sides up
-        for name in attacks:
-            taken, alone = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
-            _settle(cloud)
-            ratio, beside = _latency_ratio(attacker, name, cloud, settings.seconds)
-            _settle(cloud)
-            attack = ATTACKS[name]
-            computed = min(alone, beside) if attack.is_computed else None
-            runs += rows(taken, CEILINGS[name], computed, attack=name, by=attack.by, latency_ratio=ratio)
-            advance()
-    return runs
+    pid = cloud.status()["pid"]
+    with Honest(cloud.connection, cloud.edge_key) as honest:
+        honest.latency_s(time.monotonic())  # the first calls warm both sides up
+    for name in attacks:
+        taken, alone = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
+        _settle(cloud)
+        ratio, beside = _latency_ratio(attacker, name, cloud, settings.seconds)
+        _settle(cloud)
+        attack = ATTACKS[name]
+        computed = min(alone, beside) if attack.is_computed else None
+        yield from rows(taken, CEILINGS[name], computed, attack=name, by=attack.by, latency_ratio=ratio)
+        advance()
+
+
+def daemon_rows(name: str, attacker: TaskProcess, daemon: LocalDaemon, seconds: float) -> list[dict[str, Any]]:
+    """Attack a daemon; what it took, and how much slower another owner was served, against the ceilings."""
+    taken, sent, slower = attacked(name, attacker, daemon, seconds)
+    return rows(taken, CEILINGS[name], sent, slower, attack=name, by="owner", latency_ratio=round(slower["answers"], 2))
 
 
 def show(result: dict[str, Any]) -> None:
@@ -159,21 +178,37 @@ def _settle(cloud: LocalCloud) -> None:
         time.sleep(0.1)
 
 
-UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor s"}
+UNIT_OF: Final = {
+    "memory": "MiB",
+    "descriptors": "descriptors",
+    "processor": "processor s",
+    "threads": "threads",
+    "answers": "x answers",
+    "health": "x healthz",
+}
 
 
-def rows(taken: Taken, ceiling: Ceiling, computed: int | None = None, **about: object) -> list[dict[str, Any]]:
+def rows(
+    taken: Taken,
+    ceiling: Ceiling,
+    computed: int | None = None,
+    slower: Mapping[str, float] | None = None,
+    **about: object,
+) -> list[dict[str, Any]]:
     """What was measured of an attack, against its ceilings.
 
     Args:
-        computed: Calls that were computed for an attack that is made of such calls: where there were none, it was not
-            made, and has held to nothing.
+        computed: Calls that were computed for an attack that is made of such calls, or requests that were sent: where
+            there were none, it was not made, and has held to nothing.
+        slower: How many times as long as before the slowest of each kind of another owner's requests took.
         about: What else is said in each row.
     """
     measured = [
         ("memory", taken.memory_mib, ceiling.memory_mib),
         ("descriptors", taken.descriptors, ceiling.descriptors),
         ("processor", taken.processor_s, ceiling.processor_s),
+        ("threads", taken.threads, ceiling.threads),
+        *((kind, ratio, getattr(ceiling, kind)) for kind, ratio in (slower or {}).items()),
     ]
     return [
         {
@@ -207,6 +242,15 @@ def lifted_row(edge: Edge, hostile: HostileCloud, name: str) -> dict[str, Any]:
     taken = edge.attacked(name, hostile, lifted=True)
     row = next(row for row in rows(taken, CEILINGS[name]) if row["unit"] == UNIT_OF["memory"])
     return {"weakness": f"no bound: {name}", **row, "caught": not row["held"]}
+
+
+def weak_daemon_row(cloud: LocalCloud, attacker: TaskProcess, folder: Path, seconds: float) -> dict[str, Any]:
+    """Attack a daemon that does not count the values of bodies; the row where it must show."""
+    folder.mkdir()
+    with WeakDaemon(folder, cloud) as daemon:
+        found = daemon_rows("deep_json", attacker, daemon, seconds)
+    row = next(row for row in found if row["unit"] == UNIT_OF["health"])
+    return {"weakness": "no count: deep_json", **row, "caught": not row["held"]}
 
 
 def attack_alone(attacker: TaskProcess, name: str, pid: int, where: str, seconds: float) -> tuple[Taken, int]:

@@ -1,7 +1,8 @@
-"""Every attack on a worker in one shape, and the process that makes them.
+"""Every attack on a worker in one shape, and the process that makes them and those on a daemon.
 
-Each question is an attack, seconds and a connection string, and is answered when the attack is over, with the calls
-that the cloud has computed for it. What the cloud does to defend itself (it ends streams, say) is no error here.
+Each question is an attack, seconds and a connection string, or the fields of `Asked` for an attack on a daemon. It is
+answered when the attack is over, with the calls that the cloud has computed for it, or the requests that were sent.
+What the cloud does to defend itself (it ends streams, say) is no error here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Final, Literal
 from isthmus.common.errors import ConnectionLostError, RefusedError
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.rigs.abuse import costs, stranger
+from isthmus.experiments.rigs.abuse.daemon_attacks import DAEMON_ATTACKS, Asked, attack_daemon
 from isthmus.experiments.rigs.hostile_tenants import COMPUTED, DEEDS, ENDED, Hostile, yield_to_all
 from isthmus.protocol.enrolment import ConnectionString
 
@@ -81,10 +83,13 @@ def attacker_process(key: Path, log: Path) -> Iterator[TaskProcess]:
 def _main(parent: Parent) -> None:
     yield_to_all()  # an attacker elsewhere would take none of these cores: what the server does is what counts
     parent.say("ready")
-    for attack, seconds, connection in parent.questions():
+    for attack, seconds, where in parent.questions():
         computed = 0
         with contextlib.suppress(*DEFENDED):
-            computed = ATTACKS[attack].run(connection, Path(parent.task["key"]), seconds)
+            if attack in DAEMON_ATTACKS:
+                computed = attack_daemon(attack, Asked(**where), seconds)
+            else:
+                computed = ATTACKS[attack].run(where, Path(parent.task["key"]), seconds)
         parent.say(computed)
 
 

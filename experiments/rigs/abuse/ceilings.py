@@ -11,14 +11,17 @@ from typing import Final
 
 from isthmus.backbone.checkpoints.chat_template import TemplateLimits
 from isthmus.cloud.bounds import Bounds
+from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS
+from isthmus.experiments.rigs.abuse.daemon_attacks import DAEMON_ATTACKS
 from isthmus.experiments.rigs.abuse.decode_costs import DECODE_COSTS
 from isthmus.protocol.limits import MIB
 
 STASH_BYTES, COMPUTE_BYTES, CACHE_BYTES = 512 * MIB, 2048 * MIB, 256 * MIB
 """What the worker that is attacked is started with: a small machine's budgets, so that a tenant reaches them."""
 BOUNDS: Final = Bounds()
+DAEMON_SETTINGS: Final = DaemonSettings()
 TEMPLATE_LIMITS: Final = TemplateLimits()
 
 
@@ -31,11 +34,17 @@ class Ceiling:
         descriptors: Open descriptors beyond those before the attack.
         processor_s: Seconds of processor time; None where the attack is made of calls, of which the scheduler gives a
             tenant its share for as long as it asks: what counts then is how much slower the others get.
+        threads: Threads beyond those before the attack, of the process and of all below it; None where it starts none.
+        answers: How many times as long as before another owner's slowest answer may take; None where none are asked.
+        health: The same of asking a daemon how it is.
     """
 
     memory_mib: float
     descriptors: int
     processor_s: float | None
+    threads: int | None = None
+    answers: float | None = None
+    health: float | None = None
 
 
 STRANGER: Final = Ceiling(192.0, BOUNDS.max_half_open + 32, 30.0)
@@ -58,6 +67,11 @@ QUESTIONS: Final = Ceiling(128.0, 32, 30.0)
 """An edge answers two questions for each site of a call, in each of its five attempts: that is a step of training."""
 TEMPLATE: Final = Ceiling((TEMPLATE_LIMITS.memory_bytes >> 20) + 192.0, 32, TEMPLATE_LIMITS.cpu_seconds + 10.0)
 """What one rendering may take, and the process that renders: it imports transformers, without torch."""
+DAEMON: Final = Ceiling(256.0, 2 * DAEMON_SETTINGS.requests_at_once + 64, None, 96, 5.0, 250.0)
+"""The bodies that may be in memory (16 of `body_mib`, and half as much for the owners' shares), and the copies by which
+one is looked at; connections; the threads of two pools, 40 and 32 of them. An answer beside an attacker's has half of
+the processor, and waits for bodies; health takes milliseconds, and waits for eight bodies that are looked at one after
+the other, tens of milliseconds each."""
 PLANTED_CEILING: Final = Ceiling(128.0, 32, 3.0)
 """For the servers with a planted weakness, of which each breaks one."""
 
@@ -86,4 +100,5 @@ _OF_EDGE: Final = {
 CEILINGS: Final[dict[str, Ceiling]] = {
     **{name: _SPECIAL.get(name, STRANGER if attack.by == "stranger" else TENANT) for name, attack in ATTACKS.items()},
     **{name: _OF_EDGE[name] for name in EDGE_ATTACKS},
+    **dict.fromkeys(DAEMON_ATTACKS, DAEMON),
 }

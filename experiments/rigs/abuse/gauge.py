@@ -23,14 +23,16 @@ class Taken:
 
     Attributes:
         memory_mib: Largest resident size, over the resident size at the beginning; and of the children that it had
-            meanwhile the largest one's, as far as the last sample before its end shows.
+            meanwhile the largest one's, over its own at the beginning, as far as the last sample before its end shows.
         descriptors: Most descriptors open at once, over those at the beginning.
         processor_s: Seconds of processor time, of all threads and of the children that have ended.
+        threads: Most threads at once, of it and of all processes below it, over those at the beginning.
     """
 
     memory_mib: float
     descriptors: int
     processor_s: float
+    threads: int = 0
 
 
 class Gauge:
@@ -48,6 +50,12 @@ class Gauge:
     def __enter__(self) -> Gauge:
         forget_peak(self._pid)
         self._memory, self._child = memory_bytes(self._pid, "status", "VmRSS"), 0
+        self._children = dict.fromkeys(_children(self._pid), 0)
+        for child in self._children:
+            with contextlib.suppress(IsthmusError):  # it has ended meanwhile
+                forget_peak(child)
+                self._children[child] = memory_bytes(child, "status", "VmRSS")
+        self._threads = self._most_threads = _threads(self._pid)
         with self._alive():
             self._process = psutil.Process(self._pid)
             self._descriptors = self._most = self._process.num_fds()
@@ -63,7 +71,8 @@ class Gauge:
         peak = memory_bytes(self._pid, "status", "VmHWM")
         with self._alive():
             seconds = sum(self._process.cpu_times()[:4]) - self._processor  # user, system, and those of ended children
-        self.taken = Taken((peak - self._memory + self._child) / 2**20, self._most - self._descriptors, seconds)
+        memory, threads = peak - self._memory + self._child, self._most_threads - self._threads
+        self.taken = Taken(memory / 2**20, self._most - self._descriptors, seconds, threads)
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
@@ -76,7 +85,23 @@ class Gauge:
         while not self._ended.wait(SAMPLE_SECONDS):
             with contextlib.suppress(psutil.Error):  # it is raised at the end
                 self._most = max(self._most, self._process.num_fds())
-            for children in Path(f"/proc/{self._pid}/task").glob("*/children"):  # psutil would look at all processes
-                with contextlib.suppress(IsthmusError, OSError):  # a thread or a child has ended meanwhile
-                    for child in children.read_text().split():
-                        self._child = max(self._child, memory_bytes(int(child), "status", "VmHWM"))
+            self._most_threads = max(self._most_threads, _threads(self._pid))
+            for child in _children(self._pid):
+                with contextlib.suppress(IsthmusError):  # it has ended meanwhile
+                    grown = memory_bytes(child, "status", "VmHWM") - self._children.get(child, 0)
+                    self._child = max(self._child, grown)
+
+
+def _children(pid: int) -> list[int]:
+    """The children that a process has now."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):  # psutil would look at all processes
+        with contextlib.suppress(OSError):  # a thread has ended meanwhile
+            found += map(int, children.read_text().split())
+    return found
+
+
+def _threads(pid: int) -> int:
+    """Threads of a process and of all below it; none of one that has ended."""
+    own = len(list(Path(f"/proc/{pid}/task").glob("*")))
+    return own + sum(map(_threads, _children(pid)))
