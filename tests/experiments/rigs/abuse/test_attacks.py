@@ -1,24 +1,28 @@
-"""Every attack of `isthmus bench abuse` against a real server on a tiny model, held to the benchmark's ceilings."""
+"""Every attack of `isthmus bench abuse` against a real server or daemon on a tiny model, held to the benchmark's ceilings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.cloud.clouds import Home
 from support.models.tiny import tiny_checkpoint
 
+from isthmus.experiments.daemon.local_daemon import LocalDaemon
 from isthmus.experiments.harness.processes import TaskProcess
-from isthmus.experiments.rigs.abuse.abuse_bench import attack_alone, planted_row, rows
+from isthmus.experiments.rigs.abuse.abuse_bench import UNIT_OF, attack_alone, daemon_rows, planted_row, rows
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS, attacker_process
 from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness
 from isthmus.experiments.rigs.abuse.ceilings import CEILINGS
+from isthmus.experiments.rigs.abuse.daemon_attacks import DAEMON_ATTACKS
 from isthmus.protocol.enrolment import ConnectionString
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("warm_module")]
 SECONDS = (0.3, 1.0, 5.0)
-"""Of an attack, which is made again for longer where nothing was computed for it: the machine may be busy."""
+"""Of an attack, which is made again for longer where nothing was computed for it, or sent: the machine may be busy."""
 
 
 class Place:
@@ -70,3 +74,19 @@ def test_an_attack_costs_no_more_than_its_ceilings(
 def test_a_planted_weakness_is_caught(server: BareServer, weakness: Weakness) -> None:
     assert planted_row(server, weakness)["caught"]
     server.plant("none")
+
+
+@pytest.mark.long
+def test_a_daemon_is_attacked_and_another_owner_served(
+    place: Place, attacker: TaskProcess, server: BareServer, tmp_path: Path
+) -> None:
+    connection = tmp_path / "connection"
+    connection.write_text(place.address(server))
+    cloud: Any = SimpleNamespace(connection_file=connection, edge_key=place.home.key_file)
+    latencies = {UNIT_OF["answers"], UNIT_OF["health"]}  # how long something takes is the benchmark's to judge
+    with LocalDaemon(tmp_path, cloud) as daemon:
+        for name in DAEMON_ATTACKS:
+            tries = (daemon_rows(name, attacker, daemon, seconds) for seconds in SECONDS)
+            found = next((each for each in tries if each[0]["computed"]), [])
+            assert {row["unit"] for row in found} == set(UNIT_OF.values()) - {UNIT_OF["processor"]}
+            assert [row for row in found if not row["held"] and row["unit"] not in latencies] == []

@@ -1,33 +1,23 @@
-"""The attacks of `isthmus bench abuse` on a daemon: what they send, how they are judged, and a real daemon."""
+"""The attacks of `isthmus bench abuse` on a daemon: what they send, and how they are judged."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.cloud.clouds import Home
 from support.daemon.served import serving
-from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.daemon.local_daemon import LocalDaemon
-from isthmus.experiments.rigs.abuse.abuse_bench import UNIT_OF, daemon_rows, rows
-from isthmus.experiments.rigs.abuse.attacks import attacker_process
-from isthmus.experiments.rigs.abuse.bare_server import BareServer
+from isthmus.experiments.rigs.abuse.abuse_bench import UNIT_OF, rows
 from isthmus.experiments.rigs.abuse.ceilings import CEILINGS
 from isthmus.experiments.rigs.abuse.daemon_attacks import BODY, DAEMON_ATTACKS, Asked, attack_daemon
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
 from isthmus.experiments.rigs.abuse.honest import Calls
-from isthmus.protocol.enrolment import ConnectionString
 
 NOBODY = Asked("127.0.0.1", 1, "tml-token", "tiny")
-SECONDS = (0.5, 3.0, 20.0)
-"""Of an attack, which is made again for longer where none of it was sent: the machine may be busy."""
 LATENCIES = {UNIT_OF["answers"], UNIT_OF["health"]}
 
 
@@ -101,22 +91,3 @@ def test_threads_are_counted() -> None:
             time.sleep(0.01)
         over.set()
     assert gauge.taken.threads >= 5
-
-
-@pytest.mark.server
-@pytest.mark.long
-def test_a_daemon_is_attacked_and_another_owner_served(tmp_path: Path) -> None:
-    model, home = tiny_checkpoint("llama", tmp_path / "model"), Home(tmp_path)
-    with (
-        BareServer(model, tmp_path / "parts", home.folder, tmp_path / "log") as server,
-        attacker_process(home.key_file, tmp_path / "log") as attacker,
-    ):
-        connection = tmp_path / "connection"
-        connection.write_text(str(ConnectionString("127.0.0.1", server.port, home.pin)))
-        cloud: Any = SimpleNamespace(connection_file=connection, edge_key=home.key_file)
-        with LocalDaemon(tmp_path, cloud) as daemon:
-            for name in DAEMON_ATTACKS:
-                tries = (daemon_rows(name, attacker, daemon, seconds) for seconds in SECONDS)
-                found = next((each for each in tries if each[0]["computed"]), [])
-                assert {row["unit"] for row in found} == set(UNIT_OF.values()) - {UNIT_OF["processor"]}
-                assert [row for row in found if not row["held"] and row["unit"] not in LATENCIES] == []
