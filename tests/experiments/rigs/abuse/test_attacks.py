@@ -1,4 +1,4 @@
-"""Every attack of `isthmus bench abuse` against a real server or daemon on a tiny model, held to the benchmark's ceilings."""
+"""Every attack of `isthmus bench abuse` against a real server or daemon on a tiny model, held to its ceilings."""
 
 from __future__ import annotations
 
