@@ -297,7 +297,9 @@ def test_a_flag_that_makes_no_sense(place: Place, arguments: tuple[str, ...], te
 def test_a_way_of_training_that_makes_no_sense(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], texts: list[str]
 ) -> None:
-    needed = ("--cloud", f"isthmus://127.0.0.1:1#SHA256:{'A' * 43}", "--key", tmp_path / "none", "--data", "none.jsonl")
+    (tmp_path / "data.jsonl").write_text('{"text": "a fine line"}\n')
+    needed = ("--cloud", f"isthmus://127.0.0.1:1#SHA256:{'A' * 43}", "--key", tmp_path / "none")
+    needed = (*needed, "--data", tmp_path / "data.jsonl")
     refused(in_process(capsys, "edge", "train", *needed, *arguments, "--out", tmp_path / "out"), 10, *texts)
     assert not (tmp_path / "out").exists()
 
