@@ -30,7 +30,7 @@ def headings(text: str) -> list[str]:
         (("edge", "eval"), "Connection Data Adapter Computation Privacy"),
         (("edge", "audit"), "Connection Audit"),
         (("edge", "generate"), "Connection Adapter Generation"),
-        (("emulator", "tune"), "Package Data Adapter Optimization Computation Output"),
+        (("emulator", "tune"), "Package Data Adapter Optimization Computation Privacy Output"),
         (("emulator", "fetch"), "Connection"),
         (("emulator", "return"), "Connection"),
     ],
