@@ -149,13 +149,15 @@ def attack_daemon(name: str, asked: Asked, seconds: float) -> int:
         while True:
             with contextlib.suppress(OSError):
                 reader, writer = await asyncio.open_connection(asked.host, asked.port)
-                with contextlib.closing(writer.transport):
+                with contextlib.ExitStack() as ending:
+                    ending.callback(writer.transport.abort)  # what is not sent yet is dropped
                     writer.write(request)
                     sent += 1
                     head = (await reader.readline()).split()
                     if head and int(head[1]) not in allowed:
                         wrong.append(int(head[1]))
-                        limit.reschedule(0.0)  # the attack ends
+                        if not limit.expired():
+                            limit.reschedule(0.0)  # the attack ends
                     while await reader.read(1 << 16):
                         pass
             await asyncio.sleep(0.01)
