@@ -147,6 +147,14 @@ def build(
             "your layers that the edge gets anyway. The result stays on the edge.",
         ),
     ] = False,
+    adapters_below: Annotated[
+        bool,
+        typer.Option(
+            "--adapters-below",
+            help="Allow the data owner of a preset's package to tune adapters below the emulator, whose gradient came "
+            "through it: try first whether they pay.",
+        ),
+    ] = False,
     home: Home = DEFAULT_HOME,
     text: Annotated[
         Path | None,
@@ -271,6 +279,7 @@ def build(
             signer=signer,
             licence=licence,
             allow_draft_tuning=allow_draft_tuning,
+            adapters_below=adapters_below,
             length=length,
             text=text,
             figure=figure,
@@ -441,9 +450,10 @@ def _show(package: Package, as_json: bool) -> None:
         found = manifest.quality
         lines["quality"] = (
             f"KL {found.kl:.4g} nats a token from the whole model; cosine of LoRA's first gradient with the true one "
-            f"{found.cosine_above:.2f} above, {found.cosine_below:.2f} below ({found.tokens:,} held-out tokens)"
+            f"{found.cosine_above:.2f} above, {found.cosine_below:.2f} below ({found.tokens:,} held-out tokens of the "
+            "text that it was made by, not of your task)"
         )
-        lines["adapters below"] = "pay" if manifest.adapters_below else "do not pay: their gradient is wrong"
+        lines["adapters below"] = "allowed" if manifest.adapters_below else "not allowed: not measured"
     if not manifest.protection:
         lines["protection"] = "not measured"
     for name, value in lines.items():

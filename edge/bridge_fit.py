@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from isthmus.edge.client.link import Link
 
 RUN = 13
-"""Tokens in a row that a public text may not share with the private ones: as for the overlap of benchmarks with what a
-model was trained on (Brown et al. 2020)."""
+"""Tokens of the lower-cased text in a row that a public text may not share with the private ones; after the 13 words of
+Brown et al. (2020), by which they looked for benchmarks in what a model was trained on."""
 RIDGE = 0.1
-"""Of the sums' diagonal: a few thousand tokens are few for a map of some hundred inputs, and less fits them alone."""
+"""Of the sums' diagonal, see `RidgeSums.solve`; as in the presets."""
 _HELD = 8
 _MOST_HELD = 64
 """Blocks that are held out at most, which bounds what is kept of them as they are."""
@@ -110,7 +110,8 @@ def run_fit(config: FitConfig) -> Fitted:
     if len(texts) < len(given):
         shared = len(given) - len(texts)
         said = (
-            f"{shared:,} of the {len(given):,} texts share {RUN} tokens in a row with private ones, and are left out."
+            f"{shared:,} of the {len(given):,} texts share {RUN} tokens in a row with private ones, and are left out: "
+            "who knows the public file can tell which they are."
         )
         console.print(said, soft_wrap=True)
     block = min(config.block, config.tokens)

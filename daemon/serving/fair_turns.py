@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 KEPT_SECONDS = 600.0
-"""So long after an owner has asked, a turn is kept for them."""
+"""So long after an owner has asked, a turn is kept for them: a chat goes on after minutes of reading."""
 
 
 class Shares:
@@ -44,8 +44,9 @@ class Shares:
 class FairTurns:
     """At most `at_once` turns at a time; of the owners who wait, each gets the next one in turn. For one event loop.
 
-    The last free turn is kept for who has none, where several owners have asked within `KEPT_SECONDS`: nobody waits for
-    the end of another's long answers.
+    The last free turn is kept for an owner who has none, where several owners have asked within `KEPT_SECONDS`: one who
+    has asked lately does not wait for the end of a single other owner's long answers. Meanwhile that one has all turns
+    but the last.
 
     Args:
         at_once: Turns at a time.

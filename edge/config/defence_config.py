@@ -100,6 +100,11 @@ def check_alone(config: TuneConfig) -> None:
                 "give dp-sgd, which bounds what the adapter tells"
             )
         _check_gradients(config, each)
+        if config.start_from is not None:
+            raise ValueError(
+                f"defence {each.name} bounds what this run's adapter tells, and not what one to start from has learned "
+                "before: leave out --start-from"
+            )
 
 
 def _check_gradients(config: TuningConfig, each: DefenceOptions) -> None:

@@ -28,7 +28,7 @@ from isthmus.training.logit_divergence import logit_divergence
 # Enough for a stable order of the layers, and little enough for minutes of work: each removal tries all the layers that
 # are left, and runs for each trial those after it.
 MEASURED_TOKENS = 1024
-KL_TOKENS = 512  # for each trial with these, the top of the model and its head run too
+KL_TOKENS = 512  # fewer, as in each trial the top of the model and its head run too; other texts may give other orders
 _LOGIT_TOKENS = 256  # whose logits are made at a time
 
 

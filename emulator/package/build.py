@@ -37,10 +37,8 @@ from isthmus.protocol.secure.keys import WorkerIdentity
 from isthmus.training.gradient_step import require_finite
 from isthmus.training.logit_divergence import logit_divergence
 
-OWN_TOKENS = 20_000  # that the model writes for a preset; with three times as many, bridges are hardly better
+OWN_TOKENS = 20_000  # that the model writes for a preset: some 30 for each input of a map of width 576
 _SPARE = 2  # texts have fewer tokens than were written: special ones are left out
-LEAST_COSINE = 0.5
-"""Between the gradients over the emulator and over the true middle, from which on adapters below may be tuned."""
 _HELD_OUT = 8  # blocks at most, and at most one in ten
 _LOGIT_TOKENS = 512  # whose logits are held at a time
 
@@ -55,6 +53,7 @@ def build_package(
     signer: WorkerIdentity,
     licence: str,
     allow_draft_tuning: bool = False,
+    adapters_below: bool = False,
     length: int,
     text: Path | None,
     figure: Path | None,
@@ -70,7 +69,7 @@ def build_package(
         signer: The worker's key and certificate.
         distillation: How to distil, and the public text for it, or None for that of the preset; None for no
             distillation.
-        allow_draft_tuning: See `Manifest`.
+        allow_draft_tuning: See `Manifest`, for `adapters_below` too.
         length: Tokens of a block of public text.
         text: Public text to choose layers and to fit bridges by; None for that of the distillation.
         figure: A PNG to draw the losses of the distillation to; None for none.
@@ -137,7 +136,7 @@ def build_package(
         preset=None if preset.changed else preset.name,
         tuning=None if preset.changed else tuning,
         quality=quality,
-        adapters_below=quality is not None and quality.cosine_below >= LEAST_COSINE,
+        adapters_below=adapters_below,
     )
     if own_text is not None:
         own_text.unlink()

@@ -71,7 +71,7 @@ PRESETS = {
         distils=True,
         ridge=0.1,
         name="guarded",
-        gives_not="less of the gain than with fidelity: it is meant for an edge that fits a bridge of its own",
+        gives_not="what a thief has of it is not measured; it is meant for an edge that fits a bridge of its own",
         tuning=_TUNING,
     ),
 }

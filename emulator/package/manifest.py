@@ -160,7 +160,7 @@ class Manifest(_Part):
         preset: Name of the preset that it was built by; None for none.
         tuning: The owner's advice for tuning; None for none.
         quality: What the owner measured; None for "not measured".
-        adapters_below: Whether adapters below the emulator learn from it.
+        adapters_below: Whether the owner allows adapters below the emulator, which learn from its gradient.
         protection: What was measured; empty for "not measured".
         files: Every other file of the package.
         created: When the manifest was signed, Unix seconds.

@@ -65,7 +65,7 @@ def preset_lines(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _promises(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """What fidelity and guarded are for, by sentence; nothing where no gain is clear."""
+    """What fidelity and guarded are for, by sentence, judged by the means alone; nothing where no gain is clear."""
     plain, bridged, thief = rows["plug-in"], rows["plug-in, bridge"], rows["thief"]
     if not all("above_floor" in row and "of_reference" in row for row in (plain, bridged, thief)):
         return {}

@@ -370,7 +370,7 @@ class PresetTable:
 
     @torch.no_grad()
     def _fit(self, lab: Lab, emulator: Emulator, blocks: Tensor) -> Bridge:
-        """What `emulator fit` fits, with the true middle in the cloud's place."""
+        """What `emulator fit` fits to texts that it does not refuse, with the true middle in the cloud's place."""
         device = self._device
         front = OuterLayers(lab.checkpoint, lab.plan, with_top=False, device=device)
         sums = RidgeSums(lab.checkpoint.config.hidden_size, device)

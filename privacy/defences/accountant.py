@@ -95,7 +95,7 @@ def guarantee(defences: Sequence[DefenceOptions], exposure: Exposure) -> Guarant
     (delta,) = deltas
     steps = 0.0 if private is None else exposure.steps * 4 / private.sigma**2
     if not messages:
-        messages_too = "the messages have none" if exposure.forwards else "nothing is sent"
+        messages_too = "the messages have none" if exposure.forwards else "nothing is sent, and only this run counts"
         return Guarantee(epsilon(math.sqrt(steps), delta), delta, f"the adapters, of each example; {messages_too}")
     gap = _gap(messages, exposure)
     if gap is not None:

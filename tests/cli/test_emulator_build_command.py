@@ -129,7 +129,7 @@ def test_a_preset_says_how_good_it_is_and_how_to_tune(
     quality = said["quality"]
     assert quality["kl"] > 0
     assert -1 <= quality["cosine_below"] <= quality["cosine_above"] <= 1
-    assert said["adapters_below"] == (quality["cosine_below"] >= 0.5)
+    assert not said["adapters_below"]  # whatever the cosine: only the owner can say so
     assert said["tuning"] == {"learning_rate": 0.01, "steps": 100, "rank": 8, "warmup_steps": 0}
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["p"]
     shown = owner.run("verify", "--package", out)

@@ -335,7 +335,8 @@ def test_dp_sgd_takes_examples_one_by_one_and_says_what_it_guarantees(
     assert rows == [1] * TEXTS
     # Each example is in one step of each of two epochs, and sampling is not counted.
     assert report.epsilon == pytest.approx(epsilon(math.sqrt(2 * 4 / 2**2), 1e-5))
-    said = f"epsilon {report.epsilon:.3g} at delta 1e-05, of the adapters, of each example; nothing is sent"
+    of = "of the adapters, of each example; nothing is sent, and only this run counts"
+    said = f"epsilon {report.epsilon:.3g} at delta 1e-05, {of}"
     assert f"differential privacy: {said}" in capsys.readouterr().err
     assert said in report.lines(tmp_path)
     folder = tmp_path / "run" / "adapter"
@@ -389,6 +390,7 @@ def test_dp_sgd_below_the_emulator_and_by_other_methods(
         ({"defence": ["dp-sgd:clip=1,sigma=1", "smoothing:share=.1"]}, "defence smoothing changes what is sent"),
         ({"defence": "dp-sgd:clip=1,sigma=1", "optimizer": "mezo"}, "optimizer mezo has none"),
         ({"defence": "dp-sgd:clip=1"}, "sigma: field required"),
+        ({"defence": "dp-sgd:clip=1,sigma=1", "start_from": "run/adapter"}, "leave out --start-from"),
     ],
     ids=str,
 )

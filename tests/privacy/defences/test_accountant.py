@@ -61,7 +61,10 @@ def test_with_dp_sgd_the_adapters_are_covered_too() -> None:
     assert alone.epsilon == pytest.approx(epsilon(2, 1e-5))
     assert "the messages have none" in alone.of
     tuned = of(replace(ONCE, forwards=0, steps=4), "dp-sgd:clip=1,sigma=2")
-    assert (tuned.epsilon, tuned.of) == (alone.epsilon, "the adapters, of each example; nothing is sent")
+    assert (tuned.epsilon, tuned.of) == (
+        alone.epsilon,
+        "the adapters, of each example; nothing is sent, and only this run counts",
+    )
 
 
 def test_of_two_noises_the_louder_counts() -> None:

@@ -77,7 +77,7 @@ def test_a_planted_weakness_is_caught(server: BareServer, weakness: Weakness) ->
 
 
 @pytest.mark.long
-def test_a_daemon_is_attacked_and_another_owner_served(
+def test_a_daemon_that_is_attacked_takes_no_more_than_its_ceilings(
     place: Place, attacker: TaskProcess, server: BareServer, tmp_path: Path
 ) -> None:
     connection = tmp_path / "connection"
