@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,11 +106,10 @@ def build(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="fidelity, which keeps 0.75 of the middle and claims no protection from theft; or guarded, which "
-            "keeps 0.25, is distilled, gives less of the gain, and is meant for an edge that fits its own bridge. Both "
-            "choose by kl+bridged+closed, measure the emulator and advise how to tune; without --text the model writes "
-            "the text itself, anew where it was stopped before the end. With --keep, --method, --adapter-layers or a "
-            "weight the package is signed without the preset's name and advice.",
+            help="fidelity: keeps 0.75 of the middle; no protection from theft is claimed. guarded: keeps 0.25 and is "
+            "distilled; for an edge that fits its own bridge. The package says how to tune on it, and how near the "
+            "emulator comes. Without --text the model writes the text first. An option that makes another emulator "
+            "drops the preset's name and advice.",
         ),
     ] = None,
     draft: Annotated[
@@ -233,19 +231,6 @@ def build(
         said = "--draft is a preset of its own" if draft else f"--preset {preset!r} is not known"
         raise ConfigError(f"{said}: give --preset {' or '.join(PRESETS)}, or --draft")
     chosen = FOR_DRAFTING if draft else PRESETS[preset] if preset is not None else FOR_TUNING
-    changes = {
-        **{"--keep": keep, "--method": method, "--adapter-layers": adapter_layers},
-        **{"--mse-weight": mse_weight, "--lm-weight": lm_weight, "--kl-weight": kl_weight},
-    }
-    changed = ", ".join(flag for flag, value in changes.items() if value is not None)
-    if preset is not None and changed:
-        chosen = replace(chosen, changed=True)
-        typer.echo(f"with {changed} the package is signed without {preset}'s name and advice for tuning", err=True)
-    if preset is not None and lm_weight:
-        typer.echo(
-            f"--lm-weight {lm_weight:g}: on text like the task's it teaches the emulator the task, and a thief with it",
-            err=True,
-        )
     check_free(out)
     distillation = None
     if distill is not None or chosen.distils:
@@ -262,6 +247,12 @@ def build(
             precision=precision,
         )
         distillation = options, distill
+        if preset is not None and options.lm_weight:
+            typer.echo(
+                f"--lm-weight {options.lm_weight:g}: on text like the task's it teaches the emulator the task, and a "
+                "thief with it",
+                err=True,
+            )
     check_name(model)
     signer = load_worker(home.expanduser())  # a key that is missing is told before a model is fetched
     checkpoint = resolve(model)
@@ -269,6 +260,8 @@ def build(
     plan = SplitPlan.parse(adapter_layers or (top_heavy(n_layers) if chosen.name else "2:2"), n_layers)
     share = chosen.share(len(plan.cloud)) if keep is None else keep
     recipe = Recipe.parse(method or chosen.method, share)
+    if preset is not None and not chosen.makes(plan, recipe, distillation[0] if distillation else None):
+        typer.echo(f"options change what {preset} makes: the package has not its name and advice for tuning", err=True)
     with interruptible():
         package = build_package(
             out,

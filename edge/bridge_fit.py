@@ -10,6 +10,7 @@ Every eighth block, up to 64 of them, is held out until the error with and witho
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import unicodedata
@@ -158,7 +159,7 @@ def _fit(
     before, after = answers.errors()
     if before is not None and after is not None and after >= before:
         raise DataError(
-            f"a bridge fitted to {answers.tokens} tokens of {config.text} makes the emulator no better on other ones "
+            f"a bridge fitted to {answers.tokens} tokens of {config.text} does not lower the error on held-out blocks "
             f"(error {before:.4g} -> {after:.4g}), so none is kept: give more --tokens, or a text that is more alike"
         )
     package.save_bridge(answers.bridge(), {"text": answers.text, "tokens": str(answers.tokens)})
@@ -218,8 +219,9 @@ class _Answers:
 
     def bridge(self) -> Bridge:
         """The bridge that is fitted to all of them."""
-        self._sums.add(*self._held)
-        return self._sums.bridge(RIDGE)
+        sums = copy.deepcopy(self._sums)
+        sums.add(*self._held)
+        return sums.bridge(RIDGE)
 
     def _file(self, package: Package) -> Path:
         return package.bridge_file.with_suffix(f".{self.text[:16]}.answers.safetensors")

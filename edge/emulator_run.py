@@ -72,13 +72,13 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
     if wanted is None:
         console.print(f"The package is signed by {package.signer}; --signer insists on it.", soft_wrap=True)
     if package.bridge_file.exists():
-        console.print(f"Your bridge acts at the emulator's end: {package.bridge_file}", soft_wrap=True, markup=False)
+        console.print(f"Using your own bridge: {package.bridge_file}", soft_wrap=True, markup=False)
     tokenizer = package.load_tokenizer()
     data = load_data(config, tokenizer)
     model = package.load_model().to(device_of(config.device))
     config, taken = _as_advised(config, package, model)
     if taken:
-        console.print(f"Taken over from the package: {taken}", soft_wrap=True)
+        console.print(f"Settings advised by the package: {taken}", soft_wrap=True)
     total = total_steps(config, len(data.train))
     tuned = build_peft(model, config, total_steps=total, layers=_trained_layers(config, package.plan))
     _refuse_below(tuned, package)

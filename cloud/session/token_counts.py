@@ -49,5 +49,5 @@ class TokenCounts:
                 write_atomic(path, b"%d\n" % (had + positions), 0o600)
         except (IsthmusError, OSError, ValueError) as error:  # what cannot be counted is not answered
             log("tokens_not_counted", logging.ERROR, tenant=tenant.name, error=type(error).__name__)
-            return f"the cloud cannot count the tokens of {tenant.name}: its owner has a log of it"
+            return f"the cloud cannot read or write its count of the tokens of {tenant.name}: its log says why"
         return None

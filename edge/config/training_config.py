@@ -311,8 +311,8 @@ class TuneConfig(DefenceConfig, TuningConfig):
     defence: tuple[str, ...] = Field(
         (),
         description="dp-sgd:clip=C,sigma=S[,delta=D]: clip each example's gradient and add noise to their sum, which "
-        "bounds what the adapter tells of any example. The others are refused: they change what is sent, and nothing "
-        "is.",
+        "bounds what the adapter tells of any example. Other defences are refused: they change what is sent, and "
+        "tuning on a package sends nothing.",
     )
 
     @model_validator(mode="after")

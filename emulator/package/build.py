@@ -98,8 +98,7 @@ def build_package(
     chosen_by = text or (distillation[1] if distillation else None)
     own_text = None
     if preset.name is not None and chosen_by is None:
-        own_text = chosen_by = out.with_name(f"{out.name}.text-{checkpoint.digest()[:8]}.jsonl")
-        _write_text(own_text, checkpoint, tokenizer, length, place)
+        own_text = chosen_by = write_own_text(out, checkpoint, tokenizer, length, place)
     blocks = held_out = None
     if chosen_by and (recipe.needs_text or preset.name is not None):
         blocks = load_blocks(chosen_by, tokenizer, length)
@@ -124,6 +123,7 @@ def build_package(
     if held_out is not None and tuning is not None:
         emulator.quantize()  # what is measured is what is sent
         quality = measure_quality(checkpoint, plan, emulator, held_out, tuning.rank)
+    is_preset = preset.makes(plan, recipe, distillation[0] if distillation else None)
     package = write_package(
         out,
         checkpoint,
@@ -133,8 +133,8 @@ def build_package(
         licence=licence,
         distilled=distilled,
         allow_draft_tuning=allow_draft_tuning,
-        preset=None if preset.changed else preset.name,
-        tuning=None if preset.changed else tuning,
+        preset=preset.name if is_preset else None,
+        tuning=tuning if is_preset else None,
         quality=quality,
         adapters_below=adapters_below,
     )
@@ -150,10 +150,11 @@ def own_tokens(width: int, length: int) -> int:
     return max(OWN_TOKENS, _SPARE * (LEAST_TOKENS_PER_INPUT * width + _HELD_OUT * length))
 
 
-def _write_text(path: Path, checkpoint: Checkpoint, tokenizer: Any, length: int, device: str) -> None:
-    """Let the model write a preset's text, unless an interrupted build has done it."""
+def write_own_text(beside: Path, checkpoint: Checkpoint, tokenizer: Any, length: int, device: str) -> Path:
+    """Let the model write a preset's text, `<beside>.text-….jsonl`, unless an interrupted build has done it."""
+    path = beside.with_name(f"{beside.name}.text-{checkpoint.digest()[:8]}-{length}.jsonl")
     if path.exists():
-        return
+        return path
     unfinished = path.with_suffix(".part")
     tokens = own_tokens(checkpoint.config.hidden_size, length)
     with disk_errors(path):
@@ -166,6 +167,7 @@ def _write_text(path: Path, checkpoint: Checkpoint, tokenizer: Any, length: int,
         raise KeyboardInterrupt("Stopped while the model wrote text; repeat the command to write it anew.") from None
     finally:
         unfinished.unlink(missing_ok=True)
+    return path
 
 
 def measure_quality(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from isthmus.backbone.plan import SplitPlan
+    from isthmus.emulator.compress.recipe import Recipe
+    from isthmus.emulator.distill.distillation import DistillConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +23,6 @@ class BuildPreset:
         ridge: Of the fit of bridges, see `RidgeSums.solve`.
         name: As `--preset` has it and the manifest; a preset with a name writes its own text where there is none,
             cuts the model by `top_heavy`, measures its quality and gives advice for tuning.
-        changed: Whether an option changes what it makes: then a package has neither the name nor the advice.
         gives_not: What the data owner or the model's owner must not expect of it.
         tuning: The advice, the fields of `Tuning`.
     """
@@ -32,7 +37,6 @@ class BuildPreset:
     distils: bool = False
     ridge: float = 1e-3
     name: str | None = None
-    changed: bool = False
     gives_not: str = ""
     tuning: tuple[tuple[str, float | int], ...] = ()
 
@@ -40,41 +44,46 @@ class BuildPreset:
         """Share of a middle of so many layers that is kept."""
         return min(1.0, self.keep / n_middle) if isinstance(self.keep, int) else self.keep
 
+    def makes(self, plan: SplitPlan, recipe: Recipe, distillation: DistillConfig | None) -> bool:
+        """Whether these make the emulator that the preset's name and advice stand for, and no other."""
+
+        def weights(of: BuildPreset | DistillConfig) -> tuple[float, float, float]:
+            return of.mse_weight, of.lm_weight, of.kl_weight
+
+        made = (str(plan), str(recipe), recipe.keep, None if distillation is None else weights(distillation))
+        own = (
+            top_heavy(plan.n_layers),
+            self.method,
+            self.share(len(plan.cloud)),
+            weights(self) if self.distils else None,
+        )
+        return self.name is not None and made == own
+
 
 FOR_TUNING = BuildPreset("uniform", 0.5, mse_weight=30.0, lm_weight=1.0, kl_weight=0.0)
 FOR_DRAFTING = BuildPreset("uniform+bridged", 3, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)
 
-_METHOD = "kl+bridged+closed"
-_TUNING = (("learning_rate", 1e-2), ("steps", 100), ("rank", 8), ("warmup_steps", 0))
-PRESETS = {
-    "fidelity": BuildPreset(
-        _METHOD,
-        0.75,
-        mse_weight=30.0,
-        lm_weight=0.0,
-        kl_weight=1.0,
-        distil_steps=130,
-        batch=2,
-        ridge=0.1,
-        name="fidelity",
-        gives_not="no protection from theft is claimed: who keeps the package can tune a copy",
-        tuning=_TUNING,
-    ),
-    "guarded": BuildPreset(
-        _METHOD,
-        0.25,
-        mse_weight=30.0,
-        lm_weight=0.0,
-        kl_weight=1.0,
-        distil_steps=130,
-        batch=2,
-        distils=True,
-        ridge=0.1,
-        name="guarded",
-        gives_not="what a thief has of it is not measured; it is meant for an edge that fits a bridge of its own",
-        tuning=_TUNING,
-    ),
-}
+FIDELITY = BuildPreset(
+    "kl+bridged+closed",
+    0.75,
+    mse_weight=30.0,
+    lm_weight=0.0,
+    kl_weight=1.0,
+    distil_steps=130,
+    batch=2,
+    ridge=0.1,
+    name="fidelity",
+    gives_not="no protection from theft is claimed: who keeps the package can tune a copy",
+    tuning=(("learning_rate", 1e-2), ("steps", 100), ("rank", 8), ("warmup_steps", 0)),
+)
+GUARDED = replace(
+    FIDELITY,
+    keep=0.25,
+    distils=True,
+    name="guarded",
+    gives_not="what a thief has of it is not measured; it is meant for an edge that fits a bridge of its own",
+)
+PRESETS = {"fidelity": FIDELITY, "guarded": GUARDED}
 """What `--preset` names."""
 
 

@@ -50,26 +50,30 @@ class TableSettings:
         list[str] | None,
         Option(
             help="Instead of --methods: a preset of `emulator build`, which is built, or the folder of a package that "
-            "says how to tune on it; several by repeating the flag. Steps, rank and rate are the preset's."
+            "says how to tune on it; several by repeating the flag. Steps, rank and learning rate are the preset's."
         ),
     ] = None
     adapter_layers: Annotated[
         str | None,
         Option(
-            help="How many of the first and of the last layers are the edge's; default: 2:2, of presets a fifth above."
+            help="How many of the first and of the last layers are the edge's; default: 2:2; with "
+            "--preset a fifth above the middle."
         ),
     ] = None
     split_layers: Annotated[str, Option(help="The plan of the split training that presets are compared with.")] = "2:2"
-    seeds: Annotated[int | None, Option(min=1, help="How many seeds; default: 3, of presets 5.")] = None
+    seeds: Annotated[int | None, Option(min=1, help="How many seeds; default: 3; with --preset 5.")] = None
     few_seeds: Annotated[
-        int, Option(min=1, help="Of presets: seeds of the thief, of the public text alone, and of split training.")
+        int,
+        Option(
+            min=1, help="With --preset: seeds of the costlier rows: thief, split training, public alone, --bridges."
+        ),
     ] = 2
-    public: Annotated[int, Option(min=1, help="Of presets: tokens of a task's public slice.")] = 20_000
+    public: Annotated[int, Option(min=1, help="With --preset: tokens of a task's public slice.")] = 20_000
     bridges: Annotated[
-        bool, Option(help="Of presets: the edge's bridge on other text, and the owner's on public text, too.")
+        bool, Option(help="With --preset: the edge's bridge on other text too, and the owner's on public text.")
     ] = True
     steps: Annotated[int, Option(min=1, help="Optimizer steps of every training run.")] = 40
-    batch: Annotated[int | None, Option(min=1, help="Examples of a step; default: 8, of presets 4.")] = None
+    batch: Annotated[int | None, Option(min=1, help="Examples of a step; default: 8; with --preset 4.")] = None
     max_length: Annotated[int, Option(min=8, help="Tokens of an example at most.")] = 256
     trainables: Annotated[
         str, Option(help="What is trained on the edge's layers: full, lora, bottleneck, bitfit, …")
@@ -87,8 +91,8 @@ class TableSettings:
     text: Annotated[
         Path | None,
         Option(
-            help="Public text to choose layers, fit bridges and distil by; default: Shakespeare of the data folder, "
-            "of presets the model's own writing."
+            help="Public text to choose layers, fit bridges and distil by; default: Shakespeare of the data folder; "
+            "with --preset the model's own writing."
         ),
     ] = None
     text_length: Annotated[int, Option(min=2, help="Tokens of a block of the text.")] = 256

@@ -122,7 +122,7 @@ class AbuseSettings:
     model: flags.Model = "smollm2-135m"
     edge_layers: flags.EdgeLayers = "2:2"
     attacks: Annotated[str, Option(help="Attacks, comma-separated; by default all.")] = ""
-    seconds: Annotated[float, Option(min=0.5, help="Of each attack on a daemon, or a worker (twice).")] = 5.0
+    seconds: Annotated[float, Option(min=0.5, help="Length of each attack; one on a worker is made twice.")] = 5.0
     threads: Annotated[int, Option(min=1, help="torch threads of the worker.")] = 1
 
 

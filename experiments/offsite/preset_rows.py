@@ -42,13 +42,13 @@ def row_of(scores: Mapping[str, Sequence[Score]], *, best_split: str, **about: A
         "best_split": best_split,
         "rows": rows,
         "full_zero_shot": rows["zero-shot"]["value"],
-        "plug_in": rows["plug-in, bridge"]["value"],
+        "plug_in": rows["edge bridge"]["value"],
         "thief": rows["thief"]["value"],
         "seeds": rows["thief"]["seeds"],
-        "plug_in_recovery": rows["plug-in, bridge"].get("of_reference"),
+        "plug_in_recovery": rows["edge bridge"].get("of_reference"),
         "thief_recovery": rows["thief"].get("of_reference"),
     }
-    return row | {"promises": _promises(rows)}
+    return row | {"promises": _promises(str(about["preset"]), rows)}
 
 
 def preset_lines(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -64,17 +64,20 @@ def preset_lines(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _promises(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+def _promises(preset: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
     """What fidelity and guarded are for, by sentence, judged by the means alone; nothing where no gain is clear."""
-    plain, bridged, thief = rows["plug-in"], rows["plug-in, bridge"], rows["thief"]
+    plain, bridged, thief = rows["plug-in"], rows["edge bridge"], rows["thief"]
     if not all("above_floor" in row and "of_reference" in row for row in (plain, bridged, thief)):
         return {}
-    return {
+    fidelity = {
         "90 % of reference's gain and 70 % above the floor without public text": plain["of_reference"] >= 0.9
-        and plain["above_floor"] >= 0.7,
+        and plain["above_floor"] >= 0.7
+    }
+    guarded = {
         "40 % above the floor with the edge's bridge": bridged["above_floor"] >= 0.4,
         "the thief 30 points below": bridged["of_reference"] - thief["of_reference"] >= 0.3,
     }
+    return {"fidelity": fidelity, "guarded": guarded}.get(preset, fidelity | guarded)
 
 
 def _stated(name: str, estimate: Estimate) -> dict[str, Any]:

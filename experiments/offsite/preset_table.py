@@ -10,10 +10,10 @@ there the data owner can tell nothing. The rows:
     public alone        the reference's adapters, trained on the public slice alone
     floor               the same adapters, tuned over one early layer and one bridge, and plugged in
     plug-in             the same, tuned over the preset's emulator, and plugged in
-    plug-in, bridge     the same, with the edge's own bridge at the emulator's end, fitted to the public slice
-    bridge, own text    the same bridge, fitted to the model's own writing
-    owner, public       the package's owner's closing bridge fitted to the public slice, and none of the edge's
-    tuned, bridge       as in `plug-in, bridge`, but scored over the emulator
+    edge bridge     the same, with the edge's own bridge at the emulator's end, fitted to the public slice
+    edge bridge, other    the same bridge, fitted to the model's own writing
+    owner bridge       the package's owner's closing bridge fitted to the public slice, and none of the edge's
+    emulator tuned       as in `edge bridge`, but scored over the emulator
     thief               all weights of the package with the edge's bridge, trained on private and public texts, for as
                         many steps as the owner or twice as many; or the tuned emulator, if the validation says so
 """
@@ -21,6 +21,7 @@ there the data owner can tell nothing. The rows:
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -45,8 +46,7 @@ from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
-from isthmus.emulator.distill.sampled_text import write_sample
-from isthmus.emulator.package.build import build_package, own_tokens, pick_device
+from isthmus.emulator.package.build import build_package, pick_device, write_own_text
 from isthmus.emulator.package.build_presets import PRESETS, BuildPreset, top_heavy
 from isthmus.emulator.package.manifest import Tuning
 from isthmus.emulator.package.package import is_package, open_package
@@ -54,7 +54,6 @@ from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precis
 from isthmus.experiments.harness.emulator_settings import TableSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.prose import write_jsonl
-from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.offsite.preset_rows import row_of
 from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
 from isthmus.experiments.offsite.table_methods import Built
@@ -128,9 +127,13 @@ def check_preset(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> None:
 def open_preset(folder: Path) -> Preset:
     """A package that says how to tune on it."""
     manifest, label = open_package(folder).manifest, folder.resolve().name
-    assert manifest.tuning is not None  # noqa: S101  # checked before, or built by a preset
-    built = Built(manifest.recipe, manifest.keep, folder, sha256_of(folder / EMULATOR_FILE).hex())
-    return Preset(manifest.preset or label, built, manifest.tuning)
+    assert manifest.tuning is not None  # noqa: S101  # checked before
+    return Preset(manifest.preset or label, _built(folder), manifest.tuning)
+
+
+def _built(folder: Path) -> Built:
+    manifest = open_package(folder).manifest
+    return Built(manifest.recipe, manifest.keep, folder, sha256_of(folder / EMULATOR_FILE).hex())
 
 
 class PresetTable:
@@ -170,7 +173,7 @@ class PresetTable:
         self._lab = Lab(checkpoint, plan, tokenizer, regime, device)
         self._tokenizer, self._device = tokenizer, device
         length = settings.text_length
-        self._text = settings.text or _own_text(settings.out, checkpoint, tokenizer, length, device, console)
+        self._text = settings.text or write_own_text(settings.out / "own", checkpoint, tokenizer, length, device)
         self._blocks = load_blocks(self._text, tokenizer, length)
         self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
         self._cells = Cells(settings.out / "cells.jsonl", console)
@@ -199,10 +202,12 @@ class PresetTable:
     def _preset(self, name: str) -> Preset:
         if name not in PRESETS:
             return open_preset(Path(name))
-        folder = self._settings.out / "packages" / name
-        plan, length = self._lab.plan, self._settings.text_length
-        build_preset(PRESETS[name], folder, self._lab.checkpoint, plan, self._text, length, self._device)
-        return open_preset(folder)
+        preset, plan, length = PRESETS[name], self._lab.plan, self._settings.text_length
+        made_of = f"{self._lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)}"
+        folder = self._settings.out / "packages" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+        build_preset(preset, folder, self._lab.checkpoint, plan, self._text, length, self._device)
+        # With another plan than the preset's own, the package has neither its name nor its advice.
+        return Preset(name, _built(folder), Tuning.model_validate(dict(preset.tuning)))
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
@@ -242,16 +247,16 @@ class PresetTable:
 
         where = f"{built.label} {built.keep:g}"
         plug_in = partial(self._plug_in, lab, task, tuning=tuning)
-        bridge = plug_in(f"{where} plug-in, bridge", span=bridged, of=of())
+        bridge = plug_in(f"{where} edge bridge", span=bridged, of=of())
         results = {
             "plug-in": plug_in(f"{where} plug-in", span=cache(fresh), of={"emulator": built.sha256}),
-            "plug-in, bridge": bridge,
-            "tuned, bridge": bridge,
+            "edge bridge": bridge,
+            "emulator tuned": bridge,
         }
         if self._settings.bridges:
-            others = {"bridge, own text": {"public": False}}
+            others = {"edge bridge, other": {"public": False}}
             if _last_bridge(fresh()) is not None:
-                others["owner, public"] = {"owner": True}
+                others["owner bridge"] = {"owner": True}
             for name, which in others.items():
                 span = partial(bridged, **which)
                 results[name] = plug_in(f"{where} {name}", span=span, of=of(**which), seeds=self._few)
@@ -329,7 +334,7 @@ class PresetTable:
     # Rows -------------------------------------------------------------------------------------------------------------
 
     def _rows(self, preset: str, built: Built, task: Task, results: Mapping[str, Sequence[Result]]) -> list[Result]:
-        views = {"tuned, bridge": "tuned"}
+        views = {"emulator tuned": "tuned"}
         by_row = {
             name: [scores_of(each, views.get(name, next(reversed(each["scores"])))) for each in found]
             for name, found in results.items()
@@ -388,17 +393,6 @@ class PresetTable:
         fit_bridges(checkpoint, plan, base, layers, layers, self._blocks, ridge=RIDGE, device=self._device)
         recipe = Recipe("uniform", 1 / len(plan.cloud), bridged=True)
         return Emulator(base, layers, recipe, checkpoint.config, bridges=layers)
-
-
-def _own_text(out: Path, checkpoint: Checkpoint, tokenizer: Any, length: int, device: str, console: Console) -> Path:
-    """The model's own writing, kept for the table that goes on."""
-    path, part = out / "own-text.jsonl", out / "own-text.part.jsonl"
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        tokens = own_tokens(checkpoint.config.hidden_size, length)
-        write_sample(part, whole(checkpoint).to(device), tokenizer, tokens, length=length, progress=console)
-        part.replace(path)
-    return path
 
 
 def _last_bridge(emulator: Emulator) -> Any:

@@ -174,12 +174,16 @@ def test_a_presets_text_is_kept_until_the_package_is_there(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], ""),
-        (["--distill-steps", 3], ""),
-        (["--keep", 1.0], "with --keep the package is signed without guarded's name"),
-        (["--method", "uniform", "--adapter-layers", "1:1"], "with --method, --adapter-layers the package is"),
-        (["--mse-weight", 30, "--lm-weight", 0, "--kl-weight", 1], "with --mse-weight, --lm-weight, --kl-weight the"),
-        (["--lm-weight", 2], "--lm-weight 2: on text like the task's it teaches the emulator the task"),
+        (["guarded"], ""),
+        (["guarded", "--distill-steps", 3], ""),
+        (["guarded", "--keep", 0.25, "--mse-weight", 30, "--lm-weight", 0], ""),
+        (["guarded", "--keep", 1.0], "options change what guarded makes: the package has not its name"),
+        (["guarded", "--method", "uniform"], "options change"),
+        (["guarded", "--adapter-layers", "1:1"], "options change"),
+        (["guarded", "--kl-weight", 2], "options change"),
+        (["guarded", "--lm-weight", 2], "--lm-weight 2: on text like the task's it teaches the emulator the task"),
+        (["fidelity", "--lm-weight", 2], ""),
+        (["fidelity", "--distill", "public.txt"], "options change what fidelity makes"),
     ],
 )
 def test_a_preset_that_is_changed_says_so(
@@ -187,14 +191,18 @@ def test_a_preset_that_is_changed_says_so(
 ) -> None:
     from isthmus.emulator.package import build
 
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(build, "build_package", lambda *_, **given: seen.update(given) or open_package(tmp_path))
-    arguments = ["build", "--model", owner.model, "--out", tmp_path / "p", "--preset", "guarded", "--home", owner.home]
+    made: list[bool] = []
+
+    def seen(_out: Path, _checkpoint: object, plan: SplitPlan, recipe: Recipe, distillation: Any, **given: Any) -> None:
+        made.append(given["preset"].makes(plan, recipe, distillation and distillation[0]))
+
+    monkeypatch.setattr(build, "build_package", seen)
+    arguments = ["build", "--model", owner.model, "--out", tmp_path / "p", "--home", owner.home, "--preset"]
     done = CliRunner().invoke(app, [str(argument) for argument in [*arguments, *options]])
-    assert (seen["preset"].name, seen["preset"].changed) == ("guarded", bool(said))
+    assert made == [not said]
     assert said in done.stderr
     assert bool(done.stderr) == bool(said)
-    assert ("--lm-weight" in done.stderr and "thief" in done.stderr) == (options == ["--lm-weight", 2])
+    assert ("thief" in done.stderr) == (options == ["guarded", "--lm-weight", 2])
 
 
 @pytest.mark.parametrize(

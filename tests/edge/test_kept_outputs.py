@@ -100,7 +100,7 @@ def test_a_run_goes_by_the_owners_advice_and_flags_win(
     assert [settings[name] for name in names] == [0.02, 1, 3, "above", linears]
     line = f"--layers above --steps 5 --warmup-steps 1 --rank 3 --target-modules {','.join(linears)} "
     said = capsys.readouterr().err
-    assert f"Taken over from the package: {line}--learning-rate 0.02\n" in said, said
+    assert f"Settings advised by the package: {line}--learning-rate 0.02\n" in said, said
     sites = {name.split("layers.")[1].rpartition(".lora_")[0] for name in adapter(tmp_path / "advised")}
     assert len(sites) == 3 * len(linears)
     assert {site.partition(".")[0] for site in sites} == {"3", "4", "5"}

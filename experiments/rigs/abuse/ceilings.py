@@ -1,4 +1,4 @@
-"""What each attack may cost a worker, or an edge, at most: what is bounded gives it, where a bound is known.
+"""What each attack may cost a worker, an edge or a daemon, at most: what is bounded gives it, where a bound is known.
 
 `docs/security.md` has the table of what holds each of them back; a test compares the names. The attacks of strangers
 are of a fixed size, whatever the seconds for which they are held.

@@ -80,7 +80,7 @@ def test_what_cannot_be_counted_is_refused(tmp_path: Path, damage: bytes) -> Non
     assert counts(tmp_path).take(OF_TEN, 1) is None
     (path,) = (path for path in tmp_path.glob("*/*") if not path.name.startswith("."))
     path.write_bytes(damage)
-    assert "cannot count" in str(counts(tmp_path).take(OF_TEN, 1))
+    assert "cannot read or write its count" in str(counts(tmp_path).take(OF_TEN, 1))
 
 
 def test_a_call_whose_edge_goes_while_it_is_counted_is_overwritten() -> None:

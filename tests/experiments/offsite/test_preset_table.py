@@ -30,8 +30,8 @@ from isthmus.experiments.scoring.tasks import Task
 
 ADVICE = Tuning(learning_rate=1e-2, steps=3, rank=2, warmup_steps=1)
 ROWS = {
-    *("zero-shot", "reference", "split q,v", "split all", "public alone", "floor", "plug-in", "plug-in, bridge"),
-    *("tuned, bridge", "bridge, own text", "owner, public", "thief"),
+    *("zero-shot", "reference", "split q,v", "split all", "public alone", "floor", "plug-in", "edge bridge"),
+    *("emulator tuned", "edge bridge, other", "owner bridge", "thief"),
 }
 
 
@@ -85,9 +85,9 @@ def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
     result = table(model, data, tmp_path, package("uniform", 1.0), bridges=False)
     (run,) = result["runs"]
     values = {name: row["value"] for name, row in run["rows"].items()}
-    assert set(values) == ROWS - {"bridge, own text", "owner, public"}
+    assert set(values) == ROWS - {"edge bridge, other", "owner bridge"}
     assert values["plug-in"] == values["reference"] != values["zero-shot"]
-    assert values["plug-in, bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
+    assert values["edge bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
     assert run["rates"]["plug-in"] == ADVICE.learning_rate
     assert result["settings"]["seeds"] == 1
     assert result["settings"]["preset"] == ["package"]
@@ -124,7 +124,7 @@ def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
     assert trained == []
     (protection,) = protection_rows(result["runs"], run["emulator"])
     assert protection.thief == run["rows"]["thief"]["value"]
-    assert protection.plug_in == run["rows"]["plug-in, bridge"]["value"]
+    assert protection.plug_in == run["rows"]["edge bridge"]["value"]
     shown = io.StringIO()
     show(result, Console(file=shown, width=80))
     assert "public alone" in shown.getvalue()
@@ -153,14 +153,15 @@ def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
     (result,) = table(model, data, tmp_path / "longer", made, bridges=False, seeds=3, few_seeds=2)["runs"]
     assert result["thief"] == 9.0
     seeds = {name: row["seeds"] for name, row in result["rows"].items()}
-    assert [seeds[name] for name in ("zero-shot", "reference", "plug-in, bridge", "thief")] == [1, 3, 3, 2]
+    assert [seeds[name] for name in ("zero-shot", "reference", "edge bridge", "thief")] == [1, 3, 3, 2]
     assert result["best_split"] == "split all"
     monkeypatch.setattr(table_lab.Lab, "run", lambda self, *a, **k: {**run(self, *a, **k), "validation_loss": 0.1})
-    (result,) = table(model, data, tmp_path / "tuned", made, preset=["fidelity"])["runs"]
+    (result,) = table(model, data, tmp_path / "tuned", made, preset=["fidelity"], adapter_layers="1:2")["runs"]
     assert result["thief"] == 2.0  # the tuned emulator is no worse
-    built = open_package(tmp_path / "tuned" / "packages" / "fidelity").manifest
+    (folder,) = (tmp_path / "tuned" / "packages").glob("fidelity-*")
+    built = open_package(folder).manifest
     assert (built.preset, built.recipe) == (result["preset"], result["method"]) == ("fidelity", "kl+bridged+closed")
-    assert "owner, public" in result["rows"]
+    assert "owner bridge" in result["rows"]
 
 
 def test_what_is_no_preset_is_said_before_the_work(
@@ -186,7 +187,7 @@ def scores(*values: float) -> list[Score]:
     return [Score("completion_loss", tuple(value + each for each in hard), (1.0,) * 4) for value in values]
 
 
-def row(**changed: Sequence[Score]) -> dict[str, Any]:
+def row(preset: str = "guarded", **changed: Sequence[Score]) -> dict[str, Any]:
     given = {
         "zero-shot": scores(3.0),
         "reference": scores(1.0, 1.1),
@@ -194,11 +195,11 @@ def row(**changed: Sequence[Score]) -> dict[str, Any]:
         "split all": scores(0.8, 0.8),
         "floor": scores(2.0, 2.2),
         "plug-in": scores(1.2, 1.3),
-        "plug-in, bridge": scores(1.0, 1.1),
+        "edge bridge": scores(1.0, 1.1),
         "thief": scores(2.4),
         **changed,
     }
-    return row_of(given, best_split="split all", task="e2e", metric="completion_loss", preset="guarded")
+    return row_of(given, best_split="split all", task="e2e", metric="completion_loss", preset=preset)
 
 
 def test_shares_are_of_the_reference_of_split_and_above_the_floor() -> None:
@@ -210,10 +211,12 @@ def test_shares_are_of_the_reference_of_split_and_above_the_floor() -> None:
     assert found["above_floor"] == pytest.approx((share - floor) / (1 - floor))
     assert made["rows"]["floor"]["above_floor"] == 0
     # The seeds are paired: what is as good as the reference in each of them has no interval.
-    assert made["rows"]["plug-in, bridge"]["of_reference_interval"] == pytest.approx([1, 1])
+    assert made["rows"]["edge bridge"]["of_reference_interval"] == pytest.approx([1, 1])
     low, high = found["of_reference_interval"]
     assert 0 < high - low < 0.1
-    assert list(made["promises"].values()) == [False, True, True]
+    assert list(made["promises"].values()) == [True, True]
+    assert list(row("fidelity")["promises"].values()) == [False]
+    assert list(row("package")["promises"].values()) == [False, True, True]
     assert "yes 40 % above the floor" in preset_lines([made])
 
 
