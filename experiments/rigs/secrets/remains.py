@@ -38,7 +38,7 @@ SETTLE_SECONDS: Final = 4.0
 END_SECONDS: Final = 60.0
 SESSIONS: Final = 4 * len(ACTIVATION_CODECS)
 """That the edge may have at a time: two for each codec, and those that have not ended yet."""
-LOOKS: Final = 8
+LOOKS: Final = 32
 """At most, until all is found that a cloud must hold: a call may be answered before the worker stands still."""
 LOG_FILES: Final = (".log", ".out", ".err")
 LOGS, FILES, TEMPORARY, CACHE = "logs", "files", "temporary_files", "edge_cache"
