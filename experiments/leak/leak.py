@@ -42,7 +42,7 @@ _RESULT = {
 
 
 QUICK = {"texts": 16, "attacked": 4, "public": 400, "scored": 8, "steps": 10, "inverter_steps": 60}
-QUICK_MINUTES = 5
+QUICK_MINUTES = 2
 """Of a quick row with SmolLM2-135M behind 2:2, on two cores that nobody else uses."""
 
 

@@ -222,7 +222,7 @@ def test_a_quick_row_that_another_process_has_made_meanwhile_is_taken(
     grid = [grid_file(tmp_path / "grid.toml", {"name": "row", **PLAIN})]
     settings = small_settings(tmp_path, grid=grid, steps=4, quick=True)
     expected = run_leak(settings, Console(file=shown))
-    assert shown.getvalue().startswith("A quick look at 1 row(s), 4 texts and two attacks: about 5 minutes")
+    assert shown.getvalue().startswith("A quick look at 1 row(s), 4 texts and two attacks: about 2 minutes")
     assert [run["attack"] for run in expected["runs"]] == ["vocabulary_matching", "labels-direct"]
     with pytest.raises(CheckpointError, match="made with another quick"):  # the row of all attacks is another one
         run_leak(replace(settings, quick=False))
