@@ -13,9 +13,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from isthmus.common.ownership import private_folder
 from isthmus.common.progress import bar
 from isthmus.common.shutdown import uninterrupted
 from isthmus.edge.budget.budget_texts import read_secrets
+from isthmus.edge.budget.text_overlap import RUN, plain_text, runs_of, tokens_of
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import NO_DATA, FitConfig
 from isthmus.edge.data.batches import rendered
@@ -47,9 +47,6 @@ from isthmus.protocol.enrolment import ConnectionString
 if TYPE_CHECKING:
     from isthmus.edge.client.link import Link
 
-RUN = 13
-"""Tokens of the lower-cased text in a row that a public text may not share with the private ones; after the 13 words of
-Brown et al. (2020), by which they looked for benchmarks in what a model was trained on."""
 RIDGE = 0.1
 """Of the sums' diagonal, see `RidgeSums.solve`; as in the presets."""
 _HELD = 8
@@ -266,9 +263,9 @@ def _public(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> Sequence
     Raises:
         DataError: One does; with `leave_out_shared`, where one holds a secret, or all share a run. None is quoted.
     """
-    plain = [_plain(text) for text in texts] if config.secrets else []
+    plain = [plain_text(text) for text in texts] if config.secrets else []
     for number, secret in enumerate(read_secrets(config.secrets), 1) if config.secrets else ():
-        wanted = _plain(secret)
+        wanted = plain_text(secret)
         for place, text in enumerate(plain, 1):
             if wanted and wanted in text:
                 raise DataError(
@@ -290,45 +287,27 @@ def _public(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> Sequence
 def _shared(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> dict[int, tuple[int, str]]:
     """Which texts share a run with private ones: the token where it begins, and where the private one is."""
     sources = [source for source in (config.data, config.validation) if source not in (None, NO_DATA)]
-    public = {run for text in texts for run in _runs(text, tokenizer)} if sources else set()
+    public = {run for text in texts for run in runs_of(text, tokenizer)} if sources else set()
     private: dict[int, str] = {}
     for source in sources:
         examples = read_examples(source, config)
         for example, parts in zip(examples, rendered(examples, tokenizer), strict=True):
             for text in ("".join(parts), " ".join(parts)):  # in a public text they may stand apart, or not
-                for run in _runs(text, tokenizer):
+                for run in runs_of(text, tokenizer):
                     if run in public:
                         private.setdefault(run, example.where)
     shared: dict[int, tuple[int, str]] = {}
     for place, text in enumerate(texts) if private else ():
-        for at, run in enumerate(_runs(text, tokenizer)):
+        for at, run in enumerate(runs_of(text, tokenizer)):
             if run in private:
                 shared[place] = at, private[run]
                 break
     return shared
 
 
-def _plain(text: str) -> str:
-    """A text without differences of case, of white space, and of how a character is encoded."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _runs(text: str, tokenizer: Any) -> Iterator[int]:
-    """A hash of each run of `RUN` tokens of a plain text."""
-    tokens = _tokens(text, tokenizer)
-    return (hash(tuple(tokens[at : at + RUN])) for at in range(len(tokens) - RUN + 1))
-
-
 def _line(text: str, at: int, tokenizer: Any) -> int:
     """The line of a text in which a token of the plain text stands, from 1."""
     lines = text.split("\n")
     return 1 + bisect_right(
-        range(1, len(lines)), at, key=lambda number: len(_tokens("\n".join(lines[:number]), tokenizer))
+        range(1, len(lines)), at, key=lambda number: len(tokens_of("\n".join(lines[:number]), tokenizer))
     )
-
-
-def _tokens(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a plain text."""
-    words = _plain(text).split()  # in pieces, as a tokenizer is slow at long texts
-    pieces = [" " + " ".join(words[at : at + 4096]) for at in range(0, len(words), 4096)]
-    return [token for each in pieces for token in tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"]]

@@ -69,6 +69,7 @@ class TableSettings:
         ),
     ] = 2
     public: Annotated[int, Option(min=1, help="With --preset: tokens of a task's public slice.")] = 20_000
+    private: Annotated[int, Option(min=1, help="With --preset: texts to train on at most.")] = 1000
     bridges: Annotated[
         bool, Option(help="With --preset: the edge's bridge on other text too, and the owner's on public text.")
     ] = True

@@ -165,7 +165,7 @@ class PresetTable:
             score_precision=precision_of(settings.score_precision, "score-precision"),
         )
         tokenizer = load_tokenizer(checkpoint.folder)
-        sizes = Sizes(settings.test, settings.validation, settings.max_length, settings.public)
+        sizes = Sizes(settings.test, settings.validation, settings.max_length, settings.public, settings.private)
         folder = settings.data_folder or default_data_folder()
         self._tasks = [load_task(name, folder, tokenizer, sizes) for name in names_of(settings.tasks, "tasks")]
         if any(task.questions for task in self._tasks):

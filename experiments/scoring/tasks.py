@@ -18,11 +18,12 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from isthmus.common.errors import ConfigError, DataError
+from isthmus.edge.budget.text_overlap import runs_of
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Encoded, encode, fingerprint, pad_id
 from isthmus.edge.data.readers import Example, read_examples
@@ -33,7 +34,9 @@ _CHOICE_TESTS = 200
 _TESTS = {"e2e": 160}
 _TEXT_HELD_OUT = 10  # one block in so many
 _SENTIMENTS = (" negative", " positive")
-_TICKETS = (2000, 400)  # to train on, to score on
+_TICKETS = (6000, 400)  # to train on, to score on
+_FORMS = ("e2e", "tickets")
+"""Tasks whose prompts are filled-in forms."""
 
 T = TypeVar("T")
 
@@ -71,12 +74,14 @@ class Sizes:
         validation: Examples of the training file that a learning rate is chosen by.
         public: Tokens of the public slice, about. With one, no two of a task's four parts share a prompt; with None
             there is no slice, and E2E's parts share most of theirs.
+        train: Texts to train on at most, where there is a public slice.
     """
 
     test: int | None = None
     validation: int = 64
     max_length: int = 256
     public: int | None = None
+    train: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +133,7 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
         if sizes.public is not None:
             raise ConfigError(f"{name!r} has no prompts that a public slice could be told apart by: name another task")
         return _text_task(name, Path(name.removeprefix("text:")), tokenizer, sizes)
-    if sizes.public is None:
-        split = read_task(name, folder, sizes)
-    else:
-        split = read_apart(
-            name, folder, sizes, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        )
+    split = read_task(name, folder, sizes) if sizes.public is None else read_apart(name, folder, sizes, tokenizer)
     is_choice = len(split.test[0].choices) > 1
 
     def tokens(questions: Sequence[Question]) -> tuple[Encoded, ...]:
@@ -173,14 +173,12 @@ def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
     )
 
 
-def read_apart(name: str, folder: Path, sizes: Sizes, length: Callable[[str], int]) -> Split:
+def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
     """The same with a public slice, and with no prompt in two parts: the data owner's case.
 
-    Prompts that differ in case, white space or punctuation alone count as one. The public slice and the validation
-    have one text for each of their prompts; the others of these prompts are left out.
-
-    Args:
-        length: Tokens of a text, which the public slice is measured by.
+    Prompts that differ in case, white space or punctuation alone count as one. The public slice has what `emulator fit`
+    sends: texts that share no run of tokens with the other parts. Where prompts are forms that all share such runs, it
+    has the completions alone. The validation has one text for each of its prompts.
 
     Raises:
         ConfigError: There is no such task.
@@ -196,17 +194,24 @@ def read_apart(name: str, folder: Path, sizes: Sizes, length: Callable[[str], in
     drawn = list(topics.values())
     random.Random("task/apart").shuffle(drawn)  # noqa: S311  # a choice, not a secret
     validation = [drawn.pop()[0] for _ in range(min(sizes.validation, len(drawn)))]
+    private: list[Question] = []
+    while drawn and len(private) < sizes.train:
+        private += drawn.pop()
+    private = private[: sizes.train]
+    known = {run for question in (*private, *validation, *scored) for run in runs_of(_text(question), tokenizer)}
     public: list[Question] = []
-    tokens = 0
-    while drawn and tokens < (sizes.public or 0):
-        public.append(drawn.pop()[0])
-        tokens += length(_text(public[-1]))
-    if not drawn:
+    tokens, wanted = 0, sizes.public or 0
+    for question in (question for group in reversed(drawn) for question in group):
+        shown = replace(question, prompt="") if name in _FORMS else question
+        if tokens < wanted and known.isdisjoint(runs_of(_text(shown), tokenizer)):
+            public.append(shown)
+            tokens += len(tokenizer(_text(shown), add_special_tokens=False)["input_ids"])
+    if tokens < wanted:
         raise DataError(
-            f"{folder / name} has {len(topics)} prompts to train on, and validation and {sizes.public} public tokens "
-            "take them all: nothing is left"
+            f"{folder / name} has {len(topics)} prompts to train on: beside {sizes.validation} for validation and "
+            f"{sizes.train} private texts, {tokens} tokens are public, and {wanted} were asked for: ask for less"
         )
-    return Split(tuple(question for group in drawn for question in group), tuple(validation), scored, tuple(public))
+    return Split(tuple(private), tuple(validation), scored, tuple(public))
 
 
 def _files(name: str, folder: Path) -> tuple[list[Question], list[Question]]:

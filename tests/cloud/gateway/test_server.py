@@ -114,7 +114,7 @@ def test_an_edge_that_renews_its_keys_too_often_is_ended(
     with ThreadServer(cloud, home) as server:
         edge = channel(server, limits=Limits(renew_bytes=1))
         # The offer may end the stream before the ping behind it is written; gRPC then keeps the status to itself.
-        with pytest.raises(ConnectionLostError, match="rules were broken|closed the stream"):
+        with pytest.raises(ConnectionLostError, match=r"rules were broken|closed the stream"):
             edge.ask(m.Ping(1), 60)
         edge.abandon()
     assert any("an offer of fresh keys came" in line.get("error", "") for line in log())

@@ -73,6 +73,7 @@ def table(model: Path, data: Path, out: Path, package: Package, **values: Any) -
         "few_seeds": 1,
         "whole_rates": "1e-3",
         "public": 200,
+        "private": 20,
         "text": data / "shakespeare" / "input.txt",
         **values,
     }

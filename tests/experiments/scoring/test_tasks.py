@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from support.models.small_tasks import task_folder
@@ -123,14 +124,19 @@ def test_the_real_tasks_are_read(shared_data: Path, name: str, n_train: int, n_t
 
 # Parts without a shared prompt ----------------------------------------------------------------------------------------
 
-APART = Sizes(test=8, validation=4, max_length=96, public=60)
+APART = Sizes(test=8, validation=4, max_length=96, public=60, train=15)
+
+
+def words(text: str, **_: object) -> dict[str, list[int]]:
+    """A tokenizer: a token for each word."""
+    return {"input_ids": [crc32(word.encode()) for word in text.split()]}
 
 
 def parts(name: str, data: Path, sizes: Sizes) -> list[list[str]]:
-    """The prompts of the four parts, without case, punctuation and white space."""
-    split = read_apart(name, data, sizes, lambda text: len(text.split()))
+    """The prompts of the four parts, without case, punctuation and white space; texts where prompts are forms."""
+    split = read_apart(name, data, sizes, words)
     return [
-        ["".join(filter(str.isalnum, question.prompt.casefold())) for question in part]
+        ["".join(filter(str.isalnum, (question.prompt or question.choices[0]).casefold())) for question in part]
         for part in (split.public, split.validation, split.train, split.test)
     ]
 
@@ -138,7 +144,7 @@ def parts(name: str, data: Path, sizes: Sizes) -> list[list[str]]:
 def assert_apart(prompts: list[list[str]]) -> None:
     assert all(prompts)
     assert len(set().union(*prompts)) == sum(len(set(part)) for part in prompts)
-    assert all(len(set(part)) == len(part) for part in prompts[:2])
+    assert len(set(prompts[1])) == len(prompts[1])
 
 
 @pytest.mark.parametrize("name", ["e2e", "openbookqa", "sst2", "tickets"])
@@ -154,12 +160,24 @@ def test_what_shares_a_prompt_goes_to_one_part(data: Path, tmp_path: Path) -> No
     rows = [f'"name[{i // 5}]","text {i}"' for i in range(100)]
     (folder / "e2e" / "train.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
     (folder / "e2e" / "test.csv").write_text('mr,ref\n"NAME[3] ","a text"\n"name[77]","a text"\n')
-    found = parts("e2e", folder, Sizes(validation=4, public=20))
+    found = parts("e2e", folder, Sizes(validation=4, public=20, train=50))
     assert_apart(found)
     assert "meaningname3text" not in found[2]
-    assert len(found[2]) == 5 * (20 - 1 - 4 - len(found[0]))
+    assert len(found[2]) == 50
+    assert len(set(found[2])) == 10  # each prompt with all its texts
     split = read_task("e2e", folder, Sizes(validation=4))
     assert {question.prompt for question in split.train} >= {question.prompt for question in split.validation}
+
+
+def test_what_repeats_a_run_of_a_private_text_is_not_public(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path)
+    shared = " ".join(f"word{i}" for i in range(13))
+    rows = [f'"name[{i}]","{shared if i % 2 else "text"} {i}"' for i in range(100)]
+    (folder / "e2e" / "train.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
+    found = parts("e2e", folder, Sizes(validation=4, public=40, train=30))
+    assert found[0]
+    assert not any("word12" in text for text in found[0])
+    assert any(int(name.removeprefix("meaningname").removesuffix("text")) % 2 for name in found[2])
 
 
 def test_a_task_has_a_public_slice_as_text_and_as_tokens(data: Path) -> None:
@@ -167,11 +185,11 @@ def test_a_task_has_a_public_slice_as_text_and_as_tokens(data: Path) -> None:
     task = load_task("e2e", data, tokenizer, APART)
     assert len(task.public) == len(task.public_texts) > 1
     assert len("".join(task.public_texts[:-1])) < 60 * 8
-    assert task.public_texts[0].startswith("Meaning: name[")
+    assert task.public_texts[0].endswith(" is here")  # prompts are forms, so the completion alone
     assert task.fingerprint != load_task("e2e", data, tokenizer, SIZES).fingerprint
     with pytest.raises(ConfigError, match="no prompts"):
         load_task("text:a.txt", data, tokenizer, APART)
-    with pytest.raises(DataError, match="nothing is left"):
+    with pytest.raises(DataError, match="100000 were asked for"):
         load_task("e2e", data, tokenizer, Sizes(validation=4, public=100_000))
 
 
@@ -180,4 +198,4 @@ def test_a_task_has_a_public_slice_as_text_and_as_tokens(data: Path) -> None:
 def test_the_real_parts_share_no_prompt(shared_data: Path, name: str) -> None:
     found = parts(name, shared_data, Sizes(public=14_000))
     assert_apart(found)
-    assert len(found[2]) > 800
+    assert len(found[2]) == 1000
