@@ -33,12 +33,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from torch import Tensor
 
-from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import distinct_layers, load_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.files import sha256_of
-from isthmus.common.torch_threads import use_threads
 from isthmus.edge.bridge_fit import RIDGE
 from isthmus.emulator.compress.bridges import Bridge, RidgeSums, add_bridges, fit_bridges
 from isthmus.emulator.compress.emulator_model import Emulator
@@ -46,19 +45,16 @@ from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
-from isthmus.emulator.package.build import build_package, pick_device, write_own_text
+from isthmus.emulator.package.build import build_package, write_own_text
 from isthmus.emulator.package.build_presets import PRESETS, BuildPreset, top_heavy
 from isthmus.emulator.package.manifest import Tuning
 from isthmus.emulator.package.package import is_package, open_package
-from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
 from isthmus.experiments.harness.emulator_settings import TableSettings
-from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.offsite.preset_rows import row_of
-from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
+from isthmus.experiments.offsite.table_lab import Lab, TableWork, regime_of, scores_of
 from isthmus.experiments.offsite.table_methods import Built
-from isthmus.experiments.scoring.likelihood import require_lm_eval
-from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+from isthmus.experiments.scoring.tasks import Sizes, Task
 from isthmus.protocol.secure.certificates import WorkerCertificate
 from isthmus.protocol.secure.keys import WorkerIdentity
 
@@ -136,54 +132,30 @@ def _built(folder: Path) -> Built:
     return Built(manifest.recipe, manifest.keep, folder, sha256_of(folder / EMULATOR_FILE).hex())
 
 
-class PresetTable:
+class PresetTable(TableWork):
     """See the module; `make` makes the table, or goes on with it."""
 
     def __init__(self, settings: TableSettings, console: Console) -> None:
-        self._settings, self._console = settings, console
         self._seeds = settings.seeds or _SEEDS
         self._few = min(settings.few_seeds, self._seeds)
-        device = pick_device(settings.device)
-        use_threads(settings.threads)
-        checkpoint = resolve(settings.model)
-        n_layers = checkpoint.config.num_hidden_layers
-        plan = SplitPlan.parse(settings.adapter_layers or top_heavy(n_layers), n_layers)
-        self._split_plan = SplitPlan.parse(settings.split_layers, n_layers)
         self._names = settings.preset or []
+        super().__init__(
+            settings,
+            console,
+            plan=top_heavy,
+            sizes=Sizes(settings.test, settings.validation, settings.max_length, settings.public, settings.private),
+            regime=regime_of(settings, batch=_BATCH, steps=1, rank=1),  # these are a preset's
+        )
+        checkpoint, plan, length = self.lab.checkpoint, self.lab.plan, settings.text_length
+        self._split_plan = SplitPlan.parse(settings.split_layers, plan.n_layers)
         for name in self._names:
             check_preset(name, checkpoint, plan)
-        regime = Regime(
-            trainables="lora",
-            steps=1,  # it and the rank are a preset's
-            rank=1,
-            batch=settings.batch or _BATCH,
-            max_length=settings.max_length,
-            weight_rates=(),
-            adapter_rates=numbers_of(settings.adapter_rates, "adapter-rates"),
-            whole_rates=numbers_of(settings.whole_rates, "whole-rates"),
-            precision=precision_of(settings.precision, "precision"),
-            score_precision=precision_of(settings.score_precision, "score-precision"),
-        )
-        tokenizer = load_tokenizer(checkpoint.folder)
-        sizes = Sizes(settings.test, settings.validation, settings.max_length, settings.public, settings.private)
-        folder = settings.data_folder or default_data_folder()
-        self._tasks = [load_task(name, folder, tokenizer, sizes) for name in names_of(settings.tasks, "tasks")]
-        if any(task.questions for task in self._tasks):
-            require_lm_eval()
-        self._lab = Lab(checkpoint, plan, tokenizer, regime, device)
-        self._tokenizer, self._device = tokenizer, device
-        length = settings.text_length
-        self._text = settings.text or write_own_text(settings.out / "own", checkpoint, tokenizer, length, device)
-        self._blocks = load_blocks(self._text, tokenizer, length)
+        beside = settings.out / "own"
+        self._text = settings.text or write_own_text(beside, checkpoint, self.tokenizer, length, self.device)
+        self._blocks = load_blocks(self._text, self.tokenizer, length)
         self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
-        self._cells = Cells(settings.out / "cells.jsonl", console)
         of_row = 1 + 4 * self._seeds + (4 + 2 * settings.bridges) * self._few + len(_LENGTHS) - 1
-        self._cells.expect(len(self._tasks) * len(self._names) * of_row)
-        self._common = {
-            "model": checkpoint.digest(),
-            "plan": str(plan),
-            "score_precision": regime.score_precision,
-        }
+        self.cells.expect(len(self.tasks) * len(self._names) * of_row)
 
     def make(self) -> dict[str, Any]:
         """All cells, then the rows."""
@@ -191,9 +163,9 @@ class PresetTable:
         for name in self._names:
             preset = self._preset(name)
             advice = preset.tuning
-            regime = replace(self._lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
-            lab = self._lab.at(regime)
-            for task in self._tasks:
+            regime = replace(self.lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
+            lab = self.lab.at(regime)
+            for task in self.tasks:
                 results = self._without_emulator(lab, task, preset.tuning)
                 results |= self._with_emulator(lab, task, preset.tuning, preset.built)
                 rows += self._rows(preset.name, preset.built, task, results)
@@ -202,26 +174,21 @@ class PresetTable:
     def _preset(self, name: str) -> Preset:
         if name not in PRESETS:
             return open_preset(Path(name))
-        preset, plan, length = PRESETS[name], self._lab.plan, self._settings.text_length
-        made_of = f"{self._lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)}"
-        folder = self._settings.out / "packages" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
-        build_preset(preset, folder, self._lab.checkpoint, plan, self._text, length, self._device)
+        preset, plan, length = PRESETS[name], self.lab.plan, self.settings.text_length
+        made_of = f"{self.lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)}"
+        folder = self.settings.out / "packages" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+        build_preset(preset, folder, self.lab.checkpoint, plan, self._text, length, self.device)
         # With another plan than the preset's own, the package has neither its name nor its advice.
         return Preset(name, _built(folder), Tuning.model_validate(dict(preset.tuning)))
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
     def _without_emulator(self, lab: Lab, task: Task, tuning: Tuning) -> dict[str, list[Result]]:
-        zero_shot = self._cells.get(
-            f"{task.name} zero-shot",
-            self._common | {"task": task.fingerprint},
-            lambda: {"scores": {"zero-shot": lab.score(lab.edge(lab.middle), task)}},
-        )
         rates, split = lab.regime.adapter_rates, self._split_plan
         public = replace(task, train=task.public)
         cells = partial(self._cells_of, lab, task, rates=rates)
         return {
-            "zero-shot": [zero_shot],
+            "zero-shot": [self.scored(f"{task.name} zero-shot", task, "zero-shot", lab.middle)],
             "reference": cells("reference", lab.above(lab.middle), seeds=self._seeds),
             "split q,v": cells(f"split {split} q,v", lab.split(split, all_linears=False)),
             "split all": cells(f"split {split} all", lab.split(split, all_linears=True)),
@@ -231,7 +198,7 @@ class PresetTable:
 
     def _with_emulator(self, lab: Lab, task: Task, tuning: Tuning, built: Built) -> dict[str, list[Result]]:
         def fresh() -> Emulator:
-            return built.load(lab.checkpoint, self._device)
+            return built.load(lab.checkpoint, self.device)
 
         @cache
         def bridged(*, public: bool = True, owner: bool = False) -> Emulator:
@@ -253,7 +220,7 @@ class PresetTable:
             "edge bridge": bridge,
             "emulator tuned": bridge,
         }
-        if self._settings.bridges:
+        if self.settings.bridges:
             others = {"edge bridge, other": {"public": False}}
             if _last_bridge(fresh()) is not None:
                 others["owner bridge"] = {"owner": True}
@@ -315,21 +282,19 @@ class PresetTable:
         views: Mapping[str, Any] | None = None,
         of: Mapping[str, Any] | None = None,
     ) -> list[Result]:
-        """A run for each seed: the first one chooses among the rates, the others take its choice."""
-        regime = lab.regime
-        trained = {
-            "task": task.fingerprint,
-            "rates": list(rates),
-            **{key: getattr(regime, key) for key in ("steps", "batch", "rank", "alpha", "precision", "warmup")},
-            **(of or {}),
-        }
-        results: list[Result] = []
-        for seed in seeds if isinstance(seeds, range) else range(seeds or self._few):
-            own = rates if not results else (results[0]["rate"],)
-            run = partial(lab.run, trained_on or task, seed, own, build, views or {name: None}, method="lora")
-            label = f"{task.name} {name} seed {seed}"
-            results.append(self._cells.get(label, self._common | trained | {"seed": seed}, run))
-        return results
+        """A run for each of the seeds, `few_seeds` of them by default, of what is made of LoRA or of all weights."""
+        return self.over_seeds(
+            lab,
+            task,
+            name,
+            build,
+            rates=rates,
+            seeds=seeds if isinstance(seeds, range) else range(seeds or self._few),
+            views=views or {name: None},
+            of={"warmup": lab.regime.warmup, **(of or {})},
+            method="lora",
+            trained_on=trained_on,
+        )
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
@@ -359,8 +324,8 @@ class PresetTable:
 
     def _described(self) -> dict[str, Any]:
         """The settings as JSON can say them, without paths of this machine."""
-        settings = asdict(self._settings) | {"seeds": self._seeds, "few_seeds": self._few}
-        settings |= {"text": None if self._settings.text is None else self._settings.text.name}
+        settings = asdict(self.settings) | {"seeds": self._seeds, "few_seeds": self._few}
+        settings |= {"text": None if self.settings.text is None else self.settings.text.name}
         settings |= {"preset": [Path(name).name for name in self._names]}
         left_out = ("out", "data_folder", "figure", "methods", "keep")
         return {name: value for name, value in settings.items() if name not in left_out}
@@ -368,15 +333,15 @@ class PresetTable:
     # What is tuned over -----------------------------------------------------------------------------------------------
 
     def _public_blocks(self, task: Task) -> Tensor:
-        path = self._settings.out / "public" / f"{task.name}.jsonl"
+        path = self.settings.out / "public" / f"{task.name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, ({"text": text} for text in task.public_texts))
-        return load_blocks(path, self._tokenizer, self._settings.text_length)
+        return load_blocks(path, self.tokenizer, self.settings.text_length)
 
     @torch.no_grad()
     def _fit(self, lab: Lab, emulator: Emulator, blocks: Tensor) -> Bridge:
         """What `emulator fit` fits to texts that it does not refuse, with the true middle in the cloud's place."""
-        device = self._device
+        device = self.device
         front = OuterLayers(lab.checkpoint, lab.plan, with_top=False, device=device)
         sums = RidgeSums(lab.checkpoint.config.hidden_size, device)
         for ids in torch.split(blocks, 8):
@@ -386,11 +351,11 @@ class PresetTable:
 
     def _make_floor(self) -> Emulator:
         """The middle's first layer, and one bridge for all the others."""
-        checkpoint, plan = self._lab.checkpoint, self._lab.plan
+        checkpoint, plan = self.lab.checkpoint, self.lab.plan
         layers = (plan.bottom,)
-        base = load_layers(checkpoint, layers).to(self._device)
+        base = load_layers(checkpoint, layers).to(self.device)
         add_bridges(base, layers, layers)
-        fit_bridges(checkpoint, plan, base, layers, layers, self._blocks, ridge=RIDGE, device=self._device)
+        fit_bridges(checkpoint, plan, base, layers, layers, self._blocks, ridge=RIDGE, device=self.device)
         recipe = Recipe("uniform", 1 / len(plan.cloud), bridged=True)
         return Emulator(base, layers, recipe, checkpoint.config, bridges=layers)
 

@@ -13,29 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from rich.console import Console
 
-from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
-from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.common.figures import plotting
-from isthmus.common.torch_threads import use_threads
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.distill.distillation import DistillConfig
-from isthmus.emulator.package.build import pick_device
-from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
+from isthmus.experiments.harness.bench_flags import names_of, numbers_of
 from isthmus.experiments.harness.emulator_settings import TableSettings
-from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.offsite.preset_table import PresetTable
-from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
+from isthmus.experiments.offsite.table_lab import TableWork, regime_of, scores_of
 from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
 from isthmus.experiments.offsite.table_rows import draw_frontier, rows_of, verdict_of
-from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
-from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+from isthmus.experiments.scoring.tasks import Sizes, Task
 
 _SEEDS, _BATCH, _PLAN = 3, 8, "2:2"
 _WHOLE = ("full_fine_tuned", "lora_full")
@@ -71,99 +64,79 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> dic
     return result
 
 
-class _Run:
+class _Run(TableWork):
     def __init__(self, settings: TableSettings, console: Console) -> None:
-        self._settings, self._console = settings, console
-        self._regime, self._n_seeds = _regime(settings), settings.seeds or _SEEDS
+        regime = regime_of(settings, batch=_BATCH, steps=settings.steps, rank=settings.rank)
         self._sizes = Sizes(test=settings.test, validation=settings.validation, max_length=settings.max_length)
-        self._names = names_of(settings.tasks, "tasks")
         self._method_names = names_of(settings.methods, "methods")
         self._keeps = numbers_of(settings.keep, "keep")
-        self._device = pick_device(settings.device)
         self._distill = DistillConfig(
             steps=settings.distill_steps,
             batch=settings.distill_batch,
             learning_rate=settings.distill_learning_rate,
             mse_weight=settings.mse_weight,
             lm_weight=settings.lm_weight,
-            precision=self._regime.precision,
+            precision=regime.precision,
         )
-        use_threads(settings.threads)
-        checkpoint = resolve(settings.model)
-        plan = SplitPlan.parse(settings.adapter_layers or _PLAN, checkpoint.config.num_hidden_layers)
-        tokenizer = load_tokenizer(checkpoint.folder)
-        folder = settings.data_folder or default_data_folder()
-        self._tasks = [load_task(name, folder, tokenizer, self._sizes) for name in self._names]
-        if any(task.questions for task in self._tasks):
-            require_lm_eval()
+        super().__init__(settings, console, plan=lambda _: _PLAN, sizes=self._sizes, regime=regime)
+        self._n_seeds = settings.seeds or _SEEDS
         self._workshop = Workshop(
             folder=settings.out / "emulators",
-            checkpoint=checkpoint,
-            plan=plan,
-            tokenizer=tokenizer,
-            text=settings.text or folder / "shakespeare" / "input.txt",
+            checkpoint=self.lab.checkpoint,
+            plan=self.lab.plan,
+            tokenizer=self.tokenizer,
+            text=settings.text or self.data_folder / "shakespeare" / "input.txt",
             length=settings.text_length,
             options=self._distill,
-            device=self._device,
+            device=self.device,
         )
         # A given emulator has a share of its own, so it comes once.
         methods = [Method.parse(text, keep) for text in self._method_names for keep in self._keeps]
         self._methods = list(dict.fromkeys(methods))
         for method in self._methods:
             self._workshop.check(method)
-        self._lab = Lab(checkpoint, plan, tokenizer, self._regime, self._device)
-        self._cells = Cells(settings.out / "cells.jsonl", console)
-        self._cells.expect(self._expected())
-        self._common = {
-            "model": checkpoint.digest(),
-            "plan": str(plan),
-            "score_precision": self._regime.score_precision,
-        }
+        self.cells.expect(self._expected())
 
     def make(self) -> dict[str, Any]:
         """All cells, then the rows."""
-        references = {task.name: self._references(task) for task in self._tasks}
+        references = {task.name: self._references(task) for task in self.tasks}
         rows: list[dict[str, Any]] = []
         for method in self._methods:
-            built = self._workshop.build(method, self._console)
-            emulator = built.load(self._workshop.checkpoint, self._device)
-            for task in self._tasks:
+            built = self._workshop.build(method, self.console)
+            emulator = built.load(self._workshop.checkpoint, self.device)
+            for task in self.tasks:
                 rows += self._with_emulator(built, emulator, task, references[task.name])
         return {"runs": rows, **verdict_of(rows), "settings": self._described()}
 
     def _described(self) -> dict[str, Any]:
         """The settings as JSON can say them, without paths of this machine."""
-        settings = self._settings
+        settings = self.settings
         return {
             **{name: getattr(settings, name) for name in ("model", "text_length", "whole_runs", "threads")},
             "adapter_layers": settings.adapter_layers or _PLAN,
             "seeds": self._n_seeds,
-            "tasks": self._names,
+            "tasks": [task.name for task in self.tasks],
             "methods": self._method_names,
             "keeps": self._keeps,
-            "regime": asdict(self._regime),
+            "regime": asdict(self.lab.regime),
             "sizes": asdict(self._sizes),
             "distill": asdict(self._distill),
             "text": None if settings.text is None else settings.text.name,
-            "device": self._device,
+            "device": self.device,
         }
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
     def _references(self, task: Task) -> dict[str, list[dict[str, Any]]]:
         """What needs no emulator: column -> results, one for each seed or a single one."""
-        lab = self._lab
-        zero_shot = self._cells.get(
-            f"{task.name} full_zero_shot",
-            self._common | {"task": task.fingerprint},
-            lambda: {"scores": {"full_zero_shot": lab.score(lab.edge(lab.middle), task)}},
-        )
+        lab = self.lab
+        zero_shot = self.scored(f"{task.name} full_zero_shot", task, "full_zero_shot", lab.middle)
         results = {"full_zero_shot": [zero_shot]}
         trainables = lab.regime.trainables
         results["edge_layers_full_middle"] = self._seeds(
             task, "edge_layers_full_middle", lab.on_edge_layers(lab.middle), method=trainables
         )
-        if self._settings.whole_runs:
+        if self.settings.whole_runs:
             results["full_fine_tuned"] = self._seeds(task, "full_fine_tuned", lab.whole_weights(), everything=True)
             results["lora_full"] = self._seeds(task, "lora_full", lab.whole_adapters(), method="lora")
         return results
@@ -172,12 +145,9 @@ class _Run:
         self, built: Built, emulator: Emulator, task: Task, references: Mapping[str, Sequence[Mapping[str, Any]]]
     ) -> list[dict[str, Any]]:
         """The rows of one emulator and one task."""
-        lab = self._lab
-        zero_shot = self._cells.get(
-            f"{task.name} {built.label} {built.keep:g} emulator_zero_shot",
-            self._common | {"task": task.fingerprint, "emulator": built.sha256},
-            lambda: {"scores": {"emulator_zero_shot": lab.score(lab.edge(emulator), task)}},
-        )
+        lab = self.lab
+        name = f"{task.name} {built.label} {built.keep:g} emulator_zero_shot"
+        zero_shot = self.scored(name, task, "emulator_zero_shot", emulator, emulator=built.sha256)
         tuned = self._seeds(
             task,
             "emulator_tuned",
@@ -189,7 +159,7 @@ class _Run:
         thief = self._seeds(
             task,
             "thief",
-            lab.everything(lambda: built.load(self._workshop.checkpoint, self._device)),
+            lab.everything(lambda: built.load(self._workshop.checkpoint, self.device)),
             everything=True,
             built=built,
         )
@@ -227,33 +197,24 @@ class _Run:
         everything: bool = False,
         built: Built | None = None,
     ) -> list[dict[str, Any]]:
-        """A run for each seed: the first one chooses among the candidate rates, the others take its choice."""
-        regime = self._regime
-        candidates = regime.rates(method, everything=everything)
-        trained = {
-            "task": task.fingerprint,
-            "kind": kind,
-            "method": method,
-            "rates": list(candidates),
-            "rank": regime.rank,
-            "alpha": regime.alpha,
-            **{name: getattr(regime, name) for name in ("steps", "batch", "precision")},
-            "emulator": None if built is None else built.sha256,
-        }
-        where = "" if built is None else f"{built.label} {built.keep:g} "
-        results: list[dict[str, Any]] = []
-        for seed in range(self._n_seeds):
-            rates = candidates if seed == 0 else (results[0]["rate"],)
-            run = partial(self._lab.run, task, seed, rates, build, views or {kind: None}, method=method)
-            name = f"{task.name} {where}{kind} seed {seed}"
-            results.append(self._cells.get(name, self._common | trained | {"seed": seed}, run))
-        return results
+        lab = self.lab
+        return self.over_seeds(
+            lab,
+            task,
+            kind if built is None else f"{built.label} {built.keep:g} {kind}",
+            build,
+            rates=lab.regime.rates(method, everything=everything),
+            seeds=range(self._n_seeds),
+            views=views or {kind: None},
+            of={"kind": kind, "method": method, "emulator": None if built is None else built.sha256},
+            method=method,
+        )
 
     def _expected(self) -> int:
-        seeds, n_whole = self._n_seeds, len(_WHOLE) * self._settings.whole_runs
+        seeds, n_whole = self._n_seeds, len(_WHOLE) * self.settings.whole_runs
         of_task = 1 + seeds * (1 + n_whole)
         of_emulator = 1 + 2 * seeds
-        return len(self._tasks) * (of_task + len(self._methods) * of_emulator)
+        return len(self.tasks) * (of_task + len(self._methods) * of_emulator)
 
 
 def _by_metric(results: Sequence[Mapping[str, Any]], view: str) -> dict[str, list[Score]]:
@@ -262,18 +223,3 @@ def _by_metric(results: Sequence[Mapping[str, Any]], view: str) -> dict[str, lis
 
 def _join(scores: Sequence[Mapping[str, Score]]) -> dict[str, list[Score]]:
     return {metric: [each[metric] for each in scores] for metric in scores[0]}
-
-
-def _regime(settings: TableSettings) -> Regime:
-    return Regime(
-        trainables=settings.trainables,
-        steps=settings.steps,
-        batch=settings.batch or _BATCH,
-        max_length=settings.max_length,
-        rank=settings.rank,
-        weight_rates=numbers_of(settings.learning_rates, "learning-rates"),
-        adapter_rates=numbers_of(settings.adapter_rates, "adapter-rates"),
-        whole_rates=numbers_of(settings.whole_rates, "whole-rates"),
-        precision=precision_of(settings.precision, "precision"),
-        score_precision=precision_of(settings.score_precision, "score-precision"),
-    )

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import linear_names
 from isthmus.backbone.split.edge_model import SpanFn
@@ -27,6 +28,7 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import NonFiniteError
 from isthmus.common.progress import StepProgress
+from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
@@ -34,10 +36,15 @@ from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.trainer import Trainer
+from isthmus.emulator.package.build import pick_device
+from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
+from isthmus.experiments.harness.emulator_settings import TableSettings
+from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.single_process import whole
+from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.task_scoring import score_task
-from isthmus.experiments.scoring.tasks import Task
+from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,3 +268,102 @@ def _on_all_linears(config: TuningConfig, layers: nn.Module) -> TuningConfig:
 def scores_of(result: Mapping[str, Any], view: str) -> dict[str, Score]:
     """The scores of a run's result, by metric."""
     return {metric: Score.from_json(score) for metric, score in result["scores"][view].items()}
+
+
+class TableWork:
+    """What a table works with: its tasks, a laboratory, and the cells that are finished.
+
+    Args:
+        plan: What is cut where, for a model of so many layers, unless `--adapter-layers` says it.
+        sizes: Of the tasks.
+        regime: Of the laboratory.
+
+    Raises:
+        ConfigError: A task or an option does not make sense, or the package lm-eval is needed and missing.
+        DataError: Data are missing or malformed.
+    """
+
+    def __init__(
+        self,
+        settings: TableSettings,
+        console: Console,
+        *,
+        plan: Callable[[int], str],
+        sizes: Sizes,
+        regime: Regime,
+    ) -> None:
+        self.settings, self.console = settings, console
+        self.device = pick_device(settings.device)
+        use_threads(settings.threads)
+        checkpoint = resolve(settings.model)
+        n_layers = checkpoint.config.num_hidden_layers
+        self.tokenizer = load_tokenizer(checkpoint.folder)
+        self.data_folder = settings.data_folder or default_data_folder()
+        names = names_of(settings.tasks, "tasks")
+        self.tasks = [load_task(name, self.data_folder, self.tokenizer, sizes) for name in names]
+        if any(task.questions for task in self.tasks):
+            require_lm_eval()
+        cut = SplitPlan.parse(settings.adapter_layers or plan(n_layers), n_layers)
+        self.lab = Lab(checkpoint, cut, self.tokenizer, regime, self.device)
+        self.cells = Cells(settings.out / "cells.jsonl", console)
+        self._common = {
+            "model": checkpoint.digest(),
+            "plan": str(cut),
+            "score_precision": regime.score_precision,
+        }
+
+    def scored(self, name: str, task: Task, view: str, span: SpanFn, **of: Any) -> dict[str, Any]:
+        """A cell of the model over `span` as it is, with nothing trained; `of` says what `span` is."""
+        score = lambda: {"scores": {view: self.lab.score(self.lab.edge(span), task)}}  # noqa: E731
+        return self.cells.get(name, self._common | {"task": task.fingerprint} | of, score)
+
+    def over_seeds(
+        self,
+        lab: Lab,
+        task: Task,
+        name: str,
+        build: Callable[[TuningConfig], Any],
+        *,
+        rates: Sequence[float],
+        seeds: Sequence[int],
+        views: Mapping[str, SpanFn | None],
+        of: Mapping[str, Any],
+        method: str,
+        trained_on: Task | None = None,
+    ) -> list[dict[str, Any]]:
+        """A run for each seed: the first one chooses among the rates, the others take its choice.
+
+        Args:
+            of: What the runs depend on beside the task, the rates and the regime.
+            method: Of `Lab.run`.
+            trained_on: In the task's place.
+        """
+        regime = lab.regime
+        settings = self._common | {
+            "task": task.fingerprint,
+            "rates": list(rates),
+            **{key: getattr(regime, key) for key in ("steps", "batch", "rank", "alpha", "precision")},
+            **of,
+        }
+        results: list[dict[str, Any]] = []
+        for seed in seeds:
+            own = rates if not results else (results[0]["rate"],)
+            run = partial(lab.run, trained_on or task, seed, own, build, views, method=method)
+            results.append(self.cells.get(f"{task.name} {name} seed {seed}", settings | {"seed": seed}, run))
+        return results
+
+
+def regime_of(settings: TableSettings, *, batch: int, steps: int, rank: int) -> Regime:
+    """How a table's settings train and score; `batch` where they do not say it."""
+    return Regime(
+        trainables="lora" if settings.preset else settings.trainables,
+        steps=steps,
+        batch=settings.batch or batch,
+        max_length=settings.max_length,
+        rank=rank,
+        weight_rates=numbers_of(settings.learning_rates, "learning-rates"),
+        adapter_rates=numbers_of(settings.adapter_rates, "adapter-rates"),
+        whole_rates=numbers_of(settings.whole_rates, "whole-rates"),
+        precision=precision_of(settings.precision, "precision"),
+        score_precision=precision_of(settings.score_precision, "score-precision"),
+    )
