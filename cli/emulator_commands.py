@@ -349,7 +349,7 @@ def plug(
     opened = open_package(package)
     checkpoint = resolve(model)
     check_package_fits(opened.manifest, checkpoint)
-    summary = check_adapter(adapter, opened, opened.folder, opened.plan)
+    summary = check_adapter(adapter, (opened.id,), opened.folder, opened.plan)
     attention = opened.manifest.attn_implementation
     span = load_span(checkpoint, opened.plan, attn_implementation=attention)
     plug_in(adapter, opened.checkpoint, opened.plan, span, attn_implementation=attention)

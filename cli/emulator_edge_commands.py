@@ -25,25 +25,28 @@ app = typer.Typer(no_args_is_help=True)
 @with_flags(ClientConfig, without={"codec"})
 def fetch(
     out: Annotated[Path, typer.Option(help="Where the package goes: a new folder, or an older package.")],
+    package: Annotated[
+        str | None, typer.Option(help="Name of the package, where the cloud offers several; by default the only one.")
+    ] = None,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Fetch the package that a cloud offers, verified by the fingerprint in its connection string.
+    """Fetch a package that a cloud offers, verified by the fingerprint in its connection string.
 
     An interrupted download goes on when the same command is repeated; what has come lies in OUT.part.
 
     Example: isthmus emulator fetch --cloud cloud.txt --out package
     """
     with _session(flags) as link:
-        package = link.fetch_package(out)
+        fetched = link.fetch_package(out, package)
         came = link.totals().bytes_down
     if as_json:
-        said = {"package": str(out), "id": package.id, "model": package.model, "digest": package.digest}
-        typer.echo(json.dumps(said | {"plan": str(package.plan), "signer": str(package.signer), "bytes_down": came}))
+        said = {"package": str(out), "id": fetched.id, "model": fetched.model, "digest": fetched.digest}
+        typer.echo(json.dumps(said | {"plan": str(fetched.plan), "signer": str(fetched.signer), "bytes_down": came}))
         return
-    typer.echo(f"package  {out} ({package.model}, {package.manifest.recipe}, split {package.plan})")
-    typer.echo(f"id       {package.id}")
-    typer.echo(f"signer   {package.signer}")
+    typer.echo(f"package  {out} ({fetched.model}, {fetched.manifest.recipe}, split {fetched.plan})")
+    typer.echo(f"id       {fetched.id}")
+    typer.echo(f"signer   {fetched.signer}")
 
 
 @app.command(cls=GroupedCommand)

@@ -128,7 +128,11 @@ def serve(
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get on SIGTERM.")] = 30.0,
     connection_file: Annotated[Path | None, typer.Option(help="File to write the connection string to.")] = None,
     emulator: Annotated[
-        Path | None, typer.Option(help="A package (`isthmus emulator build`) that edges may fetch and tune on.")
+        list[str] | None,
+        typer.Option(
+            help="A package (`isthmus emulator build`) that edges may fetch and tune on: its folder, or NAME=FOLDER, "
+            "whose name is by default that of its preset, or of the folder; given again for further ones."
+        ),
     ] = None,
     sites: Annotated[
         bool, typer.Option(help="Let edges put adapters inside the layers served, which shows them what is inside.")
@@ -303,7 +307,7 @@ def serve(
         cluster=cluster,
         grace=grace,
         connection_file=connection_file,
-        emulator=emulator,
+        emulators=tuple(emulator or ()),
         sites=sites,
         device=device,
         record=None if record is None else record.expanduser(),

@@ -23,6 +23,11 @@ FileName = Annotated[
         "a file name has 1 to 128 of letters, digits, '_', '-' and '.', which does not come first",
     ),
 ]
+MAX_PACKAGES = 8
+"""Most packages that a cloud offers: an answer that lists them all has room in a status."""
+PACKAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,31}")
+PACKAGE_NAME_NEEDS = "a package's name has 1 to 32 letters, digits, '_', '-' and '.', the first no '-' or '.'"
+PackageName = Annotated[str, Text(PACKAGE_NAME, PACKAGE_NAME_NEEDS)]
 Digest = Annotated[bytes, Size(32, 32)]
 """The SHA-256 of a whole file."""
 
@@ -33,7 +38,7 @@ class FileSet(enum.IntEnum):
     PARTS = 1
     """The edge's parts of the model."""
     EMULATOR = 2
-    """The package with an emulator of the middle layers, if the cloud offers one."""
+    """A package with an emulator of the middle layers, if the cloud offers one."""
     ADAPTER = 3
     """The adapter that this edge's own tenant has plugged in, if it has."""
     MODEL = 4
@@ -53,9 +58,14 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class FetchList:
-    """Ask which files a file set has."""
+    """Ask which files a file set has, or a package."""
 
     file_set: FileSet
+    package: PackageName | None = None
+
+    def check(self) -> None:
+        """Check that no other file set's question names a package."""
+        _check_package(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,11 @@ class Fetch:
     file_set: FileSet
     name: FileName
     offset: int = 0
+    package: PackageName | None = None
+
+    def check(self) -> None:
+        """Check that no other file set's question names a package."""
+        _check_package(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +137,11 @@ class PlugIn:
     def check(self) -> None:
         """Check that the names differ."""
         _check_names(self.entries)
+
+
+def _check_package(question: FetchList | Fetch) -> None:
+    if question.package and question.file_set != FileSet.EMULATOR:
+        raise MessageError(f"a package {question.package!r} of the file set {question.file_set.name} is refused")
 
 
 def _check_names(entries: tuple[FileEntry, ...]) -> None:

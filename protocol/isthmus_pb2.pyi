@@ -331,10 +331,12 @@ class FileEntry(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
 
 class FetchList(_message.Message):
-    __slots__ = ("file_set",)
+    __slots__ = ("file_set", "package")
     FILE_SET_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_FIELD_NUMBER: _ClassVar[int]
     file_set: FileSet
-    def __init__(self, file_set: _Optional[_Union[FileSet, str]] = ...) -> None: ...
+    package: str
+    def __init__(self, file_set: _Optional[_Union[FileSet, str]] = ..., package: _Optional[str] = ...) -> None: ...
 
 class FileList(_message.Message):
     __slots__ = ("entries",)
@@ -343,14 +345,16 @@ class FileList(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ...) -> None: ...
 
 class Fetch(_message.Message):
-    __slots__ = ("file_set", "name", "offset")
+    __slots__ = ("file_set", "name", "offset", "package")
     FILE_SET_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_FIELD_NUMBER: _ClassVar[int]
     file_set: FileSet
     name: str
     offset: int
-    def __init__(self, file_set: _Optional[_Union[FileSet, str]] = ..., name: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    package: str
+    def __init__(self, file_set: _Optional[_Union[FileSet, str]] = ..., name: _Optional[str] = ..., offset: _Optional[int] = ..., package: _Optional[str] = ...) -> None: ...
 
 class Blob(_message.Message):
     __slots__ = ("name", "offset", "total", "sha256")

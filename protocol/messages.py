@@ -45,7 +45,10 @@ from typing import Annotated
 from isthmus.common.errors import MessageError
 from isthmus.protocol.file_messages import (
     MAX_FILE_CHUNK as MAX_FILE_CHUNK,
+    MAX_PACKAGES as MAX_PACKAGES,
     MAX_PUT_FILES as MAX_PUT_FILES,
+    PACKAGE_NAME as PACKAGE_NAME,
+    PACKAGE_NAME_NEEDS as PACKAGE_NAME_NEEDS,
     Blob as Blob,
     Fetch as Fetch,
     FetchList as FetchList,

@@ -34,7 +34,7 @@ from isthmus.cloud.cluster.watched_cloud import WatchedCloud, ask, stopped_error
 from isthmus.cloud.control.ray_cluster import Actor, find_actor
 from isthmus.cloud.control.serve_options import ClusterOptions, ServeOptions
 from isthmus.cloud.control.stop_signals import stop_on_signals
-from isthmus.cloud.control.worker_specs import backbone_of, check_device, check_model, check_package
+from isthmus.cloud.control.worker_specs import backbone_of, check_device, check_model, check_packages
 from isthmus.cloud.home.home_lock import occupied
 from isthmus.cloud.telemetry.logs import log_file, log_to
 from isthmus.common.errors import ConfigError, IsthmusError, UnreachableError
@@ -65,8 +65,7 @@ def serve_on_cluster(options: ServeOptions, ready: Callable[[str], None] = lambd
     issuer = check_owners_folder(home, console)
     backbone = backbone_of(options, console)
     check_device(options.device, wipe_freed=options.wipe_freed)
-    if options.emulator is not None:
-        check_package(options.emulator, issuer.pin, backbone)
+    options = check_packages(options, issuer.pin, backbone)
     with occupied(home), console.status("starting the workers") as status:
         log_to(log_file(home, "serve"))
         cluster = JoinedCluster(cluster_options.address)

@@ -52,6 +52,7 @@ class ClusterOptions:
 class ServeOptions:
     """The options of `isthmus cloud serve`, whose `--help` describes them.
 
+    `emulators` are FOLDER or NAME=FOLDER, of which `check_packages` makes the latter.
     `edge_layers`, `dtype` and `quantize` are None where they were not given, as a saved span has its own.
     """
 
@@ -72,7 +73,7 @@ class ServeOptions:
     cluster: ClusterOptions | None = None
     grace: float = 30.0
     connection_file: Path | None = None
-    emulator: Path | None = None
+    emulators: tuple[str, ...] = ()
     sites: bool = True
     device: str = "cpu"
     record: Path | None = None

@@ -24,7 +24,7 @@ from isthmus.cloud.control.worker_specs import (
     backbone_of,
     check_device,
     check_model,
-    check_package,
+    check_packages,
     check_recording,
     check_tls,
     count_workers,
@@ -58,8 +58,8 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
     Raises:
         HomeInUseError: another process serves with this home.
         KeyFileError: a key cannot be used, or another user may write the home.
-        PackageError: the package of `emulator` is damaged, or of another model or plan.
-        SignerError: it was signed under another root key.
+        PackageError: a package of `emulators` is damaged, or of another model or plan.
+        SignerError: one was signed under another root key.
         IsthmusError: the model, an address or a key cannot be used.
     """
     console = Console(stderr=True)
@@ -76,8 +76,7 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = lambda connectio
     count = count_workers(options, backbone.plan)
     if options.tls is not None:
         check_tls(options.tls)
-    if options.emulator is not None:
-        check_package(options.emulator, identity.pin, backbone)
+    options = check_packages(options, identity.pin, backbone)
     if options.record is not None:
         check_recording(options.record)
         console.print(_recording_line(options.record, options.record_mib), highlight=False)

@@ -55,7 +55,7 @@ class WorkerSpec:
     tls_cert: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
-    emulator: str = ""  # folder of the package that is offered; "" for none
+    emulators: tuple[tuple[str, str], ...] = ()  # name and folder of each package that is offered
     sites: bool = True
     quantize: str = "none"
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none

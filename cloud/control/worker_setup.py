@@ -22,6 +22,7 @@ from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.gateway.pipeline import NextStage
 from isthmus.cloud.gateway.server import ServerTls
 from isthmus.cloud.session.file_store import FileStore, HashedLater
+from isthmus.cloud.session.handler import OfferedPackage
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.cloud.session.token_counts import TokenCounts
@@ -29,7 +30,7 @@ from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import ConfigError, KeyFileError
 from isthmus.common.files import locked
 from isthmus.common.machine import usable_memory
-from isthmus.emulator.package.package import open_package
+from isthmus.emulator.package.package import Package, open_package
 from isthmus.privacy.recording.recorder import Recorder
 from isthmus.protocol.enrolment import EDGES_FILE, REVOKED_FILE, WORKERS_FILE, AuthorizedEdges
 from isthmus.protocol.messages import MAX_FILE_CHUNK, FileSet, SessionInfo, SpanLimits
@@ -134,7 +135,8 @@ def served_by(spec: WorkerSpec) -> Served:
         numerics="",  # the gateway says it: it depends on the engine
     )
     executor = Executor(host, dtype, stash_bytes, compute_bytes, count_graphs=spec.bounds.engine.count_graphs)
-    package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
+    pin = load_worker(Path(spec.home)).pin if spec.emulators else None
+    packages = {name: open_package(Path(folder), signer=pin) for name, folder in spec.emulators}
     adapters = AdapterStore(
         Path(spec.home) / "adapters",
         Path(spec.parts),
@@ -143,7 +145,7 @@ def served_by(spec: WorkerSpec) -> Served:
         executor,
         max_tokens=spec.max_tokens,
         attn_implementation=info.attn_implementation,
-        package=package,
+        packages=[package.id for package in packages.values()],
     )
     return Served(
         info,
@@ -151,11 +153,20 @@ def served_by(spec: WorkerSpec) -> Served:
         FileStore(Path(spec.parts), FileSet.PARTS),
         adapters,
         TokenCounts(Path(spec.home) / "token-counts", info.digest, plan),
-        None if package is None else FileStore(package.folder, FileSet.EMULATOR),
+        {name: _offered(package) for name, package in packages.items()},
         spec.sites,
         cache_bytes,
         HashedLater(checkpoint.folder, FileSet.MODEL) if spec.shares_model else None,
     )
+
+
+def _offered(package: Package) -> OfferedPackage:
+    manifest, quality = package.manifest, package.manifest.quality
+    about = [] if manifest.preset is None else [f"preset {manifest.preset[:32]}"]
+    about.append(f"split {package.plan}")
+    if quality is not None:
+        about.append(f"KL {quality.kl:.2g}, cosine above {quality.cosine_above:.2g}")
+    return OfferedPackage(FileStore(package.folder, FileSet.EMULATOR), ", ".join(about))
 
 
 RESERVE_BYTES = 1 << 29

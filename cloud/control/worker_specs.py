@@ -39,9 +39,11 @@ from isthmus.common.errors import ConfigError, PackageError
 from isthmus.common.files import disk_errors, sha256_of
 from isthmus.common.ownership import private_folder
 from isthmus.common.readable import bracketed
+from isthmus.emulator.package.manifest import Manifest
 from isthmus.emulator.package.verification import check_package_fits, verified
 from isthmus.privacy.recording.file_names import PATTERN
 from isthmus.protocol.enrolment import WORKERS_QUOTA_BYTES, WORKERS_QUOTA_SESSIONS, Quota, add_line
+from isthmus.protocol.file_messages import MAX_PACKAGES, PACKAGE_NAME, PACKAGE_NAME_NEEDS
 from isthmus.protocol.limits import MAX_WORKERS, MIB
 from isthmus.protocol.secure.keys import Fingerprint, generate_edge
 
@@ -153,7 +155,7 @@ def count_workers(options: ServeOptions, plan: SplitPlan) -> WorkerCount:
             f"--pipeline {stages} and --workers {most} exclude each other: a pipeline is one worker in several "
             "stages; serve twice, from two homes and on two addresses, for more"
         )
-    if stages > 1 and options.emulator is not None:
+    if stages > 1 and options.emulators:
         raise ConfigError(
             f"--pipeline {stages} and --emulator exclude each other, as returned adapters are tried on the whole span: "
             "leave one of them out"
@@ -172,13 +174,41 @@ def check_device(device: str, *, wipe_freed: bool = False) -> None:
         )
 
 
-def check_package(folder: Path, pin: Fingerprint, backbone: Backbone) -> None:
-    """Check that edges of this cloud can use a package.
+def check_packages(options: ServeOptions, pin: Fingerprint, backbone: Backbone) -> ServeOptions:
+    """Check the packages that are to be offered; returns the options with a name for each, as `NAME=FOLDER`.
 
     Raises:
-        PackageError: it is damaged, or of another model or plan.
-        SignerError: it was signed under another root key.
+        ConfigError: there are too many, or one has no name or another one's.
+        PackageError: one is damaged, or of another model or plan.
+        SignerError: one was signed under another root key.
     """
+    if len(options.emulators) > MAX_PACKAGES:
+        raise ConfigError(
+            f"--emulator was given {len(options.emulators)} times: a cloud offers at most {MAX_PACKAGES} packages"
+        )
+    named: dict[str, Path] = {}
+    for given in options.emulators:
+        name, equals, folder = given.partition("=")
+        if not equals or "/" in name:
+            name, folder = "", given
+        path = Path(folder).expanduser().absolute()
+        manifest = _check_package(path, pin, backbone)
+        name = name or manifest.preset or path.name
+        if not PACKAGE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"--emulator {given}: {name[:64]!r} is no name of a package: give NAME=FOLDER; {PACKAGE_NAME_NEEDS}"
+            )
+        if name in named:
+            raise ConfigError(
+                f"--emulator {given}: {named[name]} has the name {name!r} already: give one of them another, as "
+                "NAME=FOLDER"
+            )
+        named[name] = path
+    return dataclasses.replace(options, emulators=tuple(f"{name}={path}" for name, path in named.items()))
+
+
+def _check_package(folder: Path, pin: Fingerprint, backbone: Backbone) -> Manifest:
+    """Check that edges of this cloud can use a package. Raises what `check_packages` raises."""
     manifest, _, _ = verified(folder, pin)
     check_package_fits(manifest, backbone.checkpoint)
     made_for = manifest.split_plan
@@ -187,6 +217,7 @@ def check_package(folder: Path, pin: Fingerprint, backbone: Backbone) -> None:
             f"{folder} was made for the split plan {made_for}, but --edge-layers is {backbone.plan}: serve with "
             f"--edge-layers {made_for}, or build a package for {backbone.plan}"
         )
+    return manifest
 
 
 def check_recording(folder: Path) -> None:
@@ -265,7 +296,7 @@ def worker_spec(options: ServeOptions, backbone: Backbone, *, beside: int, threa
         max_tokens=options.max_tokens,
         threads=threads,
         log_file="",
-        emulator="" if options.emulator is None else str(options.emulator.absolute()),
+        emulators=tuple((name, folder) for name, _, folder in (each.partition("=") for each in options.emulators)),
         sites=options.sites,
         device=options.device,
         record="" if options.record is None else str(options.record.absolute()),

@@ -54,6 +54,19 @@ def kind_of(message: m.Message) -> Kind | None:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferedPackage:
+    """A package that edges may fetch.
+
+    Attributes:
+        files: its files.
+        about: what a list of packages says of it.
+    """
+
+    files: FileStore
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
 class CheckedCall:
     """A call that was checked and decoded, and can be computed.
 
@@ -78,6 +91,7 @@ class TenantSession:
         session_id: the session's id, which keys its entries in the activation cache.
         executor: the span that every session of this worker shares.
         stores: make the files that it may fetch.
+        packages: packages whose files it may fetch, by name.
         adapters: the tenant's own adapters.
         calls: runs the calls with sites.
         decoding: what decode calls share.
@@ -89,6 +103,7 @@ class TenantSession:
     session_id: bytes
     executor: Executor
     stores: Mapping[m.FileSet, Callable[[], FileStore | m.Status]]
+    packages: Mapping[str, OfferedPackage]
     adapters: TenantAdapters
     calls: SiteCalls
     decoding: Decoding
@@ -120,10 +135,10 @@ class TenantSession:
                 except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
                     return self.refusal(message, error)
             case m.FetchList():
-                store = self._store(message.file_set)
+                store = self._store(message)
                 return store if isinstance(store, m.Status) else store.listing()
             case m.Fetch():
-                store = self._store(message.file_set)
+                store = self._store(message)
                 return store if isinstance(store, m.Status) else store.read(message.name, message.offset)
             case m.Put():
                 return self.adapters.put(message)
@@ -149,9 +164,22 @@ class TenantSession:
         self.executor.cache.release(self.session_id)
         self.decoding.pool.release(self.session_id)
 
-    def _store(self, which: m.FileSet) -> FileStore | m.Status:
+    def _store(self, message: m.FetchList | m.Fetch) -> FileStore | m.Status:
+        which = message.file_set
+        if which == m.FileSet.EMULATOR and self.packages:
+            return self._package(message.package)
         make = self.adapters.files if which == m.FileSet.ADAPTER else self.stores.get(which, lambda: None)
         return make() or m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which])
+
+    def _package(self, name: str | None) -> FileStore | m.Status:
+        """The files of a package; without a name, of the only one."""
+        if name is None and len(self.packages) == 1:
+            (name,) = self.packages
+        if name is not None and name in self.packages:
+            return self.packages[name].files
+        listed = ", ".join(f"{each} ({offered.about})" for each, offered in self.packages.items())
+        what = f"the cloud offers no package {name!r}" if name else "the cloud offers several packages"
+        return m.Status.saying(m.StatusCode.BAD_REQUEST, None, f"{what}: give --package with one of {listed}")
 
     def decode_call(self, message: m.Decode) -> DecodeCall:
         """A decode call, which is computed in steps. The event loop may ask.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from isthmus.backbone.decoding.decode_pass import DecodePass
 from isthmus.cloud.bounds import EngineOptions
@@ -12,7 +12,7 @@ from isthmus.cloud.decoding.decode_calls import Decoding
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.file_store import FileStore
-from isthmus.cloud.session.handler import TenantSession
+from isthmus.cloud.session.handler import OfferedPackage, TenantSession
 from isthmus.cloud.session.site_calls import SiteCalls
 from isthmus.cloud.session.site_lists import SiteLists
 from isthmus.cloud.session.tenant_adapters import AdapterStore
@@ -32,7 +32,7 @@ class Served:
         parts: the edge's parts of the model.
         adapters: the tenants' adapters.
         tokens: how many tokens were computed for tenants who may have so many in all.
-        package: the package with an emulator, if one is offered.
+        packages: the packages with emulators that are offered, by name.
         sites: whether edges may have adapters inside the span.
         cache_bytes: budget of the keys and values of all sessions that generate.
         model: makes the files of the whole model, for the cloud's other workers; None where it is not offered to them.
@@ -43,7 +43,7 @@ class Served:
     parts: FileStore
     adapters: AdapterStore
     tokens: TokenCounts
-    package: FileStore | None = None
+    packages: Mapping[str, OfferedPackage] = field(default_factory=dict)
     sites: bool = True
     cache_bytes: int = 1 << 30
     model: Callable[[], FileStore | m.Status] | None = None
@@ -72,9 +72,6 @@ class Served:
         that is `of_worker` is with another worker of this cloud, which may fetch more.
         """
         stores: dict[m.FileSet, Callable[[], FileStore | m.Status]] = {m.FileSet.PARTS: lambda: self.parts}
-        package = self.package
-        if package is not None:
-            stores[m.FileSet.EMULATOR] = lambda: package
         if of_worker:
             stores[m.FileSet.ADAPTERS] = self.adapters.shared_files
             if self.model is not None:
@@ -84,6 +81,7 @@ class Served:
             session_id,
             self.executor,
             stores,
+            self.packages,
             self.adapters.of(tenant),
             SiteCalls(lists, threads, batching),
             decoding or self.decoding(),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,6 @@ from isthmus.common.errors import AdapterError, IsthmusError
 from isthmus.common.files import disk_errors, locked, new_folder, sha256_of
 from isthmus.emulator.package.intake import SPARE_BYTES, AdapterSummary, check_adapter
 from isthmus.emulator.package.offered_files import adapter_prefix, belongs
-from isthmus.emulator.package.package import Package
 from isthmus.emulator.package.plug_in import plug_in
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
@@ -75,7 +74,7 @@ class AdapterStore:
         executor: the real span, for the probe.
         max_tokens: largest batch x sequence of one call, for the probe as well.
         attn_implementation: attention implementation of the span.
-        package: the package that the cloud offers, or None. An adapter that was tuned on another one is refused.
+        packages: ids of the packages that the cloud offers. An adapter that was tuned on another one is refused.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class AdapterStore:
         *,
         max_tokens: int,
         attn_implementation: str,
-        package: Package | None,
+        packages: Collection[str],
     ) -> None:
         self._root = root / f"{digest[:16]}-{plan.bottom}-{plan.top}"
         self._parts = parts
@@ -96,7 +95,7 @@ class AdapterStore:
         self._executor = executor
         self._max_tokens = max_tokens
         self._attn_implementation = attn_implementation
-        self._package = package
+        self._packages = packages
         self._stores: dict[Path, tuple[tuple[int, int], FileStore]] = {}
         self.max_bytes = 2 * (parts / EDGE_FILE).stat().st_size + SPARE_BYTES
         """Most bytes of one adapter: twice the edge's weights, and `SPARE_BYTES`."""
@@ -107,7 +106,7 @@ class AdapterStore:
 
     def check(self, adapter: Path, compute: Compute) -> AdapterSummary:
         """Check an adapter's files, then compute a few tokens with it over the real span. Raises what both raise."""
-        summary = check_adapter(adapter, self._package, self._parts, self._plan, max_bytes=self.max_bytes)
+        summary = check_adapter(adapter, self._packages, self._parts, self._plan, max_bytes=self.max_bytes)
         span = partial(self._span, compute)
         plug_in(adapter, self._parts, self._plan, span, attn_implementation=self._attn_implementation)
         return summary
@@ -163,7 +162,7 @@ class AdapterStore:
             with new_folder(folder / _PLUGGED) as new:
                 for name, path in files.items():
                     path.replace(new / name)
-                check_adapter(new, self._package, self._parts, self._plan, max_bytes=self.max_bytes)
+                check_adapter(new, self._packages, self._parts, self._plan, max_bytes=self.max_bytes)
                 _stamp(new, plugged_at)
         log("adapter_copied", tenant=fingerprint, plugged_at=plugged_at)
 

@@ -1,7 +1,7 @@
 """Fetching files from the sets that the cloud offers, over the sealed session.
 
     parts      the edge's parts of the model, into the cache
-    emulator   the package, into a folder of the user's, which appears when it is whole and verified
+    emulator   a package, into a folder of the user's, which appears when it is whole and verified
     adapter    the tenant's own plugged-in adapter, into the cache
 
 An interrupted download goes on where it stopped. What a folder of the cache has and the cloud does not list is removed:
@@ -29,7 +29,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import Weights, weigh_parts
-from isthmus.common.errors import PackageError, RemoteProtocolError, SignerError
+from isthmus.common.errors import ConfigError, PackageError, RemoteProtocolError, SignerError
 from isthmus.common.files import disk_errors, locked, remove_folder, sha256_of, sync
 from isthmus.common.ownership import check_contents, private_folder
 from isthmus.edge.client.offers import (
@@ -73,18 +73,21 @@ def fetch_parts(cloud: SessionKeeper, pin: Fingerprint, max_bytes: int = DEFAULT
             that the cloud gave for it.
     """
     info = cloud.info
-    listing = _listing(m.FileSet.PARTS, cloud, max_bytes)
+    which = m.FetchList(m.FileSet.PARTS)
+    listing = _listing(which, cloud, max_bytes)
     with _cached("edge", pin, _name(info), listing, max_bytes) as folder:
 
         def weigh() -> Mapping[str, int]:
             return {EDGE_FILE: _weights(folder, info).edge}
 
-        _complete(folder, m.FileSet.PARTS, listing, f"fetching the edge's parts of {info.model}", cloud, weigh)
+        _complete(folder, which, listing, f"fetching the edge's parts of {info.model}", cloud, weigh)
     return folder
 
 
-def fetch_package(cloud: SessionKeeper, out: Path, signer: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Package:
-    """Fetch the package that the cloud offers.
+def fetch_package(
+    cloud: SessionKeeper, out: Path, signer: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES, name: str | None = None
+) -> Package:
+    """Fetch a package that the cloud offers.
 
     Until it is whole and verified it lies in `<out>.part`, where an interrupted download goes on.
 
@@ -93,29 +96,33 @@ def fetch_package(cloud: SessionKeeper, out: Path, signer: Fingerprint, max_byte
         out: the folder to make; an older package there is replaced.
         signer: fingerprint of the root key that the package must be signed under: the cloud's own.
         max_bytes: most bytes of all files.
+        name: that of the package; None for the only one.
 
     Raises:
         CheckpointError: the configuration that came describes no model.
-        ConfigError: something else than a package is at `out`.
+        ConfigError: the name is none, or something else than a package is at `out`.
         DiskError: there is no room for the files.
         LimitError: a file, or all together, are larger than they may be.
         OwnershipError: `<out>.part` is another user's, or others may write to it.
         PackageError: what the cloud offers is no whole package, or one of another model or plan.
-        RefusedError: the cloud offers no package.
+        RefusedError: the cloud offers no such package, or several where none is named.
         RemoteProtocolError: a file's name or hash is wrong.
         SignerError: somebody else has signed it.
     """
     check_free(out)
+    if name is not None and not m.PACKAGE_NAME.fullmatch(name):
+        raise ConfigError(f"--package {name[:64]!r}: {m.PACKAGE_NAME_NEEDS}")
     info = cloud.info
     part = out.with_name(f"{out.name}.part")
-    listing = _listing(m.FileSet.EMULATOR, cloud, max_bytes)
+    which = m.FetchList(m.FileSet.EMULATOR, name)
+    listing = _listing(which, cloud, max_bytes)
 
     def weigh() -> Mapping[str, int]:
         weights = _weights(part, info)  # an emulator is smaller than what it stands for
         return {EDGE_FILE: weights.edge, EMULATOR_FILE: weights.whole}
 
     with locked(part):
-        _complete(part, m.FileSet.EMULATOR, listing, f"fetching the package of {info.model}", cloud, weigh)
+        _complete(part, which, listing, f"fetching the package of {info.model}", cloud, weigh)
         try:
             package = open_package(part, signer=signer)
             if (package.digest, str(package.plan)) != (info.digest, info.plan):
@@ -156,7 +163,8 @@ def fetch_adapter(cloud: SessionKeeper, parts: Path, pin: Fingerprint, max_bytes
         RemoteProtocolError: a file's name or hash is wrong.
     """
     plan = SplitPlan.parse(cloud.info.plan, cloud.info.n_layers)
-    listing = _listing(m.FileSet.ADAPTER, cloud, max_bytes)
+    which = m.FetchList(m.FileSet.ADAPTER)
+    listing = _listing(which, cloud, max_bytes)
     contents = hashlib.sha256()
     for entry in sorted(listing.entries, key=lambda entry: entry.name):
         contents.update(f"{entry.name} {entry.sha256.hex()}\n".encode())
@@ -166,8 +174,8 @@ def fetch_adapter(cloud: SessionKeeper, parts: Path, pin: Fingerprint, max_bytes
 
     name = f"{_name(cloud.info)}-{contents.hexdigest()[:32]}"
     with _cached("adapters", pin, name, listing, max_bytes) as folder:
-        _complete(folder, m.FileSet.ADAPTER, listing, "fetching the plugged-in adapter", cloud, weigh)
-        check_adapter(folder, None, parts, plan, any_package=True)
+        _complete(folder, which, listing, "fetching the plugged-in adapter", cloud, weigh)
+        check_adapter(folder, (), parts, plan, any_package=True)
     return folder
 
 
@@ -219,9 +227,9 @@ def _remove_oldest(folder: Path, size: int, max_bytes: int) -> None:
             shutil.rmtree(other)
 
 
-def _listing(file_set: m.FileSet, cloud: SessionKeeper, max_bytes: int) -> m.FileList:
-    listing = cloud.ask(m.FileList, m.FetchList(file_set))
-    check_offer(listing.entries, file_set, max_bytes)
+def _listing(which: m.FetchList, cloud: SessionKeeper, max_bytes: int) -> m.FileList:
+    listing = cloud.ask(m.FileList, which)
+    check_offer(listing.entries, which.file_set, max_bytes)
     return listing
 
 
@@ -233,7 +241,7 @@ def _weights(folder: Path, info: m.SessionInfo) -> Weights:
 
 
 def _complete(
-    folder: Path, file_set: m.FileSet, listing: m.FileList, what: str, cloud: SessionKeeper, weigh: Weigh
+    folder: Path, which: m.FetchList, listing: m.FileList, what: str, cloud: SessionKeeper, weigh: Weigh
 ) -> None:
     """Bring a folder up to what is listed. What is not, is removed."""
     with disk_errors(folder):
@@ -251,11 +259,11 @@ def _complete(
             if entry.name in WEIGHTS:
                 most = most or weigh()
                 check_size(entry, most[entry.name])
-            _fetch(folder, file_set, entry, cloud, advance)
+            _fetch(folder, which, entry, cloud, advance)
 
 
 def _fetch(
-    folder: Path, file_set: m.FileSet, entry: m.FileEntry, cloud: SessionKeeper, advance: Callable[[int], None]
+    folder: Path, which: m.FetchList, entry: m.FileEntry, cloud: SessionKeeper, advance: Callable[[int], None]
 ) -> None:
     unfinished = folder / _unfinished(entry)
     offset = _begun(folder, entry)
@@ -264,7 +272,8 @@ def _fetch(
         file.truncate(offset)
         while offset < entry.size:
             most = min(m.MAX_FILE_CHUNK, entry.size - offset)
-            chunk = cloud.ask(m.Blob, m.Fetch(file_set, entry.name, offset), answer_bytes=most)
+            wanted = m.Fetch(which.file_set, entry.name, offset, which.package)
+            chunk = cloud.ask(m.Blob, wanted, answer_bytes=most)
             came = (chunk.name, chunk.offset, chunk.total, chunk.sha256)
             if came != (entry.name, offset, entry.size, entry.sha256) or not len(chunk.data):
                 raise RemoteProtocolError(f"the cloud sent another chunk of {entry.name} than the one at {offset}")

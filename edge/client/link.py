@@ -298,9 +298,9 @@ class Link:
 
         return load_tokenizer(self._parts())
 
-    def fetch_package(self, out: Path) -> Package:
-        """Fetch the package that the cloud offers into the folder `out`, verified; see `isthmus.edge.client.fetch`."""
-        return fetch_package(self._keeper, out, self.pin, self._max_fetch_bytes)
+    def fetch_package(self, out: Path, name: str | None = None) -> Package:
+        """Fetch a package that the cloud offers into the folder `out`, verified; see `isthmus.edge.client.fetch`."""
+        return fetch_package(self._keeper, out, self.pin, self._max_fetch_bytes, name)
 
     def return_adapter(self, folder: Path) -> str:
         """Bring an adapter to the cloud and have it plugged in; returns what the cloud says."""

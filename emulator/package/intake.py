@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,9 +35,6 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_weights import EDGE_WEIGHTS_INFO
 from isthmus.common.errors import AdapterError
 from isthmus.emulator.package.peft_rules import held, is_int, is_layers, peft_config
-
-if TYPE_CHECKING:
-    from isthmus.emulator.package.package import Package
 
 # The file that describes a kind of adapter -> the file with its weights.
 _KINDS = {PEFT_INFO: ADAPTER_WEIGHTS, CUSTOM_INFO: ADAPTER_WEIGHTS, EDGE_WEIGHTS_INFO: WHOLE_FILE}
@@ -72,7 +69,7 @@ class AdapterSummary:
 
 def check_adapter(
     folder: Path,
-    package: Package | None,
+    packages: Collection[str],
     parts: Path,
     plan: SplitPlan,
     *,
@@ -82,8 +79,8 @@ def check_adapter(
     """Check an adapter that a tenant returned. No model is touched; the edge's model is built without weights.
 
     Args:
-        package: The package that it must have been tuned on; None where none is offered. In both cases an adapter is
-            taken that was made by split training on the same model, whose `isthmus_tuning.json` names no package.
+        packages: Ids of the packages of which it must have been tuned on one. An adapter is also taken that was made
+            by split training on the same model, whose `isthmus_tuning.json` names no package.
         parts: The edge's parts of the model: what `export_edge_parts` wrote, or a package.
         max_bytes: Most bytes of all its files; by default twice the edge's parts at fp32, plus 64 MiB.
         any_package: Take an adapter of any package of this model: for the tenant, who gets its own one back.
@@ -98,7 +95,7 @@ def check_adapter(
     if max_bytes is None:
         max_bytes = _most_bytes(model)
     info, size = _check_files(folder, max_bytes)
-    made_on = _check_origin(folder, package, checkpoint.digest(), plan, any_package)
+    made_on = _check_origin(folder, packages, checkpoint.digest(), plan, any_package)
 
     settings = _read(folder, info)
     if info == PEFT_INFO:
@@ -164,7 +161,9 @@ def _check_files(folder: Path, max_bytes: int) -> tuple[str, int]:
     return kinds[0], size
 
 
-def _check_origin(folder: Path, package: Package | None, digest: str, plan: SplitPlan, any_package: bool) -> str | None:
+def _check_origin(
+    folder: Path, packages: Collection[str], digest: str, plan: SplitPlan, any_package: bool
+) -> str | None:
     """Hold the adapter to what it was tuned on; returns the package's id that it names, if it names one."""
     if not (folder / TUNING_INFO).exists():
         raise AdapterError(f"{TUNING_INFO} is missing, which says what the adapter was tuned on: {_RETURN}")
@@ -173,19 +172,18 @@ def _check_origin(folder: Path, package: Package | None, digest: str, plan: Spli
     named = tuning.get("package")
     if named is None:
         return None
-    if any_package:
+    if any_package or str(named) in packages:
         return str(named)
-    if package is None:
+    if not packages:
         raise AdapterError(
             f"{TUNING_INFO} names a package ({str(named)[:16]}), but none is offered: "
             "ask the model's owner to offer the one that the adapter was tuned on"
         )
-    if named != package.id:
-        raise AdapterError(
-            f"the adapter was tuned on the package {str(named)[:16]}, not on {package.id[:16]}: "
-            "fetch the package again and tune on it"
-        )
-    return package.id
+    offered = " or ".join(each[:16] for each in packages)
+    raise AdapterError(
+        f"the adapter was tuned on the package {str(named)[:16]}, not on {offered}: fetch the package again and tune "
+        "on it"
+    )
 
 
 def _check_named(settings: Mapping[str, Any], wanted: Mapping[str, str], file: str) -> None:

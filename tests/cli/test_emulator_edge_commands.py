@@ -15,7 +15,7 @@ from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner, Result
 
 from isthmus.cli.emulator_edge_commands import app
-from isthmus.common.errors import AdapterError, RefusedError
+from isthmus.common.errors import AdapterError, ConfigError, RefusedError
 from isthmus.edge.client.link import Link
 from isthmus.emulator.package.package import Package, open_package
 from isthmus.protocol.secure.keys import Fingerprint, load_edge, load_worker
@@ -84,6 +84,27 @@ def test_a_package_is_fetched_tuned_on_and_the_adapter_returned(
     alice = Fingerprint.of(load_edge(server.home.key_file).public_key().public_bytes_raw())
     plugged = (server.home.folder / "adapters").glob("*/*/plugged")
     assert [folder.parent.name for folder in plugged] == [alice.digest.hex()]
+
+
+def test_of_several_packages_one_is_fetched_by_its_name(home: Home, package: Package, tmp_path: Path) -> None:
+    owner, out = package.folder.parent, str(tmp_path / "out")
+    other = tiny_package(
+        tmp_path / "other", owner / "model", signer=load_worker(home.folder), preset="guarded", keep=1.0
+    )
+    packages = {"first": package.folder, "second": other.folder}
+    with ThreadServer(served(owner / "model", owner / "parts", home=home.folder, emulator=packages), home) as server:
+        unnamed = command(server, "fetch", "--out", out).exception
+        assert isinstance(unnamed, RefusedError)
+        assert "one of first (split 2:2), second (preset guarded, split 2:2)" in str(unnamed)
+        assert isinstance(command(server, "fetch", "--package", "third", "--out", out).exception, RefusedError)
+        assert isinstance(command(server, "fetch", "--package", "a b", "--out", out).exception, ConfigError)
+        assert (
+            json.loads(command(server, "fetch", "--package", "second", "--out", out, "--json").stdout)["id"] == other.id
+        )
+        assert open_package(Path(out)).id == other.id
+        for tuned_on in (package, other):
+            returned = command(server, "return", "--adapter", str(tuned(tuned_on, tmp_path / tuned_on.id, seed=2)))
+            assert f"tuned on the package {tuned_on.id[:16]}" in returned.stdout
 
 
 def test_what_cannot_be_returned_has_its_error(server: ThreadServer, adapter: Path, tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_dp_sgd_takes_examples_one_by_one_and_says_what_it_guarantees(
     told = json.loads((folder / "isthmus_tuning.json").read_text())
     for name in ("defences", "epsilon", "delta", "guarantee"):
         assert told[name] == json.loads((tmp_path / "run" / "report.json").read_text())[name]
-    check_adapter(folder, packages(), packages().folder, packages().plan)
+    check_adapter(folder, (packages().id,), packages().folder, packages().plan)
 
     run_tuning(config(packages(), data, tmp_path / "again", **PRIVATE, defence_key=key, keep_outputs_gib=0))
     assert_same_run(tmp_path / "run", tmp_path / "again")

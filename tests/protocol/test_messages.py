@@ -152,6 +152,16 @@ def test_file_names_that_are_needed_are_taken() -> None:
         assert unpack(*packed(fetch)) == fetch
 
 
+@pytest.mark.parametrize("name", ["", ".", "-a", "a/b", "x" * 33, "a b", "ä"])
+def test_a_name_that_no_package_has_is_refused(name: str) -> None:
+    for question in (m.FetchList(m.FileSet.EMULATOR, "a"), m.Fetch(m.FileSet.EMULATOR, "config.json", 0, "a")):
+        assert unpack(*packed(question)) == question
+        with pytest.raises(MessageError, match="package's name"):
+            unpack(changed(pack(question)[0], lambda fields: setattr(fields, "package", name)), b"")
+        with pytest.raises(LocalProtocolError, match="file set PARTS"):
+            pack(replace(question, file_set=m.FileSet.PARTS))
+
+
 def test_a_file_set_that_there_is_not_is_refused() -> None:
     header = pack(m.FetchList(m.FileSet.PARTS))[0]
     for file_set in (0, 6, 255, -1):

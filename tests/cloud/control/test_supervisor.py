@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from support.cloud.clouds import Home
+from support.emulator.packages import tiny_package
 from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.cli.cloud_commands import app
 from isthmus.cloud.cluster.attached import serve_on_cluster
 from isthmus.cloud.control import supervisor, worker_specs
@@ -29,6 +31,7 @@ from isthmus.common.errors import (
     UnreachableError,
 )
 from isthmus.emulator.package.package import Package
+from isthmus.protocol.secure.keys import load_worker
 
 
 class StartedError(Exception):
@@ -167,7 +170,7 @@ def serving(package: Package, keys: Home, **changes: Any) -> None:
         keys.folder,
         edge_layers="2:2",
         listen="127.0.0.1:0",
-        emulator=package.folder,
+        emulators=(str(package.folder),),
     )
     supervisor.serve(dataclasses.replace(options, **changes))
 
@@ -187,4 +190,22 @@ def test_a_package_is_looked_at_before_anything_is_started(
     damaged = shutil.copytree(package.folder, tmp_path / "damaged")
     (damaged / "emulator.json").write_text("{}")
     with pytest.raises(PackageError, match=r"emulator\.json"):
-        serving(package, keys, emulator=damaged)
+        serving(package, keys, emulators=(str(damaged),))
+    with pytest.raises(ConfigError, match=r"has the name 'package' already: give one of them another, as NAME=FOLDER"):
+        serving(package, keys, emulators=(str(package.folder), f"package={package.folder}"))
+    with pytest.raises(ConfigError, match=r"'a b' is no name of a package: give NAME=FOLDER; a package's name has 1"):
+        serving(package, keys, emulators=(f"a b={package.folder}",))
+    with pytest.raises(ConfigError, match="9 times: a cloud offers at most 8"):
+        serving(package, keys, emulators=(str(package.folder),) * 9)
+
+
+def test_a_package_has_the_name_that_is_given_or_its_presets_or_its_folders(
+    package: Package, keys: Home, tmp_path: Path
+) -> None:
+    signer, model = load_worker(keys.folder), package.folder.parent / "model"
+    preset = tiny_package(tmp_path / "with=sign" / "p", model, signer=signer, preset="guarded").folder
+    options = ServeOptions(str(model), keys.folder, emulators=(str(package.folder), str(preset), f"x={preset}"))
+    backbone = worker_specs.Backbone(Checkpoint(model, "tiny"), package.plan, "fp32", "none")
+    options = worker_specs.check_packages(options, keys.pin, backbone)
+    offered = worker_specs.worker_spec(options, backbone, beside=1, threads=1).emulators
+    assert offered == (("package", str(package.folder)), ("guarded", str(preset)), ("x", str(preset)))

@@ -54,10 +54,10 @@ def test_two_workers_make_the_parts_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_worker_offers_the_package_and_looks_at_it_again(package: Package, keys: Home, tmp_path: Path) -> None:
     model, parts = package.folder.parent / "model", tmp_path / "parts"
-    offered = served(model, parts, home=keys.folder, emulator=package.folder).package
-    assert offered is not None
-    assert {entry.name for entry in offered.listing().entries} == {file.name for file in package.folder.iterdir()}
-    assert served(model, parts, home=keys.folder).package is None
+    (offered,) = served(model, parts, home=keys.folder, emulator=package.folder).packages.values()
+    assert offered.about == "split 2:2"
+    assert {entry.name for entry in offered.files.listing().entries} == {file.name for file in package.folder.iterdir()}
+    assert served(model, parts, home=keys.folder).packages == {}
     damaged = shutil.copytree(package.folder, tmp_path / "damaged")
     (damaged / "emulator.json").write_text("{}")
     with pytest.raises(PackageError, match=r"emulator\.json"):

@@ -34,7 +34,7 @@ def test_a_number_of_workers_that_is_none_is_refused(workers: str) -> None:
     [
         ({"pipeline": 3}, "2 layers, so it has 1 to 2 stages"),
         ({"pipeline": 2, "workers": "2"}, "--pipeline 2 and --workers 2 exclude each other"),
-        ({"pipeline": 2, "emulator": Path("package")}, "--pipeline 2 and --emulator exclude each other"),
+        ({"pipeline": 2, "emulators": ("package",)}, "--pipeline 2 and --emulator exclude each other"),
     ],
 )
 def test_a_pipeline_that_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from support.protocol.span_messages import refusal
+from support.protocol.wire import TENANT
 
+from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.file_store import FileStore
-from isthmus.cloud.session.handler import TenantSession
+from isthmus.cloud.session.handler import OfferedPackage, TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.protocol import messages as m
 
@@ -49,6 +52,26 @@ def test_no_other_file_can_be_fetched(tenant: TenantSession, name: str) -> None:
 
 def test_an_offset_behind_the_end_is_refused(tenant: TenantSession) -> None:
     assert "999999999" in refusal(tenant.handle(m.Fetch(m.FileSet.PARTS, "config.json", 999_999_999)))
+
+
+def test_of_several_packages_one_is_named(cloud: Served) -> None:
+    few = {name: OfferedPackage(cloud.parts, f"split {name}") for name in "ab"}
+    both = dataclasses.replace(cloud, packages=few).session(b"s" * 16, TENANT, CallThreads(1, 16))
+    one = dataclasses.replace(cloud, packages={"a": few["a"]}).session(b"s" * 16, TENANT, CallThreads(1, 16))
+    which = m.FileSet.EMULATOR
+    for session, name in ((one, None), (one, "a"), (both, "a"), (both, "b")):
+        assert session.handle(m.FetchList(which, name)) == cloud.parts.listing()
+        assert isinstance(session.handle(m.Fetch(which, "config.json", 0, name)), m.Blob)
+    for question in (m.FetchList(which), m.Fetch(which, "config.json")):
+        assert "several packages: give --package with one of a (split a), b (split b)" in refusal(both.handle(question))
+    assert "no package 'c': give --package with one of a (split a)" in refusal(one.handle(m.FetchList(which, "c")))
+
+
+def test_a_list_of_all_packages_has_room_in_a_status(cloud: Served) -> None:
+    many = {f"{number:032}": OfferedPackage(cloud.parts, "x" * 90) for number in range(m.MAX_PACKAGES)}
+    session = dataclasses.replace(cloud, packages=many).session(b"s" * 16, TENANT, CallThreads(1, 16))
+    text = refusal(session.handle(m.FetchList(m.FileSet.EMULATOR)))
+    assert all(name in text for name in many)
 
 
 def test_no_served_file_holds_a_middle_layer(cloud: Served, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_adapters_of_another_model_or_plan_lie_elsewhere(owner: Owner, mine: Ten
         owner.plain.executor,
         max_tokens=256,
         attn_implementation=info.attn_implementation,
-        package=None,
+        packages=(),
     )
     assert other.of(TENANT).files() is None
 

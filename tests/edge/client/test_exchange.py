@@ -24,6 +24,7 @@ from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import default_cache
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.cloud.session.file_store import FileStore
+from isthmus.cloud.session.handler import OfferedPackage
 from isthmus.common.errors import (
     AdapterError,
     ConfigError,
@@ -123,7 +124,8 @@ def test_what_is_left_of_an_older_package_does_not_stay(owner: Owner, cloud: Mem
 
 
 def offering(cloud: MemoryCloud, folder: Path) -> Link:
-    cloud.served = dataclasses.replace(cloud.served, package=FileStore(folder, m.FileSet.EMULATOR))
+    offered = OfferedPackage(FileStore(folder, m.FileSet.EMULATOR), "")
+    cloud.served = dataclasses.replace(cloud.served, packages={"package": offered})
     return new_link(cloud)
 
 

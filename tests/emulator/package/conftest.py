@@ -53,7 +53,7 @@ class Owner:
         return {"package": self.package.id, "digest": self.package.digest, "plan": str(PLAN), "method": method}
 
     def check(self, adapter: Path, **options: Any) -> Any:
-        return check_adapter(adapter, self.package, self.package.folder, PLAN, **options)
+        return check_adapter(adapter, (self.package.id,), self.package.folder, PLAN, **options)
 
 
 @pytest.fixture(scope="session")

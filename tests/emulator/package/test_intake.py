@@ -20,7 +20,7 @@ from .conftest import PLAN, WEIGHTS, Owner, change
 
 def test_an_adapter_of_a_package_needs_one(llama: Owner, lora: Path) -> None:
     with pytest.raises(AdapterError, match="none is offered"):
-        check_adapter(lora, None, llama.package.folder, PLAN)
+        check_adapter(lora, (), llama.package.folder, PLAN)
 
 
 @pytest.mark.parametrize(

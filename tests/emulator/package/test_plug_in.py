@@ -117,13 +117,13 @@ def test_an_adapter_made_by_split_training_names_no_package(llama: Owner, lora: 
     del record["package"]
     (lora / "isthmus_tuning.json").write_text(json.dumps(record))
     export_edge_parts(llama.checkpoint, PLAN, tmp_path / "parts")
-    assert check_adapter(lora, None, tmp_path / "parts", PLAN).package is None
+    assert check_adapter(lora, (), tmp_path / "parts", PLAN).package is None
     assert llama.check(lora).package is None
 
 
 def test_another_plan_is_refused(llama: Owner, lora: Path) -> None:
     with pytest.raises(PlanError):
-        check_adapter(lora, llama.package, llama.package.folder, SplitPlan(5, 1, 1))
+        check_adapter(lora, (llama.package.id,), llama.package.folder, SplitPlan(5, 1, 1))
 
 
 # Plugging in ----------------------------------------------------------------------------------------------------------

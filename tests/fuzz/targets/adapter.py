@@ -59,7 +59,7 @@ def _run(data: bytes) -> None:
     with patch.object(intake, "_edge_on_meta", lambda *_: copy.deepcopy(model)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of settings that make little sense
         try:
-            summary = intake.check_adapter(folder, None, _parts(), PLAN, max_bytes=_BOUND, any_package=True)
+            summary = intake.check_adapter(folder, (), _parts(), PLAN, max_bytes=_BOUND, any_package=True)
         except AdapterError as error:
             str(error).encode(errors="backslashreplace")
             return

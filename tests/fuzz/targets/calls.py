@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from fuzz.target import Cursor, Target, block, scratch
@@ -16,7 +17,7 @@ from support.protocol.wire import TENANT
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.edge_adapters import EdgeAdapters
-from isthmus.cloud.session.handler import TenantSession
+from isthmus.cloud.session.handler import OfferedPackage, TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import SiteCalls
 from isthmus.cloud.session.site_lists import SiteLists
@@ -33,7 +34,8 @@ _MESSAGES = 8
 def _cloud() -> Served:
     torch.set_num_threads(1)
     folder = scratch()
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=32, stash_bytes=CACHE_BYTES)
+    cloud = served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=32, stash_bytes=CACHE_BYTES)
+    return replace(cloud, packages={name: OfferedPackage(cloud.parts, name) for name in "ab"})
 
 
 @functools.cache
@@ -119,6 +121,7 @@ def _seeds() -> Iterator[bytes]:
     yield _script(
         m.FetchList(m.FileSet.ADAPTER), m.Fetch(m.FileSet.EMULATOR, "x"), m.Fetch(m.FileSet.PARTS, "x", 1 << 63)
     )
+    yield _script(*(m.FetchList(m.FileSet.EMULATOR, name) for name in (None, "a", "c")))
 
 
 TARGET = Target(_run, _seeds, [TenantSession, SiteCalls, SiteLists, EdgeAdapters], floor=0.75, max_len=4096)

@@ -47,7 +47,7 @@ def _run(data: bytes) -> None:
     shutil.rmtree(root, ignore_errors=True)
     unused: Any = None
     store = _Store(
-        root, _home(), "00" * 32, SplitPlan(6, 1, 1), unused, max_tokens=1, attn_implementation="sdpa", package=None
+        root, _home(), "00" * 32, SplitPlan(6, 1, 1), unused, max_tokens=1, attn_implementation="sdpa", packages=()
     )
     store.max_bytes = BOUND
     mine = store.of(TENANT)

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +39,7 @@ def served(
     stash_bytes: int = 1 << 26,
     max_tokens: int = 4096,
     home: Path | None = None,
-    emulator: Path | None = None,
+    emulator: Path | Mapping[str, Path] | None = None,
     quantize: str = "none",
     saved_span: Path | None = None,
     layers: str = "",
@@ -48,6 +48,7 @@ def served(
 
     The tenants' adapters lie in `home`, by default beside the parts; a package needs a `home` with the signer's key.
     """
+    emulators = {"package": emulator} if isinstance(emulator, Path) else emulator or {}
     spec = WorkerSpec(
         checkpoint=str(model),
         model="tiny",
@@ -60,7 +61,7 @@ def served(
         max_tokens=max_tokens,
         threads=1,
         log_file="",
-        emulator="" if emulator is None else str(emulator),
+        emulators=tuple((name, str(each)) for name, each in emulators.items()),
         quantize=quantize,
         saved_span="" if saved_span is None else str(saved_span),
         layers=layers,

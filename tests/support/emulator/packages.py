@@ -15,6 +15,7 @@ from isthmus.backbone.adapters.adapter_files import save_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.session.file_store import FileStore
+from isthmus.cloud.session.handler import OfferedPackage
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.edge.config.training_config import TuneConfig
@@ -38,6 +39,7 @@ def tiny_package(
     allow_draft_tuning: bool = False,
     tuning: Tuning | None = None,
     adapters_below: bool = False,
+    preset: str | None = None,
 ) -> Package:
     """Write a package of a tiny model, signed as the clouds of `support.cloud.memory_cloud` sign."""
     checkpoint = Checkpoint(model, "tiny")
@@ -54,6 +56,7 @@ def tiny_package(
         allow_draft_tuning=allow_draft_tuning,
         tuning=tuning,
         adapters_below=adapters_below,
+        preset=preset,
         now=now,
     )
 
@@ -91,12 +94,12 @@ class Owner:
             self.plain.executor,
             max_tokens=info.limits.max_tokens_per_call,
             attn_implementation=info.attn_implementation,
-            package=self.package if package else None,
+            packages=[self.package.id] if package else [],
         )
 
     def offer(self, root: Path, *, package: bool = True) -> Served:
-        shelf = FileStore(self.package.folder, FileSet.EMULATOR) if package else None
-        return dataclasses.replace(self.plain, adapters=self.store(root, package=package), package=shelf)
+        offered = {"package": OfferedPackage(FileStore(self.package.folder, FileSet.EMULATOR), "")} if package else {}
+        return dataclasses.replace(self.plain, adapters=self.store(root, package=package), packages=offered)
 
     def adapter(self, method: str = "lora", *, seed: int = 1, on_package: bool = True) -> Path:
         """An adapter, made once; copy it to change it."""

@@ -251,6 +251,7 @@ def puts(draw: st.DrawFn) -> m.Put:
 
 
 file_sets = st.sampled_from(m.FileSet)
+emulators, package_names = st.just(m.FileSet.EMULATOR), st.from_regex(m.PACKAGE_NAME, fullmatch=True)
 entries = st.builds(m.FileEntry, names, u64, digests)
 
 
@@ -278,9 +279,9 @@ GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
     m.Decode: decodes(),
     m.CacheLost: st.builds(m.CacheLost, call_ids, u32),
     m.BackwardReply: backward_replies(),
-    m.Fetch: st.builds(m.Fetch, file_sets, names, u64),
+    m.Fetch: st.builds(m.Fetch, file_sets, names, u64) | st.builds(m.Fetch, emulators, names, u64, package_names),
     m.Blob: blobs(),
-    m.FetchList: st.builds(m.FetchList, file_sets),
+    m.FetchList: st.builds(m.FetchList, file_sets) | st.builds(m.FetchList, emulators, package_names),
     m.FileList: st.builds(m.FileList, lists_of_files(0, 5)),
     m.Status: st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
     m.Ping: st.builds(m.Ping, u64),
