@@ -12,17 +12,13 @@ the disk, in the run's folder, until the run has ended; a run without room for i
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from rich.console import Console
-from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
@@ -40,6 +36,7 @@ from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import Report
 from isthmus.edge.span_cache.cache_check import dropout_below, edge_model, fingerprint, tuned_below
 from isthmus.edge.span_cache.cache_store import KEY_BYTES, SpanStore
+from isthmus.edge.span_cache.kept_outputs import KeptOutputs
 from isthmus.edge.training.defended_run import defended_run
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
@@ -174,9 +171,17 @@ def _kept_outputs(
     """
     edge = edge_model(tuned)
     folder = config.out / KEPT
+    store: SpanStore | None = None
+    told = False
+
+    def turned_away() -> None:
+        nonlocal told
+        if store is not None and not told and store.stats().full:
+            told = True
+            say("No room for further outputs of the emulator within --keep-outputs-gib: they are computed anew.")
+
     with ExitStack() as stack:
         if tuned_below(tuned) is None and dropout_below(edge) is None:
-            store = None
             if config.keep_outputs_gib:
                 of = json.dumps([package.id, data.fingerprint, config.precision, config.device]).encode()
                 below = fingerprint(edge, edge.remote_layers.span)
@@ -184,90 +189,10 @@ def _kept_outputs(
                 size = int(config.keep_outputs_gib * GIB)
                 store = SpanStore(folder, identity, max_bytes=size, what="folder of kept outputs")
                 stack.enter_context(store)
-            stack.enter_context(_RowByRow(edge, store, say).in_place())
+            stack.enter_context(KeptOutputs(edge, store, turned_away).in_place())
         yield
     if folder.exists():  # also what the run has kept before it was resumed with room for nothing
         remove_folder(folder)
-
-
-class _RowByRow:
-    """In the emulator's place: what it gives for each row of a batch by itself, looked up or computed.
-
-    Args:
-        edge: The edge's model, without PEFT's wrapper.
-        store: Where rows are kept; None for nowhere.
-        say: Told once when no further row finds room.
-    """
-
-    def __init__(self, edge: Any, store: SpanStore | None, say: Callable[[str], None]) -> None:
-        family = edge.isthmus_origin.family
-        self._base: Any = edge.get_submodule(family.base)
-        self._layers: Any = edge.get_submodule(family.layers_path)
-        self._plan: SplitPlan = edge.split_plan
-        self._remote: Any = edge.remote_layers
-        self._emulator: Any = edge.remote_layers.span
-        self._store = store
-        self._say = say
-        self._full = False
-        self._below = False  # while one row passes the layers below
-        self._rows: list[Tensor] = []
-        self._seen: Tensor
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Stand between the model and its emulator while the block runs."""
-        layers = [self._layers[index] for index in self._plan.edge_layers]
-        # Before the model's own hook, which frames one forward at a time.
-        hook = self._base.register_forward_pre_hook(self._look_up, with_kwargs=True, prepend=True)
-        for index, layer in zip(self._plan.edge_layers, layers, strict=True):
-            layer.forward = partial(self._edge_layer, layer.forward, index < self._plan.cloud.start)
-        self._remote.span = self
-        try:
-            yield
-        finally:
-            self._remote.span = self._emulator
-            for layer in layers:
-                del layer.forward
-            hook.remove()
-
-    def __call__(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """See `SpanFn`. Padding gets zeros: no token attends to it, and the loss ignores it."""
-        if self._below:
-            self._seen = self._emulator(hidden, mask, positions)
-            return self._seen
-        output = torch.zeros_like(hidden)
-        for into, row in zip(output, self._rows, strict=True):
-            into[: len(row)] = row
-        return output
-
-    def _edge_layer(self, forward: Callable[..., Tensor], is_below: bool, hidden: Tensor, *args: Any, **kw: Any) -> Any:
-        return forward(hidden, *args, **kw) if is_below == self._below else hidden
-
-    def _look_up(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._below:
-            return
-        named = kwargs | dict(zip(inspect.signature(base.forward).parameters, args, strict=False))
-        lengths = named["attention_mask"].sum(-1).tolist()  # batches are padded on the right
-        self._rows = [self._row(ids[:length]) for ids, length in zip(named["input_ids"], lengths, strict=True)]
-
-    def _row(self, ids: Tensor) -> Tensor:
-        key = hashlib.blake2b(ids.cpu().numpy().tobytes(), digest_size=KEY_BYTES).digest()
-        kept = None if self._store is None else self._store.get(key, (len(ids), self._base.config.hidden_size))
-        if kept is not None:
-            return kept
-        self._below = True
-        try:
-            with torch.no_grad():
-                self._base(input_ids=ids[None], use_cache=False)
-        finally:
-            self._below = False
-        if self._store is not None and not self._store.put(key, self._seen[0]) and not self._full:
-            self._full = self._store.stats().full
-            if self._full:
-                self._say(
-                    "No room for further outputs of the emulator within --keep-outputs-gib: they are computed anew."
-                )
-        return self._seen[0]
 
 
 def _parameters_run(emulator: Emulator) -> int:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from rich.console import Console
@@ -23,7 +25,7 @@ from torch import nn
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import linear_names
-from isthmus.backbone.split.edge_model import SpanFn
+from isthmus.backbone.split.edge_model import EdgeModelMixin, SpanFn
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import NonFiniteError
@@ -33,6 +35,8 @@ from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
 from isthmus.edge.run_files.run_identity import ModelIdentity
+from isthmus.edge.span_cache.cache_check import dropout_below, tuned_below
+from isthmus.edge.span_cache.kept_outputs import KeptOutputs, MemoryRows
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.trainer import Trainer
@@ -113,6 +117,7 @@ class Lab:
     """Builds, trains and scores."""
 
     def __init__(self, checkpoint: Checkpoint, plan: SplitPlan, tokenizer: Any, regime: Regime, device: str) -> None:
+        self._kept: WeakKeyDictionary[Any, dict[Precision, MemoryRows]] = WeakKeyDictionary()
         self.checkpoint, self.plan, self.regime = checkpoint, plan, regime
         self.middle = self._fresh_middle(device)
         self._tokenizer, self._device = tokenizer, device
@@ -206,7 +211,10 @@ class Lab:
     def score(self, model: Any, task: Task) -> dict[str, Any]:
         """Metric -> score, as JSON can say it."""
         regime = self.regime
-        scores = score_task(model, self._tokenizer, task, batch=regime.score_batch, precision=regime.score_precision)
+        with self._keeping(model, regime.score_precision):
+            scores = score_task(
+                model, self._tokenizer, task, batch=regime.score_batch, precision=regime.score_precision
+            )
         return {metric: score.to_json() for metric, score in scores.items()}
 
     def _train(
@@ -236,7 +244,8 @@ class Lab:
             model = build(config)
             progress = StepProgress("step", regime.steps, Console(quiet=True), every=regime.steps)
             try:
-                Trainer(model, data, config, self._identity, progress=progress).fit()
+                with self._keeping(model, regime.precision):
+                    Trainer(model, data, config, self._identity, progress=progress).fit()
             except NonFiniteError:
                 return None
         return model
@@ -244,9 +253,24 @@ class Lab:
     def _validation_loss(self, model: Any, task: Task) -> float:
         batches = Batches(task.validation, self.regime.score_batch, task.pad_id)
         try:
-            return evaluate(model, batches, precision=self.regime.score_precision)
+            with self._keeping(model, self.regime.score_precision):
+                return evaluate(model, batches, precision=self.regime.score_precision)
         except NonFiniteError:
             return math.inf
+
+    @contextmanager
+    def _keeping(self, model: Any, precision: Precision) -> Iterator[None]:
+        """Where nothing below the middle's end is trained, compute what comes out there once for each text.
+
+        It is kept as long as the middle is there, for all runs of all seeds and rates.
+        """
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(inner, EdgeModelMixin) or tuned_below(model) or dropout_below(inner):
+            yield
+            return
+        rows = self._kept.setdefault(inner.remote_layers.span, {}).setdefault(precision, MemoryRows())
+        with KeptOutputs(inner, rows).in_place():
+            yield
 
     def _fresh_middle(self, device: str) -> FrozenSpan:
         return load_span(self.checkpoint, self.plan).to(device)
