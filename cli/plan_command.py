@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -87,7 +87,8 @@ def plan(
 ) -> None:
     """Predict what training and generation cost over a link: of every way to train time, bytes, memory and FLOPs.
 
-    It recommends a way to train, and predicts tokens per second with and without drafts.
+    It recommends a way to train, and predicts tokens per second with and without drafts. With --goal privacy it says
+    first what the private mode needs, `isthmus emulator tune` on each preset's package, and what it does not give.
 
     Only the model's configuration is used. This machine's speed is measured with the model's shapes, which takes some
     seconds for a small model. The cloud counts as a machine like this one unless its speed is given.
@@ -99,9 +100,9 @@ def plan(
     """
     from isthmus.backbone.checkpoints.sources import resolve
     from isthmus.backbone.plan import SplitPlan
-    from isthmus.common.errors import ConfigError
+    from isthmus.common.errors import ConfigError, PlanError
     from isthmus.edge.codecs.wire_codecs import WireCodecs
-    from isthmus.planner.cost_model import PlanSettings, predict
+    from isthmus.planner.cost_model import PlanSettings, predict, predict_packages
     from isthmus.planner.generation_cost import GenerationSettings, predict_generation
     from isthmus.planner.generation_report import (
         as_json as generation_json,
@@ -111,7 +112,16 @@ def plan(
     )
     from isthmus.planner.link_spec import LinkSpec
     from isthmus.planner.model_facts import ModelFacts
-    from isthmus.planner.plan_report import assumptions, budget_lines, notes, recommend, rows, table
+    from isthmus.planner.plan_report import (
+        assumptions,
+        budget_lines,
+        notes,
+        private_json,
+        private_lines,
+        recommend,
+        rows,
+        table,
+    )
     from isthmus.planner.speed_profile import ProbeSettings, SpeedProfile
     from isthmus.privacy.ledger.mode_leaks import read_limits
 
@@ -148,6 +158,17 @@ def plan(
     else:
         cloud = _measure(config, facts, ProbeSettings(batch, seq, rank, cloud_dtype, threads))
     costs, positions = predict(facts, settings, where, edge, cloud), batch * seq
+    private = None
+    if goal == "privacy":
+        try:
+            packages = predict_packages(facts, settings, where, edge)
+        except PlanError:
+            packages = []  # too few layers
+        private = private_json(packages, costs, where, edge.memory_bytes)
+        if packages:
+            first = packages[0]
+            costs = [first.tuning if cost.mode == "emulator" else cost for cost in costs]
+            settings = replace(settings, emulator_keep=first.kept / len(first.plan.cloud))
     advice = recommend(costs, goal, positions, steps, edge.memory_bytes, limits)
     kept = budget_lines(costs, goal, limits)
     generation = predict_generation(facts, settings, generated, where, edge, cloud)
@@ -159,11 +180,15 @@ def plan(
             "generation": generation_json(generation, generated),
             "assumptions": assumptions(settings, where, edge, cloud) + generation_assumptions(generated),
         }
+        if private is not None:
+            tree = {"private": private, **tree}
         typer.echo(json.dumps(tree))
         return
     from rich.console import Console
 
     console = Console(width=80)
+    if private is not None:
+        _print_lines(*private_lines(private, where), "")
     console.print(table(costs, positions, steps))
     _print_lines("", *kept, *([""] if kept else []), advice, "")
     _print_lines(summary(generation, generated), "")

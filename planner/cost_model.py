@@ -15,12 +15,13 @@ three tensors of logits (values, logarithms, gradient), what is kept for the clo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.edge.codecs.wire_codecs import WireCodecs
+from isthmus.emulator.package.build_presets import PRESETS, BuildPreset, top_heavy
 from isthmus.planner.link_spec import LinkSpec
 from isthmus.planner.model_facts import ModelFacts
 from isthmus.planner.speed_profile import ITEM_BYTES, SpeedProfile
@@ -129,6 +130,50 @@ def predict(
     return _Predictor(facts, settings, link, edge, cloud).all()
 
 
+@dataclass(frozen=True, slots=True)
+class PackageCost:
+    """What tuning costs on a preset's package, as its owner advises: all linears of the layers above the emulator.
+
+    Attributes:
+        preset: Its name.
+        plan: Who holds which layers.
+        kept: Layers of the emulator.
+        tuning: A step in the first epoch and later, once the outputs of the layers below are kept; and memory.
+        package_bytes: What is fetched, at most: a bridge for each dropped layer, and one at the end.
+    """
+
+    preset: str
+    plan: SplitPlan
+    kept: int
+    tuning: ModeCost
+    package_bytes: int
+
+
+def predict_packages(
+    facts: ModelFacts, settings: PlanSettings, link: LinkSpec, edge: SpeedProfile
+) -> list[PackageCost]:
+    """The cost of tuning on each preset's package.
+
+    Raises:
+        PlanError: The model has too few layers for a package.
+    """
+    facts = replace(facts, linears=tuple(replace(each, is_site=True) for each in facts.linears))
+    plan = SplitPlan.parse(top_heavy(facts.n_layers), facts.n_layers)
+    return [_package(name, preset, facts, replace(settings, plan=plan), link, edge) for name, preset in PRESETS.items()]
+
+
+def _package(
+    name: str, preset: BuildPreset, facts: ModelFacts, settings: PlanSettings, link: LinkSpec, edge: SpeedProfile
+) -> PackageCost:
+    plan, span = settings.plan, len(settings.plan.cloud)
+    kept = max(1, round(preset.share(span) * span))
+    rank = int(dict(preset.tuning)["rank"])
+    tuning = _Predictor(facts, replace(settings, rank=rank), link, edge, edge).tuned_above(kept)
+    bridges = (span - kept + 1) * (facts.hidden + 1) * facts.hidden
+    weights = (plan.bottom + plan.top + kept) * facts.layer_parameters + facts.outside_parameters + bridges
+    return PackageCost(name, plan, kept, tuning, weights * ITEM_BYTES["fp32"])
+
+
 def wire_seconds(traffic: Traffic, link: LinkSpec, speed: SpeedProfile) -> float:
     """What traffic takes on a link and in the software at its ends, one message after another.
 
@@ -172,6 +217,14 @@ class _Predictor:
         if own:
             costs.append(self._emulator())
         return costs
+
+    def tuned_above(self, kept: int) -> ModeCost:
+        """Tuning above an emulator of so many layers; later epochs take up the outputs that were kept."""
+        below = self._bottom + kept
+        later = self._own_layers(0, self._top) + self._lora(self._top)
+        first = self._layers(self._edge, below, backward=False) + later
+        memory = self._memory(below + self._top, self._top, self._top * self._site_parameters)
+        return ModeCost("emulator", StepCost(later), memory, first_epoch=StepCost(first))
 
     # Modes -----------------------------------------------------------------------------------------------------------
 

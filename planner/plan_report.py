@@ -9,10 +9,11 @@ from typing import Any, Literal
 from rich.table import Table
 
 from isthmus.common.readable import period, size
-from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PlanSettings, StepCost
+from isthmus.emulator.package.build_presets import PRESETS
+from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PackageCost, PlanSettings, StepCost
 from isthmus.planner.link_spec import LOCAL, LinkSpec
 from isthmus.planner.speed_profile import SpeedProfile
-from isthmus.privacy.ledger.mode_leaks import CHANNELS, MODE_LEAKS
+from isthmus.privacy.ledger.mode_leaks import CHANNELS, CLOUD_READS, MODE_LEAKS
 
 Goal = Literal["quality", "speed", "privacy"]
 
@@ -20,6 +21,25 @@ NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 TOLERATED = 1.5
 """So many times as long may `edge` take as `u_shape`, before that one is better."""
+
+MEASURED_LEAK = "docs/results.md#what-a-cloud-learns"
+"""Where the documents have what was read from split training."""
+
+NOT_GIVEN = (
+    "Whoever keeps a package can tune it, and has a copy of the model.",
+    "The adapter is tuned on a stand-in: how much of split training's gain it keeps is measured by `isthmus emulator "
+    "table --preset`, and not predicted here.",
+    "Plugged into the cloud, the adapter is used with prompts that cross, and a cloud that attacks reads them. They do "
+    "not where the tuned package answers on this machine, or a whole checkpoint that the owner made with `isthmus "
+    "emulator plug`.",
+)
+"""What the private mode does not give."""
+
+TUNING_ASSUMED = (
+    "On a package all linears of the layers above the emulator are tuned, at the advised rank; the row `emulator` is "
+    "that of the first preset. The frozen layers take their time in batches, though `tune` computes them text by text; "
+    "bridges are counted in bytes alone, one for each dropped layer and one at the end."
+)
 
 _TYPED = {
     "single": "one process, no cloud",
@@ -109,6 +129,64 @@ def budget_lines(costs: Sequence[ModeCost], goal: Goal, limits: Mapping[str, flo
     ]
 
 
+def private_json(
+    packages: Sequence[PackageCost], costs: Sequence[ModeCost], link: LinkSpec, memory_bytes: int
+) -> dict[str, Any]:
+    """The private mode first, each preset with what it needs and does not give; and split training after it.
+
+    Args:
+        packages: Of the presets.
+        costs: Of all modes.
+        memory_bytes: Memory that the edge has; 0 if unknown.
+    """
+    split = next((cost for cost in costs if cost.mode == "u_shape"), None)
+    return {
+        "presets": [
+            {
+                "preset": each.preset,
+                "plan": str(each.plan),
+                "kept_layers": each.kept,
+                "first_epoch_step_s": (each.tuning.first_epoch or each.tuning.step).seconds,
+                "later_epoch_step_s": each.tuning.step.seconds,
+                "edge_memory_bytes": round(each.tuning.edge_memory),
+                "fits_memory": None if not memory_bytes else each.tuning.edge_memory <= memory_bytes,
+                "package_bytes": each.package_bytes,
+                "fetch_s": link.seconds(each.package_bytes, 1),
+                "does_not_give": PRESETS[each.preset].gives_not,
+            }
+            for each in packages
+        ],
+        "does_not_give": list(NOT_GIVEN),
+        "split": None if split is None else {"step_s": split.step.seconds, "cloud_reads": CLOUD_READS},
+        "measured": MEASURED_LEAK,
+        "assumptions": TUNING_ASSUMED,
+    }
+
+
+def private_lines(private: Mapping[str, Any], link: LinkSpec) -> list[str]:
+    """The same for a person, from `private_json`."""
+    lines = ["First, the private mode: `isthmus emulator tune`. While it trains, nothing of the texts is sent."]
+    for each in private["presets"]:
+        wait = "" if link.text == LOCAL else f", {period(each['fetch_s'])} over this link"
+        lacks = "; this machine has less free" if each["fits_memory"] is False else ""
+        lines.append(
+            f"- {each['preset']} ({each['plan']}, {each['kept_layers']} layers of the emulator): "
+            f"{_short(each['first_epoch_step_s'])} a step in the first epoch and {_short(each['later_epoch_step_s'])} "
+            f"later; {size(each['edge_memory_bytes'])} of memory{lacks}; a package of {size(each['package_bytes'])} to "
+            f"fetch{wait}. {each['does_not_give'][0].upper()}{each['does_not_give'][1:]}."
+        )
+    if not private["presets"]:
+        lines.append("- The model has too few layers for a preset's package.")
+    lines += [f"- {each}" for each in private["does_not_give"]]
+    split = private["split"]
+    if split is not None:
+        lines.append(
+            f"Second, split training: {_short(split['step_s'])} a step. {split['cloud_reads']} Measured: "
+            f"{private['measured']}"
+        )
+    return lines
+
+
 def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, cloud: SpeedProfile) -> list[str]:
     """All that the figures rest on, a line each, by the names of JSON."""
     lines = [
@@ -191,17 +269,20 @@ def _figures(cost: ModeCost, positions: int, steps: int) -> str:
     text = f"{_time(cost)} per step and {period(steps * cost.step.seconds)} for {steps}"
     first = cost.first_epoch
     if first is not None:
-        return (
-            f"{text} after the first epoch, whose steps take {_time(cost, first)} and "
-            f"{size(first.traffic.total / positions)} per token"
-        )
+        text += f" after the first epoch, whose steps take {_time(cost, first)}"
+        if first.traffic.total:
+            return f"{text} and {size(first.traffic.total / positions)} per token"
+        return f"{text}, and nothing crosses the link"
     if not cost.step.traffic.total:
         return f"{text}, and nothing crosses the link"
     return f"{text}, {size(cost.step.traffic.total / positions)} per token"
 
 
 def _time(cost: ModeCost, step: StepCost | None = None) -> str:
-    seconds = (step or cost.step).seconds
+    return _short((step or cost.step).seconds)
+
+
+def _short(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 

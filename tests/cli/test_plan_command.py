@@ -16,7 +16,11 @@ from typer.testing import CliRunner
 from isthmus.cli.plan_command import plan
 from isthmus.common.errors import ConfigError, IsthmusError, PlanError
 from isthmus.planner.cost_model import MODES
+from isthmus.planner.plan_report import MEASURED_LEAK
 from isthmus.planner.speed_profile import SpeedProfile
+from isthmus.privacy.ledger.mode_leaks import CLOUD_READS
+
+ROOT = Path(__file__).parents[2]
 
 app = typer.Typer(rich_markup_mode=None)
 app.command()(plan)
@@ -118,6 +122,42 @@ def test_a_person_gets_a_table_and_a_sentence(model: Path, files: dict[str, Path
     longer = run(model, "--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]), "--steps", "7")
     assert " 7 steps" in longer
     assert " for 7" in " ".join(longer.split())
+
+
+def test_privacy_names_the_private_mode_first_and_other_goals_do_not(model: Path, files: dict[str, Path]) -> None:
+    speeds = ("--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]), "--link", "1mbit,50ms")
+    text = " ".join(run(model, *speeds, "--goal", "privacy").split())
+    assert text.startswith("First, the private mode: `isthmus emulator tune`. While it trains, nothing of the texts")
+    order = ["- fidelity (1:2", "- guarded (1:2", "can tune it, and has", "with prompts that cross", "Second, split"]
+    places = [text.index(each) for each in order]
+    assert places == sorted(places)
+    assert CLOUD_READS in text
+    assert f"Measured: {MEASURED_LEAK}" in text
+    found = planned(model, files, "--goal", "privacy", "--link", "1mbit,50ms")
+    private = found["private"]
+    fidelity = private["presets"][0]
+    assert f"{fidelity['first_epoch_step_s']:.0f} s a step in the first epoch" in text
+    assert fidelity["later_epoch_step_s"] < fidelity["first_epoch_step_s"]
+    assert fidelity["fetch_s"] == pytest.approx(fidelity["package_bytes"] / 125_000 + 0.05)
+    assert fidelity["fits_memory"] is None  # it is not known how much is free
+    row = next(each for each in found["modes"] if each["mode"] == "emulator")
+    assert row["step_s"] == fidelity["later_epoch_step_s"]
+    for goal in ("quality", "speed"):
+        assert "private" not in planned(model, files, "--goal", goal)
+        assert "private mode" not in run(model, *speeds, "--goal", goal)
+
+
+def test_privacy_says_where_the_memory_does_not_do(model: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(asdict(speed(memory_bytes=10))))
+    text = run(model, "--edge-speed", str(small), "--cloud-speed", str(small), "--goal", "privacy")
+    assert "this machine has less free" in " ".join(text.split())
+
+
+def test_the_leak_is_measured_where_the_plan_says() -> None:
+    file, _, anchor = MEASURED_LEAK.partition("#")
+    headings = [line for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
+    assert anchor in [each.removeprefix("## ").lower().replace(" ", "-") for each in headings]
 
 
 def test_a_leak_budget_says_which_modes_keep_it_and_why(model: Path, files: dict[str, Path]) -> None:

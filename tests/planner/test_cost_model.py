@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from isthmus.common.errors import ConfigError, PlanError
 from isthmus.edge import connect
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.run_report import WireTotals
-from isthmus.planner.cost_model import MODES, TRAINS_INSIDE, ModeCost, PlanSettings, predict
+from isthmus.planner.cost_model import MODES, TRAINS_INSIDE, ModeCost, PlanSettings, predict, predict_packages
 from isthmus.planner.link_spec import LinkSpec
 from isthmus.planner.model_facts import Linear, ModelFacts
 from isthmus.planner.wire_cost import Wire
@@ -205,6 +206,26 @@ def test_an_emulator_needs_no_cloud() -> None:
     assert (step.traffic.total, step.cloud.flops) == (0, 0)
     top_only = costs("0:2", emulator_keep=0.5)["emulator"].step
     assert top_only.seconds == pytest.approx(2 * INFERENCE_S + 2 * TRAINED_S + HEAD_S + 2 * ADAPTERS_S)
+
+
+def test_a_package_is_tuned_above_alone_and_later_epochs_leave_out_what_is_kept() -> None:
+    fidelity, guarded = predict_packages(FACTS, settings("2:1"), LOCAL, speed())
+    assert [(each.preset, str(each.plan), each.kept) for each in (fidelity, guarded)] == [
+        ("fidelity", "1:2", 2),
+        ("guarded", "1:2", 1),
+    ]
+    adapters = 8 * (32 + 24 + 24 + 48)  # of all four linears, at the advised rank
+    later = 2 * TRAINED_S + HEAD_S + 2 * adapters * POSITIONS * (2 / 1e2 + 4 / 5e1)
+    for package, below in ((fidelity, 3), (guarded, 2)):
+        first = package.tuning.first_epoch
+        assert first is not None
+        assert package.tuning.step.seconds == pytest.approx(later)
+        assert first.seconds == pytest.approx(later + below * INFERENCE_S)
+        assert (package.tuning.step.traffic.total, first.traffic.total) == (0, 0)
+    assert fidelity.package_bytes == 4 * (5 * 1100 + 1000 + 2 * 17 * 16)
+    assert fidelity.tuning.edge_memory - guarded.tuning.edge_memory == 4 * 1100  # a layer, and nothing kept in it
+    with pytest.raises(PlanError):
+        predict_packages(replace(FACTS, n_layers=3), settings(), LOCAL, speed())
 
 
 def test_modes_without_anything_to_train_are_left_out() -> None:
