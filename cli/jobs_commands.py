@@ -83,7 +83,9 @@ def submit(
     adapter: Annotated[
         str | None, typer.Option(help="A tuned model's name, or an adapter's folder (evaluate, generate).")
     ] = None,
-    package: Annotated[str | None, typer.Option(help="Folder of an emulator package (tune).")] = None,
+    package: Annotated[
+        str | None, typer.Option(help="Folder of an emulator package (tune); by default what the model's cloud offers.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A TOML file with further settings, named as the flags of the kind's command.")
     ] = None,

@@ -10,6 +10,7 @@ serving.log      what the process that answers says
 state.db         the database
 files/ID         uploaded files, and results
 jobs/ID/         a job: `spec.json`, `run/` (the run's folder, as `isthmus edge train` leaves it), `worker.log`
+packages/CLOUD/  the emulator package that a cloud offers, as it was fetched last
 models/ID/       adapters that can be talked to
 tmp/             uploads on their way
 tinker/          models in training (`models/ID/`), saved weights (`weights/ID/`) and data that wait (`requests/ID`)
@@ -32,6 +33,7 @@ _FOLDERS = (
     ("files",),
     ("jobs",),
     ("models",),
+    ("packages",),
     ("tinker", "models"),
     ("tinker", "requests"),
     ("tinker", "weights"),
@@ -116,6 +118,10 @@ class Home:
     def job(self, job_id: str) -> Path:
         """A job's folder."""
         return self.path / "jobs" / job_id
+
+    def package(self, cloud: str) -> Path:
+        """The package that a cloud of daemon.toml offers."""
+        return self.path / "packages" / cloud
 
     def model(self, model_id: str) -> Path:
         """An adapter's folder."""

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -51,10 +52,15 @@ KEPT = "kept-outputs"
 """Inside the run's folder."""
 
 
-def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Report:
+def run_tuning(
+    config: TuneConfig, listener: RunListener | None = None, say: Callable[[str], None] | None = None
+) -> Report:
     """Train on a package as the configuration says; the work of `isthmus emulator tune`.
 
     The adapter's folder says which package it was tuned on, and what dp-sgd guarantees (`isthmus_tuning.json`).
+
+    Args:
+        say: Told what the package decides of the run; by default it is printed.
 
     Raises:
         IsthmusError: of whatever kind fits; what was reached is in the newest checkpoint.
@@ -65,17 +71,17 @@ def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Repor
     use_threads(config.threads)
     wanted = config.signer_text()
     package = open_package(config.package, signer=None if wanted is None else Fingerprint.parse(wanted))
-    console = Console(stderr=True, highlight=False)
+    say = say or partial(Console(stderr=True, highlight=False).print, soft_wrap=True, markup=False)
     if wanted is None:
-        console.print(f"The package is signed by {package.signer}; --signer insists on it.", soft_wrap=True)
+        say(f"The package is signed by {package.signer}; --signer insists on it.")
     if package.bridge_file.exists():
-        console.print(f"Using your own bridge: {package.bridge_file}", soft_wrap=True, markup=False)
+        say(f"Using your own bridge: {package.bridge_file}")
     tokenizer = package.load_tokenizer()
     data = load_data(config, tokenizer)
     model = package.load_model().to(device_of(config.device))
     config, taken = _as_advised(config, package, model)
     if taken:
-        console.print(f"Settings advised by the package: {taken}", soft_wrap=True)
+        say(f"Settings advised by the package: {taken}")
     total = total_steps(config, len(data.train))
     tuned = build_peft(model, config, total_steps=total, layers=_trained_layers(config, package.plan))
     _refuse_below(tuned, package)

@@ -29,12 +29,13 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_rows import ENDED, end, hear, keep_result, orphans, succeed, tell
-from isthmus.daemon.jobs.job_specs import INPUTS, adapters_of, cloud_of, configuration, links_in, with_links
-from isthmus.daemon.jobs.kinds import RUN, Work
+from isthmus.daemon.jobs.job_specs import INPUTS, adapters_of, cloud_for, configuration, links_in, with_links
+from isthmus.daemon.jobs.kinds import PACKAGE, RUN, Work
 from isthmus.daemon.jobs.reports import REPORTS, read_end, read_reports
 from isthmus.daemon.state.crossings import note_adapters
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import BaseModel, Job
+from isthmus.protocol.limits import GIB
 
 MODULE = "isthmus.daemon.jobs.job_worker"
 LOG = "worker.log"
@@ -322,13 +323,19 @@ class JobRunner:
             self._running[job_id] = _Running(process, "" if base is None else base.cloud)
 
     def _write_work(self, session: Session, job: Job, folder: Path) -> None:
-        cloud = None if job.kind == "tune" else cloud_of(job.model, session, self.settings)
+        cloud = cloud_for(job.kind, job.model, job.spec, session, self.settings)
         spec = with_links(job.spec, links_in(folder), folder)
         config, more = configuration(job.kind, spec, cloud, self.settings, folder)
         values = config.model_dump(mode="json", exclude_unset=True)
         models = str(self.home.path / "models")
-        Work(job.id, job.attempts, job.kind, job.model, values, models, **more).write(folder)
-        note_adapters(session, job.owner, adapters_of(spec, session.get(BaseModel, job.model)))
+        base = session.get(BaseModel, job.model)
+        offers = None
+        if job.kind == "tune" and cloud is not None and base is not None:
+            room = max(1, self.room.most - self.room.used()) / GIB
+            asked = cloud.model_copy(update={"max_fetch_gib": min(cloud.max_fetch_gib, room)})
+            offers = asked.model_dump(mode="json", exclude_unset=True), str(self.home.package(base.cloud))
+        Work(job.id, job.attempts, job.kind, job.model, values, models, **more, offers=offers).write(folder)
+        note_adapters(session, job.owner, adapters_of(spec, base))
 
     # How a worker ended -----------------------------------------------------------------------------------------------
 
@@ -452,4 +459,4 @@ def _of_a_run(folder: Path) -> list[Path]:
     """What nobody needs of a job that has succeeded: what to go on from, and what was linked or copied elsewhere."""
     run = folder / RUN
     (folder / REPORTS).unlink(missing_ok=True)
-    return [*run.glob("checkpoint-*"), run / "adapter", run / "span-cache", folder / INPUTS]
+    return [*run.glob("checkpoint-*"), run / "adapter", run / "span-cache", folder / INPUTS, folder / PACKAGE]

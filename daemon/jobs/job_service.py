@@ -23,7 +23,7 @@ from isthmus.daemon.jobs.job_names import MOST_SUFFIX, new_job_id, suffix_of
 from isthmus.daemon.jobs.job_rows import ENDED, delete_models, end, forget, forget_oldest, tell
 from isthmus.daemon.jobs.job_runner import JobRunner, Patience, Waiting
 from isthmus.daemon.jobs.job_specs import make_links, prepare
-from isthmus.daemon.jobs.kinds import LOSSES, RUN
+from isthmus.daemon.jobs.kinds import LOSSES, RUN, TRAINING
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Event, Job, Model
 
@@ -145,7 +145,7 @@ class JobService:
                 tell(
                     session,
                     job,
-                    f"Created fine-tuning job: {job_id}" if new.kind == "train" else f"Created job: {job_id}",
+                    f"Created fine-tuning job: {job_id}" if new.kind in TRAINING else f"Created job: {job_id}",
                 )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

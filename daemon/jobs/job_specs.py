@@ -25,7 +25,7 @@ from isthmus.common.readable import did_you_mean
 from isthmus.daemon.adapter_places import HERE, LEASED, SEEN, Cut, acts_in_cloud
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
-from isthmus.daemon.jobs.kinds import KINDS, TRAINING
+from isthmus.daemon.jobs.kinds import KINDS, PACKAGE, TRAINING
 from isthmus.daemon.state.tables import BaseModel, Model, StoredFile
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.config_text import check_name, one_line
@@ -84,15 +84,17 @@ def prepare(
         raise ConfigError(f"the spec has more than {MOST_SPEC} bytes: give long texts as files")
     names = [*(name for name in field_names(KINDS[kind]) if name not in _DECIDED), *_MORE.get(kind, ())]
     for name in spec:
-        if name in _DECIDED:
+        if name in _DECIDED or (name == "signer" and PACKAGE not in spec):
             raise ConfigError(f"{name!r} is the daemon's to decide: set what daemon.toml offers, and leave it out here")
         if kind in TRAINING and name in names and name in _ELSEWHERE:
             command = "emulator tune" if kind == "tune" else "edge train"
             raise ConfigError(f"{name!r} is not offered in jobs: {_ELSEWHERE[name]} with `isthmus {command}`")
+        if kind == "tune" and name not in names and name in KINDS["train"].model_fields:
+            raise ConfigError(f"{name!r} is of split training alone, as tuning sends nothing: leave it out, or train")
         check_name(name, None, names)
     if kind == "generate" and "prompts" not in spec:
         raise ConfigError("'prompts' is missing: give a file of JSON Lines, each with `prompt` or `messages`")
-    cloud = None if kind == "tune" else cloud_of(model, session, settings)
+    cloud = cloud_for(kind, model, spec, session, settings)
     links = dict(_links(spec, owner, session, home))
     config, _ = configuration(kind, with_links(spec, links, Path("/")), cloud, settings, Path("/"))
     base = session.get(BaseModel, model)
@@ -106,6 +108,13 @@ def _check_fits(config: Settings, spec: Mapping[str, Any], facts: Mapping[str, A
         most, given = facts.get(fact), getattr(config, name, None)
         if name in spec and most is not None and given is not None and given > most:
             raise ConfigError(f"{name} = {given}: the model's {fact} is {most}, give {most} at most")
+
+
+def cloud_for(
+    kind: str, model: str, spec: Mapping[str, Any], session: Session, settings: DaemonSettings
+) -> ClientConfig | None:
+    """The cloud that a job asks; None for tuning on a package that is named. Raises what `cloud_of` does."""
+    return None if kind == "tune" and PACKAGE in spec else cloud_of(model, session, settings)
 
 
 def cloud_of(model: str, session: Session, settings: DaemonSettings) -> ClientConfig:
@@ -132,7 +141,7 @@ def configuration(
 
     Args:
         spec: Its files are paths.
-        cloud: None for a kind that connects to nothing.
+        cloud: None for a job that connects to nothing. Tuning takes its package, which its own key must have signed.
         folder: The job's.
 
     Raises:
@@ -140,7 +149,11 @@ def configuration(
     """
     cls = KINDS[kind]
     more = {name: spec.get(name) for name in _MORE.get(kind, ())}
-    values: dict[str, Any] = {} if cloud is None else cloud.model_dump(mode="json", exclude_unset=True)
+    values: dict[str, Any] = {}
+    if cloud is not None and kind == "tune":
+        values = {"package": str(folder / PACKAGE), "signer": cloud.cloud}
+    elif cloud is not None:
+        values = cloud.model_dump(mode="json", exclude_unset=True)
     values |= {name: value for name, value in spec.items() if name not in more}
     if kind in TRAINING:
         values |= {"out": str(folder / "run"), "resume": True}

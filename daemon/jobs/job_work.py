@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 import time
@@ -13,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from isthmus.common.errors import UnknownModelError
-from isthmus.common.files import new_folder, write_atomic
+from isthmus.common.errors import ConnectionLostError, LimitError, UnknownModelError, UnreachableError
+from isthmus.common.files import locked, new_folder, write_atomic
 from isthmus.common.progress import StepProgress
 from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
 from isthmus.daemon.jobs.kinds import KINDS, RESULTS, RUN, TRAINING, Work
@@ -45,7 +46,10 @@ def do(work: Work, folder: Path, reporter: Reporter) -> None:
         if work.kind == "tune":
             from isthmus.edge.emulator_run import run_tuning
 
-            run_tuning(cast(TuneConfig, config), follower)
+            tuning = cast(TuneConfig, config)
+            if work.offers is not None and not tuning.package.exists():
+                _take_package(work, *work.offers, tuning.package, follower)
+            run_tuning(tuning, follower, follower.say)
         else:
             with open_link(cast(ClientConfig, config)) as link:
                 _check_model(link, work.model)
@@ -54,6 +58,34 @@ def do(work: Work, folder: Path, reporter: Reporter) -> None:
         if work.kind in TRAINING:
             _keep_adapter(folder / RUN / "adapter", Path(work.models) / result_id(work.job))
             write_atomic(folder / RESULTS[work.kind][0], _step_metrics(folder).encode())
+
+
+def _take_package(work: Work, asked: Mapping[str, Any], kept: str, package: Path, follower: Follower) -> None:
+    """Have the package that a cloud offers in the job's folder: what crosses for it is all that crosses for the job.
+
+    What is kept from before is not fetched again, and stands in for a cloud that does not answer.
+    """
+    from isthmus.emulator.package.package import open_package
+
+    place = Path(kept)
+    with locked(place):
+        try:
+            with open_link(ClientConfig.model_validate(asked)) as link:
+                follower.meter = follower.link = link
+                _check_model(link, work.model)
+                found = link.fetch_package(place)
+        except LimitError as error:
+            raise LimitError(f"{error} (the daemon takes what is left of disk_gib, too)") from None
+        except (UnreachableError, ConnectionLostError):
+            if not place.exists() or (found := open_package(place)).model != work.model:
+                raise
+            follower.say("The cloud does not answer: the job tunes on the package that was fetched before")
+        with new_folder(package, 0o700) as temporary:
+            shutil.copytree(place, temporary, copy_function=os.link, dirs_exist_ok=True)
+    follower.say(
+        f"The package {found.id[:16]} is here (split {found.plan}, {found.manifest.recipe}); the cloud is asked for "
+        "nothing else"
+    )
 
 
 def _check_model(link: Link, wanted: str) -> None:
@@ -73,7 +105,7 @@ def _do_over(link: Link, work: Work, config: Any, folder: Path, follower: Follow
 
             report = train_over(link, config, listener=follower)
             if report.leak is not None:
-                follower.tell_leak(report.leak)
+                follower.say(f"Leak: {report.leak}")
         case EvalConfig():
             from isthmus.edge.split_run import evaluate_over
 
@@ -117,7 +149,7 @@ class Follower:
 
     def began(self, step: int, total: int, save: SaveAdapter, meter: WireMeter | None) -> None:
         """See `RunListener`. The adapter of a checkpoint is saved now if a crash came before it was."""
-        self.meter = meter
+        self.meter = meter or self.meter  # what was fetched before counts
         self._every = -(-total // METRICS)
         self.count(step, total)
         if 0 < step < total and step % self._save_every == 0:
@@ -136,9 +168,9 @@ class Follower:
             message = f"Step {step}/{self._total}: training loss={line['loss']:.4f}"
             self._reporter.tell("metrics", message=message, data={**self._metrics, "total_steps": self._total})
 
-    def tell_leak(self, line: str) -> None:
-        """Report what the attacks of a leak budget got."""
-        self._reporter.tell("message", message=f"Leak: {line}")
+    def say(self, message: str) -> None:
+        """Report something that the job's owner should know."""
+        self._reporter.tell("message", message=message)
 
     def evaluated(self, step: int, loss: float) -> None:
         """See `RunListener`. The loss is over all held-out examples, which OpenAI's API calls full."""

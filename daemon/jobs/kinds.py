@@ -21,9 +21,14 @@ KINDS: Mapping[str, type[Settings]] = {
 }
 TRAINING = ("train", "tune")
 """Those that make an adapter."""
+MODES: Mapping[str, str] = {"split": "train", "emulator": "tune"}
+"""Where the middle layers of a training are: in the cloud, or, as an emulator, on this machine; and its kind."""
+MODE_OF: Mapping[str, str] = {kind: mode for mode, kind in MODES.items()}
 SPEC = "spec.json"
 RUN = "run"
 """The folder of a training run, in a job's."""
+PACKAGE = "package"
+"""The folder of the package that a cloud offers, in a job's: it stays the same, whatever is offered meanwhile."""
 LOSSES = "losses.jsonl"
 """Its log (`isthmus.edge.training.trainer.LOG_FILE`)."""
 RESULTS: Mapping[str, tuple[str, str]] = {
@@ -45,6 +50,8 @@ class Work:
         config: The kind's configuration, as its fields that are not by default.
         adapter, prompts: Paths; None where there are none.
         models: The folder of the adapters that can be talked to.
+        offers: Of a job that tunes on what a cloud offers: the fields of its `ClientConfig`, and the folder where the
+            package is kept for all jobs.
     """
 
     job: str
@@ -55,6 +62,7 @@ class Work:
     models: str
     adapter: str | None = None
     prompts: str | None = None
+    offers: tuple[Mapping[str, Any], str] | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into the job's folder.

@@ -1,8 +1,9 @@
 """What a request for a fine-tuning job may ask (`isthmus.daemon.openai.request_fields` has the rule).
 
 followed    model (a base model, or an adapter of one's own to go on from), training_file, validation_file, suffix
-            (letters, digits, `.`, `-`, `_`), seed, metadata, method.supervised.hyperparameters {batch_size, n_epochs,
-            learning_rate_multiplier} or the older hyperparameters, each a number or "auto"
+            (letters, digits, `.`, `-`, `_`), seed, metadata (its `mode` is "split" or "emulator"),
+            method.supervised.hyperparameters {batch_size, n_epochs, learning_rate_multiplier} or the older
+            hyperparameters, each a number or "auto"
 satisfied   integrations (none)
 refused     the methods dpo and reinforcement
 """
@@ -14,9 +15,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from isthmus.daemon.jobs.kinds import MODES
 from isthmus.daemon.openai.request_fields import Fields, only
 from isthmus.daemon.web.api_error import ApiError
 
+MODE = "mode"
+"""The key of `metadata` that decides something."""
 _NOT_YET = "only supervised tuning is done here"
 
 
@@ -40,6 +44,8 @@ def _labels(value: Any) -> Any:
         raise ValueError("give an object of at most 16 pairs")
     if not all(len(key) <= 64 and isinstance(text, str) and len(text) <= 512 for key, text in value.items()):
         raise ValueError("keys have at most 64 characters, and values are texts of at most 512")
+    if value.get(MODE, "split") not in MODES:
+        raise ValueError(f"{MODE} says where the middle layers are: give {' or '.join(MODES)}, or leave it out")
     return value
 
 
@@ -86,6 +92,11 @@ class JobBody(Fields):
                 400, "hyperparameters are in method, and beside it: give those in method alone", param="hyperparameters"
             )
         return self
+
+    @property
+    def kind(self) -> str:
+        """The kind of the job that does it."""
+        return MODES[(self.metadata or {}).get(MODE, "split")]
 
     @property
     def numbers(self) -> Mapping[str, Any]:

@@ -5,7 +5,8 @@ A job's status is one that the SDK's strict validation takes, and `paused` is no
 which waits for the end goes on to wait. The truth is in the event of the pause, and in `isthmus.status`, a field that
 the document does not have and that both kinds of validation let pass.
 
-`hyperparameters` are numbers always: "auto" is decided when the job is made (`isthmus.daemon.openai.training_files`).
+`hyperparameters` are numbers: "auto" is decided when the job is made (`isthmus.daemon.openai.training_files`). Only
+what a package's advice decides, once it is fetched, stays "auto".
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sqlalchemy.orm import Session
 from isthmus.daemon.jobs.job_rows import ENDED
 from isthmus.daemon.jobs.job_runner import Waiting
 from isthmus.daemon.jobs.job_service import EVENT
+from isthmus.daemon.jobs.kinds import MODE_OF
 from isthmus.daemon.openai.training_files import hyperparameters_of
 from isthmus.daemon.state.tables import Event, Job, Model
 
@@ -55,7 +57,7 @@ def job_object(job: Job, result: str | None, waiting: Waiting | None = None) -> 
         result: The name of the model that it made.
         waiting: The cloud that it waits for, where it does: `isthmus.waiting` says it, and no end is estimated.
     """
-    numbers = hyperparameters_of(job.spec)
+    numbers = hyperparameters_of(job.spec, advised=job.kind == "tune")
     ended = None if job.finished_at is None else int(job.finished_at)
     left = None
     if waiting is None and job.status == "running" and job.speed is not None and job.total is not None:
@@ -71,7 +73,10 @@ def job_object(job: Job, result: str | None, waiting: Waiting | None = None) -> 
         "finished_at": ended,
         "hyperparameters": numbers,
         "integrations": [],
-        "isthmus": {"status": job.status, "step": job.step, "total": job.total}
+        "isthmus": {
+            **{"mode": MODE_OF[job.kind], "status": job.status, "step": job.step, "total": job.total},
+            **{"bytes_up": job.bytes_up, "bytes_down": job.bytes_down},
+        }
         | ({} if waiting is None else {"waiting": asdict(waiting)}),
         "metadata": job.labels or None,
         "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},

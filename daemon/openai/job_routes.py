@@ -62,7 +62,7 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
         "format": "jsonl",
         "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
         "max_length": min(int(facts.get("longest") or LONGEST_EXAMPLE), LONGEST_EXAMPLE),
-        **settings_of(body.numbers, examples),
+        **settings_of(body.numbers, examples, advised=body.kind == "tune"),
     }
     if validation is None:
         spec["validation_split"] = 0
@@ -72,7 +72,7 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
     if target.adapter is not None:
         spec["start_from"] = body.model
     new = NewJob(
-        "train",
+        body.kind,
         target.base,
         spec,
         request=body.model_dump(mode="json", exclude_unset=True),

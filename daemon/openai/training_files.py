@@ -81,13 +81,14 @@ def read_training_file(path: Path, name: str) -> TrainingFile:
     return TrainingFile(examples, chats)
 
 
-def hyperparameters_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+def hyperparameters_of(spec: Mapping[str, Any], *, advised: bool = False) -> dict[str, Any]:
     """Hyperparameters as OpenAI's API tells them; without `n_epochs` where a job has a number of steps instead.
 
     What a job's settings leave out is as in `isthmus edge train`.
 
     Args:
         spec: A job's settings.
+        advised: Whether a package's advice decides what they leave out; then that is "auto".
     """
     batch, accumulate, rate = (
         spec.get(name, TrainConfig.model_fields[name].default) for name in ("batch", "accumulate", "learning_rate")
@@ -96,28 +97,33 @@ def hyperparameters_of(spec: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": batch * accumulate,
         "learning_rate_multiplier": float(f"{rate / LEARNING_RATE:.10g}"),
     }
-    if spec.get("steps") is None:
+    if advised and "learning_rate" not in spec:
+        numbers["learning_rate_multiplier"] = "auto"
+    if advised and "epochs" not in spec and "steps" not in spec:
+        numbers["n_epochs"] = "auto"
+    elif spec.get("steps") is None:
         numbers["n_epochs"] = spec.get("epochs") or 1
     return numbers
 
 
-def settings_of(numbers: Mapping[str, Any], n_examples: int) -> dict[str, Any]:
+def settings_of(numbers: Mapping[str, Any], n_examples: int, *, advised: bool = False) -> dict[str, Any]:
     """The settings of a run (`isthmus.edge.config.training_config`) for hyperparameters.
 
     Args:
         numbers: `n_epochs`, `batch_size`, `learning_rate_multiplier`; each a number or "auto".
         n_examples: How many examples the training file has.
+        advised: Whether a package's advice decides length and learning rate where they are "auto": they are left out.
     """
     epochs, batch = numbers["n_epochs"], numbers["batch_size"]
     multiplier = numbers["learning_rate_multiplier"]
     batch = _batch(n_examples) if batch == "auto" else batch
     micro = max(size for size in range(1, MICRO_BATCH + 1) if batch % size == 0)
-    return {
-        "epochs": _epochs(n_examples) if epochs == "auto" else epochs,
-        "batch": micro,
-        "accumulate": batch // micro,
-        "learning_rate": LEARNING_RATE * (1 if multiplier == "auto" else multiplier),
-    }
+    settings: dict[str, Any] = {"batch": micro, "accumulate": batch // micro}
+    if epochs != "auto" or not advised:
+        settings["epochs"] = _epochs(n_examples) if epochs == "auto" else epochs
+    if multiplier != "auto" or not advised:
+        settings["learning_rate"] = LEARNING_RATE * (1 if multiplier == "auto" else multiplier)
+    return settings
 
 
 def _epochs(n_examples: int) -> int:

@@ -16,6 +16,7 @@ from sqlalchemy import select
 from isthmus.daemon.jobs.job_names import MOST_SUFFIX
 from isthmus.daemon.jobs.job_service import EVENT, MOST_PRIORITY, NewJob
 from isthmus.daemon.jobs.job_specs import names_paths
+from isthmus.daemon.jobs.kinds import MODE_OF
 from isthmus.daemon.state.tables import Event, Job, Model, StoredFile
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.bounded_body import BoundedBody, few
@@ -185,6 +186,7 @@ def _trees(here: Here, jobs: Sequence[Job]) -> list[dict[str, Any]]:
             {
                 "id": job.id,
                 "kind": job.kind,
+                "mode": MODE_OF.get(job.kind),
                 "status": job.status,
                 "wanted": job.wanted,
                 "waiting": None if waiting is None else asdict(waiting),

@@ -18,7 +18,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -89,7 +89,8 @@ def fetch_package(
 ) -> Package:
     """Fetch a package that the cloud offers.
 
-    Until it is whole and verified it lies in `<out>.part`, where an interrupted download goes on.
+    Until it is whole and verified it lies in `<out>.part`, where an interrupted download goes on. What `out` has
+    already is verified, and not fetched again.
 
     Args:
         cloud: who is asked.
@@ -122,15 +123,12 @@ def fetch_package(
         return {EDGE_FILE: weights.edge, EMULATOR_FILE: weights.whole}
 
     with locked(part):
+        if all(_whole(out / entry.name, entry) for entry in listing.entries):
+            with suppress(PackageError, SignerError):  # with a strange file, say, it is fetched anew
+                return _offered(out, info, signer)
         _complete(part, which, listing, f"fetching the package of {info.model}", cloud, weigh)
         try:
-            package = open_package(part, signer=signer)
-            if (package.digest, str(package.plan)) != (info.digest, info.plan):
-                raise PackageError(
-                    f"the cloud offers a package of {package.model} (digest {package.digest[:16]}) for the plan "
-                    f"{package.plan}, but serves {info.model} (digest {info.digest[:16]}) split {info.plan}: ask its "
-                    "owner for one of this model"
-                )
+            package = _offered(part, info, signer)
         except (PackageError, SignerError):
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -140,6 +138,18 @@ def fetch_package(
             part.rename(out)
             sync(out.parent)
     return Package(out, package.manifest, package.id, package.signer)
+
+
+def _offered(folder: Path, info: m.SessionInfo, signer: Fingerprint) -> Package:
+    """The package in a folder, verified, and of what the cloud serves. Raises PackageError, SignerError."""
+    package = open_package(folder, signer=signer)
+    if (package.digest, str(package.plan)) != (info.digest, info.plan):
+        raise PackageError(
+            f"the cloud offers a package of {package.model} (digest {package.digest[:16]}) for the plan "
+            f"{package.plan}, but serves {info.model} (digest {info.digest[:16]}) split {info.plan}: ask its "
+            "owner for one of this model"
+        )
+    return package
 
 
 def fetch_adapter(cloud: SessionKeeper, parts: Path, pin: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Path:

@@ -13,7 +13,7 @@ const ACTIONS = {
   pause: { name: "Pause", when: (job) => isLive(job) && job.wanted === "run" },
   resume: { name: "Resume", when: (job) => job.status === "paused" || (job.status === "running" && job.wanted === "pause") },
   retry: { name: "Retry", when: (job) => ["failed", "cancelled"].includes(job.status) },
-  again: { name: "Again with changes", when: (job) => job.kind === "train" },
+  again: { name: "Again with changes", when: (job) => job.kind === "train" || isPrivate(job) },
   remove: { name: "Delete", when: (job) => ["succeeded", "failed", "cancelled"].includes(job.status) },
   cancel: { name: "Cancel", when: (job) => ["queued", "running", "paused"].includes(job.status) && job.wanted !== "cancel" },
 };
@@ -24,6 +24,7 @@ export function showJob(main, id, signal) {
   const path = `/isthmus/v1/jobs/${encodeURIComponent(id)}`;
   const name = h("h1", {}, "Job");
   const facts = h("p", { class: "about" });
+  const stayed = h("p", { class: "notice", hidden: true });
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
   const bar = progress();
   const time = h("span", { class: "job-time" });
@@ -41,7 +42,7 @@ export function showJob(main, id, signal) {
   main.append(
     h("p", { class: "back" }, h("a", { href: "#jobs" }, "‹ All jobs")),
     h("div", { class: "heading" }, name, buttons),
-    facts, problem,
+    facts, stayed, problem,
     h("div", { class: "bar" }, bar, time),
     h("dl", { class: "stats" }, Object.values(stats).map(([element]) => element)),
     h("section", { class: "card", "aria-label": "Loss curve" }, h("h2", {}, "Loss"), curve.element),
@@ -120,6 +121,8 @@ export function showJob(main, id, signal) {
     setText(name, nameOf(job));
     document.title = `${nameOf(job)} · Isthmus`;
     setText(facts.querySelector(".facts"), `${kindOf(job)} · ${job.model} · ${moment(job.created_at)}`);
+    stayed.hidden = job.kind !== "tune";
+    if (!stayed.hidden) setText(stayed, stayedOf(job));
     setText(time, job.waiting ? "" : timeOf(job)); // the notice says it
     const possible = Object.keys(ACTIONS).filter((action) => ACTIONS[action].when(job));
     keyed(buttons, possible, (action) => action,
@@ -185,6 +188,17 @@ export function showJob(main, id, signal) {
   }
 
   poll(() => update().catch(fail), 1, signal);
+}
+
+/** Whether a job tunes on what its cloud offers. */
+const isPrivate = (job) => job.kind === "tune" && !job.spec.package;
+
+/** What has left this machine for a job that sends none of its data, and what does when its adapter is used. */
+function stayedOf(job) {
+  const fetched = !isPrivate(job) ? "It tunes on a package of this machine, and connects to nothing."
+    : job.bytes_up === 0 && job.bytes_down === 0 ? (job.step ? "The package was here already, so nothing crossed." : "It fetches the cloud's package first, and then tunes here.")
+    : `All that crossed is the package: ${bytes(job.bytes_up)} to ask for it, ${bytes(job.bytes_down)} that came back.`;
+  return `Nothing of your data left this machine: no text, no activation, no gradient. ${fetched} The adapter stays here until you return it. When you talk to it, your prompts cross as activations, from which a cloud that attacks can read them.`;
 }
 
 /** Tokens a second: those of the last steps over the seconds that a step takes; null where that is not known. */

@@ -80,7 +80,7 @@ export function timeOf(job) {
 /** Its name: what its owner called it, else the beginning of its id. */
 export const nameOf = (job) => job.suffix || `Job ${job.id.replace(/^ftjob-/, "").slice(0, 6)}`;
 
-const KINDS = { train: "Split training", tune: "Emulator tuning", evaluate: "Evaluation", generate: "Batch generation" };
+const KINDS = { train: "Split training", tune: "Private tuning (emulator)", evaluate: "Evaluation", generate: "Batch generation" };
 
 export const kindOf = (job) => KINDS[job.kind] ?? job.kind;
 

@@ -12,6 +12,11 @@ const TEMPLATES = ["prompt_template", "completion_template"];
 const MODES = {
   split: `Adapters on this machine's first and last layers. ${CLOUD_READS}`,
   top: "Adapters on this machine's last layers alone: no gradient is sent, and less is learned. A cloud that attacks still reads the texts, completions too, from the activations.",
+  emulator: "Tuned on this machine, over an emulator of the cloud's layers, which is fetched once: no text, activation or gradient is sent. It learns less: how much of split training's gain stays depends on the emulator.",
+};
+const LEADS = {
+  split: "This machine runs the first and the last layers and trains the adapter; the cloud runs the layers between.",
+  emulator: "This machine runs the first and the last layers, and an emulator of those between; it trains the adapter, and nothing is sent.",
 };
 
 /** The modules of the last layers, by the names that families have for them. */
@@ -73,7 +78,7 @@ const numberInput = (name, attributes) => h("input", { type: "number", name, inp
 
 export function showNew(main, before, signal) {
   const first = h("div", { class: "stack", "aria-live": "polite" });
-  const mode = h("select", { name: "mode" }, h("option", { value: "split" }, "Split"), h("option", { value: "top" }, "Top only"));
+  const mode = h("select", { name: "mode" }, h("option", { value: "split" }, "Split"), h("option", { value: "top" }, "Top only"), h("option", { value: "emulator" }, "Emulator (nothing is sent)"));
   const model = h("select", { name: "model", required: true });
   const kept = h("select", { name: "training_file" }, h("option", { value: "" }, "Upload a file …"));
   const chosen = h("input", { type: "file", name: "upload", accept: ".jsonl,.ndjson,.csv,.tsv" });
@@ -109,12 +114,13 @@ export function showNew(main, before, signal) {
   const templates = h("details", { class: "more" }, h("summary", {}, "What an example is made of"),
     h("p", { class: "hint" }, "Needed for tables, and for JSON lines with keys of their own."),
     h("div", { class: "columns" }, fields.prompt_template.element, fields.completion_template.element));
+  const budget = h("details", { class: "more" }, h("summary", {}, "Leak budget"), h("div", { class: "columns" }, fields.leak_budget.element, fields.public.element));
+  const lead = h("p", { class: "lead" }, LEADS.split);
   const form = h("form", { class: "stack new-job", novalidate: true, onsubmit: submit },
     h("fieldset", {}, h("legend", {}, "Data"), fields.kept.element, fields.upload.element, templates, first, fields.validation.element),
     h("fieldset", {}, h("legend", {}, "Model"), h("div", { class: "columns" }, fields.model.element, fields.suffix.element)),
     h("fieldset", {}, h("legend", {}, "What a cloud can read"), fields.mode.element,
-      h("p", { class: "hint" }, "In the emulator mode nothing is sent while you train: isthmus emulator tune, in a terminal."),
-      h("details", { class: "more" }, h("summary", {}, "Leak budget"), h("div", { class: "columns" }, fields.leak_budget.element, fields.public.element))),
+      budget),
     h("fieldset", {}, h("legend", {}, "Training"), fields.length.element,
       h("details", { class: "more" }, h("summary", {}, "More settings"),
         h("div", { class: "columns" }, NUMBERS.map((name) => fields[name].element)))),
@@ -123,15 +129,27 @@ export function showNew(main, before, signal) {
   main.append(
     h("p", { class: "back" }, h("a", { href: "#jobs" }, "‹ All jobs")),
     h("h1", {}, "New job"),
-    h("p", { class: "lead" }, "This machine runs the first and the last layers and trains the adapter; the cloud runs the layers between."),
-    again, form);
+    lead, again, form);
 
   kept.addEventListener("change", () => {
     fields.upload.element.hidden = kept.value !== "";
   });
-  mode.addEventListener("change", () => setText(fields.mode.note, MODES[mode.value]));
+  mode.addEventListener("change", showMode);
   for (const name of TEMPLATES) fields[name].input.addEventListener("change", showFirst);
   for (const input of [kept, chosen]) input.addEventListener("change", showFirst);
+
+  /** What the mode means, and the fields that it has. In the emulator mode, what is left out is as the package advises. */
+  function showMode() {
+    const isLocal = mode.value === "emulator";
+    setText(fields.mode.note, MODES[mode.value]);
+    setText(lead, LEADS[mode.value] ?? LEADS.split);
+    budget.hidden = isLocal;
+    amount.required = !isLocal;
+    amount.value = isLocal ? "" : amount.value || 3;
+    amount.placeholder = isLocal ? "advised" : "";
+    setText(fields.length.note, isLocal ? "Optional: the package may advise a length, a learning rate and a rank." : fields.length.hint);
+    for (const [name, usual] of [["learning_rate", "0.001"], ["rank", "8"]]) fields[name].input.placeholder = isLocal ? "advised" : usual;
+  }
 
   const templatesOf = () => Object.fromEntries(TEMPLATES.filter((name) => fields[name].input.value !== "").map((name) => [name, fields[name].input.value.replaceAll("\\n", "\n")]));
 
@@ -227,16 +245,18 @@ export function showNew(main, before, signal) {
     go.disabled = true;
     setText(go, "Starting …");
     try {
-      const spec = { ...spec0, [length.value]: Number(amount.value), ...templatesOf() };
+      const isLocal = mode.value === "emulator";
+      const spec = { ...spec0, ...(amount.value === "" ? {} : { [length.value]: Number(amount.value) }), ...templatesOf() };
+      if (isLocal) delete spec.public; // of a job that is done again: texts that are sent
       for (const name of NUMBERS) {
         const value = fields[name].input.value;
         if (value !== "") spec[name] = Number(value);
       }
       if (mode.value === "top") spec.target_modules = topModules(plans.get(model.value) ?? { n_layers: 0, last: 0 });
-      if (fields.leak_budget.input.value.trim() !== "") spec.leak_budget = fields.leak_budget.input.value.trim();
+      if (!isLocal && fields.leak_budget.input.value.trim() !== "") spec.leak_budget = fields.leak_budget.input.value.trim();
       spec.data = await fileId(chosen, kept.value);
-      for (const name of ["validation", "public"]) if (fields[name].input.files[0]) spec[name] = await fileId(fields[name].input, "");
-      const body = { kind: "train", model: model.value, suffix: fields.suffix.input.value.trim(), spec };
+      for (const name of isLocal ? ["validation"] : ["validation", "public"]) if (fields[name].input.files[0]) spec[name] = await fileId(fields[name].input, "");
+      const body = { kind: isLocal ? "tune" : "train", model: model.value, suffix: fields.suffix.input.value.trim(), spec };
       const job = await ask("/isthmus/v1/jobs", { method: "POST", body });
       say("The job has been put into the queue.");
       location.hash = `#job/${encodeURIComponent(job.id)}`;
@@ -251,7 +271,8 @@ export function showNew(main, before, signal) {
 
   /** Fill the form with what another job has. */
   function fillAgain(job) {
-    spec0 = { ...job.spec };
+    const { spec } = job;
+    spec0 = { ...spec };
     const take = (name) => {
       const value = spec0[name];
       delete spec0[name];
@@ -262,12 +283,15 @@ export function showNew(main, before, signal) {
     for (const unit of ["steps", "epochs"]) {
       if (spec0[unit] !== undefined) [length.value, amount.value] = [unit, take(unit)];
     }
+    if (job.kind === "tune") mode.value = "emulator";
     const modules = JSON.stringify(spec0.target_modules);
     if (plans.has(job.model) && modules === JSON.stringify(topModules(plans.get(job.model)))) [mode.value] = ["top", take("target_modules")];
     model.value = job.model;
     fields.suffix.input.value = job.suffix;
     kept.value = take("data");
+    const said = amount.value;
     for (const one of [kept, mode]) one.dispatchEvent(new Event("change"));
+    if (spec.steps ?? spec.epochs) amount.value = said;
     for (const details of form.querySelectorAll("details")) details.open = [...details.querySelectorAll("input")].some((input) => input.value !== "");
     const rest = Object.keys(spec0);
     setText(again, `As ${nameOf(job)} was${rest.length ? `, with ${rest.join(", ")} as there` : ""}. Change what you want to.`);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cloud.clouds import ThreadServer
+from support.cloud.clouds import ThreadServer, served
 from support.cloud.train_runs import Runs, cloud_for_runs
 from support.daemon.jobs import jobs_process
 from support.daemon.jobs.job_homes import TRAINING, Jobs, ended, jobs_of, said, training, until
@@ -24,7 +25,7 @@ from support.emulator.packages import tiny_package
 from support.warm_processes import WarmPopen
 
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
-from isthmus.common.errors import LeakBudgetError
+from isthmus.common.errors import LeakBudgetError, RefusedError
 from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
 from isthmus.daemon.jobs.job_runner import Patience, Waiting
 from isthmus.daemon.jobs.job_service import NewJob
@@ -33,6 +34,7 @@ from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.emulator_run import run_tuning
 from isthmus.edge.split_run import run_evaluation
+from isthmus.emulator.package.manifest import Tuning
 from isthmus.protocol.secure.keys import load_worker
 
 pytestmark = pytest.mark.server
@@ -309,3 +311,54 @@ def test_a_job_tunes_on_a_package_as_the_command_does(runs: Runs, tmp_path: Path
     assert weights(jobs.home.model(result_id(made))) == weights(tmp_path / "alone" / "adapter")
     with jobs.database.reading() as session:
         assert session.query(Traffic).all() == []
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_job_fetches_the_clouds_package_once_and_sends_nothing_else(runs: Runs, tmp_path: Path) -> None:
+    home = runs.server.home
+    advice = Tuning(learning_rate=1e-2, steps=5, rank=2, warmup_steps=0)
+    package = tiny_package(
+        tmp_path / "package", runs.model, plan="1:1", signer=load_worker(home.folder), tuning=advice
+    ).folder
+    alone = {"package": package, "data": str(runs.texts), "batch": 2, "threads": 1, "out": tmp_path / "alone"}
+    run_tuning(TuneConfig.model_validate(alone))
+    new = NewJob("tune", "tiny", {"data": "file-texts", "batch": 2, "threads": 1})
+    offering = served(
+        runs.model, tmp_path / "parts", plan="1:1", home=home.folder.resolve(), emulator=package.resolve()
+    )
+    with ThreadServer(offering, home) as server:
+        jobs = jobs_of(tmp_path / "home", runs, client={"cloud": server.address, "connect_timeout": 3.0})
+        with jobs.service() as service:
+            first = ended(service, service.create("one", new).id)
+            assert (first.status, first.total) == ("succeeded", 5), said(service, first.id)
+            told = said(service, first.id)
+            second = ended(
+                service,
+                service.create("two", dataclasses.replace(new, spec=new.spec | {"data": str(runs.texts)})).id,
+                "two",
+            )
+    assert second.status == "succeeded"
+    assert any("the cloud is asked for nothing else" in line for line in told)
+    assert any("advised by the package: --layers above --steps 5" in line for line in told)
+    size = sum(file.stat().st_size for file in package.iterdir())
+    assert size < first.bytes_down < size + 100_000
+    assert second.bytes_down < 20_000  # what the daemon has is not fetched again
+    assert 0 < second.bytes_up < first.bytes_up < 50_000
+    assert not (jobs.home.job(first.id) / "package").exists()
+    with jobs.service() as service:  # and it stands in for a cloud that is away
+        third = ended(service, service.create("one", dataclasses.replace(new, suffix="third")).id)
+        assert third.status == "succeeded", said(service, third.id)
+        assert any("tunes on the package that was fetched before" in line for line in said(service, third.id))
+    assert third.bytes_up == 0
+    for job in (first, second, third):
+        assert weights(jobs.home.model(result_id(job.id))) == weights(tmp_path / "alone" / "adapter")
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_job_on_a_cloud_without_a_package_fails_in_a_line(runs: Runs, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path / "home", runs)
+    with jobs.service() as service:
+        job = ended(service, service.create("one", NewJob("tune", "tiny", {"data": "file-texts"})).id)
+    assert job.error is not None
+    assert job.error["code"] == RefusedError.exit_code
+    assert "the cloud offers no package: ask its owner for one" in job.error["message"]

@@ -63,6 +63,37 @@ def test_auto_and_the_older_place_of_hyperparameters(
     assert 0 <= by_default.seed < 2**31
 
 
+def test_the_emulator_mode_leaves_to_the_package_what_is_not_said(
+    client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str
+) -> None:
+    labels = {"mode": "emulator", "team": "a"}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file, metadata=labels, seed=7)
+    auto = {"batch_size": 4, "learning_rate_multiplier": "auto", "n_epochs": "auto"}
+    assert (job.metadata, job.hyperparameters.to_dict()) == (labels, auto)
+    assert job.to_dict()["isthmus"]["mode"] == "emulator"  # type: ignore[index]
+    kept = row(openai_daemon, job.id)
+    assert (kept.kind, kept.spec) == (
+        "tune",
+        {
+            **{"data": training_file, "validation_split": 0, "format": "jsonl", "seed": 7, "max_length": 256},
+            **{"batch": 4, "accumulate": 1},
+        },
+    )
+    numbers = {"n_epochs": 2, "learning_rate_multiplier": 0.5}
+    said = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=training_file,
+        metadata=labels,
+        hyperparameters=numbers,  # type: ignore[arg-type]
+    )
+    assert said.hyperparameters.to_dict() == {"batch_size": 4, **numbers}
+    spec = row(openai_daemon, said.id).spec
+    assert (spec["epochs"], spec["learning_rate"]) == (2, 5e-4)
+    split = client.fine_tuning.jobs.create(model=BASE, training_file=training_file, metadata={"mode": "split"})
+    assert row(openai_daemon, split.id).kind == "train"
+    assert [each.id for each in client.fine_tuning.jobs.list()] == [split.id, said.id, job.id]
+
+
 def test_a_file_is_not_read_again_for_a_job(client: OpenAI, openai_daemon: OpenAIDaemon) -> None:
     made = [
         client.files.create(file=("a.jsonl", b'{"text": "one"}\n' * examples), purpose="fine-tune").id
@@ -100,6 +131,7 @@ def test_the_same_body_is_one_job(client: OpenAI, training_file: str) -> None:
         ({"seed": -1}, "seed", "greater"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "16 pairs"),
         ({"metadata": {"a": "x" * 513}}, "metadata", "512"),
+        ({"metadata": {"mode": "emulater"}}, "metadata", "give split or emulator"),
         ({"extra_body": {"learning_rate": 1}}, "learning_rate", "unknown field"),
         ({"training_file": "file-0"}, "training_file", "is no file"),
         ({"validation_file": "file-0"}, "validation_file", "is no file"),
@@ -129,7 +161,8 @@ def test_states_go_as_they_may(client: OpenAI, training_file: str) -> None:
     assert caught.value.code == "wrong_state"
     paused = jobs.pause(job.id)
     assert paused.status == "queued"  # the SDK's type has no "paused"
-    assert paused.to_dict()["isthmus"] == {"status": "paused", "step": 0, "total": None}
+    nothing = {"mode": "split", "step": 0, "total": None, "bytes_up": 0, "bytes_down": 0}
+    assert paused.to_dict()["isthmus"] == {"status": "paused", **nothing}
     assert jobs.list_events(job.id).data[0].message == "The job is paused before it has begun"
     assert jobs.resume(job.id).to_dict()["isthmus"]["status"] == "queued"  # type: ignore[index]
     cancelled = jobs.cancel(job.id)
@@ -184,7 +217,8 @@ def test_events_and_checkpoints(
     waiting = jobs.retrieve(job.id)
     assert (waiting.status, waiting.estimated_finish) == ("running", None)
     told = {"cloud": "main", "since": 900.0, "until": 1500.0, "reason": "it broke"}
-    assert waiting.to_dict()["isthmus"] == {"status": "running", "step": 0, "total": None, "waiting": told}
+    nothing = {"mode": "split", "step": 0, "total": None, "bytes_up": 0, "bytes_down": 0}
+    assert waiting.to_dict()["isthmus"] == {"status": "running", **nothing, "waiting": told}
     assert jobs.list().data == [waiting]
     openai_daemon.jobs.end(job.id)
     done = jobs.retrieve(job.id)

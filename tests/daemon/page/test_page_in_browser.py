@@ -189,6 +189,43 @@ def test_a_jobs_page_has_its_data_settings_dates_and_adapter_and_deletes_it(
     assert [problem for problem in watched.faults if "404" not in problem] == []
 
 
+def test_the_emulator_mode_leaves_to_the_package_what_is_not_said_and_the_job_says_what_crossed(
+    fake: FakeDaemon, watch: Opener
+) -> None:
+    fake.files.append({"id": "file-1", "filename": "tickets.jsonl", "bytes": 2048, "purpose": "fine-tune"})
+    watched = watch(faults=True)
+    page = watched.open(fake.token, "new")
+    page.get_by_label("Training data").select_option("file-1")
+    page.get_by_text("Leak budget", exact=True).first.click()
+    page.locator("[name=leak_budget]").fill("tokens<=0.5")
+    page.get_by_label("Mode", exact=True).select_option("emulator")
+    expect(page.get_by_text("no text, activation or gradient is sent")).to_be_visible()
+    expect(page.locator("[name=leak_budget]")).to_be_hidden()
+    expect(page.get_by_label("Length", exact=True)).to_have_value("")
+    page.click("text=Start the job")
+    expect(page.locator(".facts")).to_contain_text("Private tuning (emulator)")
+    (name,) = fake.jobs
+    assert (fake.jobs[name]["kind"], fake.jobs[name]["spec"]) == ("tune", {"data": "file-1"})
+    stayed = page.locator(".notice", has_text="Nothing of your data left this machine")
+    expect(stayed).to_contain_text("fetches the cloud's package first")
+    fake.advance(name, 3)
+    fake.jobs[name] |= {"bytes_up": 2048, "bytes_down": 170 << 20}
+    expect(stayed).to_contain_text("All that crossed is the package: 2.00 KiB to ask for it, 170 MiB that came back.")
+    expect(stayed).to_contain_text("your prompts cross")
+    page.get_by_role("button", name="Again with changes").click()
+    expect(page.get_by_label("Mode", exact=True)).to_have_value("emulator")
+    expect(page.get_by_label("Length", exact=True)).to_have_value("")
+    # In split training there is no such sentence, and a length is needed.
+    page.get_by_label("Mode", exact=True).select_option("split")
+    expect(page.get_by_label("Length", exact=True)).to_have_value("3")
+    page.click("text=Start the job")
+    expect(page.locator(".facts")).to_contain_text("Split training")
+    expect(page.get_by_text("Nothing of your data left this machine")).to_be_hidden()
+    assert fake.jobs[list(fake.jobs)[-1]]["spec"] == {"data": "file-1", "epochs": 3}
+    # The file's bytes are nowhere here: the browser notes the status.
+    assert [problem for problem in watched.faults if "404" not in problem] == []
+
+
 def test_a_question_that_comes_before_the_models_names_waits_for_them(fake: FakeDaemon, watch: Opener) -> None:
     watched = watch()
     held: list[Any] = []
@@ -462,6 +499,9 @@ def test_screenshots(fake: FakeDaemon, watch: Opener, tmp_path: Path, width: int
     failed = _job(fake, 5, suffix="")
     fake.fail(failed, "the cloud 127.0.0.1:7443 does not answer: start it, or see whether its address is right")
     fake.add_job({"kind": "train", "model": BASE, "suffix": "invoices"})
+    private = str(fake.add_job({"kind": "tune", "model": BASE, "suffix": "private"})["id"])
+    fake.advance(private, 40)
+    fake.jobs[private] |= {"bytes_up": 2_150, "bytes_down": 178_000_000}
 
     def shoot(name: str) -> None:
         page.evaluate("scrollTo(0, 0)")
@@ -475,7 +515,7 @@ def test_screenshots(fake: FakeDaemon, watch: Opener, tmp_path: Path, width: int
     watched.open(fake.token)
     page.wait_for_selector(".job >> nth=3")
     shoot("jobs")
-    for place, name in (("job", long), ("failed", failed)):
+    for place, name in (("job", long), ("failed", failed), ("private", private)):
         page.goto(f"{fake.url}/#job/{name}")
         page.wait_for_selector(".event")
         shoot(place)
@@ -488,6 +528,8 @@ def test_screenshots(fake: FakeDaemon, watch: Opener, tmp_path: Path, width: int
     page.wait_for_selector("option[value='smollm2-135m']", state="attached")
     page.click("text=Start the job")
     shoot("new")
+    page.get_by_label("Mode", exact=True).select_option("emulator")
+    shoot("new-private")
     page.goto(f"{fake.url}/#crossed")
     page.wait_for_selector(".drawing text")
     shoot("crossed")

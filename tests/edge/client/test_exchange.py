@@ -90,7 +90,11 @@ def test_the_package_arrives_whole_and_verified(owner: Owner, cloud: MemoryCloud
     assert files(out) == files(owner.package.folder)
     assert open_package(out, signer=PIN).id == owner.package.id
     assert not (tmp_path / "package.part").exists()
-    new_link(cloud).fetch_package(out)  # an older one is replaced
+    again = new_link(cloud)
+    assert again.fetch_package(out) == open_package(out)  # what is there is not fetched again
+    assert again.traffic.bytes_down < 10_000
+    (out / "strange").write_text("")
+    new_link(cloud).fetch_package(out)  # a damaged one is replaced
     assert files(out) == files(owner.package.folder)
 
 
