@@ -39,6 +39,10 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def holds(self, other: Span) -> bool:
+        """Whether all layers of another run are among these."""
+        return self.start <= other.start and other.stop <= self.stop
+
     def __contains__(self, layer: object) -> bool:
         return isinstance(layer, int) and self.start <= layer < self.stop
 

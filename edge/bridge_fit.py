@@ -26,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from isthmus.common.errors import DataError, PackageError
+from isthmus.common.errors import DataError
 from isthmus.common.files import disk_errors, locked, write_atomic
 from isthmus.common.ownership import private_folder
 from isthmus.common.progress import bar
 from isthmus.common.shutdown import uninterrupted
 from isthmus.edge.budget.budget_texts import read_secrets
 from isthmus.edge.budget.text_overlap import RUN, plain_text, runs_of, tokens_of
+from isthmus.edge.client.fetch import check_served
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import NO_DATA, FitConfig
 from isthmus.edge.data.batches import rendered
@@ -146,7 +147,7 @@ def _fit(
     if todo:
         answers.save(package)  # where they cannot be kept, nothing is asked
         with open_link(config) as link:
-            _check_fits(package, link)
+            check_served(package, link.info)
             try:
                 _ask(link, package, wanted, answers, console)
             finally:
@@ -232,26 +233,17 @@ def _ask(link: Link, package: Package, wanted: Tensor, answers: _Answers, consol
     """Ask the cloud about the blocks that are missing."""
     front = OuterLayers(package.checkpoint, package.plan, with_top=False)
     emulator = package.load_emulator()
+    plan = None if str(package.plan) == link.info.plan else str(package.plan)
     rows = max(1, min(_TOKENS_AT_ONCE, link.info.limits.max_tokens_per_call) // wanted.shape[1])
     parts = torch.split(wanted[answers.done :], rows)
     with bar(console, "asking the cloud", len(parts)) as advance:
         for number, ids in enumerate(parts, 1):
             hidden = front.entry(ids)
-            target, _ = link.forward_span(hidden, None, None, keep=False)
+            target, _ = link.forward_span(hidden, None, None, keep=False, plan=plan)
             answers.add(emulator(hidden), target.float())
             if number % _PARTS_KEPT == 0:
                 answers.save(package)
             advance()
-
-
-def _check_fits(package: Package, link: Link) -> None:
-    info = link.info
-    if (package.digest, str(package.plan)) != (info.digest, info.plan):
-        raise PackageError(
-            f"{package.folder} is of {package.model} (digest {package.digest[:16]}) split {package.plan}, and the "
-            f"cloud serves {info.model} (digest {info.digest[:16]}) split {info.plan}: fetch the cloud's package, or "
-            "ask its owner to serve this one's model and split"
-        )
 
 
 # What may be sent -----------------------------------------------------------------------------------------------------

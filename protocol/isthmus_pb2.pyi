@@ -193,7 +193,7 @@ class CallId(_message.Message):
     def __init__(self, step: _Optional[int] = ..., call: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("id", "keep", "hidden", "attention_mask", "position_ids", "reply_codec", "sites", "wanted", "lease")
+    __slots__ = ("id", "keep", "hidden", "attention_mask", "position_ids", "reply_codec", "sites", "wanted", "lease", "plan")
     ID_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +203,7 @@ class Forward(_message.Message):
     SITES_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     id: CallId
     keep: bool
     hidden: Tensor
@@ -212,7 +213,8 @@ class Forward(_message.Message):
     sites: int
     wanted: bool
     lease: int
-    def __init__(self, id: _Optional[_Union[CallId, _Mapping]] = ..., keep: bool = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[Tensor, _Mapping]] = ..., reply_codec: _Optional[_Union[Codec, str]] = ..., sites: _Optional[int] = ..., wanted: bool = ..., lease: _Optional[int] = ...) -> None: ...
+    plan: str
+    def __init__(self, id: _Optional[_Union[CallId, _Mapping]] = ..., keep: bool = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[Tensor, _Mapping]] = ..., reply_codec: _Optional[_Union[Codec, str]] = ..., sites: _Optional[int] = ..., wanted: bool = ..., lease: _Optional[int] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("id", "hidden", "compute_ns", "crypto_ns", "queue_ns", "taps")

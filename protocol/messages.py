@@ -60,7 +60,12 @@ from isthmus.protocol.file_messages import (
     PutReply as PutReply,
 )
 from isthmus.protocol.limits import MAX_NAME as MAX_NAME, Size
-from isthmus.protocol.session_info import MAX_INFO as MAX_INFO, SessionInfo as SessionInfo, SpanLimits as SpanLimits
+from isthmus.protocol.session_info import (
+    MAX_INFO as MAX_INFO,
+    PlanText,
+    SessionInfo as SessionInfo,
+    SpanLimits as SpanLimits,
+)
 from isthmus.protocol.session_messages import (
     LINK_BYTES as LINK_BYTES,
     MAX_TEXT as MAX_TEXT,
@@ -170,6 +175,7 @@ class Forward:
         sites: the number of the list of sites that the call visits; 0 for none.
         wanted: whether the backward call will want the gradient of the span's input.
         lease: the number of the leased weights; 0 for none.
+        plan: the split plan of an offered package, whose middle is run in the span's place; None for the span.
     """
 
     id: CallId
@@ -181,6 +187,7 @@ class Forward:
     sites: int = 0
     wanted: bool = True
     lease: int = 0
+    plan: PlanText | None = None
 
     @property
     def inputs(self) -> SpanInputs:
@@ -191,6 +198,8 @@ class Forward:
         """Check that the inputs fit each other, and the call's numbers."""
         self.inputs.check()
         _check_call(self)
+        if self.plan is not None and (self.keep or self.sites):
+            raise MessageError(f"a forward of the split {self.plan} is refused: it keeps nothing and visits no sites")
 
 
 @dataclass(frozen=True, slots=True)

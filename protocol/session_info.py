@@ -14,6 +14,8 @@ MAX_INFO = 16 * KIB
 MAX_INFO_TEXT = 256
 """Most characters of a text of it."""
 
+PlanText = Annotated[str, Text(re.compile(r"[0-9]{1,6}:[0-9]{1,6}"), "two numbers with ':' between are needed")]
+
 
 @dataclass(frozen=True, slots=True)
 class SpanLimits:
@@ -52,7 +54,7 @@ class SessionInfo:
     digest: Annotated[str, Text(re.compile(r"[0-9a-f]{64}"), "64 hexadecimal digits are needed")]
     family: str
     n_layers: int
-    plan: Annotated[str, Text(re.compile(r"[0-9]{1,6}:[0-9]{1,6}"), "two numbers with ':' between are needed")]
+    plan: PlanText
     hidden_size: int
     attn_implementation: str
     span_dtype: str

@@ -136,6 +136,16 @@ class FrozenSpan(nn.Module):
         base._modules = {**self.base._modules, family_of(self.config).layers: nn.ModuleList(layers)}
         return FrozenSpan(base, self.layer_span, self.config, self.hidden_size, self.dtype)
 
+    def part(self, layers: Span) -> FrozenSpan:
+        """A run of the layers, which it shares with this one. Raises PlanError where they are not all here."""
+        if not layers or not self.layer_span.holds(layers):
+            raise PlanError(f"the layers {layers} are not all among {self.layer_span}: choose some of these")
+        base = copy.copy(self.base)
+        base._modules = dict(self.base._modules)
+        first = self.layer_span.start
+        arrange_layers(base, list(self.layers[layers.start - first : layers.stop - first]), tuple(layers), self.config)
+        return FrozenSpan(base, layers, self.config, self.hidden_size, self.dtype)
+
     def forward(
         self,
         hidden: Tensor,

@@ -154,6 +154,7 @@ def served_by(spec: WorkerSpec) -> Served:
         adapters,
         TokenCounts(Path(spec.home) / "token-counts", info.digest, plan),
         {name: _offered(package) for name, package in packages.items()},
+        {str(each.plan): span.part(each.plan.cloud) for each in packages.values() if each.plan != plan},
         spec.sites,
         cache_bytes,
         HashedLater(checkpoint.folder, FileSet.MODEL) if spec.shares_model else None,

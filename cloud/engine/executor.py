@@ -24,7 +24,7 @@ from isthmus.backbone.runtime.sequence_packing import Packer
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_pass import SitedPass
 from isthmus.backbone.sites.site_spec import SiteSpec
-from isthmus.backbone.split.span import SpanInput
+from isthmus.backbone.split.span import FrozenSpan, SpanInput
 from isthmus.cloud.engine.activation_cache import ActivationCache, ActivationsLost, Entry, Graph, Key, Taken
 from isthmus.cloud.engine.call_sites import CallSites
 
@@ -159,6 +159,15 @@ class Executor:
             What `forward` returns, in the calls' order.
         """
         return self._forward(calls, None, keep=keep, wanted=True)
+
+    def forward_part(self, part: FrozenSpan, inputs: SpanInput) -> Forwarded:
+        """Hidden states after a part of the span, by itself; nothing is kept."""
+        own = Entry(self.copy_inputs(inputs), ())
+        try:
+            with torch.inference_mode():
+                return Forwarded(part(own.inputs.hidden, own.inputs.attention_mask, own.inputs.position_ids))
+        finally:
+            own.wipe()
 
     def backward(
         self,

@@ -241,7 +241,7 @@ class SessionCalls:
 
     def _due(self, message: m.Message) -> float | None:
         """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""
-        computed = isinstance(message, m.Decode) or kind_of(message) is not None
+        computed = isinstance(message, m.Forward | m.Backward | m.Decode) and not _has_sites(message)
         if self._session.deadline is None or self._stage is not None or not computed:
             return None
         return self._calls.clock() + self._session.deadline

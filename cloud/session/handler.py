@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from isthmus.backbone.split.span import SpanInput, check_position_ids
+from isthmus.backbone.split.span import FrozenSpan, SpanInput, check_position_ids
 from isthmus.cloud.decoding.decode_calls import CacheIsLost, DecodeCall, Decoding
 from isthmus.cloud.engine.activation_cache import ActivationsLost, Key
 from isthmus.cloud.engine.call_sites import CallSites
@@ -48,7 +48,7 @@ FORWARD, KEPT_FORWARD, BACKWARD = (Kind(name, parallel=True) for name in ("forwa
 
 def kind_of(message: m.Message) -> Kind | None:
     """The kind of a call without sites, with whose calls it may share a pass; None for every other message."""
-    if isinstance(message, m.Forward) and not message.sites and message.wanted:
+    if isinstance(message, m.Forward) and not message.sites and message.wanted and message.plan is None:
         return KEPT_FORWARD if message.keep else FORWARD
     return BACKWARD if isinstance(message, m.Backward) and not message.sites and message.wanted else None
 
@@ -91,25 +91,27 @@ class TenantSession:
         session_id: the session's id, which keys its entries in the activation cache.
         executor: the span that every session of this worker shares.
         stores: make the files that it may fetch.
-        packages: packages whose files it may fetch, by name.
         adapters: the tenant's own adapters.
         calls: runs the calls with sites.
         decoding: what decode calls share.
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch x sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
+        packages: packages whose files it may fetch, by name.
+        middles: their middles, where these are a part of the span, by split plan.
     """
 
     session_id: bytes
     executor: Executor
     stores: Mapping[m.FileSet, Callable[[], FileStore | m.Status]]
-    packages: Mapping[str, OfferedPackage]
     adapters: TenantAdapters
     calls: SiteCalls
     decoding: Decoding
     hidden_size: int
     max_tokens: int
     limits: Limits = DEFAULT_LIMITS
+    packages: Mapping[str, OfferedPackage] = field(default_factory=dict)
+    middles: Mapping[str, FrozenSpan] = field(default_factory=dict)
     _bounds: CallBounds = field(init=False)
 
     def __post_init__(self) -> None:
@@ -256,8 +258,13 @@ class TenantSession:
 
         Raises:
             ConfigError: the model is not made for so long a sequence.
-            ValueError: its shape does not fit, or the call takes too much memory.
+            ValueError: its shape does not fit, the call takes too much memory, or no offered package has its plan.
         """
+        if isinstance(message, m.Forward) and message.plan is not None and message.plan not in self.middles:
+            raise ValueError(
+                f"the cloud offers no package of the split {message.plan} whose middle is a part of its own layers: "
+                "use a package that it offers"
+            )
         if isinstance(message, m.Decode):
             self._bounds.check_shape(message.hidden, before=message.start)
             return
@@ -313,7 +320,9 @@ class TenantSession:
         checked = self.check(message)
         start = time.perf_counter_ns()
         result: Forwarded | Gradients
-        if isinstance(message, m.Forward) and isinstance(checked.call, SpanInput):
+        if isinstance(message, m.Forward) and isinstance(checked.call, SpanInput) and message.plan is not None:
+            result = self.executor.forward_part(self.middles[message.plan], checked.call)
+        elif isinstance(message, m.Forward) and isinstance(checked.call, SpanInput):
             result = self.executor.forward(
                 *checked.key, checked.call, keep=message.keep, sites=sites, wanted=message.wanted
             )

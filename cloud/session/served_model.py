@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from isthmus.backbone.decoding.decode_pass import DecodePass
+from isthmus.backbone.split.span import FrozenSpan
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.decoding.cache_pool import CachePool
 from isthmus.cloud.decoding.decode_calls import Decoding
@@ -33,6 +34,7 @@ class Served:
         adapters: the tenants' adapters.
         tokens: how many tokens were computed for tenants who may have so many in all.
         packages: the packages with emulators that are offered, by name.
+        middles: the layers that these stand for, of each plan that is not the span's own.
         sites: whether edges may have adapters inside the span.
         cache_bytes: budget of the keys and values of all sessions that generate.
         model: makes the files of the whole model, for the cloud's other workers; None where it is not offered to them.
@@ -44,6 +46,7 @@ class Served:
     adapters: AdapterStore
     tokens: TokenCounts
     packages: Mapping[str, OfferedPackage] = field(default_factory=dict)
+    middles: Mapping[str, FrozenSpan] = field(default_factory=dict)
     sites: bool = True
     cache_bytes: int = 1 << 30
     model: Callable[[], FileStore | m.Status] | None = None
@@ -81,11 +84,12 @@ class Served:
             session_id,
             self.executor,
             stores,
-            self.packages,
             self.adapters.of(tenant),
             SiteCalls(lists, threads, batching),
             decoding or self.decoding(),
             self.info.hidden_size,
             self.info.limits.max_tokens_per_call,
             limits,
+            self.packages,
+            self.middles,
         )

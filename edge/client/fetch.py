@@ -119,8 +119,8 @@ def fetch_package(
     listing = _listing(which, cloud, max_bytes)
 
     def weigh() -> Mapping[str, int]:
-        weights = _weights(part, info)  # an emulator is smaller than what it stands for
-        return {EDGE_FILE: weights.edge, EMULATOR_FILE: weights.whole}
+        most = _weights(part, info).whole  # an emulator is smaller than what it stands for, whatever the plan
+        return {EDGE_FILE: most, EMULATOR_FILE: most}
 
     with locked(part):
         if all(_whole(out / entry.name, entry) for entry in listing.entries):
@@ -143,13 +143,19 @@ def fetch_package(
 def _offered(folder: Path, info: m.SessionInfo, signer: Fingerprint) -> Package:
     """The package in a folder, verified, and of what the cloud serves. Raises PackageError, SignerError."""
     package = open_package(folder, signer=signer)
-    if (package.digest, str(package.plan)) != (info.digest, info.plan):
-        raise PackageError(
-            f"the cloud offers a package of {package.model} (digest {package.digest[:16]}) for the plan "
-            f"{package.plan}, but serves {info.model} (digest {info.digest[:16]}) split {info.plan}: ask its "
-            "owner for one of this model"
-        )
+    check_served(package, info)
     return package
+
+
+def check_served(package: Package, info: m.SessionInfo) -> None:
+    """Check that a cloud has the layers that a package's emulator stands for. Raises PackageError."""
+    own = SplitPlan.parse(info.plan, info.n_layers).cloud
+    if package.digest != info.digest or not own.holds(package.plan.cloud):
+        raise PackageError(
+            f"the package is of {package.model} (digest {package.digest[:16]}) split {package.plan}, and the cloud "
+            f"does not have its middle, but serves {info.model} (digest {info.digest[:16]}) split {info.plan}: fetch a "
+            "package that it offers, or ask its owner to serve this one's model and split"
+        )
 
 
 def fetch_adapter(cloud: SessionKeeper, parts: Path, pin: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Path:

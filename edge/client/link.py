@@ -317,9 +317,10 @@ class Link:
         position_ids: Tensor | None,
         *,
         keep: bool,
+        plan: str | None = None,
     ) -> tuple[Tensor, KeptCall]:
         """One forward of the cloud's layers without a model; see `ForwardRequest`."""
-        return self.span.forward(ForwardRequest(SpanInput(hidden, attention_mask, position_ids), keep))
+        return self.span.forward(ForwardRequest(SpanInput(hidden, attention_mask, position_ids), keep, plan=plan))
 
     def backward_span(
         self,

@@ -45,11 +45,13 @@ class ForwardRequest:
         inputs: hidden states, mask and positions.
         keep: whether a backward may follow.
         sites: the adapters inside the span that act; None for none.
+        plan: of a package that the cloud offers, whose middle is run in the span's place; None for the span.
     """
 
     inputs: SpanInput
     keep: bool
     sites: SiteCall | None = None
+    plan: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +272,7 @@ class SpanCalls:
                 sites,
                 wanted,
                 lease,
+                request.plan,
             )
 
         most = body_bytes(codec, hidden.shape) if answerer is None else answerer.forward_bytes(hidden.shape)

@@ -23,7 +23,7 @@ from isthmus.common.errors import LocalProtocolError
 from isthmus.protocol.limits import Buffer, TransferTimeout
 
 MAGIC = b"ISTH"
-VERSION = 12
+VERSION = 13
 TAG = 16
 KEY_BYTES = 32
 

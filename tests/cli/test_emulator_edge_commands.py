@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ import torch
 from support.cloud.clouds import Home, ThreadServer, served
 from support.emulator.packages import tiny_package, tuned
 from support.models.tiny import tiny_checkpoint
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from isthmus.cli.emulator_edge_commands import app
-from isthmus.common.errors import AdapterError, ConfigError, RefusedError
+from isthmus.common.errors import AdapterError, ConfigError, LocalProtocolError, RefusedError
 from isthmus.edge.client.link import Link
 from isthmus.emulator.package.package import Package, open_package
+from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.secure.keys import Fingerprint, load_edge, load_worker
+
+PLANS = {"1:3": (1, 3), "2:1": (2, 5)}
+"""Of packages beside a cloud split 1:1, and the layers of their middles."""
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,52 @@ def test_of_several_packages_one_is_fetched_by_its_name(home: Home, package: Pac
         for tuned_on in (package, other):
             returned = command(server, "return", "--adapter", str(tuned(tuned_on, tmp_path / tuned_on.id, seed=2)))
             assert f"tuned on the package {tuned_on.id[:16]}" in returned.stdout
+
+
+def test_over_a_cloud_of_another_split_the_true_middle_is_a_part_of_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    home, model = Home(tmp_path), tiny_checkpoint("llama", tmp_path / "model")
+    bob = home.new_edge("bob", quota=Quota(max_tokens=30))
+    offered = {plan: tiny_package(tmp_path / plan, model, plan=plan, signer=load_worker(home.folder)) for plan in PLANS}
+    cloud = served(
+        model,
+        tmp_path / "parts",
+        plan="1:1",
+        home=home.folder,
+        emulator={f"p{number}": offered[plan].folder for number, plan in enumerate(PLANS)},
+    )
+    ids = torch.arange(20)[None] % 7
+    with torch.no_grad():
+        states = AutoModelForCausalLM.from_pretrained(model)(ids, output_hidden_states=True).hidden_states
+    with ThreadServer(cloud, home) as server:
+        with server.link() as link:
+            link.open(60)
+            for plan, (start, stop) in PLANS.items():
+                assert torch.equal(link.forward_span(states[start], None, None, keep=False, plan=plan)[0], states[stop])
+                assert not torch.equal(link.forward_span(states[start], None, None, keep=False)[0], states[stop])
+            with pytest.raises(RefusedError, match="no package of the split 2:2"):
+                link.forward_span(states[2], None, None, keep=False, plan="2:2")
+            with pytest.raises(LocalProtocolError, match="keeps nothing"):
+                link.forward_span(states[1], None, None, keep=True, plan="1:3")
+        with server.link(bob) as link:  # whose allowance counts what a part computes, and not what is refused
+            link.open(60)
+            for plan, refused in (("2:2", "no package"), ("1:3", ""), ("1:3", "10 are left")):
+                with pytest.raises(RefusedError, match=refused) if refused else nullcontext():
+                    link.forward_span(states[1], None, None, keep=False, plan=plan)
+
+        out, public = tmp_path / "out", tmp_path / "public.txt"
+        public.write_text("".join(f"{i * i * 37} words about {i}\n" for i in range(200)))
+        assert command(server, "fetch", "--package", "p0", "--out", str(out)).exit_code == 0
+        words = ("--package", str(out), "--text", str(public), "--tokens", "2000", "--block", "50", "--data", "none")
+        fitted = command(server, "fit", *words, "--json")
+        assert fitted.exit_code == 0, fitted.output
+        said = json.loads(fitted.stdout)
+        assert said["error_after"] < said["error_before"]
+        returned = command(server, "return", "--adapter", str(tuned(open_package(out), tmp_path / "adapter")))
+        assert isinstance(returned.exception, RefusedError)
+        assert "split plan '1:3', and this model is split 1:1: return the adapter to" in str(returned.exception)
 
 
 def test_what_cannot_be_returned_has_its_error(server: ThreadServer, adapter: Path, tmp_path: Path) -> None:

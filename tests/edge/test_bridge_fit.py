@@ -296,7 +296,7 @@ def test_a_bridge_that_does_not_help_is_not_kept(fit: Fit, package: Package, mon
 def test_a_package_of_another_cloud_or_signer_asks_nothing(fit: Fit, cloud: MemoryCloud) -> None:
     with pytest.raises(SignerError):
         fit(cloud=f"isthmus://cloud:1#SHA256:{'A' * 43}")
-    cloud.served = with_info(cloud.served, plan=str(SplitPlan(6, 1, 2)))
-    with pytest.raises(PackageError, match=r"serves tiny .* split 1:2"):
+    cloud.served = with_info(cloud.served, plan=str(SplitPlan(6, 3, 2)))
+    with pytest.raises(PackageError, match=r"serves tiny .* split 3:2"):
         fit()
     assert not asked(cloud)

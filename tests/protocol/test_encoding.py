@@ -176,6 +176,7 @@ def _absences(parsed: Any, clear: Callable[[], bytes]) -> Iterator[tuple[str, by
 MAY_BE_ABSENT = {
     *("Forward.attention_mask", "Forward.position_ids", "SpanInputs.attention_mask", "SpanInputs.position_ids"),
     *("Backward.replay", "BackwardReply.gradient", "Status.id", "Attach.account"),
+    *("Forward.plan", "FetchList.package", "Fetch.package"),
 }
 
 

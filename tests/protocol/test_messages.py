@@ -152,6 +152,17 @@ def test_file_names_that_are_needed_are_taken() -> None:
         assert unpack(*packed(fetch)) == fetch
 
 
+def test_a_forward_of_a_part_of_the_span_keeps_nothing_and_visits_no_sites() -> None:
+    part = replace(forward((1, 2, 8)), keep=False, plan="2:6")
+    assert unpack(*packed(part)) == part
+    for wrong in (replace(part, keep=True), replace(part, sites=1)):
+        with pytest.raises(LocalProtocolError, match="keeps nothing and visits no sites"):
+            pack(wrong)
+    for plan in ("", "2", "2:6:1", "-1:2", "1234567:2"):
+        with pytest.raises(MessageError, match="two numbers"):
+            unpack(changed(pack(part)[0], lambda fields, value=plan: setattr(fields, "plan", value)), packed(part)[1])
+
+
 @pytest.mark.parametrize("name", ["", ".", "-a", "a/b", "x" * 33, "a b", "ä"])
 def test_a_name_that_no_package_has_is_refused(name: str) -> None:
     for question in (m.FetchList(m.FileSet.EMULATOR, "a"), m.Fetch(m.FileSet.EMULATOR, "config.json", 0, "a")):

@@ -41,6 +41,24 @@ def test_each_layer_does_what_it_does_alone(checkpoints: Checkpoints, family: st
     assert torch.equal(run_layers(load_layers(folder, layers), hidden_states(), left_padded()), expected)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_a_part_of_a_span_does_what_these_layers_do_alone(checkpoints: Checkpoints, family: str) -> None:
+    span = load_span(checkpoints(family), Span(1, 6))
+    for layers in (Span(1, 4), Span(2, 6), Span(3, 4)):
+        alone = load_span(checkpoints(family), layers)(hidden_states(), left_padded())
+        assert torch.equal(span.part(layers)(hidden_states(), left_padded()), alone)
+        assert not torch.equal(span(hidden_states(), left_padded()), alone)
+    whole = load_span(checkpoints(family), Span(1, 6))(hidden_states(), left_padded())
+    assert torch.equal(span(hidden_states(), left_padded()), whole)  # parts leave it as it is
+
+
+@pytest.mark.parametrize("layers", [Span(0, 3), Span(4, 6), Span(2, 2)])
+def test_a_part_of_other_layers_is_refused(checkpoints: Checkpoints, layers: Span) -> None:
+    with pytest.raises(PlanError, match=f"layers {layers} are not all among 1:5"):
+        load_span(checkpoints("llama"), Span(1, 5)).part(layers)
+
+
 def test_a_layer_that_stands_twice_is_one_module(checkpoints: Checkpoints) -> None:
     base = load_layers(checkpoints("llama"), (2, 2, 4))
     held = distinct_layers(base, (2, 2, 4))

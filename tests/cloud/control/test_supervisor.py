@@ -180,8 +180,8 @@ def test_a_package_is_looked_at_before_anything_is_started(
     package: Package, keys: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(PackageError, match=r"split plan 2:2, but --edge-layers is 1:2"):
-        serving(package, keys, edge_layers="1:2")
+    with pytest.raises(PackageError, match=r"split plan 2:2, whose middle 2:4 is not inside the layers 3:4"):
+        serving(package, keys, edge_layers="3:2")
     other = tiny_checkpoint("llama", tmp_path / "other", seed=3)
     with pytest.raises(PackageError, match=package.digest[:16]):
         serving(package, keys, model=str(other))

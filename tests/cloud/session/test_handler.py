@@ -8,7 +8,9 @@ import pytest
 import torch
 from support.models.tiny import HIDDEN
 from support.protocol.span_messages import backward, forward, hidden, refusal, span_inputs
+from support.protocol.wire import TENANT
 
+from isthmus.backbone.plan import Span
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession, kind_of
@@ -39,6 +41,24 @@ def test_the_answer_uses_the_codec_that_was_asked_for(tenant: TenantSession) -> 
     reply = tenant.handle(forward(span_inputs(), codec=codec_id("int8")))
     assert isinstance(reply, m.ForwardReply)
     assert reply.hidden.codec == codec_id("int8")
+
+
+def test_a_part_of_the_span_is_computed_only_where_an_offered_package_has_it(cloud: Served) -> None:
+    cloud.executor.cache.evict_all()
+    part = cloud.executor.host.span.part(Span(2, 3))
+    session = dataclasses.replace(cloud, middles={"2:3": part}).session(b"s" * 16, TENANT, THREADS)
+    ordinary = forward(span_inputs(mask=(2, 6)), keep=False)
+    asked = dataclasses.replace(ordinary, plan="2:3")
+    reply, whole = session.handle(asked), session.handle(ordinary)
+    assert isinstance(reply, m.ForwardReply)
+    assert isinstance(whole, m.ForwardReply)
+    assert torch.equal(decode(reply.hidden), part(hidden(2, 6, HIDDEN), torch.ones(2, 6, dtype=torch.long)))
+    assert not torch.equal(decode(reply.hidden), decode(whole.hidden))
+    assert kind_of(asked) is None  # it shares no pass with calls of other layers
+    assert not cloud.executor.cache.used
+    assert "no package of the split 3:2" in refusal(session.handle(dataclasses.replace(asked, plan="3:2")))
+    text = refusal(session.handle(dataclasses.replace(forward(span_inputs((5, 13, HIDDEN)), keep=False), plan="2:3")))
+    assert "5 x 13" in text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from support.cloud.clouds import served
 from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.protocol.wire import TENANT
 
+from isthmus.backbone.plan import Span
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.edge_adapters import EdgeAdapters
@@ -35,7 +36,8 @@ def _cloud() -> Served:
     torch.set_num_threads(1)
     folder = scratch()
     cloud = served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=32, stash_bytes=CACHE_BYTES)
-    return replace(cloud, packages={name: OfferedPackage(cloud.parts, name) for name in "ab"})
+    offered = {name: OfferedPackage(cloud.parts, name) for name in "ab"}
+    return replace(cloud, packages=offered, middles={"2:3": cloud.executor.host.span.part(Span(2, 3))})
 
 
 @functools.cache
@@ -121,6 +123,7 @@ def _seeds() -> Iterator[bytes]:
     yield _script(
         m.FetchList(m.FileSet.ADAPTER), m.Fetch(m.FileSet.EMULATOR, "x"), m.Fetch(m.FileSet.PARTS, "x", 1 << 63)
     )
+    yield _script(*(replace(_forward(1, keep=False), plan=plan) for plan in ("2:3", "2:2")))
     yield _script(*(m.FetchList(m.FileSet.EMULATOR, name) for name in (None, "a", "c")))
 
 

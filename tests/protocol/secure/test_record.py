@@ -167,5 +167,5 @@ def test_wipe() -> None:
 def test_the_prefix_has_the_documented_layout() -> None:
     assert PREFIX.size == 34
     (frame,) = message_frames(8)
-    assert struct.unpack("!4sBBIQIHHQ", frame[:34]) == (b"ISTH", 16, 12, 0, 0, 11, 0, 1, 8)
+    assert struct.unpack("!4sBBIQIHHQ", frame[:34]) == (b"ISTH", 16, 13, 0, 0, 11, 0, 1, 8)
     assert len(frame) == PREFIX.size + 11 + TAG + 8 + TAG

@@ -36,6 +36,7 @@ MESSAGES: tuple[m.Message, ...] = (
         for codec in ACTIVATION_CODECS
     ),
     m.Forward(_ID, False, tensor(), None, None, codec_id("fp32"), wanted=False),
+    m.Forward(_ID, False, tensor(), None, None, codec_id("fp32"), plan="2:6"),
     m.Decode(
         _ID,
         3,
@@ -61,6 +62,8 @@ MESSAGES: tuple[m.Message, ...] = (
     m.Fetch(m.FileSet.PARTS, "config.json", 7),
     m.Blob("config.json", 0, 3, _DIGEST, b"{}\n"),
     m.FetchList(m.FileSet.ADAPTER),
+    m.FetchList(m.FileSet.EMULATOR, "fidelity"),
+    m.Fetch(m.FileSet.EMULATOR, "config.json", 7, "fidelity"),
     m.FileList((_ENTRY, m.FileEntry("README.md", 0, _DIGEST))),
     m.Status(m.StatusCode.BAD_REQUEST, _ID, "no such list"),
     m.Status(m.StatusCode.OK, None, ""),

@@ -144,9 +144,9 @@ visits = st.one_of(st.tuples(st.just(0), st.just(0)), st.tuples(u32.filter(bool)
 def forwards(draw: st.DrawFn) -> m.Forward:
     inputs = draw(span_inputs())
     keep, reply, (sites, lease), wanted = draw(st.booleans()), draw(reply_codecs), draw(visits), draw(st.booleans())
-    return m.Forward(
-        draw(call_ids), keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, reply, sites, wanted, lease
-    )
+    plan = None if keep or sites else draw(st.none() | st.from_regex(r"[0-9]{1,6}:[0-9]{1,6}", fullmatch=True))
+    tensors = inputs.hidden, inputs.attention_mask, inputs.position_ids
+    return m.Forward(draw(call_ids), keep, *tensors, reply, sites, wanted, lease, plan)
 
 
 @st.composite
