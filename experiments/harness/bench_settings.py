@@ -42,6 +42,9 @@ class ParitySettings:
 class StepSettings:
     """Compare the time of a split step with that of a single-process PEFT step.
 
+    With --package it also compares a step of `emulator tune` on that package with a step of `edge train`, in the first
+    epoch and later. These are whole runs of the two commands on the same texts, in turns.
+
     Example: isthmus bench step --model smollm2-135m --cloud-dtype bf16 --codec bf16 --json
     """
 
@@ -54,6 +57,8 @@ class StepSettings:
     seq: Annotated[int, Option(min=2, help="Tokens per sequence.")] = 128
     pairs: Annotated[int, Option(min=5, help="Steps of either kind, in turns.")] = 9
     threads: Annotated[int, Option(min=1, help="torch threads on either side and in the single process.")] = 2
+    package: Annotated[Path | None, Option(help="Folder of a package with advice for tuning.")] = None
+    rounds: Annotated[int, Option(min=1, help="With --package: runs of either command.")] = 3
 
 
 @dataclass(frozen=True, slots=True)
