@@ -15,8 +15,11 @@ from support.daemon.jobs.scripted_jobs import SUCCEEDS, WAITS, checkpoint, does,
 from isthmus.common.errors import ConfigError, UnknownModelError
 from isthmus.daemon.disk_room import DiskRoom, NoRoomError
 from isthmus.daemon.jobs import job_runner, job_service
+from isthmus.daemon.jobs.job_runner import JobRunner, Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
-from isthmus.daemon.state.tables import BaseModel, Model, StoredFile
+from isthmus.daemon.jobs.kinds import Work
+from isthmus.daemon.state.tables import BaseModel, Job, Model, StoredFile
+from isthmus.protocol.limits import GIB
 
 pytestmark = pytest.mark.usefixtures("scripted")
 
@@ -201,3 +204,18 @@ def test_what_another_part_has_taken_is_no_room_for_a_job(jobs: Jobs) -> None:
         with pytest.raises(NoRoomError):
             service.create("one", wanted)
     assert service.create("one", wanted).status == "queued"
+
+
+def test_a_package_is_fetched_within_the_room_that_the_home_has(jobs: Jobs) -> None:
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
+    made = service.create("one", NewJob("tune", "tiny", {"data": "file-texts"})).id
+    named = service.create("one", NewJob("tune", "tiny", {"data": "file-texts", "package": "/a/package"})).id
+    jobs.room.most = jobs.room.used() + GIB // 2
+    runner = JobRunner(jobs.settings, jobs.home, jobs.database, jobs.room, Patience())
+    for job_id in (made, named):
+        with jobs.database.session() as session:
+            runner._write_work(session, session.get_one(Job, job_id), jobs.home.job(job_id))
+    offers = Work.read(jobs.home.job(made)).offers
+    assert offers is not None
+    assert (offers[0]["max_fetch_gib"], offers[1]) == (0.5, str(jobs.home.package("main")))
+    assert Work.read(jobs.home.job(named)).offers is None
