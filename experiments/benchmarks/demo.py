@@ -101,7 +101,7 @@ def run_demo(folder: Path, steps: int, threads: int) -> None:
             "the split run and the single-process run differ: please report this, with the numbers above"
         )
 
-    console.rule("6. the same tickets in the private mode: tuned over an emulator, nothing of them sent")
+    console.rule("6. the private mode: the same tickets, over an emulator")
     console.print(
         f"emulator: {KEEP:.0%} of the cloud's layers ({RECIPE}), not distilled; adapters above it. Fetching it took "
         f"{private['came'] / 1e6:.0f} MB"
