@@ -18,6 +18,11 @@ def total_steps(config: TuningConfig, n_examples: int) -> int:
     return config.steps or (config.epochs or 1) * steps_per_epoch(config, n_examples)
 
 
+def sampling_rate(config: TuningConfig, n_examples: int) -> float:
+    """The chance of an example to be in a step, where batches are drawn by chance: as many are in one in the mean."""
+    return min(1.0, config.batch * config.accumulate / n_examples)
+
+
 def epochs_left(config: TuningConfig, n_examples: int, done: int = 0) -> int:
     """Epochs in which the steps after `done` applied ones lie; one that is gone on with counts."""
     total, per_epoch = total_steps(config, n_examples), steps_per_epoch(config, n_examples)

@@ -305,10 +305,12 @@ class Batches:
 
     def epoch(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Micro-batches [start, stop) of `epoch`, to its end by default."""
-        order = self.order(epoch)
-        for index in range(start, len(self) if stop is None else min(stop, len(self))):
-            rows = order[index * self.size : (index + 1) * self.size]
-            yield collate([self.examples[row] for row in rows], self.pad_id)
+        return self.of(self.order(epoch)[start * self.size : (len(self) if stop is None else stop) * self.size])
+
+    def of(self, rows: Sequence[int]) -> Iterator[Batch]:
+        """Micro-batches of the examples with these indices."""
+        for first in range(0, len(rows), self.size):
+            yield collate([self.examples[row] for row in rows[first : first + self.size]], self.pad_id)
 
 
 def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:

@@ -10,14 +10,15 @@ That holds as far as the edge computes the same bits: on one machine, with as ma
 what noise is added to can be others, and the noise the same.
 
 What each process of a run begins to send is counted (`isthmus.edge.run_files.release_log`). Tuning on a package sends
-nothing, so no step is a release but for the adapter that it led to: epochs count once there, however often a process
-makes them, and nothing stands between model and emulator.
+nothing, so no step is a release but for the adapter that it led to: steps count once there, however often a process
+makes them, and nothing stands between model and emulator. Which examples are in a step is drawn from the key, too.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,7 +34,7 @@ from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, write_atomic
 from isthmus.common.ownership import private_folder
 from isthmus.edge.config.defence_config import KEY_FILE
-from isthmus.edge.config.schedule import epochs_left, evaluations_left, steps_per_epoch, total_steps
+from isthmus.edge.config.schedule import epochs_left, evaluations_left, sampling_rate, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TrainConfig, TuneConfig
 from isthmus.edge.data.batches import TrainingData, encode_for, fingerprint
 from isthmus.edge.data.readers import read_examples
@@ -45,7 +46,7 @@ from isthmus.privacy.defences.decoys import Decoys
 from isthmus.privacy.defences.defence import Defence
 from isthmus.privacy.defences.defence_options import Decoys as DecoyOptions, DefenceOptions, DpSgd
 from isthmus.privacy.defences.defended_span import DefendedSpan, SpanFn, build_defences
-from isthmus.privacy.defences.private_gradients import PrivateGradients
+from isthmus.privacy.defences.private_gradients import PrivateGradients, poisson_sample
 from isthmus.privacy.defences.secret_noise import KEY_BYTES, SecretNoise
 from isthmus.privacy.ledger.mode_leaks import LabelPath, label_paths
 
@@ -58,7 +59,7 @@ class DefendedRun:
 
     Args:
         per_epoch: Steps of an epoch.
-        sends: Whether anything is sent.
+        sampled: Where nothing is sent: how many examples there are, and the chance of each to be in a step.
 
     Attributes:
         texts: The defences as options write them.
@@ -76,7 +77,7 @@ class DefendedRun:
         decoys: str | None,
         eval_every: int | None,
         per_epoch: int,
-        sends: bool,
+        sampled: tuple[int, float] | None,
     ) -> None:
         self.texts = [each.text() for each in options]
         self.defences = tuple(defences)
@@ -86,9 +87,12 @@ class DefendedRun:
         self._modules = modules
         self._releases = releases
         self._per_epoch = per_epoch
-        self._sends = sends
+        self._sends = sampled is None
+        self._sampled = sampled
         # What was guaranteed at the start goes by how often held-out texts are sent.
         self._identity = {"key": noise.fingerprint, "decoys": decoys, "eval_every": eval_every}
+        if sampled is not None:
+            self._identity["batches"] = "Poisson"
         self._step = _BEFORE
         self._begun: int | None = None  # the last step that this process has begun
         self._answers = span.answers  # as they were before the step
@@ -134,7 +138,14 @@ class DefendedRun:
         if self._private is None:
             return None
         step = self._step
-        return PrivateGradients(self._private, self._noise, lambda: ("step", step, self._span.answers))
+        expected = None if self._sampled is None else math.prod(self._sampled)
+        return PrivateGradients(self._private, self._noise, lambda: ("step", step, self._span.answers), expected)
+
+    def drawn(self) -> list[int] | None:
+        """The examples of the step that has begun, each drawn by itself; None where they are those of an epoch."""
+        if self._sampled is None:
+            return None
+        return poisson_sample(self._noise, *self._sampled, self._step)
 
     def before_step(self, step: int) -> None:
         """See `StepObserver`."""
@@ -170,7 +181,9 @@ class DefendedRun:
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
-                what = {"key": "key", "decoys": "file of decoys"}.get(name, f"eval_every ({state.get(name)})")
+                what = {"key": "key", "decoys": "file of decoys", "batches": "way to draw batches"}.get(
+                    name, f"eval_every ({state.get(name)})"
+                )
                 raise CheckpointError(
                     f"the run cannot be resumed: its defences had another {what}. Resume with the one that it was "
                     f"started with, or {START_ANEW}."
@@ -230,10 +243,11 @@ def defended_run(
     releases = ReleaseLog(config.out / RELEASES_FILE, noise.fingerprint, options, exposure_after, say)
     per_epoch = steps_per_epoch(config, len(data.train))
     span = DefendedSpan(model, defences, noise, decoys)
-    sends = isinstance(config, TrainConfig)
-    every = config.eval_every if sends else None
-    with span.in_place() if sends else nullcontext():
-        yield DefendedRun(options, span, defences, modules, noise, releases, made_of, every, per_epoch, sends)
+    n = len(data.train)
+    sampled = None if isinstance(config, TrainConfig) else (n, sampling_rate(config, n))
+    every = config.eval_every if sampled is None else None
+    with span.in_place() if sampled is None else nullcontext():
+        yield DefendedRun(options, span, defences, modules, noise, releases, made_of, every, per_epoch, sampled)
 
 
 def read_key(path: Path, *, make: bool) -> bytes:
@@ -281,7 +295,8 @@ def exposure_of(
     mezo = config.optimizer == "mezo"
     lengths = [len(example.input_ids) for example in (*data.train, *data.validation)]
     if isinstance(config, TuneConfig):
-        return Exposure(tokens=max(lengths), forwards=0, backwards=0, held_out=0, steps=epochs, moves=False)
+        steps, rate = total_steps(config, n_examples), sampling_rate(config, n_examples)
+        return Exposure(tokens=max(lengths), forwards=0, backwards=0, held_out=0, steps=steps, moves=False, rate=rate)
     return Exposure(
         tokens=max(lengths),
         forwards=epochs * (2 if mezo else 1),

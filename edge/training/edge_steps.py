@@ -1,8 +1,9 @@
 """The steps of edge training. They know nothing of where the model's middle layers run.
 
-One optimizer step draws `accumulate` micro-batches (fewer at an epoch's end: a step never spans two epochs). The rule
-of `isthmus.edge.training.step_rule` measures and moves. A step's loss is the mean over all its labels, whatever the
-micro-batches' sizes.
+One optimizer step draws `accumulate` micro-batches (fewer at an epoch's end: a step never spans two epochs), or, where
+a defence draws the examples by chance, as many as hold these, perhaps none. The rule of
+`isthmus.edge.training.step_rule` measures and moves. A step's loss is the mean over all its labels, whatever the
+micro-batches' sizes, and 0 without any.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class EdgeSteps(Task):
         self._progress = progress
         self._meter = meter
         self._observers = observers
+        self._defended = defended
         self._draft = draft
         self._listener = listener
         self._save = save
@@ -170,7 +172,9 @@ class EdgeSteps(Task):
             observer.before_step(step)
         epoch, inside = divmod(step - 1, self._per_epoch)
         first = inside * self._config.accumulate
-        self._batches = list(self._train.epoch(epoch, first, first + self._config.accumulate))
+        drawn = None if self._defended is None else self._defended.drawn()
+        of_epoch = self._train.epoch(epoch, first, first + self._config.accumulate)
+        self._batches = list(of_epoch if drawn is None else self._train.of(drawn))
         if self._draft is not None:
             self._draft.begin_step()
         if self._accuracy is not None:

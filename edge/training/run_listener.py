@@ -63,8 +63,8 @@ class TokenAccuracy:
 
     @property
     def value(self) -> float:
-        """Between 0 and 1."""
-        return self._hits / self._labels
+        """Between 0 and 1; 0 of a step without labels."""
+        return self._hits / max(1, self._labels)
 
 
 def accuracy_for(config: TuningConfig) -> TokenAccuracy | None:

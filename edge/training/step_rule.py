@@ -116,7 +116,7 @@ class BatchLoss:
         batches: Sequence[Batch],
         trained: Sequence[nn.Parameter],
     ) -> float:
-        """The same, with a gradient for each example, of which `private` makes the step's."""
+        """The same, with a gradient for each example, of which `private` makes the step's; 0 without examples."""
         total = 0.0
         for example in chain.from_iterable(map(single_examples, batches)):
             own = label_count(example)
@@ -126,7 +126,7 @@ class BatchLoss:
             self._check_stop()
             self._report_logits(example, logits, labels)
             total += value * own / labels
-        _add(trained, private.mean())
+        _add(trained, private.mean(trained))
         return total
 
     def _over_in_flight(

@@ -9,8 +9,14 @@ Each release with Gaussian noise is Gaussian differentially private with μ = se
     a pass forward or backward    T tokens, each moved by at most 2C, under noise σC:  μ² = 4T / σ²
     a step of DP-SGD              a sum moved by at most 2C, under noise σC:           μ² = 4 / σ²
 
-No subsampling is counted: the cloud sees every message, and batches are no Poisson samples. ε follows from μ and δ
-exactly (Balle and Wang 2018), by Google's dp-accounting.
+ε follows from μ and δ exactly (Balle and Wang 2018), by Google's dp-accounting. No subsampling is counted here: the
+cloud sees every message, and batches are those of shuffled epochs.
+
+Where nothing is sent, each example is in a step with a chance q, drawn anew in secret (a Poisson sample). Neighbours
+differ there in whether one example is in the data or left blank, which moves a sum by at most C under noise σC. ε
+follows from Rényi's divergences of the subsampled Gaussian (Mironov, Talwar and Zhang 2019), at whole orders, or
+exactly from μ² = steps / σ², as if each example were in all steps, whichever is less. To replace an example is to blank
+one and fill it: (2ε, (1 + e^ε)δ).
 
 A step that is made again is a further release: where the cloud answers otherwise than before, what is sent has other
 noise. So a run that several processes have made is counted by what each of them has begun to send (`Releases`). The
@@ -25,6 +31,8 @@ from dataclasses import dataclass
 
 from isthmus.common.errors import ConfigError
 from isthmus.privacy.defences.defence_options import DefenceOptions, DpSgd, Gaussian, Guaranteed, TrainedBottleneck
+
+_MISSING = "defences that guarantee an epsilon need dp-accounting: install isthmus[privacy]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +57,10 @@ class Exposure:
         forwards: Passes of a training example up to the cloud's layers.
         backwards: Those whose gradient goes up; 0 where nothing is trained below or in the cloud's layers.
         held_out: Passes of a held-out example, which has no backwards and no steps.
-        steps: Steps that a training example takes part in.
+        steps: Steps that a training example takes part in, or may be drawn for.
         moves: Whether what is sent of an example changes from pass to pass: by what is trained, with gradients or
             without, or by dropout.
+        rate: The chance that it is drawn for a step, where nothing is sent; None where it is in one of each epoch.
     """
 
     tokens: int
@@ -60,6 +69,7 @@ class Exposure:
     held_out: int
     steps: int
     moves: bool
+    rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +103,17 @@ def guarantee(defences: Sequence[DefenceOptions], exposure: Exposure) -> Guarant
     if len(deltas) > 1:
         raise ConfigError(f"defences have delta {' and '.join(map(str, sorted(deltas)))}: give all the same")
     (delta,) = deltas
+    if private is not None and exposure.rate is not None:
+        of = (
+            "the adapters, of each example, in the data or not; nothing is sent, only this run counts, and batches are "
+            f"Poisson samples of rate {exposure.rate:.3g}, whose amplification is counted"
+        )
+        return Guarantee(sampled_epsilon(private.sigma, exposure.rate, exposure.steps, delta), delta, of)
     steps = 0.0 if private is None else exposure.steps * 4 / private.sigma**2
     if not messages:
-        messages_too = "the messages have none" if exposure.forwards else "nothing is sent, and only this run counts"
-        return Guarantee(epsilon(math.sqrt(steps), delta), delta, f"the adapters, of each example; {messages_too}")
+        return Guarantee(
+            epsilon(math.sqrt(steps), delta), delta, "the adapters, of each example; the messages have none"
+        )
     gap = _gap(messages, exposure)
     if gap is not None:
         return Guarantee(None, None, gap)
@@ -123,8 +140,25 @@ def epsilon(mu: float, delta: float) -> float:
     try:
         from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
     except ImportError:
-        raise ConfigError("defences that guarantee an epsilon need dp-accounting: install isthmus[privacy]") from None
+        raise ConfigError(_MISSING) from None
     return float(get_epsilon_gaussian(1 / mu, delta)) if mu else 0.0
+
+
+def sampled_epsilon(sigma: float, rate: float, steps: int, delta: float) -> float:
+    """The ε of steps of DP-SGD on Poisson samples; see the top of the file.
+
+    Raises:
+        ConfigError: dp-accounting is not installed.
+    """
+    try:
+        from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+        from dp_accounting.rdp import RdpAccountant
+    except ImportError:
+        raise ConfigError(_MISSING) from None
+    # Whole orders have a closed form; fractional ones a series that may not converge.
+    accountant = RdpAccountant([*range(2, 64), *range(64, 1025, 16)], NeighboringRelation.REPLACE_SPECIAL)
+    accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), steps)
+    return min(float(accountant.get_epsilon(delta)), epsilon(math.sqrt(steps) / sigma, delta))
 
 
 def _gap(messages: Sequence[DefenceOptions], exposure: Exposure) -> str | None:

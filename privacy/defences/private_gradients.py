@@ -7,8 +7,12 @@ Claims: the adapters after every step, and so the one that is returned, are (ε,
 example. An example is in one step of each epoch, whose sum it changes by at most 2C where another takes its place.
 Batches are those of a shuffled epoch and no Poisson samples, so nothing is gained by subsampling; the accountant
 counts epochs, and one that several processes of the run have begun as often. A step that is made again has the same
-noise where the cloud answers the same, and other noise where it does not. In `emulator tune` there is no cloud: epochs
-count once, and a step that is made again has the same noise.
+noise where the cloud answers the same, and other noise where it does not.
+
+In `emulator tune` there is no cloud. Batches are Poisson samples there: each example is in a step with the same chance,
+whatever else is in it, by draws from the run's secret key. The sum is divided by how many are expected, and a step
+without any is noise alone. The accountant counts the amplification. A step that is made again has the same examples and
+the same noise, and counts once.
 
 Not claimed: anything about messages. What the cloud sees of an example while it is trained on is not less for it;
 with `gaussian` beside it, the claims add up to one about everything.
@@ -35,12 +39,21 @@ class PrivateGradients:
     Args:
         turn: Which step of the run it is, and what the cloud has answered until then: no other one has the same. It is
             asked when the noise is drawn, after the step's answers.
+        expected: How many examples a step has in the mean, where they are drawn by chance; None where it has a number
+            that everybody may know.
     """
 
-    def __init__(self, options: DpSgd, noise: SecretNoise, turn: Callable[[], tuple[Label, ...]]) -> None:
+    def __init__(
+        self,
+        options: DpSgd,
+        noise: SecretNoise,
+        turn: Callable[[], tuple[Label, ...]],
+        expected: float | None = None,
+    ) -> None:
         self._options = options
         self._noise = noise
         self._turn = turn
+        self._expected = expected
         self._sums: list[Tensor] = []
         self._examples = 0
 
@@ -52,11 +65,22 @@ class PrivateGradients:
         self._sums = [sum_ + part for sum_, part in zip(self._sums, scaled, strict=True)] if self._sums else scaled
         self._examples += 1
 
-    def mean(self) -> list[Tensor]:
-        """The noisy mean over the step's examples, of which there is at least one."""
+    def mean(self, parameters: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The noisy mean over the step's examples.
+
+        Args:
+            parameters: What the gradients are of; needed where the step may have no example.
+        """
         deviation, turn = self._options.sigma * self._options.clip, self._turn()
+        sums = self._sums or [torch.zeros_like(parameter) for parameter in parameters]
         noisy = [
             total + deviation * self._noise.normal(tuple(total.shape), "dp-sgd", index, *turn).to(total)
-            for index, total in enumerate(self._sums)
+            for index, total in enumerate(sums)
         ]
-        return [torch.div(total, self._examples) for total in noisy]
+        return [torch.div(total, self._expected or self._examples) for total in noisy]
+
+
+def poisson_sample(noise: SecretNoise, count: int, rate: float, step: int) -> list[int]:
+    """Which of `count` examples are in a step: each with the chance `rate`, by itself."""
+    chosen: list[int] = (noise.uniform(count, "sample", step) < rate).nonzero().flatten().tolist()
+    return chosen

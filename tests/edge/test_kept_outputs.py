@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.edge import emulator_run
 from isthmus.edge.config.settings import MOST_WIDTH
 from isthmus.edge.config.training_config import TuneConfig, load_config
+from isthmus.edge.data.batches import Batch
 from isthmus.edge.emulator_run import KEPT, run_tuning
 from isthmus.edge.span_cache.cache_check import fingerprint
 from isthmus.edge.training import methods
+from isthmus.edge.training.defended_run import DefendedRun
+from isthmus.edge.training.step_rule import BatchLoss
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.package.intake import check_adapter
 from isthmus.emulator.package.manifest import Tuning
 from isthmus.emulator.package.package import Package
-from isthmus.privacy.defences.accountant import epsilon
+from isthmus.privacy.defences.accountant import epsilon, sampled_epsilon
 from isthmus.privacy.defences.private_gradients import PrivateGradients
 from isthmus.training.run_checkpoint import load
 
@@ -327,15 +330,18 @@ def test_dp_sgd_takes_examples_one_by_one_and_says_what_it_guarantees(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drawn: list[list[int] | None] = []
     added: list[int] = []
-    add = PrivateGradients.add
+    draw, add = DefendedRun.drawn, PrivateGradients.add
+    monkeypatch.setattr(DefendedRun, "drawn", lambda self: (drawn.append(draw(self)), drawn[-1])[1])
     monkeypatch.setattr(PrivateGradients, "add", lambda self, found: (added.append(len(found)), add(self, found))[1])
     report = run_tuning(config(packages(), data, tmp_path / "run", **PRIVATE, defence_key=key))
-    assert len(added) == 2 * TRAINED
-    assert rows == [1] * TEXTS
-    # Each example is in one step of each of two epochs, and sampling is not counted.
-    assert report.epsilon == pytest.approx(epsilon(math.sqrt(2 * 4 / 2**2), 1e-5))
-    of = "of the adapters, of each example; nothing is sent, and only this run counts"
+    assert rows == [1] * len(rows)
+    assert len(added) == sum(len(each or ()) for each in drawn)
+    first, drawn[:] = list(drawn), []
+    assert report.epsilon == sampled_epsilon(2, 3 / TRAINED, 6, 1e-5) < epsilon(math.sqrt(6) / 2, 1e-5)
+    of = "of the adapters, of each example, in the data or not; nothing is sent, only this run counts, and batches are "
+    of += "Poisson samples of rate 0.375, whose amplification is counted"
     said = f"epsilon {report.epsilon:.3g} at delta 1e-05, {of}"
     assert f"differential privacy: {said}" in capsys.readouterr().err
     assert said in report.lines(tmp_path)
@@ -347,6 +353,8 @@ def test_dp_sgd_takes_examples_one_by_one_and_says_what_it_guarantees(
 
     run_tuning(config(packages(), data, tmp_path / "again", **PRIVATE, defence_key=key, keep_outputs_gib=0))
     assert_same_run(tmp_path / "run", tmp_path / "again")
+    assert len(drawn) == report.steps == 6
+    assert drawn == first
     assert adapter_digest(folder) == adapter_digest(tmp_path / "again" / "adapter")
     first = {**PRIVATE, "epochs": None, "steps": 1, "schedule": "constant"}
     for name, more in (("ours", {"defence_key": key}), ("other", {})):
@@ -380,7 +388,29 @@ def test_dp_sgd_below_the_emulator_and_by_other_methods(
     report = run_tuning(
         config(packages(below=True), data, tmp_path / "run", **PRIVATE | values | {"epochs": 1, "batch": 8})
     )
-    assert report.epsilon == pytest.approx(epsilon(1, 1e-5))
+    assert report.epsilon == pytest.approx(epsilon(1 / 2, 1e-5))  # all of 8 are in the one step
+
+
+def test_a_step_has_all_that_are_drawn_or_noise_alone(
+    packages: Callable[..., Package], data: Path, tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = iter([[0, 2, 3, 5, 7], [], [4]])
+    monkeypatch.setattr(DefendedRun, "drawn", lambda _: next(drawn))
+    sizes: list[list[int]] = []
+    over = BatchLoss.over
+
+    def noted(self: BatchLoss, step: int, batches: Sequence[Batch], *rest: Any) -> float:
+        sizes.append([len(batch["input_ids"]) for batch in batches])
+        return over(self, step, batches, *rest)
+
+    monkeypatch.setattr(BatchLoss, "over", noted)
+    options = {**PRIVATE, "epochs": None, "steps": 3, "batch": 2, "defence_key": key}
+    report = run_tuning(config(packages(), data, tmp_path / "run", **options))
+    assert sizes == [[2, 2, 1], [], [1]]
+    assert report.epsilon == sampled_epsilon(2, 2 / TRAINED, 3, 1e-5)
+    _, empty, _ = losses(tmp_path / "run")
+    assert (empty["loss"], empty["tokens"]) == (0, 0)
+    assert empty["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(

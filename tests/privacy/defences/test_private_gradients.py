@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isthmus.privacy.defences.defence_options import DpSgd
-from isthmus.privacy.defences.private_gradients import PrivateGradients
+from isthmus.privacy.defences.private_gradients import PrivateGradients, poisson_sample
 from isthmus.privacy.defences.secret_noise import SecretNoise
 
 
@@ -45,6 +45,19 @@ def test_small_gradients_are_averaged_as_they_are(noise: SecretNoise) -> None:
     assert found[0] == pytest.approx(0.75)
 
 
+def test_drawn_examples_are_divided_by_how_many_are_expected(noise: SecretNoise) -> None:
+    private = PrivateGradients(DpSgd(clip=2.0, sigma=1e-12), noise, lambda: ("step", 1), expected=2.5)
+    private.add([torch.tensor([1.0])])
+    assert private.mean()[0] == pytest.approx(0.4)
+
+
+def test_a_step_without_examples_is_noise_alone(noise: SecretNoise) -> None:
+    private = PrivateGradients(DpSgd(clip=2.0, sigma=3.0), noise, lambda: ("step", 1), expected=4)
+    like = [torch.ones(300, 40), torch.ones(200)]
+    of_zeros = mean(noise, 3.0, [[torch.zeros_like(each) for each in like]] * 4)
+    assert all(torch.equal(*pair) for pair in zip(private.mean(like), of_zeros, strict=True))
+
+
 def test_the_noise_follows_from_what_was_answered_until_it_is_drawn(noise: SecretNoise) -> None:
     def drawn(answer: bytes) -> Tensor:
         answers = [b""]
@@ -55,3 +68,19 @@ def test_the_noise_follows_from_what_was_answered_until_it_is_drawn(noise: Secre
 
     assert torch.equal(drawn(b"one"), drawn(b"one"))
     assert not torch.equal(drawn(b"one"), drawn(b"other"))
+
+
+def test_each_example_is_drawn_by_itself(noise: SecretNoise) -> None:
+    steps = [poisson_sample(noise, 8, 0.25, step) for step in range(1, 401)]
+    assert steps == [poisson_sample(noise, 8, 0.25, step) for step in range(1, 401)]
+    assert {len(each) for each in steps} >= {0, 1, 2, 3, 4}
+    drawn = torch.zeros(400, 8)
+    for row, each in zip(drawn, steps, strict=True):
+        row[each] = 1
+    assert drawn.mean(0) == pytest.approx(0.25, abs=0.08)
+    # A binomial's variance; batches of a fixed size have none.
+    assert float(drawn.sum(1).var()) == pytest.approx(8 * 0.25 * 0.75, rel=0.25)
+    assert float(torch.corrcoef(drawn.T).fill_diagonal_(0).abs().max()) < 0.2
+    assert poisson_sample(noise, 8, 1.0, 1) == list(range(8))
+    other = SecretNoise(bytes(32))
+    assert steps != [poisson_sample(other, 8, 0.25, step) for step in range(1, 401)]
