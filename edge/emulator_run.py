@@ -71,13 +71,33 @@ def run_tuning(
     use_threads(config.threads)
     wanted = config.signer_text()
     package = open_package(config.package, signer=None if wanted is None else Fingerprint.parse(wanted))
-    say = say or partial(Console(stderr=True, highlight=False).print, soft_wrap=True, markup=False)
+    say = say or _printed()
     if wanted is None:
         say(f"The package is signed by {package.signer}; --signer insists on it.")
+    tokenizer = package.load_tokenizer()
+    _, report = tune(package, load_data(config, tokenizer), config, tokenizer, listener, say)
+    return report
+
+
+def tune(
+    package: Package,
+    data: TrainingData,
+    config: TuneConfig,
+    tokenizer: Any,
+    listener: RunListener | None = None,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Any, Report]:
+    """The same on data that are read already.
+
+    Returns:
+        The edge's model over the emulator with what was trained, and the report.
+
+    Raises:
+        IsthmusError: See `run_tuning`.
+    """
+    say = say or _printed()
     if package.bridge_file.exists():
         say(f"Using your own bridge: {package.bridge_file}")
-    tokenizer = package.load_tokenizer()
-    data = load_data(config, tokenizer)
     model = package.load_model().to(device_of(config.device))
     config, taken = _as_advised(config, package, model)
     if taken:
@@ -107,7 +127,11 @@ def run_tuning(
             defended=defended,
             within=_kept_outputs(tuned, package, data, config, progress.message),
         )
-        return trainer.fit().report
+        return tuned, trainer.fit().report
+
+
+def _printed() -> Callable[[str], None]:
+    return partial(Console(stderr=True, highlight=False).print, soft_wrap=True, markup=False)
 
 
 def _as_advised(config: TuneConfig, package: Package, model: Any) -> tuple[TuneConfig, str]:

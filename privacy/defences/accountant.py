@@ -156,9 +156,24 @@ def sampled_epsilon(sigma: float, rate: float, steps: int, delta: float) -> floa
     except ImportError:
         raise ConfigError(_MISSING) from None
     # Whole orders have a closed form; fractional ones a series that may not converge.
-    accountant = RdpAccountant([*range(2, 64), *range(64, 1025, 16)], NeighboringRelation.REPLACE_SPECIAL)
+    accountant = RdpAccountant([*range(2, 33), 40, 48, 64, 96, 128, 256, 512], NeighboringRelation.REPLACE_SPECIAL)
     accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), steps)
     return min(float(accountant.get_epsilon(delta)), epsilon(math.sqrt(steps) / sigma, delta))
+
+
+def sigma_for(wanted: float, rate: float, steps: int, delta: float) -> float:
+    """The least `sigma` of DP-SGD, in 0.0001, with which `sampled_epsilon` is `wanted` at most.
+
+    Raises:
+        ConfigError: dp-accounting is not installed, or there is none below 10,000.
+    """
+    low, high = 0.05, 1e4
+    if sampled_epsilon(high, rate, steps, delta) > wanted:
+        raise ConfigError(f"epsilon {wanted:g} at delta {delta:g} needs a sigma above {high:g}: give a larger epsilon")
+    for _ in range(24):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if sampled_epsilon(middle, rate, steps, delta) <= wanted else (middle, high)
+    return math.ceil(high * 1e4) / 1e4
 
 
 def _gap(messages: Sequence[DefenceOptions], exposure: Exposure) -> str | None:

@@ -9,12 +9,13 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.errors import ConfigError
+from isthmus.emulator.package.package import open_package
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import working_folder
@@ -25,9 +26,11 @@ from isthmus.experiments.leak.weights.package_thief import PackageThiefSettings,
 from isthmus.experiments.leak.weights.span_theft import TheftSettings, measure_theft
 from isthmus.privacy.measures.bootstrap import Interval
 
-_NO_PART_OF_A_RESULT = ("data_folder", "text", "threads")
+N = TypeVar("N", int, float)
+
+_NO_PART_OF_A_RESULT = ("data_folder", "text", "threads", "package")
 """Settings that do not say what was measured, or say it with paths of this machine."""
-VERSION = 2
+VERSION = 3
 """Of what a part's result holds, raised where that changes: results that an earlier one has left are made anew."""
 
 
@@ -53,6 +56,8 @@ def run_leak_weights(settings: LeakWeightsSettings) -> dict[str, Any]:
         about = {name: value for name, value in asdict(own).items() if name not in _NO_PART_OF_A_RESULT}
         # Through JSON's lists, so that a result is the same whether it was measured now or is taken from the file.
         about = {name: list(value) if isinstance(value, tuple) else value for name, value in about.items()}
+        if isinstance(own, MembershipSettings) and own.package is not None:
+            about["package"] = open_package(own.package).emulator_name
         key = {**about, "digest": digest, "version": VERSION}
         with working_folder() as folder:
             found = cells.get(part, key, lambda: _plain(asdict(measure(folder))))  # noqa: B023
@@ -70,7 +75,8 @@ def _work(settings: LeakWeightsSettings) -> dict[str, Work]:
     membership = MembershipSettings(
         **common,
         **{name: getattr(settings, name) for name in ("members", "others", "epochs", "batch", "rank")},
-        **{name: getattr(settings, name) for name in ("learning_rate", "defence", "defended_rate")},
+        **{name: getattr(settings, name) for name in ("learning_rate", "defence", "defended_rate", "package")},
+        epsilons=_numbers("epsilons", settings.epsilons, float) if settings.epsilons else (),
     )
     extraction = ExtractionSettings(
         **common,
@@ -80,7 +86,7 @@ def _work(settings: LeakWeightsSettings) -> dict[str, Work]:
         codec=settings.site_codec,
     )
     theft = TheftSettings(
-        **common, calls=_budgets(settings.calls), held_out=settings.held_out, steps=settings.theft_steps
+        **common, calls=_numbers("calls", settings.calls, int), held_out=settings.held_out, steps=settings.theft_steps
     )
     package = PackageThiefSettings(
         model=settings.model,
@@ -103,11 +109,11 @@ def _work(settings: LeakWeightsSettings) -> dict[str, Work]:
     }
 
 
-def _budgets(text: str) -> tuple[int, ...]:
+def _numbers(flag: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--calls {text!r} is no list of numbers: write 0,50,300 for example") from None
+        raise ConfigError(f"--{flag} {text!r} is no list of numbers: write 0,50,300 for example") from None
 
 
 def _plain(value: Any) -> Any:
@@ -135,9 +141,10 @@ def _show_membership(found: Mapping[str, Any]) -> None:
         print(line("", "AUC", "found at 1 % false"))
         for each in run["attacks"]:
             print(line(f"    {each['attack']}", _interval(each["auc"]), _interval(each["true_positive_rate"])))
+        print(line("    control, no members", _interval(run["control"]), ""))
         if run["most_true_positives"] < 1:
             print(line("    allowed", "", f"{run['most_true_positives']:.3f} at most"))
-    print(f"  untuned: loss {_interval(found['untuned_loss'])}; defended over undefended {found['loss_ratio']:.3f}")
+    print(f"  untuned: loss {_interval(found['untuned_loss'])}; last over first {found['loss_ratio']:.3f}")
 
 
 def _show_extraction(found: Mapping[str, Any]) -> None:

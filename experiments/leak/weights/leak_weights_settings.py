@@ -50,6 +50,17 @@ class LeakWeightsSettings:
         str, Option(help="Of a second adapter, to compare: NAME:PARAMETER=VALUE,…, as for `edge train`.")
     ] = "dp-sgd:clip=1,sigma=4"
     defended_rate: Annotated[float, Option(min=0, help="Peak rate of the adapter with the defence.")] = 1e-3
+    package: Annotated[
+        Path | None,
+        Option(
+            help="For membership: tune over this package's emulator, as `emulator tune` does, and attack the adapter "
+            "in the model."
+        ),
+    ] = None
+    epsilons: Annotated[
+        str,
+        Option(help="With --package, comma-separated: an adapter for each, with the sigma of dp-sgd that gives it."),
+    ] = ""
     rank: Annotated[int, Option(min=1, help="Rank of LoRA, in both and at sites.")] = 8
     sites: Annotated[str, Option(help="Sites of the recorded run, as for `edge train`.")] = "all"
     site_steps: Annotated[int, Option(min=2, help="Optimizer steps of the recorded run.")] = 3

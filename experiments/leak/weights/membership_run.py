@@ -1,8 +1,9 @@
 """Membership inference on returned adapters: what an adapter says of who was in its data, with and without DP-SGD.
 
-The same LoRA is trained twice on the members, without a defence and with one, and by the attacker on as many other
-texts each time, in the same way. Members, non-members and the attacker's texts are drawn alike, each with a prompt of
-its own. The loss on the non-members, on which nothing was trained, is the price.
+The same LoRA is trained on the members without a defence and with one or several, and by the attacker on as many other
+texts each time, in the same way: by split training, or over a package's emulator. Then the model that is attacked has
+the adapter in its true middle. Members, non-members and the attacker's texts are drawn alike, each with a prompt of its
+own. The loss on the non-members, on which nothing was trained, is the price.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from torch import Tensor
 
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import use_threads
-from isthmus.edge.config.training_config import TrainConfig, load_config
+from isthmus.edge.config.schedule import sampling_rate, total_steps
+from isthmus.edge.config.training_config import TrainConfig, TuneConfig, load_config
 from isthmus.edge.data.batches import Encoded
 from isthmus.experiments.harness.launch import write_key
-from isthmus.experiments.leak.weights.local_split import LocalSplit
+from isthmus.experiments.leak.weights.local_split import LocalEmulator, LocalSplit
 from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
 from isthmus.privacy.attacks.weights.membership_scores import (
     CalibratedMembership,
     Candidate,
     LossMembership,
 )
-from isthmus.privacy.defences.accountant import Guarantee
+from isthmus.privacy.defences.accountant import Guarantee, sigma_for
+from isthmus.privacy.defences.defence_options import DpSgd, read_defence
 from isthmus.privacy.measures.bootstrap import Interval, mean_interval
 from isthmus.privacy.measures.membership import membership_auc, membership_interval, true_positive_rate
 
@@ -50,6 +53,9 @@ class MembershipSettings:
         batch: Texts of a step.
         learning_rate: Peak of AdamW's rate, without a defence.
         defence: As `--defence`.
+        package: The folder of a package to tune over; None for split training. Its split is taken, and its owner's
+            advice where nothing is said here.
+        epsilons: Instead of one run with `defence`, dp-sgd, one for each, with the `sigma` that gives it.
         defended_rate: Peak of AdamW's rate, with it.
         seed: Of the draw, the training and the defence's noise.
         threads: Threads of torch; None for torch's choice.
@@ -67,6 +73,8 @@ class MembershipSettings:
     learning_rate: float = 3e-3
     defence: str = "dp-sgd:clip=1,sigma=4"
     defended_rate: float = 1e-3
+    package: Path | None = None
+    epsilons: tuple[float, ...] = ()
     seed: int = 0
     threads: int | None = None
 
@@ -97,6 +105,8 @@ class MembershipRun:
         loss: Mean loss of the others in nats a token, the price.
         member_loss: The same of the members.
         attacks: By attack.
+        control: The AUC of the attack by a reference that was tuned alike where as many of the others stand for the
+            members: 0.5, but for chance.
     """
 
     defence: str | None
@@ -107,25 +117,26 @@ class MembershipRun:
     loss: Interval
     member_loss: Interval
     attacks: tuple[AttackedMembership, ...]
+    control: Interval
 
 
 @dataclass(frozen=True, slots=True)
 class MembershipResult:
-    """Membership inference without a defence and with one.
+    """Membership inference without a defence and with one or several.
 
     Attributes:
         members, others: How many texts there were of each.
         steps: Optimizer steps of each run.
         untuned_loss: Mean loss of the others without an adapter.
-        runs: Without the defence, and with it.
-        loss_ratio: The defended run's loss over the other's.
+        runs: Without a defence, and with each.
+        loss_ratio: The last run's loss over the first's.
     """
 
     members: int
     others: int
     steps: int
     untuned_loss: Interval
-    runs: tuple[MembershipRun, MembershipRun]
+    runs: tuple[MembershipRun, ...]
     loss_ratio: float
 
 
@@ -140,48 +151,63 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
         DataError: The data are missing or too few.
         IsthmusError: What a training run raises.
     """
-    if settings.members < 2 or settings.others < 1 / FALSE_POSITIVES:
+    if settings.members < 2 or settings.others < settings.members or settings.others < 1 / FALSE_POSITIVES:
         raise ConfigError(
             f"members = {settings.members} and others = {settings.others} are too few: give 2 and "
-            f"{math.ceil(1 / FALSE_POSITIVES)} or more"
+            f"{math.ceil(1 / FALSE_POSITIVES)} or more, and as many others as members"
         )
     attacker = replace(settings, seed=settings.seed + 1)
-    configs = [_config(settings, folder / "owner", defence) for defence in (None, settings.defence)]
-    attackers = [_config(attacker, folder / "attacker", defence) for defence in (None, settings.defence)]
+    defences = [None, *_defences(settings)]
+    configs = [_config(settings, folder / f"owner-{at}", defence) for at, defence in enumerate(defences)]
+    attackers = [_config(attacker, folder / f"attacker-{at}", defence) for at, defence in enumerate(defences)]
     use_threads(settings.threads)
-    split = LocalSplit(settings.model, settings.edge_layers)
+    if settings.package is None:
+        split = LocalSplit(settings.model, settings.edge_layers)
+    else:
+        split = LocalEmulator(settings.model, settings.package)
     n = settings.members
     count = n + settings.others
     texts = distinct_texts(settings.task, settings.data_folder, split.tokenizer, count + n, seed=settings.seed)
     members, public = texts[:n], texts[count:]
     candidates = [_candidate(text) for text in texts[:count]]
     before = LossMembership(split.edge()).scores(candidates)
-    plain, alike = (LossMembership(split.train(public, config)[0]).scores(candidates) for config in attackers)
-    references = (
-        {CalibratedMembership.name: before, REFERENCE: plain},
-        {CalibratedMembership.name: before, REFERENCE: alike, UNDEFENDED_REFERENCE: plain},
-    )
+    plain, *alike = (LossMembership(split.train(public, config)[0]).scores(candidates) for config in attackers)
+    references = [{CalibratedMembership.name: before, REFERENCE: plain}]
+    references += [{CalibratedMembership.name: before, REFERENCE: each, UNDEFENDED_REFERENCE: plain} for each in alike]
     runs = []
     for config, compared in zip(configs, references, strict=True):
         tuned, promised = split.train(members, config)
         runs.append(_run(config, promised, compared, LossMembership(tuned).scores(candidates), n))
-    undefended, defended = runs
     return MembershipResult(
         n,
         settings.others,
         settings.epochs * math.ceil(n / settings.batch),
         mean_interval(-before[n:]),
-        (undefended, defended),
-        defended.loss.value / undefended.loss.value,
+        tuple(runs),
+        runs[-1].loss.value / runs[0].loss.value,
     )
 
 
-def _config(settings: MembershipSettings, folder: Path, defence: str | None) -> TrainConfig:
+def _defences(settings: MembershipSettings) -> list[str]:
+    """What the defended runs have."""
+    if not settings.epsilons:
+        return [settings.defence]
+    options = read_defence(settings.defence)
+    if settings.package is None or not isinstance(options, DpSgd):
+        raise ConfigError(
+            f"epsilons {settings.epsilons} choose sigma of dp-sgd over a package: give --package, and --defence dp-sgd"
+        )
+    run, n = _config(settings, Path("-"), None), settings.members
+    rate, steps = sampling_rate(run, n), total_steps(run, n)
+    sigmas = (sigma_for(each, rate, steps, options.delta) for each in settings.epsilons)
+    return [options.model_copy(update={"sigma": sigma}).text() for sigma in sigmas]
+
+
+def _config(settings: MembershipSettings, folder: Path, defence: str | None) -> TrainConfig | TuneConfig:
     options: dict[str, Any] = {
-        "cloud": "-",
         "data": settings.task,
         "validation_split": 0.0,
-        "out": folder / ("undefended" if defence is None else "defended"),
+        "out": folder / "run",
         "save_every": 1_000_000,
         "keep_checkpoints": 1,
         **{name: getattr(settings, name) for name in ("epochs", "batch", "rank", "seed", "threads", "learning_rate")},
@@ -190,7 +216,9 @@ def _config(settings: MembershipSettings, folder: Path, defence: str | None) -> 
         folder.mkdir(parents=True, exist_ok=True)
         key = write_key(folder / "key", settings.seed)
         options |= {"defence": (defence,), "defence_key": key, "learning_rate": settings.defended_rate}
-    return load_config(None, options)
+    if settings.package is not None:
+        return load_config(None, options | {"package": settings.package}, TuneConfig)
+    return load_config(None, options | {"cloud": "-"})
 
 
 def _candidate(text: Encoded) -> Candidate:
@@ -198,7 +226,11 @@ def _candidate(text: Encoded) -> Candidate:
 
 
 def _run(
-    config: TrainConfig, promised: Guarantee | None, references: Mapping[str, Tensor], after: Tensor, members: int
+    config: TrainConfig | TuneConfig,
+    promised: Guarantee | None,
+    references: Mapping[str, Tensor],
+    after: Tensor,
+    members: int,
 ) -> MembershipRun:
     """One adapter's figures, from all texts' scores by the attacks' references and by the attacked model."""
     scores = {LossMembership.name: after}
@@ -213,6 +245,7 @@ def _run(
         loss=mean_interval(-after[members:]),
         member_loss=mean_interval(-after[:members]),
         attacks=tuple(_attacked(name, each[:members], each[members:]) for name, each in scores.items()),
+        control=membership_interval(membership_auc, *scores[REFERENCE][members:].tensor_split([members])),
     )
 
 

@@ -89,8 +89,8 @@ def test_settings_that_make_no_sense_are_refused_before_the_work(tmp_path: Path,
 
 
 def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    run = MembershipRun(None, None, None, None, 1.0, SOME, SOME, ATTACKED)
-    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, PROMISED, 0.7654, SOME, SOME, ATTACKED)
+    run = MembershipRun(None, None, None, None, 1.0, SOME, SOME, ATTACKED, SOME)
+    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, PROMISED, 0.7654, SOME, SOME, ATTACKED, SOME)
     results = {
         "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),

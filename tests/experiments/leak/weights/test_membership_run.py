@@ -10,14 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cloud.train_runs import cloud_for_runs
+from support.emulator.packages import tiny_package
 from support.models.tiny import tiny_checkpoint
 from support.privacy.distinct_texts import distinct_task
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.config.training_config import TrainConfig, TuneConfig
 from isthmus.edge.data.batches import Encoded, load_data
-from isthmus.experiments.leak.weights.local_split import LocalSplit
+from isthmus.edge.span_cache.cache_check import edge_model
+from isthmus.edge.training import methods
+from isthmus.emulator.package.manifest import Tuning
+from isthmus.experiments.leak.weights.local_split import LocalEmulator, LocalSplit
 from isthmus.experiments.leak.weights.membership_run import (
     MembershipResult,
     MembershipSettings,
@@ -26,7 +30,7 @@ from isthmus.experiments.leak.weights.membership_run import (
 )
 from isthmus.experiments.leak.weights.task_texts import distinct_texts, tokens_of
 from isthmus.privacy.attacks.weights.membership_scores import CalibratedMembership, Candidate, LossMembership
-from isthmus.privacy.defences.accountant import epsilon
+from isthmus.privacy.defences.accountant import epsilon, sampled_epsilon, sigma_for
 
 MEMBERS, OTHERS, TEXTS, EPOCHS = 8, 100, 116, 12
 
@@ -149,3 +153,63 @@ def test_each_prompt_is_there_once_and_too_few_are_refused(settings: dict[str, A
         measure_membership(MembershipSettings(**{**settings, "others": 99}), tmp_path)
     with pytest.raises(ConfigError, match="no defence"):
         measure_membership(MembershipSettings(**{**settings, "defence": "dp"}), tmp_path)
+
+
+# Over an emulator -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def over_a_package(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("package") / "package"
+    advice = Tuning(learning_rate=0.02, steps=5, rank=3, warmup_steps=1)
+    package = tiny_package(folder, Path(settings["model"]), plan="1:2", keep=1.0, tuning=advice)
+    return {**settings, "package": package.folder}
+
+
+def test_members_of_an_adapter_that_was_tuned_over_an_emulator(
+    over_a_package: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[Any] = []
+    train = LocalEmulator.train
+
+    def noted(self: LocalEmulator, texts: Sequence[Encoded], config: TuneConfig) -> Any:
+        tuned.append((self, *train(self, texts, config)))
+        return tuned[-1][1:]
+
+    monkeypatch.setattr(LocalEmulator, "train", noted)
+    settings = MembershipSettings(**{**over_a_package, "epochs": 15, "epsilons": (0.5,)})
+    result = measure_membership(settings, tmp_path)
+    plain, strict = result.runs
+    (found,) = (attack for attack in plain.attacks if attack.attack == "membership-reference")
+    assert found.auc.low > 0.6  # a run that memorizes
+    assert plain.control.low < 0.5 < plain.control.high
+    assert plain.member_loss.high < plain.loss.low
+    assert plain.epsilon is None
+    assert strict.epsilon is not None
+    assert 0.49 < strict.epsilon <= 0.5
+    assert "whose amplification is counted" in str(strict.guarantee)
+    (found,) = (attack for attack in strict.attacks if attack.attack == "membership-reference")
+    assert found.auc.low < 0.5 < found.auc.high
+    # What is attacked has the model's own middle, and the adapters above alone.
+    assert len(tuned) == 4
+    for split, model, _ in tuned:
+        assert edge_model(model).remote_layers.span is split.span
+        assert {int(name.split("layers.")[1].split(".")[0]) for name in methods.trained(model)} == {2, 3}
+
+
+def test_settings_that_do_not_go_together_are_refused(over_a_package: dict[str, Any], tmp_path: Path) -> None:
+    for values, why in (
+        ({"package": None, "epsilons": (8.0,)}, "give --package"),
+        ({"epsilons": (8.0,), "defence": "smoothing:share=.1"}, "--defence dp-sgd"),
+        ({"epsilons": (0.0,)}, "give a larger epsilon"),
+        ({"model": str(tiny_checkpoint("llama", tmp_path / "model", num_hidden_layers=5))}, "of another model"),
+        ({"members": 200}, "as many others as members"),
+    ):
+        with pytest.raises(ConfigError, match=why) as refused:
+            measure_membership(MembershipSettings(**{**over_a_package, **values}), tmp_path / "runs")
+        assert "\n" not in str(refused.value)
+
+
+def test_the_least_sigma_is_found() -> None:
+    sigma = sigma_for(3, 0.1, 100, 1e-5)
+    assert sampled_epsilon(sigma, 0.1, 100, 1e-5) <= 3 < sampled_epsilon(sigma - 2e-4, 0.1, 100, 1e-5)
