@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from isthmus.cli.research_commands import emulator_scores as app
 from isthmus.common.errors import ConfigError
 from isthmus.common.shutdown import INTERRUPTED
-from isthmus.experiments.offsite import table
+from isthmus.experiments.offsite import table_lab
 
 RUNNER = CliRunner()
 
@@ -38,7 +38,7 @@ def test_the_table_prints_json_alone_and_a_frontier_is_a_table_with_a_figure(
     result = json.loads(done.stdout)
     assert [row["metric"] for row in result["runs"]] == ["accuracy", "completion_loss"]
     assert str(tmp_path) not in json.dumps(result["settings"]["text"])
-    monkeypatch.setattr(table.Lab, "_train", None)  # nothing is trained again
+    monkeypatch.setattr(table_lab.Lab, "_train", None)  # nothing is trained again
     figure = tmp_path / "frontier.png"
     again = RUNNER.invoke(app, ["table", *given, "--no-whole-runs", "--figure", str(figure)], catch_exceptions=False)
     row = json.loads(again.stdout)["runs"][0]
@@ -53,7 +53,7 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(table.Lab, "run", stop)
+    monkeypatch.setattr(table_lab.Lab, "run", stop)
     done = RUNNER.invoke(app, ["table", *arguments(tmp_path)])
     assert done.exit_code == INTERRUPTED
     assert "repeat the command to go on" in done.stderr
