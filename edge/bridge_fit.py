@@ -105,7 +105,7 @@ def run_fit(config: FitConfig) -> Fitted:
     tokenizer = package.load_tokenizer()
     console = Console(stderr=True, highlight=False)
     given = documents(config.text)
-    texts = _public(given, config, tokenizer)
+    texts, blocks, wanted = asked_blocks(given, config, tokenizer)
     if len(texts) < len(given):
         shared = len(given) - len(texts)
         said = (
@@ -113,15 +113,24 @@ def run_fit(config: FitConfig) -> Fitted:
             "who knows the public file can tell which they are."
         )
         console.print(said, soft_wrap=True)
-    block = min(config.block, config.tokens)
-    blocks = load_blocks(config.text, tokenizer, block, texts)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    wanted = blocks[order[: config.tokens // block]]
     with disk_errors(package.bridge_file):
         private_folder(package.bridge_file.parent)
     with locked(package.bridge_file):
         answers = _Answers.load(package, fingerprint(blocks))
         return _fit(config, package, texts, wanted, answers, place.address, console)
+
+
+def asked_blocks(given: Sequence[str], config: FitConfig, tokenizer: Any) -> tuple[Sequence[str], Tensor, Tensor]:
+    """What may be sent of the texts, all of it in blocks, and the blocks that the cloud is asked about, in order.
+
+    Raises:
+        DataError: A text holds a secret or shares a run of tokens with private ones.
+    """
+    texts = _public(given, config, tokenizer)
+    block = min(config.block, config.tokens)
+    blocks = load_blocks(config.text, tokenizer, block, texts)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    return texts, blocks, blocks[order[: config.tokens // block]]
 
 
 def _fit(

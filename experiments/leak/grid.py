@@ -48,7 +48,8 @@ class Row(BaseModel):
             training. `tuned`: the front is private, and it has the base weights alone; `tuned+8`: and eight texts that
             it knows were sent.
         also_codecs: Codecs in which the attacked texts are sent once more with the trained adapter.
-        package: Folder of an emulator's package; None to build one.
+        package: Folder of an emulator's package; None to build one. One with advice for tuning is tuned as it says,
+            with a bridge fitted to public texts, and `edge_layers` is that of the run that it is compared with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -155,7 +156,7 @@ def read_grid(settings: LeakSettings) -> list[Row]:
     """
     flags = {
         name: value
-        for name in ("edge_layers", "codec", "defence", "mode", "data")
+        for name in ("edge_layers", "codec", "defence", "mode", "package", "data")
         if (value := getattr(settings, name)) is not None
     }
     if flags and (settings.grid is not None or settings.row):
@@ -190,8 +191,11 @@ def _from_file(path: Path) -> list[Row]:
 def _from_flags(flags: Mapping[str, Any]) -> list[Row]:
     plans = names_of(flags.get("edge_layers") or "2:2", "edge-layers")
     codecs = names_of(flags.get("codec") or "fp32", "codec")
-    shared = {name: flags[name] for name in ("defence", "mode", "data") if name in flags}
-    said = [shared[name] if isinstance(shared[name], str) else " ".join(shared[name]) for name in shared]
+    shared = {name: flags[name] for name in ("defence", "mode", "package", "data") if name in flags}
+    said = [
+        each.name if isinstance(each, Path) else each if isinstance(each, str) else " ".join(each)
+        for each in shared.values()
+    ]
     return [
         _row({"name": " ".join([plan, codec, *said]), "edge_layers": plan, "codec": codec, **shared}, "the flags", {})
         for plan in plans

@@ -30,7 +30,7 @@ from isthmus.experiments.leak.ledger_json import ledger
 from isthmus.experiments.leak.page.leak_page import write_page
 from isthmus.experiments.leak.rows.row_run import RowLab
 
-_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "data", "steps", "quick")
+_ROWS = ("grid", "row", "edge_layers", "codec", "defence", "mode", "package", "data", "steps", "quick")
 _PLACES = ("data_folder", "out", "page", "record_mib")
 _WHERE = (*_ROWS, *_PLACES)
 """Settings that say which rows are made or where, and not what comes of a row."""

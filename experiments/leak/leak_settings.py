@@ -43,6 +43,12 @@ class LeakSettings:
         list[str] | None, Option(help="Defences of these rows, as for `edge train`, repeatable; they act together.")
     ] = None
     mode: Annotated[str | None, Option(help="Mode of these rows: split, top-only or emulator.")] = None
+    package: Annotated[
+        Path | None,
+        Option(
+            help="With --mode emulator: a package, as `emulator build --preset` writes it. It is tuned as it advises."
+        ),
+    ] = None
     data: Annotated[str | None, Option(help="What these rows are trained on: e2e or sst2.")] = None
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps of each row, instead of the grid's.")] = None
     quick: Annotated[

@@ -44,6 +44,13 @@ def table(result: Mapping[str, Any]) -> list[str]:
             lines += wrap(
                 f"{row.name}: {attack} picks the real one of a text and its decoys in {percent(share)}.", WIDTH
             )
+        read, private = (row.runs[0].get(f"fit_{name}_accuracy") for name in ("public", "private"))
+        if read is not None:
+            lines += wrap(
+                f"{row.name}: of the public texts that `emulator fit` sent, {percent(read)} of the tokens are read; of "
+                f"the private ones {percent(private)}.",
+                WIDTH,
+            )
         epsilon = row.common("epsilon")
         if epsilon is not None:
             lines += wrap(

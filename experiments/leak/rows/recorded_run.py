@@ -18,20 +18,31 @@ from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import DataError
-from isthmus.edge.data.batches import Batches
+from isthmus.common.errors import DataError, IsthmusError
+from isthmus.common.files import write_atomic
+from isthmus.edge.bridge_fit import asked_blocks
+from isthmus.edge.config.client_config import FitConfig
+from isthmus.edge.data.batches import Batches, Encoded
+from isthmus.edge.data.readers import Example
 from isthmus.edge.training.edge_steps import COSTS_FILE
+from isthmus.emulator.compress.public_text import documents
+from isthmus.emulator.package.manifest import MANIFEST_FILE, sign
+from isthmus.emulator.package.package import open_package
 from isthmus.experiments.harness.launch import LocalCloud, write_key
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import LeakTexts, Text
-from isthmus.experiments.leak.rows.recorded_rows import Batch, in_order
+from isthmus.experiments.leak.rows.recorded_rows import Batch, Crossed, in_order, sequences
+from isthmus.privacy.attacks.front import Front
 from isthmus.privacy.recording.traffic import Backward, Traffic, read_traffic
+from isthmus.protocol.secure.keys import load_worker
 
 TRAINED = "trained"
 """Name of the training run's folder."""
+PUBLIC = "public.jsonl"
+"""Name of the file of the texts that a bridge is fitted to."""
 
 _RECORDING = "recording"
 _ALPHA = 16.0
@@ -111,6 +122,54 @@ def record_run(
         for codec in row.also_codecs:
             run_isthmus("edge", "eval", *train_flags({**shared, "codec": codec, "adapter": out / "adapter"}))
     return out, recording
+
+
+def fit_config(folder: Path, block: int, cloud: str = "-") -> FitConfig:
+    """What `emulator fit` is told in a folder: the public texts, and the private ones that they may not share."""
+    return FitConfig(
+        cloud=cloud,
+        package=folder / "package",
+        text=folder / PUBLIC,
+        data=str(folder / "train.jsonl"),
+        validation=str(folder / "sent.jsonl"),
+        leave_out_shared=True,
+        block=block,
+    )
+
+
+def record_fit(settings: LeakSettings, plan: str, folder: Path) -> Path:
+    """Fit the edge's own bridge to the package in a folder, over a cloud that records; returns the recording."""
+    recording = folder / _RECORDING
+    serve = ("--edge-layers", plan, "--threads", str(settings.threads))
+    record = ("--record", str(recording), "--record-mib", str(settings.record_mib))
+    with LocalCloud(folder, settings.model, *serve, *record) as cloud:
+        package = folder / "package"
+        # The row's cloud signs the copy: a fit takes a package of its own cloud alone.
+        write_atomic(package / MANIFEST_FILE, sign(open_package(package).manifest, load_worker(cloud.home)))
+        told = fit_config(folder, settings.max_length).model_dump(exclude_unset=True)
+        options = {**told, "cloud": cloud.connection_file, "key": cloud.edge_key}
+        failed: IsthmusError | None = None
+        try:
+            run_isthmus("emulator", "fit", *train_flags(options))
+        except IsthmusError as error:
+            failed = error
+    if failed is not None and not read_traffic(recording).forwards:
+        raise failed  # else the bridge did not help and is not kept, but its texts were sent
+    return recording
+
+
+def read_fit(folder: Path, settings: LeakSettings, tokenizer: Any, front: Front) -> tuple[Traffic, list[Crossed]]:
+    """What `emulator fit` sent, by the files of `record_fit` in a folder: the sequences, and what they were.
+
+    Raises:
+        DataError: The recording has something else than the blocks of the public texts.
+    """
+    config = fit_config(folder, settings.max_length)
+    _, _, asked = asked_blocks(documents(config.text), config, tokenizer)
+    empty = Example("", "")
+    texts = tuple(Text(empty, Encoded(tuple(ids), tuple(ids))) for ids in asked.tolist())
+    traffic = read_traffic(folder / _RECORDING)
+    return traffic, sequences([Batch(texts, traffic.forwards, 1)], front)
 
 
 def read_run(row: Row, settings: LeakSettings, texts: LeakTexts, folder: Path) -> RecordedRun:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
+from isthmus.edge.budget.text_overlap import RUN
 from isthmus.edge.data.batches import fingerprint, pad_id
+from isthmus.emulator.package.package import open_package
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
@@ -22,10 +27,14 @@ from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_texts import Counts, LeakTexts, Text, load_texts
 from isthmus.experiments.leak.rows.attacked_row import Attacker, Found, attack_row, priors_of
+from isthmus.experiments.leak.rows.recorded_rows import traffic_of
 from isthmus.experiments.leak.rows.recorded_run import (
+    PUBLIC,
     TRAINED,
     read_costs,
+    read_fit,
     read_run,
+    record_fit,
     record_run,
     train_options,
     write_examples,
@@ -33,10 +42,12 @@ from isthmus.experiments.leak.rows.recorded_run import (
 from isthmus.experiments.leak.rows.row_checkpoint import RowCheckpoint, stored
 from isthmus.experiments.leak.rows.trained_edge import TaskScore, score_task, trained_defence, with_adapter
 from isthmus.experiments.scoring.tasks import default_data_folder
-from isthmus.privacy.attacks.attack import KnownDefence
+from isthmus.privacy.attacks.attack import Knowledge, KnownDefence
 from isthmus.privacy.attacks.front import Front
+from isthmus.privacy.attacks.vocabulary_matching import VocabularyMatching
+from isthmus.privacy.ledger.judged_attacks import guess_of
 from isthmus.privacy.measures.bootstrap import Interval, share_interval
-from isthmus.privacy.measures.token_accuracy import Hits
+from isthmus.privacy.measures.token_accuracy import Hits, token_hits
 from isthmus.protocol.secure.keys import generate_root, issue_worker
 
 Say = Callable[[str], None]
@@ -169,14 +180,24 @@ class RowLab:
         }
 
     def _tune(self, row: Row, texts: LeakTexts, say: Say, folder: Path) -> Iterable[Path]:
-        package = row.package or folder / "package"
-        if row.package is None:
-            say("building an emulator")
-            self._build(row, texts, folder, package)
-        say(f"{row.steps} steps on the emulator")
+        package, kept = folder / "package", [folder / TRAINED]
         write_examples(folder / "train.jsonl", texts.train)
         plan = row.plan(self._checkpoint.config.num_hidden_layers)
         options = {**train_options(row, self._settings, self._base, plan), "threads": self._settings.threads}
+        if row.package is None:
+            say("building an emulator")
+            self._build(row, texts, folder, package)
+        else:
+            shutil.copytree(row.package, package)  # a bridge lies beside it, and not beside the user's
+        if _advised(row) is not None:
+            say("fitting a bridge over a cloud that records")
+            write_examples(folder / "sent.jsonl", texts.sent)
+            public = (f"{text.example.prompt}{text.example.completion}" for text in texts.public[::2])
+            write_jsonl(folder / PUBLIC, ({"text": text} for text in public))
+            recording = record_fit(self._settings, str(open_package(package).plan), folder)
+            kept += [recording, *(folder / name for name in ("train.jsonl", "sent.jsonl", PUBLIC))]
+            del options["learning_rate"], options["alpha"]  # the owner advises them
+        say(f"{row.steps} steps on the emulator")
         options |= {
             "package": package,
             "data": folder / "train.jsonl",
@@ -184,15 +205,42 @@ class RowLab:
             "out": folder / TRAINED,
         }
         run_isthmus("emulator", "tune", *train_flags(options))
-        return [folder / TRAINED]
+        return kept
+
+    def _attack_fit(self, package: Path, texts: LeakTexts, folder: Path) -> dict[str, Interval]:
+        """What a cloud reads of what `emulator fit` sent: of these public texts, and of the private ones.
+
+        The first sequences are attacked. Of the others all is taken to be read. A private token counts as read where
+        it stands in a run of `RUN` tokens that was read.
+        """
+        plan = open_package(package).plan
+        front = Front(self._base, plan.bottom)
+        traffic, crossed = read_fit(folder, self._settings, self._tokenizer, front)
+        attacked, others = crossed[: self._settings.attacked], crossed[self._settings.attacked :]
+        public = tuple(text.tokens for text in texts.public[1::2])  # the attacker's own: none of those that were sent
+        knowledge = Knowledge(self._base, self._tokenizer, plan, front, public, seed=self._settings.seed)
+        guess = guess_of(VocabularyMatching, knowledge, traffic_of(traffic, attacked))
+        sent = [each.text.tokens for each in attacked if each.text is not None]
+        read = [*guess.tokens, *(each.text.tokens for each in others if each.text is not None)]
+        return {
+            "fit_public_accuracy": share_interval(token_hits(guess.tokens, sent)),
+            "fit_private_accuracy": share_interval(
+                run_hits([each.tokens for each in (*texts.train, *texts.sent)], read)
+            ),
+        }
 
     def _emulator(self, row: Row, texts: LeakTexts, checkpoint: RowCheckpoint, say: Say) -> dict[str, Any]:
-        out = checkpoint.run(partial(self._tune, row, texts, say)) / TRAINED
+        run = checkpoint.run(partial(self._tune, row, texts, say))
+        out, of_fit = run / TRAINED, dict[str, Interval]()
+        advised = _advised(row)
+        if advised is not None:
+            say("attacking what the fit sent")
+            of_fit = checkpoint.result("fit", {}, dict[str, Interval], lambda: self._attack_fit(advised, texts, run))
         say("scoring the task")
         tuned = with_adapter(self._checkpoint, out / "adapter")
         task = checkpoint.result("task", {"codec": row.codec}, _Score, lambda: self._score(tuned, texts))
         priors = self._priors(texts.public, texts.sent[: self._settings.attacked])
-        nothing = _measured([("bytes_per_token", Interval(0, 0, 0))])
+        nothing = _measured([("bytes_per_token", Interval(0, 0, 0)), *of_fit.items()])
         return {
             "runs": [_entry(row, None, priors, {**nothing, "epsilon": None, "delta": None, "unit": None})],
             "task": {row.codec: task},
@@ -243,6 +291,26 @@ class RowLab:
             "device": "cpu",
         }
         run_isthmus("emulator", "build", *train_flags(options))
+
+
+def _advised(row: Row) -> Path | None:
+    """The row's package, if it says how to tune on it."""
+    return None if row.package is None or open_package(row.package).manifest.tuning is None else row.package
+
+
+def run_hits(texts: Sequence[Tensor], read: Iterable[Tensor]) -> Hits:
+    """Of each text, the tokens that stand in a run of `RUN` tokens of what was read."""
+
+    def runs(tokens: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(tokens[at : at + RUN]) for at in range(len(tokens) - RUN + 1)]
+
+    known = {run for tokens in read for run in runs(tokens.tolist())}
+    right = []
+    for tokens in texts:
+        places = [at for at, run in enumerate(runs(tokens.tolist())) if run in known]
+        right.append(float(len({place for at in places for place in range(at, at + RUN)})))
+    of = [float(len(tokens)) for tokens in texts]
+    return Hits(torch.tensor(right, dtype=torch.float64), torch.tensor(of, dtype=torch.float64))
 
 
 MEASURED = ("token_accuracy", "rare_accuracy", "secret_recall", "rouge_l", "label_accuracy", "coarse_recall")

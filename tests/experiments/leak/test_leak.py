@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support.commands import in_process, refused
+from support.emulator.packages import tiny_package
 from support.privacy.small_leak import all_here, grid_file, small_settings
 
 from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError, UnknownModelError
+from isthmus.edge import bridge_fit
+from isthmus.emulator.package.manifest import Tuning
 from isthmus.experiments.leak import leak
 from isthmus.experiments.leak.leak import quick_settings, run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
@@ -273,6 +276,37 @@ def test_top_only_sends_no_gradient_and_an_emulator_nothing(tmp_path: Path, monk
     assert nothing["prior_unigram_accuracy"] == top[0]["prior_unigram_accuracy"] > 0
     assert nothing["task_loss"] > 0
     assert nothing["task_loss_ratio"] is None  # no undefended row of this plan
+
+
+def test_of_a_fit_the_public_texts_are_read_and_the_private_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = all_here(monkeypatch)
+    settings = small_settings(tmp_path, steps=3, mode="emulator", edge_layers="1:1", package=tmp_path / "package")
+    model = Path(settings.model)
+    tiny_package(
+        tmp_path / "package", model, plan="1:1", tuning=Tuning(learning_rate=1e-2, steps=2, rank=4), preset="fidelity"
+    )
+    (row,) = run_leak(settings)["runs"]
+    assert [words[:2] for words in commands] == [("emulator", each) for each in ("fit", "tune")]
+    assert "--learning-rate" not in commands[-1]
+    assert row["attack"] is None
+    assert row["bytes_per_token"] == 0
+    assert row["fit_public_accuracy"] > 0.9
+    assert row["fit_private_accuracy"] == 0
+    assert not (tmp_path / "package.bridge").exists()  # the user's package is as it was
+
+    # The control: an edge that does not look, and sends a private text among the public ones, is caught.
+    whole = row_run.write_jsonl
+
+    def careless(path: Path, rows: Any) -> None:
+        private = json.loads((path.parent / "train.jsonl").read_text().splitlines()[0])
+        whole(path, [*rows, {"text": private["prompt"] + private["completion"]}] * 2)
+
+    monkeypatch.setattr(row_run, "write_jsonl", careless)
+    monkeypatch.setattr(bridge_fit, "_shared", lambda *_: {})
+    (caught,) = run_leak(replace(settings, out=tmp_path / "careless"))["runs"]
+    assert caught["fit_private_accuracy"] > 0
 
 
 @pytest.mark.parametrize(

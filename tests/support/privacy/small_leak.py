@@ -79,7 +79,7 @@ class _CloudHere:
         home = Home(folder / "cloud-here")
         cloud = served(Path(model), folder / "parts", plan=given["--edge-layers"])
         self._server = ThreadServer(cloud, home, recorder=recorder)
-        self.connection_file, self.edge_key = folder / "connection", home.key_file
+        self.connection_file, self.edge_key, self.home = folder / "connection", home.key_file, home.folder
 
     def __enter__(self) -> Self:
         self._server.__enter__()
