@@ -5,7 +5,8 @@ layers, by the forward that training uses. The same hidden states go through the
 emulator's end is fitted to the difference and kept beside the package; nothing of it is sent. The sums that it is made
 of are kept as well, so that an interrupted fit goes on, and more tokens of the same text add to them.
 
-Every eighth block, up to 64 of them, is held out until the error with and without the bridge is measured on it.
+Every eighth block, up to 64 of them, is held out until the KL divergence of the next-token distribution from the whole
+model's is measured on it, with and without the bridge.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from isthmus.edge.config.client_config import NO_DATA, FitConfig
 from isthmus.edge.data.batches import rendered
 from isthmus.edge.data.readers import read_examples
 from isthmus.emulator.compress.bridges import Bridge, RidgeSums
-from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import documents, fingerprint, load_blocks
 from isthmus.emulator.package.package import Package, open_package
 from isthmus.protocol.enrolment import ConnectionString
+from isthmus.training.logit_divergence import logit_divergence
 
 if TYPE_CHECKING:
     from isthmus.edge.client.link import Link
@@ -66,16 +67,17 @@ class Fitted:
         bridge: Its file.
         tokens: How many it is fitted to, those of earlier commands among them.
         asked: How many of them this command has asked the cloud about.
-        error_before: Relative error of the emulator on held-out blocks of the text; None where none was held out.
-        error_after: The same with a bridge that was fitted to the other blocks.
+        kl_before: KL divergence of the next-token distribution over the emulator from the whole model's, in nats a
+            token, on held-out blocks of the text; None where none was held out.
+        kl_after: The same with a bridge that was fitted to the other blocks.
     """
 
     bridge: str
     package: str
     tokens: int
     asked: int
-    error_before: float | None
-    error_after: float | None
+    kl_before: float | None
+    kl_after: float | None
     bytes_up: int
     bytes_down: int
 
@@ -86,8 +88,10 @@ class Fitted:
     def lines(self) -> str:
         """What a person reads."""
         text = f"bridge  {self.bridge}, fitted to {self.tokens:,} tokens"
-        if self.error_before is not None:
-            text += f"\nerror   {self.error_before:.4g} -> {self.error_after:.4g}, on blocks of the text held out"
+        if self.kl_before is not None:
+            text += (
+                f"\nKL      {self.kl_before:.3g} -> {self.kl_after:.3g} nats a token, on blocks of the text held out"
+            )
         return f"{text}\nsent    {self.bytes_up:,} bytes, received {self.bytes_down:,}"
 
 
@@ -163,11 +167,12 @@ def _fit(
                 answers.save(package)
                 totals = link.totals()
                 up, down = totals.bytes_up, totals.bytes_down
-    before, after = answers.errors()
+    before, after = answers.divergences(package, wanted)
     if before is not None and after is not None and after >= before:
         raise DataError(
-            f"a bridge fitted to {answers.tokens} tokens of {config.text} does not lower the error on held-out blocks "
-            f"(error {before:.4g} -> {after:.4g}), so none is kept: give more --tokens, or a text that is more alike"
+            f"a bridge fitted to {answers.tokens} tokens of {config.text} does not bring the emulator nearer to the "
+            f"model on held-out blocks (KL {before:.3g} -> {after:.3g}), so none is kept: give more --tokens, or a "
+            "text that is more alike"
         )
     package.save_bridge(answers.bridge(), {"text": answers.text, "tokens": str(answers.tokens)})
     file, asked = str(package.bridge_file), todo * block
@@ -207,7 +212,7 @@ class _Answers:
     def add(self, given: Tensor, target: Tensor) -> None:
         """Count what the emulator and the cloud give for the next blocks, `[B, S, h]` both."""
         places = torch.arange(self.done, self.done + len(given))
-        held = (places % _HELD == 0) & (places < _HELD * _MOST_HELD)
+        held = _is_held(places)
         with uninterrupted():  # the two sums and the number of blocks belong together
             if not held.all():
                 self._sums.add(given[~held], target[~held])
@@ -215,14 +220,22 @@ class _Answers:
             self.done += len(given)
             self.tokens += given.shape[0] * given.shape[1]
 
-    def errors(self) -> tuple[float | None, float | None]:
-        """Relative error on what is held out, without and with a bridge that is fitted to the rest."""
-        given, target = self._held[:, None]
-        if not 0 < given.shape[1] < self.tokens:
+    @torch.no_grad()
+    def divergences(self, package: Package, blocks: Tensor) -> tuple[float | None, float | None]:
+        """KL divergence on what is held out of the blocks, without and with a bridge that is fitted to the rest.
+
+        The relative error of hidden states does not do here: it sees little but the first position, whose norm can be a
+        thousand times that of the others, and which a bridge may worsen while it mends all the others.
+        """
+        ids = blocks[: self.done][_is_held(torch.arange(self.done))]
+        if not 0 < ids.numel() < self.tokens:
             return None, None
-        with torch.no_grad():
-            fitted = self._sums.bridge(RIDGE)(given)
-        return relative_error(given, target).item(), relative_error(fitted, target).item()
+        top = OuterLayers(package.checkpoint, package.plan, with_top=True)
+        bridge, sums = self._sums.bridge(RIDGE), [0.0, 0.0]
+        for part, given, target in zip(ids, *self._held.view(2, *ids.shape, -1), strict=True):
+            wanted, *found = (top.predict(part[None], states[None])[0][0] for states in (target, given, bridge(given)))
+            sums = [so_far + logit_divergence(each, wanted).item() for so_far, each in zip(sums, found, strict=True)]
+        return sums[0] / len(ids), sums[1] / len(ids)
 
     def bridge(self) -> Bridge:
         """The bridge that is fitted to all of them."""
@@ -235,6 +248,11 @@ class _Answers:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"gram": self._sums.gram, "moments": self._sums.moments, "held": self._held}
+
+
+def _is_held(places: Tensor) -> Tensor:
+    """Which blocks are held out."""
+    return (places % _HELD == 0) & (places < _HELD * _MOST_HELD)
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def test_over_a_cloud_of_another_split_the_true_middle_is_a_part_of_its_layers(
         fitted = command(server, "fit", *words, "--json")
         assert fitted.exit_code == 0, fitted.output
         said = json.loads(fitted.stdout)
-        assert said["error_after"] < said["error_before"]
+        assert said["kl_after"] < said["kl_before"]
         returned = command(server, "return", "--adapter", str(tuned(open_package(out), tmp_path / "adapter")))
         assert isinstance(returned.exception, RefusedError)
         assert "split plan '1:3', and this model is split 1:1: return the adapter to" in str(returned.exception)

@@ -30,6 +30,7 @@ from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.package.package import Package, open_package
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import decode
+from isthmus.training.logit_divergence import logit_divergence
 
 Fit = Callable[..., Fitted]
 SENTENCE = "The patient has a rash since Monday."
@@ -77,9 +78,9 @@ def test_the_bridge_brings_the_emulator_nearer_to_the_clouds_layers(
 ) -> None:
     said = fit()
     assert (said.tokens, said.asked, said.package) == (2048, 2048, package.id)
-    assert said.error_before is not None
-    assert said.error_after is not None
-    assert said.error_after < said.error_before
+    assert said.kl_before is not None
+    assert said.kl_after is not None
+    assert said.kl_after < said.kl_before
     assert "sends 2,048 tokens of the 60 texts" in capsys.readouterr().err
     # Other texts than those that it is fitted to.
     ids = torch.randint(97, 123, (4, 32), generator=torch.Generator().manual_seed(1))
@@ -90,6 +91,23 @@ def test_the_bridge_brings_the_emulator_nearer_to_the_clouds_layers(
     sent = {type(message) for message in cloud.seen}
     assert sent <= {m.Attach, m.Forward, m.Goodbye}
     assert all((each.keep, each.sites, each.lease) == (False, 0, 0) for each in asked(cloud))
+
+
+def test_whether_the_bridge_helps_is_told_by_the_next_token_on_blocks_held_out(
+    fit: Fit, package: Package, owner: Owner
+) -> None:
+    said = fit()
+    blocks = load_blocks(package.folder.parent / "public.jsonl", package.load_tokenizer(), 32)
+    held = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:64]][::8]
+    outer = OuterLayers(package.checkpoint, package.plan, with_top=True)
+    hidden = outer.entry(held)
+    with torch.no_grad():
+        over, true = (
+            outer.predict(held, span(hidden))[0].flatten(0, 1)
+            for span in (package.load_emulator(), owner.plain.executor.host.span)
+        )
+    assert said.kl_before == pytest.approx(logit_divergence(over, true).item(), rel=1e-3)
+    assert logit_divergence(true, true).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_what_is_sent_comes_from_the_bare_front(fit: Fit, cloud: MemoryCloud, package: Package) -> None:
@@ -288,7 +306,7 @@ def test_answers_are_kept_meanwhile_and_few_of_them_as_they_are(
 def test_a_bridge_that_does_not_help_is_not_kept(fit: Fit, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     solve = RidgeSums.solve
     monkeypatch.setattr(RidgeSums, "solve", lambda *args: tuple(-10 * each for each in solve(*args)))
-    with pytest.raises(DataError, match="does not lower the error"):
+    with pytest.raises(DataError, match="does not bring the emulator nearer"):
         fit()
     assert package.load_bridge() is None
 
