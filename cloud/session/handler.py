@@ -263,7 +263,7 @@ class TenantSession:
         if isinstance(message, m.Forward) and message.plan is not None and message.plan not in self.middles:
             raise ValueError(
                 f"the cloud offers no package of the split {message.plan} whose middle is a part of its own layers: "
-                "use a package that it offers"
+                "use a package that it offers, or leave plan out for the cloud's own split"
             )
         if isinstance(message, m.Decode):
             self._bounds.check_shape(message.hidden, before=message.start)

@@ -149,12 +149,15 @@ def _offered(folder: Path, info: m.SessionInfo, signer: Fingerprint) -> Package:
 
 def check_served(package: Package, info: m.SessionInfo) -> None:
     """Check that a cloud has the layers that a package's emulator stands for. Raises PackageError."""
-    own = SplitPlan.parse(info.plan, info.n_layers).cloud
-    if package.digest != info.digest or not own.holds(package.plan.cloud):
+    if package.digest != info.digest:
         raise PackageError(
-            f"the package is of {package.model} (digest {package.digest[:16]}) split {package.plan}, and the cloud "
-            f"does not have its middle, but serves {info.model} (digest {info.digest[:16]}) split {info.plan}: fetch a "
-            "package that it offers, or ask its owner to serve this one's model and split"
+            f"the package is of {package.model} (digest {package.digest[:16]}), and the cloud serves {info.model} "
+            f"(digest {info.digest[:16]}): fetch a package that it offers, or ask its owner to serve this one's model"
+        )
+    if not SplitPlan.parse(info.plan, info.n_layers).cloud.holds(package.plan.cloud):
+        raise PackageError(
+            f"the package is of {package.model} split {package.plan}, and a cloud of the split {info.plan} does not "
+            "have its middle: fetch a package that it offers, or ask its owner to serve this one's split"
         )
 
 

@@ -172,7 +172,8 @@ def _check_origin(
     if tuning.get("plan") != str(plan):
         raise AdapterError(
             f"{TUNING_INFO} names the split plan {str(tuning.get('plan'))[:16]!r}, and this model is split {plan}: "
-            "return the adapter to a cloud of its own split, or hand it to the model's owner (`isthmus emulator plug`)"
+            "return the adapter to a cloud of its own split, or plug it with the package that it was tuned on "
+            "(`isthmus emulator plug`)"
         )
     named = tuning.get("package")
     if named is None:

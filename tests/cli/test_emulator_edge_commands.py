@@ -157,6 +157,7 @@ def test_over_a_cloud_of_another_split_the_true_middle_is_a_part_of_its_layers(
         returned = command(server, "return", "--adapter", str(tuned(open_package(out), tmp_path / "adapter")))
         assert isinstance(returned.exception, RefusedError)
         assert "split plan '1:3', and this model is split 1:1: return the adapter to" in str(returned.exception)
+        assert "or plug it with the package that it was tuned on" in str(returned.exception)
 
 
 def test_what_cannot_be_returned_has_its_error(server: ThreadServer, adapter: Path, tmp_path: Path) -> None:

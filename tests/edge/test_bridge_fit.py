@@ -315,6 +315,6 @@ def test_a_package_of_another_cloud_or_signer_asks_nothing(fit: Fit, cloud: Memo
     with pytest.raises(SignerError):
         fit(cloud=f"isthmus://cloud:1#SHA256:{'A' * 43}")
     cloud.served = with_info(cloud.served, plan=str(SplitPlan(6, 3, 2)))
-    with pytest.raises(PackageError, match=r"serves tiny .* split 3:2"):
+    with pytest.raises(PackageError, match=r"a cloud of the split 3:2 does not have its middle"):
         fit()
     assert not asked(cloud)
