@@ -139,7 +139,7 @@ class PackageCost:
         plan: Who holds which layers.
         kept: Layers of the emulator.
         tuning: A step in the first epoch and later, once the outputs of the layers below are kept; and memory.
-        package_bytes: What is fetched, at most: a bridge for each dropped layer, and one at the end.
+        package_bytes: About what is fetched: a bridge for each dropped layer, and one at the end; no tokenizer files.
     """
 
     preset: str

@@ -172,12 +172,13 @@ def private_lines(private: Mapping[str, Any], link: LinkSpec) -> list[str]:
         lines.append(
             f"- {each['preset']} ({each['plan']}, {each['kept_layers']} layers of the emulator): "
             f"{_short(each['first_epoch_step_s'])} a step in the first epoch and {_short(each['later_epoch_step_s'])} "
-            f"later; {size(each['edge_memory_bytes'])} of memory{lacks}; a package of {size(each['package_bytes'])} to "
-            f"fetch{wait}. {each['does_not_give'][0].upper()}{each['does_not_give'][1:]}."
+            f"later; {size(each['edge_memory_bytes'])} of memory{lacks}; a package of about "
+            f"{size(each['package_bytes'])} to fetch{wait}. "
+            f"{each['does_not_give'][0].upper()}{each['does_not_give'][1:]}."
         )
     if not private["presets"]:
         lines.append("- The model has too few layers for a preset's package.")
-    lines += [f"- {each}" for each in private["does_not_give"]]
+    lines += [f"- {each}" for each in (*private["does_not_give"], private["assumptions"])]
     split = private["split"]
     if split is not None:
         lines.append(

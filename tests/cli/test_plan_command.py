@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from isthmus.cli.plan_command import plan
 from isthmus.common.errors import ConfigError, IsthmusError, PlanError
 from isthmus.planner.cost_model import MODES
-from isthmus.planner.plan_report import MEASURED_LEAK
+from isthmus.planner.plan_report import MEASURED_LEAK, TUNING_ASSUMED
 from isthmus.planner.speed_profile import SpeedProfile
 from isthmus.privacy.ledger.mode_leaks import CLOUD_READS
 
@@ -133,6 +133,8 @@ def test_privacy_names_the_private_mode_first_and_other_goals_do_not(model: Path
     assert places == sorted(places)
     assert CLOUD_READS in text
     assert f"Measured: {MEASURED_LEAK}" in text
+    assert " a package of about " in text
+    assert text.count(TUNING_ASSUMED) == 1
     found = planned(model, files, "--goal", "privacy", "--link", "1mbit,50ms")
     private = found["private"]
     fidelity = private["presets"][0]
