@@ -26,7 +26,7 @@ from isthmus.common.errors import ConnectionLostError, DiskError, IsthmusError, 
 from isthmus.common.readable import moment
 from isthmus.common.shutdown import INTERRUPTED
 from isthmus.daemon.daemon_settings import DaemonSettings
-from isthmus.daemon.disk_room import DiskRoom
+from isthmus.daemon.disk_room import DiskRoom, taken
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_rows import ENDED, end, hear, keep_result, orphans, succeed, tell
 from isthmus.daemon.jobs.job_specs import INPUTS, adapters_of, cloud_for, configuration, links_in, with_links
@@ -257,7 +257,7 @@ class JobRunner:
         running = self._running.get(job.id)
         if report["since"] is None:
             if known is not None:
-                tell(session, job, f"The cloud {known.cloud} answers again")
+                tell(session, job, report["reason"] or f"The cloud {known.cloud} answers again")
                 del self._waiting[job.id]
         elif running is not None:
             since = report["since"] if known is None else known.since
@@ -331,9 +331,11 @@ class JobRunner:
         base = session.get(BaseModel, job.model)
         offers = None
         if job.kind == "tune" and cloud is not None and base is not None:
-            room = max(1, self.room.most - self.room.used()) / GIB
+            kept = self.home.package(base.cloud)
+            own = sum(map(taken, (kept, kept.with_name(f"{kept.name}.part"))))  # what comes lies there, or replaces it
+            room = (max(1, self.room.most - self.room.used()) + own) / GIB
             asked = cloud.model_copy(update={"max_fetch_gib": min(cloud.max_fetch_gib, room)})
-            offers = asked.model_dump(mode="json", exclude_unset=True), str(self.home.package(base.cloud))
+            offers = asked.model_dump(mode="json", exclude_unset=True), str(kept)
         Work(job.id, job.attempts, job.kind, job.model, values, models, **more, offers=offers).write(folder)
         note_adapters(session, job.owner, adapters_of(spec, base))
 

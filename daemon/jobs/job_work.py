@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from isthmus.common.errors import ConnectionLostError, LimitError, UnknownModelError, UnreachableError
+from isthmus.common.errors import (
+    ConnectionLostError,
+    LimitError,
+    PackageError,
+    SignerError,
+    UnknownModelError,
+    UnreachableError,
+)
 from isthmus.common.files import locked, new_folder, write_atomic
 from isthmus.common.progress import StepProgress
 from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
@@ -27,6 +34,7 @@ from isthmus.edge.config.training_config import TrainConfig, TuneConfig
 from isthmus.edge.run_report import WireMeter, WireTotals
 from isthmus.edge.training.run_listener import SaveAdapter
 from isthmus.edge.training.trainer import LOG_FILE
+from isthmus.protocol.enrolment import ConnectionString
 
 METRICS = 1000
 """Steps of a job that are told as events; those of a longer one are thinned out evenly."""
@@ -49,6 +57,7 @@ def do(work: Work, folder: Path, reporter: Reporter) -> None:
             tuning = cast(TuneConfig, config)
             if work.offers is not None and not tuning.package.exists():
                 _take_package(work, *work.offers, tuning.package, follower)
+            follower.link, follower.alone = None, True
             run_tuning(tuning, follower, follower.say)
         else:
             with open_link(cast(ClientConfig, config)) as link:
@@ -67,17 +76,21 @@ def _take_package(work: Work, asked: Mapping[str, Any], kept: str, package: Path
     """
     from isthmus.emulator.package.package import open_package
 
-    place = Path(kept)
+    place, config = Path(kept), ClientConfig.model_validate(asked)
     with locked(place):
         try:
-            with open_link(ClientConfig.model_validate(asked)) as link:
+            with open_link(config) as link:
                 follower.meter = follower.link = link
                 _check_model(link, work.model)
                 found = link.fetch_package(place)
         except LimitError as error:
             raise LimitError(f"{error} (the daemon takes what is left of disk_gib, too)") from None
-        except (UnreachableError, ConnectionLostError):
-            if not place.exists() or (found := open_package(place)).model != work.model:
+        except (UnreachableError, ConnectionLostError) as error:
+            try:
+                found = open_package(place, signer=ConnectionString.parse(config.connection_text()).pin)
+            except (PackageError, SignerError):
+                raise error from None
+            if found.model != work.model:
                 raise
             follower.say("The cloud does not answer: the job tunes on the package that was fetched before")
         with new_folder(package, 0o700) as temporary:
@@ -128,6 +141,7 @@ class Follower:
     Attributes:
         meter: Says what has crossed; None where nothing does, or not yet.
         link: Says whether the cloud is waited for; None where there is no cloud, or not yet.
+        alone: Whether the job needs no cloud from now on, and so waits for none.
     """
 
     go_on = "retry the job to go on"
@@ -135,6 +149,7 @@ class Follower:
     def __init__(self, work: Work, config: Any, reporter: Reporter) -> None:
         self.meter: WireMeter | None = None
         self.link: Link | None = None
+        self.alone = False
         self._waited: float | None = 0.0  # since when, as it was told last; a process before this one may have waited
         self._work = work
         self._save_every: int = getattr(config, "save_every", 1)
@@ -200,9 +215,11 @@ class Follower:
 
     def tick(self) -> None:
         """Report progress, what has crossed since the last report, and whether the cloud is waited for."""
-        if self.link is not None:
-            wait = self.link.wait
-            since, until, reason = (None, None, None) if wait is None else (wait.since, wait.until, wait.reason[:500])
+        link = self.link  # which another thread may take away
+        if link is not None or self.alone:
+            wait = None if link is None else link.wait
+            none = (None, None, "The job needs its cloud no more" if self.alone else None)
+            since, until, reason = none if wait is None else (wait.since, wait.until, wait.reason[:500])
             if since != self._waited:
                 self._waited = since
                 self._reporter.tell("waiting", since=since, until=until, reason=reason)

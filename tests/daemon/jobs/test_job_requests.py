@@ -13,7 +13,7 @@ from support.daemon.jobs.job_homes import Jobs, ended
 from support.daemon.jobs.scripted_jobs import SUCCEEDS, WAITS, checkpoint, does, jobs_in
 
 from isthmus.common.errors import ConfigError, UnknownModelError
-from isthmus.daemon.disk_room import DiskRoom, NoRoomError
+from isthmus.daemon.disk_room import DiskRoom, NoRoomError, taken
 from isthmus.daemon.jobs import job_runner, job_service
 from isthmus.daemon.jobs.job_runner import JobRunner, Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
@@ -206,7 +206,14 @@ def test_what_another_part_has_taken_is_no_room_for_a_job(jobs: Jobs) -> None:
     assert service.create("one", wanted).status == "queued"
 
 
-def test_a_package_is_fetched_within_the_room_that_the_home_has(jobs: Jobs) -> None:
+@pytest.mark.parametrize("there", [None, "main", "main.part"])
+def test_a_package_is_fetched_within_the_room_that_the_home_has(jobs: Jobs, there: str | None) -> None:
+    own = 0
+    if there is not None:  # what is kept, or half fetched, takes no room from itself
+        (jobs.home.path / "packages" / there).mkdir()
+        (jobs.home.path / "packages" / there / "edge.safetensors").write_bytes(bytes(300_000))
+        own = taken(jobs.home.path / "packages" / there)
+        assert own >= 300_000
     service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     made = service.create("one", NewJob("tune", "tiny", {"data": "file-texts"})).id
     named = service.create("one", NewJob("tune", "tiny", {"data": "file-texts", "package": "/a/package"})).id
@@ -217,5 +224,5 @@ def test_a_package_is_fetched_within_the_room_that_the_home_has(jobs: Jobs) -> N
             runner._write_work(session, session.get_one(Job, job_id), jobs.home.job(job_id))
     offers = Work.read(jobs.home.job(made)).offers
     assert offers is not None
-    assert (offers[0]["max_fetch_gib"], offers[1]) == (0.5, str(jobs.home.package("main")))
+    assert (offers[0]["max_fetch_gib"], offers[1]) == (0.5 + own / GIB, str(jobs.home.package("main")))
     assert Work.read(jobs.home.job(named)).offers is None

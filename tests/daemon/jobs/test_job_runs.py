@@ -26,6 +26,7 @@ from support.warm_processes import WarmPopen
 
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.common.errors import LeakBudgetError, RefusedError
+from isthmus.common.files import write_atomic
 from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
 from isthmus.daemon.jobs.job_runner import Patience, Waiting
 from isthmus.daemon.jobs.job_service import NewJob
@@ -34,7 +35,7 @@ from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.emulator_run import run_tuning
 from isthmus.edge.split_run import run_evaluation
-from isthmus.emulator.package.manifest import Tuning
+from isthmus.emulator.package.manifest import MANIFEST_FILE, Tuning
 from isthmus.protocol.secure.keys import load_worker
 
 pytestmark = pytest.mark.server
@@ -327,7 +328,7 @@ def test_a_job_fetches_the_clouds_package_once_and_sends_nothing_else(runs: Runs
         runs.model, tmp_path / "parts", plan="1:1", home=home.folder.resolve(), emulator=package.resolve()
     )
     with ThreadServer(offering, home) as server:
-        jobs = jobs_of(tmp_path / "home", runs, client={"cloud": server.address, "connect_timeout": 3.0})
+        jobs = jobs_of(tmp_path / "home", runs, client={"cloud": server.address, "connect_timeout": 60.0})
         with jobs.service() as service:
             first = ended(service, service.create("one", new).id)
             assert (first.status, first.total) == ("succeeded", 5), said(service, first.id)
@@ -345,10 +346,27 @@ def test_a_job_fetches_the_clouds_package_once_and_sends_nothing_else(runs: Runs
     assert second.bytes_down < 20_000  # what the daemon has is not fetched again
     assert 0 < second.bytes_up < first.bytes_up < 50_000
     assert not (jobs.home.job(first.id) / "package").exists()
-    with jobs.service() as service:  # and it stands in for a cloud that is away
-        third = ended(service, service.create("one", dataclasses.replace(new, suffix="third")).id)
+    away = Patience(first=0.1, longest=0.1)
+    pin = server.address.rpartition("SHA256:")[2]
+    other = server.address.replace(pin, ("B" if pin[0] == "A" else "A") + pin[1:])  # another key's
+    jobs = jobs_of(tmp_path / "home", runs, client={"cloud": other, "connect_timeout": 0.5})
+    with jobs.service(away) as service:  # a package of somebody else's is no stand-in
+        waits = service.create("one", dataclasses.replace(new, suffix="waits")).id
+        until(service, waits, lambda job: any("next attempt" in line for line in said(service, job.id)))
+        service.cancel("one", waits)
+        assert ended(service, waits).status == "cancelled"
+    manifest = jobs.home.package("main") / MANIFEST_FILE
+    whole = manifest.read_bytes()
+    manifest.write_bytes(b"{}")
+    jobs = jobs_of(tmp_path / "home", runs, client={"cloud": server.address, "connect_timeout": 0.5})
+    with jobs.service(away) as service:  # nor is a damaged one; a whole one stands in for a cloud that is away
+        made = service.create("one", dataclasses.replace(new, suffix="third")).id
+        until(service, made, lambda job: service.waiting(job) is not None)
+        write_atomic(manifest, whole)
+        third = ended(service, made)
         assert third.status == "succeeded", said(service, third.id)
         assert any("tunes on the package that was fetched before" in line for line in said(service, third.id))
+        assert "The job needs its cloud no more" in said(service, third.id)
     assert third.bytes_up == 0
     for job in (first, second, third):
         assert weights(jobs.home.model(result_id(job.id))) == weights(tmp_path / "alone" / "adapter")

@@ -150,6 +150,25 @@ def test_a_job_says_once_that_it_waits_for_its_cloud(folder: Path) -> None:
     assert [each["reason"] for each in told] == [None, "broke", None, "y" * 500]
 
 
+def test_a_job_that_needs_its_cloud_no_more_does_not_wait_for_it(folder: Path) -> None:
+    class Cloud:
+        wait = Wait(1.0, 9.0, "broke")
+
+    lost: Any = Cloud()
+    with Reporter(folder) as reporter:
+        follower = job_work.Follower(WORK, object(), reporter)
+        follower.link = lost
+        follower.tick()
+        follower.link, follower.alone = None, True
+        follower.tick()
+        follower.tick()
+    told = [report for report in read_reports(folder, 0)[0] if report["kind"] == "waiting"]
+    assert [(each["since"], each["reason"]) for each in told] == [
+        (1.0, "broke"),
+        (None, "The job needs its cloud no more"),
+    ]
+
+
 def test_losses_of_batches_and_of_held_out_examples_are_told_apart(folder: Path) -> None:
     with Reporter(folder) as reporter:
         follower = job_work.Follower(WORK, object(), reporter)
