@@ -162,11 +162,13 @@ def sampled_epsilon(sigma: float, rate: float, steps: int, delta: float) -> floa
 
 
 def sigma_for(wanted: float, rate: float, steps: int, delta: float) -> float:
-    """The least `sigma` of DP-SGD, in 0.0001, with which `sampled_epsilon` is `wanted` at most.
+    """The least `sigma` of DP-SGD from 0.05 on, in 0.0001, with which `sampled_epsilon` is `wanted` at most.
 
     Raises:
-        ConfigError: dp-accounting is not installed, or there is none below 10,000.
+        ConfigError: `wanted` is no number above 0, dp-accounting is not installed, or there is none below 10,000.
     """
+    if not 0 < wanted < math.inf:
+        raise ConfigError(f"epsilon {wanted:g} is no finite number above 0: give one, 8 for example")
     low, high = 0.05, 1e4
     if sampled_epsilon(high, rate, steps, delta) > wanted:
         raise ConfigError(f"epsilon {wanted:g} at delta {delta:g} needs a sigma above {high:g}: give a larger epsilon")

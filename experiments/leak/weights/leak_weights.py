@@ -57,7 +57,8 @@ def run_leak_weights(settings: LeakWeightsSettings) -> dict[str, Any]:
         # Through JSON's lists, so that a result is the same whether it was measured now or is taken from the file.
         about = {name: list(value) if isinstance(value, tuple) else value for name, value in about.items()}
         if isinstance(own, MembershipSettings) and own.package is not None:
-            about["package"] = open_package(own.package).emulator_name
+            package = open_package(own.package)
+            about |= {"package": package.emulator_name, "edge_layers": str(package.plan)}
         key = {**about, "digest": digest, "version": VERSION}
         with working_folder() as folder:
             found = cells.get(part, key, lambda: _plain(asdict(measure(folder))))  # noqa: B023

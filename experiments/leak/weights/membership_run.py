@@ -48,13 +48,14 @@ class MembershipSettings:
         model, edge_layers: The model and its split plan; LoRA is on the edge's layers.
         task, data_folder: Where the texts come from; see `distinct_texts`.
         members: Texts that are trained on; the attacker has as many for its own adapter.
-        others: Texts that are not; 1,000 at least for a rate at 1 % false positives that means something.
+        others: Texts that are not, twice as many at least; 1,000 for a rate at 1 % false positives that means
+            something.
         epochs: Passes over the members.
         batch: Texts of a step.
         learning_rate: Peak of AdamW's rate, without a defence.
         defence: As `--defence`.
-        package: The folder of a package to tune over; None for split training. Its split is taken, and its owner's
-            advice where nothing is said here.
+        package: The folder of a package to tune over; None for split training. Its split is taken. Of its owner's
+            advice, what is trained and the warm-up are; rate, rank and passes are those here.
         epsilons: Instead of one run with `defence`, dp-sgd, one for each, with the `sigma` that gives it.
         defended_rate: Peak of AdamW's rate, with it.
         seed: Of the draw, the training and the defence's noise.
@@ -151,10 +152,11 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
         DataError: The data are missing or too few.
         IsthmusError: What a training run raises.
     """
-    if settings.members < 2 or settings.others < settings.members or settings.others < 1 / FALSE_POSITIVES:
+    least = max(math.ceil(1 / FALSE_POSITIVES), 2 * settings.members)
+    if settings.members < 2 or settings.others < least:
         raise ConfigError(
-            f"members = {settings.members} and others = {settings.others} are too few: give 2 and "
-            f"{math.ceil(1 / FALSE_POSITIVES)} or more, and as many others as members"
+            f"members = {settings.members} and others = {settings.others} are too few: give 2 members or more, and "
+            f"{least} others or more, which is twice the members at least, as the control tells others from others"
         )
     attacker = replace(settings, seed=settings.seed + 1)
     defences = [None, *_defences(settings)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.emulator.packages import tiny_package
 from support.models.small_tasks import table_settings, task_folder
 from support.models.tiny import tiny_checkpoint
 
@@ -86,6 +87,17 @@ def test_settings_that_make_no_sense_are_refused_before_the_work(tmp_path: Path,
         with pytest.raises(ConfigError, match=message):
             run_leak_weights(LeakWeightsSettings(**values))
     assert not (tmp_path / "out" / "cells.jsonl").exists()
+
+
+def test_over_a_package_the_settings_have_its_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Any
+) -> None:
+    monkeypatch.setattr(leak_weights, "measure_membership", lambda *_: MembershipResult(2, 100, 1, SOME, (), 1.0))
+    package = tiny_package(tmp_path / "package", Path(parts["model"]), plan="1:2")
+    shared: dict[str, Any] = {"parts": "membership", "model": parts["model"], "out": tmp_path, "edge_layers": "1:1"}
+    over = run_leak_weights(LeakWeightsSettings(**shared, package=package.folder))["membership"]["settings"]
+    assert (over["edge_layers"], over["package"]) == ("1:2", package.emulator_name)
+    assert run_leak_weights(LeakWeightsSettings(**shared))["membership"]["settings"]["edge_layers"] == "1:1"
 
 
 def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

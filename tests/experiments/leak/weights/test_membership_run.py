@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,13 +202,20 @@ def test_settings_that_do_not_go_together_are_refused(over_a_package: dict[str, 
     for values, why in (
         ({"package": None, "epsilons": (8.0,)}, "give --package"),
         ({"epsilons": (8.0,), "defence": "smoothing:share=.1"}, "--defence dp-sgd"),
-        ({"epsilons": (0.0,)}, "give a larger epsilon"),
+        ({"epsilons": (1e-4,)}, "give a larger epsilon"),
+        ({"epsilons": (0.0,)}, "epsilon 0 is no finite number above 0"),
         ({"model": str(tiny_checkpoint("llama", tmp_path / "model", num_hidden_layers=5))}, "of another model"),
-        ({"members": 200}, "as many others as members"),
+        ({"members": 51}, "others = 100 are too few: give 2 members or more, and 102 others or more"),
     ):
         with pytest.raises(ConfigError, match=why) as refused:
             measure_membership(MembershipSettings(**{**over_a_package, **values}), tmp_path / "runs")
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("wanted", [0.0, -1.0, math.inf, math.nan])
+def test_an_epsilon_that_no_noise_gives_is_refused(wanted: float) -> None:
+    with pytest.raises(ConfigError, match=f"^epsilon {wanted:g} is no finite number above 0: give one"):
+        sigma_for(wanted, 0.1, 100, 1e-5)
 
 
 def test_the_least_sigma_is_found() -> None:
