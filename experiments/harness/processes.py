@@ -198,6 +198,14 @@ def run_task(name: str, module: str, task: Mapping[str, Any], *, shown: bool = F
         return answer
 
 
+class CommandFailedError(IsthmusError):
+    """A command of `isthmus` failed, with this code."""
+
+    def __init__(self, message: str, code: int = IsthmusError.exit_code) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def isthmus(*arguments: str) -> list[str]:
     """The command line that runs `isthmus` with this interpreter."""
     return [sys.executable, "-m", "isthmus.cli.main", *arguments]
@@ -206,12 +214,13 @@ def isthmus(*arguments: str) -> list[str]:
 def run_isthmus(*arguments: str) -> dict[str, Any]:
     """What a command of `isthmus` prints with `--json`; the user sees its progress.
 
-    Raises IsthmusError where it failed.
+    Raises CommandFailedError where it failed.
     """
     done = subprocess.run(isthmus(*arguments, "--json"), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise IsthmusError(
-            f"`isthmus {' '.join(arguments[:2])} …` ended with exit code {done.returncode}; its own message is above"
+        raise CommandFailedError(
+            f"`isthmus {' '.join(arguments[:2])} …` ended with exit code {done.returncode}; its own message is above",
+            done.returncode,
         )
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -24,6 +24,7 @@ from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError
 from isthmus.common.figures import plotting
 from isthmus.common.files import disk_errors, locked, remove_folder, write_atomic
 from isthmus.common.torch_threads import torch_threads
+from isthmus.emulator.package.package import open_package
 from isthmus.experiments.leak.grid import Row, file_names, read_grid
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.ledger_json import ledger
@@ -157,7 +158,10 @@ def _about(row: Row, settings: LeakSettings, checkpoint: Checkpoint) -> dict[str
         del shared["distill_steps"]
     if settings.quick:
         shared["quick"] = True  # some attacks are left out
-    about = {**shared, "model": checkpoint.digest(), "row": row.model_dump(mode="json")}
+    own = row.model_dump(mode="json")
+    if row.package is not None:
+        own["package"] = open_package(row.package).id  # the path says nothing of it
+    about = {**shared, "model": checkpoint.digest(), "row": own}
     plain: dict[str, Any] = json.loads(json.dumps(about))
     return plain
 

@@ -46,7 +46,8 @@ class LeakSettings:
     package: Annotated[
         Path | None,
         Option(
-            help="With --mode emulator: a package, as `emulator build --preset` writes it. It is tuned as it advises."
+            help="With --mode emulator: a package, as `emulator build --preset` writes it. Rate, rank and what is "
+            "tuned are as it advises; the steps and the length are the row's."
         ),
     ] = None
     data: Annotated[str | None, Option(help="What these rows are trained on: e2e or sst2.")] = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import DataError, IsthmusError
+from isthmus.common.errors import DataError
 from isthmus.common.files import write_atomic
 from isthmus.edge.bridge_fit import asked_blocks
 from isthmus.edge.config.client_config import FitConfig
@@ -29,7 +29,7 @@ from isthmus.emulator.compress.public_text import documents
 from isthmus.emulator.package.manifest import MANIFEST_FILE, sign
 from isthmus.emulator.package.package import open_package
 from isthmus.experiments.harness.launch import LocalCloud, write_key
-from isthmus.experiments.harness.processes import run_isthmus, train_flags
+from isthmus.experiments.harness.processes import CommandFailedError, run_isthmus, train_flags
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.leak.grid import Row
 from isthmus.experiments.leak.leak_settings import LeakSettings
@@ -138,7 +138,14 @@ def fit_config(folder: Path, block: int, cloud: str = "-") -> FitConfig:
 
 
 def record_fit(settings: LeakSettings, plan: str, folder: Path) -> Path:
-    """Fit the edge's own bridge to the package in a folder, over a cloud that records; returns the recording."""
+    """Fit the edge's own bridge to the package in a folder, over a cloud that records; returns the recording.
+
+    A bridge that does not help is not kept, and its texts were sent.
+
+    Raises:
+        CommandFailedError: The fit failed otherwise.
+        IsthmusError: What the cloud raises.
+    """
     recording = folder / _RECORDING
     serve = ("--edge-layers", plan, "--threads", str(settings.threads))
     record = ("--record", str(recording), "--record-mib", str(settings.record_mib))
@@ -148,10 +155,12 @@ def record_fit(settings: LeakSettings, plan: str, folder: Path) -> Path:
         write_atomic(package / MANIFEST_FILE, sign(open_package(package).manifest, load_worker(cloud.home)))
         told = fit_config(folder, settings.max_length).model_dump(exclude_unset=True)
         options = {**told, "cloud": cloud.connection_file, "key": cloud.edge_key}
-        failed: IsthmusError | None = None
+        failed: CommandFailedError | None = None
         try:
             run_isthmus("emulator", "fit", *train_flags(options))
-        except IsthmusError as error:
+        except CommandFailedError as error:
+            if error.code != DataError.exit_code:
+                raise
             failed = error
     if failed is not None and not read_traffic(recording).forwards:
         raise failed  # else the bridge did not help and is not kept, but its texts were sent

@@ -196,7 +196,8 @@ class RowLab:
             write_jsonl(folder / PUBLIC, ({"text": text} for text in public))
             recording = record_fit(self._settings, str(open_package(package).plan), folder)
             kept += [recording, *(folder / name for name in ("train.jsonl", "sent.jsonl", PUBLIC))]
-            del options["learning_rate"], options["alpha"]  # the owner advises them
+            # The owner's advice says the rate, the rank and what is trained; steps, batch and length are the row's.
+            del options["learning_rate"], options["alpha"]
         say(f"{row.steps} steps on the emulator")
         options |= {
             "package": package,
@@ -211,7 +212,8 @@ class RowLab:
         """What a cloud reads of what `emulator fit` sent: of these public texts, and of the private ones.
 
         The first sequences are attacked. Of the others all is taken to be read. A private token counts as read where
-        it stands in a run of `RUN` tokens that was read.
+        it stands in a run of `RUN` tokens that was read: a check that none was sent, as `emulator fit` leaves out texts
+        that share such a run, and no measure of what shorter runs tell.
         """
         plan = open_package(package).plan
         front = Front(self._base, plan.bottom)

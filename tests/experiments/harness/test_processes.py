@@ -13,7 +13,7 @@ import pytest
 
 from isthmus.common.errors import IsthmusError, UnreachableError
 from isthmus.experiments.harness import processes
-from isthmus.experiments.harness.processes import TaskProcess, run_isthmus, run_task
+from isthmus.experiments.harness.processes import CommandFailedError, TaskProcess, run_isthmus, run_task
 
 CHILD = "support.task_child"
 
@@ -124,5 +124,8 @@ def test_a_process_outlives_no_parent(tmp_path: Path) -> None:
 
 
 def test_a_command_that_fails_is_named() -> None:
-    with pytest.raises(IsthmusError, match=r"`isthmus edge eval …` ended with exit code 2; its own message is above"):
+    with pytest.raises(
+        CommandFailedError, match=r"`isthmus edge eval …` ended with exit code 2; its own message is above"
+    ) as failed:
         run_isthmus("edge", "eval", "--no-such-flag")
+    assert failed.value.code == 2

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +21,12 @@ from support.privacy.small_leak import all_here, grid_file, small_settings
 from isthmus.common.errors import AttackLimitedError, CheckpointError, DataError, UnknownModelError
 from isthmus.edge import bridge_fit
 from isthmus.emulator.package.manifest import Tuning
+from isthmus.experiments.harness.processes import CommandFailedError
 from isthmus.experiments.leak import leak
 from isthmus.experiments.leak.leak import quick_settings, run_leak
 from isthmus.experiments.leak.leak_settings import LeakSettings
 from isthmus.experiments.leak.leak_table import table
-from isthmus.experiments.leak.rows import attacked_row, row_run
+from isthmus.experiments.leak.rows import attacked_row, recorded_run, row_run
 from isthmus.privacy.recording.traffic import Traffic
 
 UNDEFENDED = {
@@ -284,9 +286,8 @@ def test_of_a_fit_the_public_texts_are_read_and_the_private_ones_are_not(
     commands = all_here(monkeypatch)
     settings = small_settings(tmp_path, steps=3, mode="emulator", edge_layers="1:1", package=tmp_path / "package")
     model = Path(settings.model)
-    tiny_package(
-        tmp_path / "package", model, plan="1:1", tuning=Tuning(learning_rate=1e-2, steps=2, rank=4), preset="fidelity"
-    )
+    advice = Tuning(learning_rate=1e-2, steps=2, rank=4)
+    package = tiny_package(tmp_path / "package", model, plan="1:1", tuning=advice, preset="fidelity")
     (row,) = run_leak(settings)["runs"]
     assert [words[:2] for words in commands] == [("emulator", each) for each in ("fit", "tune")]
     assert "--learning-rate" not in commands[-1]
@@ -295,6 +296,8 @@ def test_of_a_fit_the_public_texts_are_read_and_the_private_ones_are_not(
     assert row["fit_public_accuracy"] > 0.9
     assert row["fit_private_accuracy"] == 0
     assert not (tmp_path / "package.bridge").exists()  # the user's package is as it was
+    (finished,) = settings.out.glob("*-*.json")
+    assert json.loads(finished.read_text())["settings"]["row"]["package"] == package.id  # and no path of it
 
     # The control: an edge that does not look, and sends a private text among the public ones, is caught.
     whole = row_run.write_jsonl
@@ -307,6 +310,23 @@ def test_of_a_fit_the_public_texts_are_read_and_the_private_ones_are_not(
     monkeypatch.setattr(bridge_fit, "_shared", lambda *_: {})
     (caught,) = run_leak(replace(settings, out=tmp_path / "careless"))["runs"]
     assert caught["fit_private_accuracy"] > 0
+
+
+@pytest.mark.parametrize(("code", "sent", "goes_on"), [(11, 1, True), (11, 0, False), (43, 1, False)])
+def test_a_row_goes_on_after_a_fit_that_did_not_help_and_after_no_other(
+    code: int, sent: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: str) -> None:
+        raise CommandFailedError("the fit failed", code)
+
+    cloud = SimpleNamespace(home=tmp_path, connection_file=tmp_path, edge_key=tmp_path, manifest=None)
+    for name in ("open_package", "load_worker", "sign", "write_atomic"):
+        monkeypatch.setattr(recorded_run, name, lambda *_: cloud)
+    monkeypatch.setattr(recorded_run, "LocalCloud", lambda *_: nullcontext(cloud))
+    monkeypatch.setattr(recorded_run, "run_isthmus", failing)
+    monkeypatch.setattr(recorded_run, "read_traffic", lambda _: SimpleNamespace(forwards=[None] * sent))
+    with nullcontext() if goes_on else pytest.raises(CommandFailedError, match="the fit failed"):
+        recorded_run.record_fit(LeakSettings(), "2:2", tmp_path)
 
 
 @pytest.mark.parametrize(
