@@ -35,7 +35,7 @@ from isthmus.edge.data.batches import TrainingData, load_data
 from isthmus.edge.process_setup import device_of, no_core_files
 from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import Report
-from isthmus.edge.span_cache.cache_check import dropout_below, edge_model, fingerprint, tuned_below
+from isthmus.edge.span_cache.cache_check import fingerprint, same_in_every_epoch, tuned_below
 from isthmus.edge.span_cache.cache_store import KEY_BYTES, SpanStore
 from isthmus.edge.span_cache.kept_outputs import KeptOutputs
 from isthmus.edge.training.defended_run import defended_run
@@ -199,7 +199,7 @@ def _kept_outputs(
 
     The run's folder must be this process's, and hold no other run: another's rows are deleted on entering.
     """
-    edge = edge_model(tuned)
+    edge = same_in_every_epoch(tuned)
     folder = config.out / KEPT
     store: SpanStore | None = None
     told = False
@@ -211,7 +211,7 @@ def _kept_outputs(
             say("No room for further outputs of the emulator within --keep-outputs-gib: they are computed anew.")
 
     with ExitStack() as stack:
-        if tuned_below(tuned) is None and dropout_below(edge) is None:
+        if edge is not None:
             if config.keep_outputs_gib:
                 of = json.dumps([package.id, data.fingerprint, config.precision, config.device]).encode()
                 below = fingerprint(edge, edge.remote_layers.span)

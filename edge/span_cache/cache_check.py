@@ -50,12 +50,24 @@ def edge_model(model: Any) -> Any:
     Raises:
         ConfigError: The model is not split.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inside(model)
     if not isinstance(inner, EdgeModelMixin):
         raise ConfigError(
             f"a {type(inner).__name__} has no span to cache: give the model that link.load_model() returns."
         )
     return inner
+
+
+def same_in_every_epoch(model: Any) -> Any | None:
+    """The edge's model, where nothing at or below the cut is trained or random; None elsewhere, and of no split one."""
+    edge = _inside(model)
+    if not isinstance(edge, EdgeModelMixin) or tuned_below(model) is not None or dropout_below(edge) is not None:
+        return None
+    return edge
+
+
+def _inside(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _parts_below(edge: Any) -> dict[str, nn.Module]:

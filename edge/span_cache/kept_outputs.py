@@ -26,16 +26,28 @@ class RowStore(Protocol):
         """Keep a row; whether it is kept."""
 
 
-class MemoryRows(dict[bytes, Tensor]):
-    """Rows in memory, without a bound."""
+class MemoryRows:
+    """Rows in the main memory, whatever device they come from.
 
-    def get(self, key: bytes, shape: Any = None) -> Tensor | None:  # type: ignore[override]
+    Args:
+        max_bytes: Of all rows; what is too much is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._rows: dict[bytes, Tensor] = {}
+        self._left = max_bytes
+
+    def get(self, key: bytes, shape: tuple[int, int] | None = None) -> Tensor | None:
         """See `RowStore`."""
-        return super().get(key)
+        return self._rows.get(key)
 
     def put(self, key: bytes, row: Tensor) -> bool:
-        """See `RowStore`."""
-        self[key] = row
+        """See `RowStore`; a key that is there keeps its row."""
+        if key not in self._rows:
+            if row.nbytes > self._left:
+                return False
+            self._left -= row.nbytes
+            self._rows[key] = row.cpu()
         return True
 
 

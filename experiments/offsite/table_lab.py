@@ -25,7 +25,7 @@ from torch import nn
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import linear_names
-from isthmus.backbone.split.edge_model import EdgeModelMixin, SpanFn
+from isthmus.backbone.split.edge_model import SpanFn
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import NonFiniteError
@@ -35,7 +35,7 @@ from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
 from isthmus.edge.run_files.run_identity import ModelIdentity
-from isthmus.edge.span_cache.cache_check import dropout_below, tuned_below
+from isthmus.edge.span_cache.cache_check import same_in_every_epoch
 from isthmus.edge.span_cache.kept_outputs import KeptOutputs, MemoryRows
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
@@ -49,6 +49,10 @@ from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.task_scoring import score_task
 from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+from isthmus.protocol.limits import GIB
+
+_KEPT_BYTES = 4 * GIB
+"""Of the main memory at most, for what comes out of one middle in one precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,14 +266,14 @@ class Lab:
     def _keeping(self, model: Any, precision: Precision) -> Iterator[None]:
         """Where nothing below the middle's end is trained, compute what comes out there once for each text.
 
-        It is kept as long as the middle is there, for all runs of all seeds and rates.
+        It is kept as long as the middle is there, for all runs of all seeds and rates; `_KEPT_BYTES` at most.
         """
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not isinstance(inner, EdgeModelMixin) or tuned_below(model) or dropout_below(inner):
+        edge = same_in_every_epoch(model)
+        if edge is None:
             yield
             return
-        rows = self._kept.setdefault(inner.remote_layers.span, {}).setdefault(precision, MemoryRows())
-        with KeptOutputs(inner, rows).in_place():
+        rows = self._kept.setdefault(edge.remote_layers.span, {}).setdefault(precision, MemoryRows(_KEPT_BYTES))
+        with KeptOutputs(edge, rows).in_place():
             yield
 
     def _fresh_middle(self, device: str) -> FrozenSpan:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.emulator.packages import tiny_package
 from support.models.tiny import tiny_checkpoint
 from support.run_folders import adapter, assert_same_run, losses, same
@@ -26,6 +27,7 @@ from isthmus.edge.config.training_config import TuneConfig, load_config
 from isthmus.edge.data.batches import Batch
 from isthmus.edge.emulator_run import KEPT, run_tuning
 from isthmus.edge.span_cache.cache_check import fingerprint
+from isthmus.edge.span_cache.kept_outputs import MemoryRows
 from isthmus.edge.training import methods
 from isthmus.edge.training.defended_run import DefendedRun
 from isthmus.edge.training.step_rule import BatchLoss
@@ -287,6 +289,15 @@ def test_what_is_refused_neither_makes_nor_deletes_rows(
     assert not rows.parent.exists()
 
 
+def test_rows_in_memory_take_so_many_bytes_at_most() -> None:
+    rows, row = MemoryRows(2 * 3 * 8 * 4), torch.arange(24.0).reshape(3, 8)
+    assert [rows.put(key, row) for key in (b"a", b"b", b"b", b"c")] == [True, True, True, False]
+    assert [kept is not None for kept in map(rows.get, (b"a", b"b", b"c"))] == [True, True, False]
+    found = rows.get(b"b", (3, 8))
+    assert found is not None
+    assert found.equal(row)
+
+
 def test_where_something_random_acts_below_nothing_is_kept(
     packages: Callable[..., Package], data: Path, tmp_path: Path, rows: list[int]
 ) -> None:
@@ -336,7 +347,8 @@ def test_dp_sgd_takes_examples_one_by_one_and_says_what_it_guarantees(
     monkeypatch.setattr(DefendedRun, "drawn", lambda self: (drawn.append(draw(self)), drawn[-1])[1])
     monkeypatch.setattr(PrivateGradients, "add", lambda self, found: (added.append(len(found)), add(self, found))[1])
     report = run_tuning(config(packages(), data, tmp_path / "run", **PRIVATE, defence_key=key))
-    assert rows == [1] * len(rows)
+    # Each text once: those that were drawn, and the held-out ones.
+    assert rows == [1] * (len({place for each in drawn for place in each or ()}) + TEXTS - TRAINED)
     assert len(added) == sum(len(each or ()) for each in drawn)
     first, drawn[:] = list(drawn), []
     assert report.epsilon == sampled_epsilon(2, 3 / TRAINED, 6, 1e-5) < epsilon(math.sqrt(6) / 2, 1e-5)
