@@ -197,7 +197,7 @@ const isPrivate = (job) => job.kind === "tune" && !job.spec.package;
 function stayedOf(job) {
   const fetched = !isPrivate(job) ? "It tunes on a package of this machine, and connects to nothing."
     : job.bytes_up === 0 && job.bytes_down === 0 ? (job.step ? "The package was here already, so nothing crossed." : "It fetches the cloud's package first, and then tunes here.")
-    : `All that crossed is the package: ${bytes(job.bytes_up)} to ask for it, ${bytes(job.bytes_down)} that came back.`;
+    : `All that crossed was to ask for the package and to fetch what was missing: ${bytes(job.bytes_up)} went, ${bytes(job.bytes_down)} came back.`;
   return `Nothing of your data left this machine: no text, no activation, no gradient. ${fetched} The adapter stays here until you return it. When you talk to it, your prompts cross as activations, from which a cloud that attacks can read them.`;
 }
 

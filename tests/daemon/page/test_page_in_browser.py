@@ -210,7 +210,10 @@ def test_the_emulator_mode_leaves_to_the_package_what_is_not_said_and_the_job_sa
     expect(stayed).to_contain_text("fetches the cloud's package first")
     fake.advance(name, 3)
     fake.jobs[name] |= {"bytes_up": 2048, "bytes_down": 170 << 20}
-    expect(stayed).to_contain_text("All that crossed is the package: 2.00 KiB to ask for it, 170 MiB that came back.")
+    crossed = (
+        "All that crossed was to ask for the package and to fetch what was missing: 2.00 KiB went, 170 MiB came back."
+    )
+    expect(stayed).to_contain_text(crossed)
     expect(stayed).to_contain_text("your prompts cross")
     page.get_by_role("button", name="Again with changes").click()
     expect(page.get_by_label("Mode", exact=True)).to_have_value("emulator")
