@@ -39,7 +39,7 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def holds(self, other: Span) -> bool:
+    def covers(self, other: Span) -> bool:
         """Whether all layers of another run are among these."""
         return self.start <= other.start and other.stop <= self.stop
 

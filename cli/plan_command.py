@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -158,7 +158,7 @@ def plan(
     else:
         cloud = _measure(config, facts, ProbeSettings(batch, seq, rank, cloud_dtype, threads))
     costs, positions = predict(facts, settings, where, edge, cloud), batch * seq
-    private = None
+    private, package = None, None
     if goal == "privacy":
         try:
             packages = predict_packages(facts, settings, where, edge)
@@ -166,9 +166,8 @@ def plan(
             packages = []  # too few layers
         private = private_json(packages, costs, where, edge.memory_bytes)
         if packages:
-            first = packages[0]
-            costs = [first.tuning if cost.mode == "emulator" else cost for cost in costs]
-            settings = replace(settings, emulator_keep=first.kept / len(first.plan.cloud))
+            package = packages[0]
+            costs = [package.tuning if cost.mode == "emulator" else cost for cost in costs]
     advice = recommend(costs, goal, positions, steps, edge.memory_bytes, limits)
     kept = budget_lines(costs, goal, limits)
     generation = predict_generation(facts, settings, generated, where, edge, cloud)
@@ -178,7 +177,7 @@ def plan(
             "recommendation": advice,
             "leak_budget": kept,
             "generation": generation_json(generation, generated),
-            "assumptions": assumptions(settings, where, edge, cloud) + generation_assumptions(generated),
+            "assumptions": assumptions(settings, where, edge, cloud, package) + generation_assumptions(generated),
         }
         if private is not None:
             tree = {"private": private, **tree}
@@ -193,7 +192,7 @@ def plan(
     _print_lines("", *kept, *([""] if kept else []), advice, "")
     _print_lines(summary(generation, generated), "")
     console.print(draft_table(generation, generated))
-    _print_lines("", *notes(settings, edge, cloud))
+    _print_lines("", *notes(settings, edge, cloud, package))
 
 
 def _print_lines(*lines: str) -> None:

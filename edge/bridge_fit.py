@@ -109,7 +109,7 @@ def run_fit(config: FitConfig) -> Fitted:
     tokenizer = package.load_tokenizer()
     console = Console(stderr=True, highlight=False)
     given = documents(config.text)
-    texts, blocks, wanted = asked_blocks(given, config, tokenizer)
+    texts, blocks, wanted = ordered_blocks(given, config, tokenizer)
     if len(texts) < len(given):
         shared = len(given) - len(texts)
         said = (
@@ -121,11 +121,11 @@ def run_fit(config: FitConfig) -> Fitted:
         private_folder(package.bridge_file.parent)
     with locked(package.bridge_file):
         answers = _Answers.load(package, fingerprint(blocks))
-        return _fit(config, package, texts, wanted, answers, place.address, console)
+        return _fit(config, package, texts, blocks, wanted, answers, place.address, console)
 
 
-def asked_blocks(given: Sequence[str], config: FitConfig, tokenizer: Any) -> tuple[Sequence[str], Tensor, Tensor]:
-    """What may be sent of the texts, all of it in blocks, and the blocks that the cloud is asked about, in order.
+def ordered_blocks(given: Sequence[str], config: FitConfig, tokenizer: Any) -> tuple[Sequence[str], Tensor, int]:
+    """What may be sent of the texts, its blocks in the order in which the cloud is asked, and about how many it is.
 
     Raises:
         DataError: A text holds a secret or shares a run of tokens with private ones.
@@ -134,21 +134,22 @@ def asked_blocks(given: Sequence[str], config: FitConfig, tokenizer: Any) -> tup
     block = min(config.block, config.tokens)
     blocks = load_blocks(config.text, tokenizer, block, texts)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    return texts, blocks, blocks[order[: config.tokens // block]]
+    return texts, blocks[order], min(len(blocks), config.tokens // block)
 
 
 def _fit(
     config: FitConfig,
     package: Package,
     texts: Sequence[str],
-    wanted: Tensor,
+    blocks: Tensor,
+    wanted: int,
     answers: _Answers,
     address: str,
     console: Console,
 ) -> Fitted:
     """Ask about the blocks that are missing, and keep the bridge if it helps."""
-    block = wanted.shape[1]
-    todo = max(0, len(wanted) - answers.done)
+    block = blocks.shape[1]
+    todo = max(0, wanted - answers.done)
     console.print(
         f"This sends {todo * block:,} tokens of the {len(texts):,} texts in {config.text} to the cloud at "
         f"{address}. The cloud can read them, and which texts you chose tells it something about your task. "
@@ -162,12 +163,12 @@ def _fit(
         with open_link(config) as link:
             check_served(package, link.info)
             try:
-                _ask(link, package, wanted, answers, console)
+                _ask(link, package, blocks[:wanted], answers, console)
             finally:
                 answers.save(package)
                 totals = link.totals()
                 up, down = totals.bytes_up, totals.bytes_down
-    before, after = answers.divergences(package, wanted)
+    before, after = answers.divergences(package, blocks)
     if before is not None and after is not None and after >= before:
         raise DataError(
             f"a bridge fitted to {answers.tokens} tokens of {config.text} does not bring the emulator nearer to the "
@@ -224,8 +225,8 @@ class _Answers:
     def divergences(self, package: Package, blocks: Tensor) -> tuple[float | None, float | None]:
         """KL divergence on what is held out of the blocks, without and with a bridge that is fitted to the rest.
 
-        The relative error of hidden states does not do here: it sees little but the first position, whose norm can be a
-        thousand times that of the others, and which a bridge may worsen while it mends all the others.
+        The relative error of hidden states does not do here: half of it is that of the first position, whose norm can
+        be hundreds of times that of the others, and which a bridge may worsen while it mends the others.
         """
         ids = blocks[: self.done][_is_held(torch.arange(self.done))]
         if not 0 < ids.numel() < self.tokens:
@@ -311,7 +312,7 @@ def _shared(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> dict[int
     for source in sources:
         examples = read_examples(source, config)
         for example, parts in zip(examples, rendered(examples, tokenizer), strict=True):
-            for text in ("".join(parts), " ".join(parts)):  # in a public text they may stand apart, or not
+            for text in ("".join(parts), " ".join(parts), *parts):  # in a public text they may stand apart, or not
                 for run in runs_of(text, tokenizer):
                     if run in public:
                         private.setdefault(run, example.where)

@@ -35,7 +35,7 @@ from isthmus.edge.data.batches import TrainingData, load_data
 from isthmus.edge.process_setup import device_of, no_core_files
 from isthmus.edge.run_files.run_identity import ModelIdentity
 from isthmus.edge.run_report import Report
-from isthmus.edge.span_cache.cache_check import fingerprint, same_in_every_epoch, tuned_below
+from isthmus.edge.span_cache.cache_check import cacheable_edge, fingerprint, tuned_below
 from isthmus.edge.span_cache.cache_store import KEY_BYTES, SpanStore
 from isthmus.edge.span_cache.kept_outputs import KeptOutputs
 from isthmus.edge.training.defended_run import defended_run
@@ -199,7 +199,7 @@ def _kept_outputs(
 
     The run's folder must be this process's, and hold no other run: another's rows are deleted on entering.
     """
-    edge = same_in_every_epoch(tuned)
+    edge = cacheable_edge(tuned)
     folder = config.out / KEPT
     store: SpanStore | None = None
     told = False

@@ -139,7 +139,8 @@ class PackageCost:
         plan: Who holds which layers.
         kept: Layers of the emulator.
         tuning: A step in the first epoch and later, once the outputs of the layers below are kept; and memory.
-        package_bytes: About what is fetched: a bridge for each dropped layer, and one at the end; no tokenizer files.
+        package_bytes: About how large the package is, in fp32, with at most a bridge for each dropped layer and one at
+            the end; without tokenizer files.
     """
 
     preset: str

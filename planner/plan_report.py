@@ -36,8 +36,8 @@ NOT_GIVEN = (
 """What the private mode does not give."""
 
 TUNING_ASSUMED = (
-    "On a package all linears of the layers above the emulator are tuned, at the advised rank; the row `emulator` is "
-    "that of the first preset. The frozen layers take their time in batches, though `tune` computes them text by text; "
+    "On a package all linears of the layers above the emulator are tuned, at the advised rank. "
+    "The frozen layers take their time in batches, though `tune` computes them text by text; "
     "bridges are counted in bytes alone, one for each dropped layer and one at the end."
 )
 
@@ -188,14 +188,24 @@ def private_lines(private: Mapping[str, Any], link: LinkSpec) -> list[str]:
     return lines
 
 
-def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, cloud: SpeedProfile) -> list[str]:
-    """All that the figures rest on, a line each, by the names of JSON."""
+def assumptions(
+    settings: PlanSettings,
+    link: LinkSpec,
+    edge: SpeedProfile,
+    cloud: SpeedProfile,
+    package: PackageCost | None = None,
+) -> list[str]:
+    """All that the figures rest on, a line each, by the names of JSON.
+
+    Args:
+        package: What the row `emulator` is of, where it is a preset's package.
+    """
     lines = [
         f"A step is one micro-batch of {settings.batch} x {settings.length} positions; edge and cloud take turns.",
         f"Edge: measured at {_conditions(edge)}. Cloud: {'the same' if cloud is edge else _conditions(cloud)}.",
         f"LoRA of rank {settings.rank}; kill_revive leaves {settings.live_share:.0%} of the sites' traffic on average "
-        f"over a run; taps has {settings.taps} taps of {_width(settings)}; emulator keeps "
-        f"{settings.emulator_keep:.0%} of the cloud's layers.",
+        f"over a run; taps has {settings.taps} taps of {_width(settings)}; emulator "
+        + (f"keeps {settings.emulator_keep:.0%} of the cloud's layers." if package is None else _row_of(package)),
         f"tail_cache and taps are given for epochs after the first; tail_cache is for the plan 0:{settings.plan.top}.",
         "Bytes are of whole sealed frames; gRPC, HTTP/2, TCP and TLS add about 1 %. What a session says once (its "
         "handshake, its list of sites) is not counted.",
@@ -207,9 +217,13 @@ def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, clou
     return lines
 
 
-def notes(settings: PlanSettings, edge: SpeedProfile, cloud: SpeedProfile) -> list[str]:
-    """What a person has to know to read the table, a line each."""
+def notes(
+    settings: PlanSettings, edge: SpeedProfile, cloud: SpeedProfile, package: PackageCost | None = None
+) -> list[str]:
+    """What a person has to know to read the table, a line each; `package` as in `assumptions`."""
+    of_package = [] if package is None else [f"isthmus emulator tune: {_row_of(package)}"]
     return [
+        *of_package,
         f"A step is {settings.batch} x {settings.length} positions with LoRA of rank {settings.rank}, measured on the "
         f"edge at {_conditions(edge)}; the cloud at {'the same' if cloud is edge else _conditions(cloud)}.",
         f"Top only: the cloud serves --edge-layers 0:{settings.plan.top}. Cached: with --span-cache-mib, after the "
@@ -217,6 +231,13 @@ def notes(settings: PlanSettings, edge: SpeedProfile, cloud: SpeedProfile) -> li
         "A draft pays above its break-even; its acceptance rate is assumed unless you give --acceptance-rate.",
         "--json has directions, round trips, FLOPs, and all that is assumed.",
     ]
+
+
+def _row_of(package: PackageCost) -> str:
+    return (
+        f"is over the package {package.preset}, split {package.plan}, which keeps {package.kept} layers, with its "
+        "owner's rank; cached are its kept outputs (--keep-outputs-gib)."
+    )
 
 
 def table(costs: Sequence[ModeCost], positions: int, steps: int) -> Table:

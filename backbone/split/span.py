@@ -138,7 +138,7 @@ class FrozenSpan(nn.Module):
 
     def part(self, layers: Span) -> FrozenSpan:
         """A run of the layers, which it shares with this one. Raises PlanError where they are not all here."""
-        if not layers or not self.layer_span.holds(layers):
+        if not layers or not self.layer_span.covers(layers):
             raise PlanError(f"the layers {layers} are not all among {self.layer_span}: choose some of these")
         base = copy.copy(self.base)
         base._modules = dict(self.base._modules)

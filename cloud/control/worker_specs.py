@@ -212,7 +212,7 @@ def _check_package(folder: Path, pin: Fingerprint, backbone: Backbone) -> Manife
     manifest, _, _ = verified(folder, pin)
     check_package_fits(manifest, backbone.checkpoint)
     made_for = manifest.split_plan
-    if not backbone.plan.cloud.holds(made_for.cloud):
+    if not backbone.plan.cloud.covers(made_for.cloud):
         raise PackageError(
             f"{folder} was made for the split plan {made_for}, whose middle {made_for.cloud} is not inside the layers "
             f"{backbone.plan.cloud} of --edge-layers {backbone.plan}: serve with --edge-layers {made_for}, or build a "

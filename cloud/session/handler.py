@@ -181,7 +181,11 @@ class TenantSession:
             return self.packages[name].files
         listed = ", ".join(f"{each} ({offered.about})" for each, offered in self.packages.items())
         what = f"the cloud offers no package {name!r}" if name else "the cloud offers several packages"
-        return m.Status.saying(m.StatusCode.BAD_REQUEST, None, f"{what}: give --package with one of {listed}")
+        return m.Status.saying(
+            m.StatusCode.BAD_REQUEST,
+            None,
+            f"{what}: fetch one by name, with --package: {listed}",
+        )
 
     def decode_call(self, message: m.Decode) -> DecodeCall:
         """A decode call, which is computed in steps. The event loop may ask.
@@ -263,7 +267,7 @@ class TenantSession:
         if isinstance(message, m.Forward) and message.plan is not None and message.plan not in self.middles:
             raise ValueError(
                 f"the cloud offers no package of the split {message.plan} whose middle is a part of its own layers: "
-                "use a package that it offers, or leave plan out for the cloud's own split"
+                "ask its owner to offer one, or to serve with this split; the cloud's own split needs no plan"
             )
         if isinstance(message, m.Decode):
             self._bounds.check_shape(message.hidden, before=message.start)

@@ -18,7 +18,6 @@ from isthmus.common.errors import (
     ConnectionLostError,
     LimitError,
     PackageError,
-    RefusedError,
     SignerError,
     UnknownModelError,
     UnreachableError,
@@ -86,14 +85,6 @@ def _take_package(work: Work, asked: Mapping[str, Any], kept: str, package: Path
                 found = link.fetch_package(place)
         except LimitError as error:
             raise LimitError(f"{error} (the daemon takes what is left of disk_gib, too)") from None
-        except RefusedError as error:
-            _, several, names = str(error).partition("several packages: give --package with one of ")
-            if not several:
-                raise
-            raise RefusedError(
-                f"the cloud offers several packages, among which a job cannot choose: {names}. Fetch one with `isthmus "
-                "emulator fetch --package NAME --out FOLDER`, and give `isthmus edge jobs submit tune --package FOLDER`"
-            ) from None
         except (UnreachableError, ConnectionLostError) as error:
             try:
                 found = open_package(place, signer=ConnectionString.parse(config.connection_text()).pin)

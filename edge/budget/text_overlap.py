@@ -19,9 +19,9 @@ def plain_text(text: str) -> str:
 
 
 def runs_of(text: str, tokenizer: Any) -> Iterator[int]:
-    """A hash of each run of `RUN` tokens of a plain text."""
+    """A hash of each run of `RUN` tokens of a plain text; a shorter text is one run, so that its like is found."""
     tokens = tokens_of(text, tokenizer)
-    return (hash(tuple(tokens[at : at + RUN])) for at in range(len(tokens) - RUN + 1))
+    return (hash(tuple(tokens[at : at + RUN])) for at in range(max(bool(tokens), len(tokens) - RUN + 1)))
 
 
 def tokens_of(text: str, tokenizer: Any) -> list[int]:

@@ -154,7 +154,7 @@ def check_served(package: Package, info: m.SessionInfo) -> None:
             f"the package is of {package.model} (digest {package.digest[:16]}), and the cloud serves {info.model} "
             f"(digest {info.digest[:16]}): fetch a package that it offers, or ask its owner to serve this one's model"
         )
-    if not SplitPlan.parse(info.plan, info.n_layers).cloud.holds(package.plan.cloud):
+    if not SplitPlan.parse(info.plan, info.n_layers).cloud.covers(package.plan.cloud):
         raise PackageError(
             f"the package is of {package.model} split {package.plan}, and a cloud of the split {info.plan} does not "
             "have its middle: fetch a package that it offers, or ask its owner to serve this one's split"

@@ -58,8 +58,8 @@ def edge_model(model: Any) -> Any:
     return inner
 
 
-def same_in_every_epoch(model: Any) -> Any | None:
-    """The edge's model, where nothing at or below the cut is trained or random; None elsewhere, and of no split one."""
+def cacheable_edge(model: Any) -> Any | None:
+    """The edge's model; None if something at or below the cut is trained or random, or the model is not split."""
     edge = _inside(model)
     if not isinstance(edge, EdgeModelMixin) or tuned_below(model) is not None or dropout_below(edge) is not None:
         return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from textwrap import shorten, wrap
 from typing import Any
 
+from isthmus.edge.budget.text_overlap import RUN
 from isthmus.experiments.leak.page.ledger_rows import TWO_LOSSES, Measure, frontier_sentence, ledger_rows, percent
 
 WIDTH = 80
@@ -47,8 +48,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
         read, private = (row.runs[0].get(f"fit_{name}_accuracy") for name in ("public", "private"))
         if read is not None:
             lines += wrap(
-                f"{row.name}: of the public texts that `emulator fit` sent, {percent(read)} of the tokens are read; of "
-                f"the private ones {percent(private)}.",
+                f"{row.name}: of the public texts that `emulator fit` sent, {percent(read)} of the tokens are read. In "
+                f"runs of {RUN} tokens, which the fit leaves out, {percent(private)} of the private texts were sent.",
                 WIDTH,
             )
         epsilon = row.common("epsilon")

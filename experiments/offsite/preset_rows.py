@@ -48,7 +48,7 @@ def row_of(scores: Mapping[str, Sequence[Score]], *, best_split: str, **about: A
         "plug_in_recovery": rows["edge bridge"].get("of_reference"),
         "thief_recovery": rows["thief"].get("of_reference"),
     }
-    return row | {"promises": _promises(str(about["preset"]), rows)}
+    return row | {"targets": _targets(str(about["preset"]), rows)}
 
 
 def preset_lines(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -59,12 +59,12 @@ def preset_lines(runs: Sequence[Mapping[str, Any]]) -> str:
         for name, row in run["rows"].items():
             shares = "".join(f"{_percent(row, way):>15}" for way in ("of_reference", "of_split", "above_floor"))
             lines.append(f"{name:18}{row['value']:9.3f} ±{_half(row, 'value'):.3f}{shares}")
-        lines += [f"{'yes' if kept else 'no ':4}{promise}" for promise, kept in run["promises"].items()]
+        lines += [f"{'yes' if reached else 'no ':4}{target}" for target, reached in run["targets"].items()]
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-def _promises(preset: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+def _targets(preset: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
     """What fidelity and guarded are for, by sentence, judged by the means alone; nothing where no gain is clear."""
     plain, bridged, thief = rows["plug-in"], rows["edge bridge"], rows["thief"]
     if not all("above_floor" in row and "of_reference" in row for row in (plain, bridged, thief)):

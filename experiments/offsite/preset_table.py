@@ -10,10 +10,10 @@ there the data owner can tell nothing. The rows:
     public alone        the reference's adapters, trained on the public slice alone
     floor               the same adapters, tuned over one early layer and one bridge, and plugged in
     plug-in             the same, tuned over the preset's emulator, and plugged in
-    edge bridge     the same, with the edge's own bridge at the emulator's end, fitted to the public slice
-    edge bridge, other    the same bridge, fitted to the model's own writing
-    owner bridge       the package's owner's closing bridge fitted to the public slice, and none of the edge's
-    emulator tuned       as in `edge bridge`, but scored over the emulator
+    edge bridge         the same, with the edge's own bridge at the emulator's end, fitted to the public slice
+    edge bridge, other  the same bridge, fitted to `--text`, or to the model's own writing
+    owner bridge        the package's owner's closing bridge fitted to the public slice, and none of the edge's
+    emulator tuned      as in `edge bridge`, but scored over the emulator
     thief               all weights of the package with the edge's bridge, trained on private and public texts, for as
                         many steps as the owner or twice as many; or the tuned emulator, if the validation says so
 """

@@ -35,7 +35,7 @@ from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
 from isthmus.edge.run_files.run_identity import ModelIdentity
-from isthmus.edge.span_cache.cache_check import same_in_every_epoch
+from isthmus.edge.span_cache.cache_check import cacheable_edge
 from isthmus.edge.span_cache.kept_outputs import KeptOutputs, MemoryRows
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
@@ -268,7 +268,7 @@ class Lab:
 
         It is kept as long as the middle is there, for all runs of all seeds and rates; `_KEPT_BYTES` at most.
         """
-        edge = same_in_every_epoch(model)
+        edge = cacheable_edge(model)
         if edge is None:
             yield
             return

@@ -18,7 +18,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,7 +93,7 @@ class Task:
         held_out: Documents that a loss is measured on; empty for multiple choice.
         questions: Questions of multiple choice; empty for the others.
         public: The public slice, to be trained on.
-        public_texts: The same as plain text.
+        public_texts: What a bridge is fitted to of the same, as plain text: of forms the completions alone.
     """
 
     name: str
@@ -148,7 +148,7 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
         metrics=("accuracy", "completion_loss") if is_choice else ("completion_loss",),
         pad_id=pad_id(tokenizer),
         public=tokens(split.public),
-        public_texts=tuple(map(_text, split.public)),
+        public_texts=tuple(_shown(name, question) for question in split.public),
     )
 
 
@@ -176,9 +176,10 @@ def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
 def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
     """The same with a public slice, and with no prompt in two parts: the data owner's case.
 
-    Prompts that differ in case, white space or punctuation alone count as one. The public slice has what `emulator fit`
-    sends: texts that share no run of tokens with the other parts. Where prompts are forms that all share such runs, it
-    has the completions alone. The validation has one text for each of its prompts.
+    Prompts that differ in case, white space or punctuation alone count as one. What `emulator fit` sends of the public
+    slice shares no run of tokens with the other parts, as it asks. Where prompts are forms that all share such runs,
+    these are the completions alone; whoever trains on the slice has its prompts, too. The validation has one text for
+    each of its prompts.
 
     Raises:
         ConfigError: There is no such task.
@@ -198,18 +199,20 @@ def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
     while drawn and len(private) < sizes.train:
         private += drawn.pop()
     private = private[: sizes.train]
-    known = {run for question in (*private, *validation, *scored) for run in runs_of(_text(question), tokenizer)}
+    own = [text for each in (*private, *validation, *scored) for text in (_text(each), _shown(name, each))]
+    known = {run for text in own for run in runs_of(text, tokenizer)}
     public: list[Question] = []
     tokens, wanted = 0, sizes.public or 0
     for question in (question for group in reversed(drawn) for question in group):
-        shown = replace(question, prompt="") if name in _FORMS else question
-        if tokens < wanted and known.isdisjoint(runs_of(_text(shown), tokenizer)):
-            public.append(shown)
-            tokens += len(tokenizer(_text(shown), add_special_tokens=False)["input_ids"])
+        shown = _shown(name, question)
+        if tokens < wanted and known.isdisjoint(runs_of(shown, tokenizer)):
+            public.append(question)
+            tokens += len(tokenizer(shown, add_special_tokens=False)["input_ids"])
     if tokens < wanted:
         raise DataError(
             f"{folder / name} has {len(topics)} prompts to train on: beside {sizes.validation} for validation and "
-            f"{sizes.train} private texts, {tokens} tokens are public, and {wanted} were asked for: ask for less"
+            f"{sizes.train} private texts, {tokens} tokens are public, and {wanted} were asked for: lower --public or "
+            "--private"
         )
     return Split(tuple(private), tuple(validation), scored, tuple(public))
 
@@ -243,6 +246,11 @@ def _topic(question: Question) -> str:
 
 def _text(question: Question) -> str:
     return question.prompt + question.choices[question.answer]
+
+
+def _shown(name: str, question: Question) -> str:
+    """What may be sent of a public question of a task."""
+    return question.choices[question.answer] if name in _FORMS else _text(question)
 
 
 def _text_task(name: str, path: Path, tokenizer: Any, sizes: Sizes) -> Task:

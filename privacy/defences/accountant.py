@@ -105,8 +105,8 @@ def guarantee(defences: Sequence[DefenceOptions], exposure: Exposure) -> Guarant
     (delta,) = deltas
     if private is not None and exposure.rate is not None:
         of = (
-            "the adapters, of each example, in the data or not; nothing is sent, only this run counts, and batches are "
-            f"Poisson samples of rate {exposure.rate:.3g}, whose amplification is counted"
+            "the adapters, of each example, in the data or blanked out; nothing is sent, only this run counts, and "
+            f"batches are Poisson samples of rate {exposure.rate:.3g}, whose amplification is counted"
         )
         return Guarantee(sampled_epsilon(private.sigma, exposure.rate, exposure.steps, delta), delta, of)
     steps = 0.0 if private is None else exposure.steps * 4 / private.sigma**2

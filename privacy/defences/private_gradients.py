@@ -1,7 +1,8 @@
 """DP-SGD on the adapters (Abadi et al. 2016): what they learn of any one example is bounded.
 
 The gradient of each example's mean loss is scaled down to the norm C, the examples of a step are added up, normal noise
-of standard deviation σC is added to each number, and the sum is divided by how many examples there were.
+of standard deviation σC is added to each number, and the sum is divided by how many examples there were, or, with
+Poisson sampling, are expected.
 
 Claims: the adapters after every step, and so the one that is returned, are (ε, δ)-differentially private in each
 example. An example is in one step of each epoch, whose sum it changes by at most 2C where another takes its place.

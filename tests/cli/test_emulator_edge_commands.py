@@ -101,7 +101,9 @@ def test_of_several_packages_one_is_fetched_by_its_name(home: Home, package: Pac
     with ThreadServer(served(owner / "model", owner / "parts", home=home.folder, emulator=packages), home) as server:
         unnamed = command(server, "fetch", "--out", out).exception
         assert isinstance(unnamed, RefusedError)
-        assert "one of first (split 2:2), second (preset guarded, split 2:2)" in str(unnamed)
+        assert "fetch one by name, with --package: first (split 2:2), second (preset guarded, split 2:2)" in str(
+            unnamed
+        )
         assert isinstance(command(server, "fetch", "--package", "third", "--out", out).exception, RefusedError)
         assert isinstance(command(server, "fetch", "--package", "a b", "--out", out).exception, ConfigError)
         assert (

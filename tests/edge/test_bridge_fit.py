@@ -142,7 +142,10 @@ def test_an_interrupted_fit_goes_on_and_ends_in_the_same_bridge(
     after = package.load_bridge()
     assert after is not None
     assert fit().asked == 0
-    assert fit(tokens=2112).asked == 64
+    more = fit(tokens=2112)
+    assert (more.tokens, more.asked) == (2112, 64)
+    fewer = fit(tokens=640)
+    assert (fewer.tokens, fewer.asked, fewer.kl_after) == (2112, 0, more.kl_after)
     for path in package.bridge_file.parent.iterdir():
         path.unlink()
     monkeypatch.undo()

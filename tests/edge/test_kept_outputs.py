@@ -352,8 +352,8 @@ def test_dp_sgd_takes_examples_one_by_one_and_says_what_it_guarantees(
     assert len(added) == sum(len(each or ()) for each in drawn)
     first, drawn[:] = list(drawn), []
     assert report.epsilon == sampled_epsilon(2, 3 / TRAINED, 6, 1e-5) < epsilon(math.sqrt(6) / 2, 1e-5)
-    of = "of the adapters, of each example, in the data or not; nothing is sent, only this run counts, and batches are "
-    of += "Poisson samples of rate 0.375, whose amplification is counted"
+    of = "of the adapters, of each example, in the data or blanked out; nothing is sent, only this run counts, and "
+    of += "batches are Poisson samples of rate 0.375, whose amplification is counted"
     said = f"epsilon {report.epsilon:.3g} at delta 1e-05, {of}"
     assert f"differential privacy: {said}" in capsys.readouterr().err
     assert said in report.lines(tmp_path)

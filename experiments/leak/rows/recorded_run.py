@@ -20,7 +20,7 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import DataError
 from isthmus.common.files import write_atomic
-from isthmus.edge.bridge_fit import asked_blocks
+from isthmus.edge.bridge_fit import ordered_blocks
 from isthmus.edge.config.client_config import FitConfig
 from isthmus.edge.data.batches import Batches, Encoded
 from isthmus.edge.data.readers import Example
@@ -174,9 +174,9 @@ def read_fit(folder: Path, settings: LeakSettings, tokenizer: Any, front: Front)
         DataError: The recording has something else than the blocks of the public texts.
     """
     config = fit_config(folder, settings.max_length)
-    _, _, asked = asked_blocks(documents(config.text), config, tokenizer)
+    _, blocks, asked = ordered_blocks(documents(config.text), config, tokenizer)
     empty = Example("", "")
-    texts = tuple(Text(empty, Encoded(tuple(ids), tuple(ids))) for ids in asked.tolist())
+    texts = tuple(Text(empty, Encoded(tuple(ids), tuple(ids))) for ids in blocks[:asked].tolist())
     traffic = read_traffic(folder / _RECORDING)
     return traffic, sequences([Batch(texts, traffic.forwards, 1)], front)
 

@@ -63,8 +63,8 @@ def test_of_several_packages_one_is_named(cloud: Served) -> None:
         assert session.handle(m.FetchList(which, name)) == cloud.parts.listing()
         assert isinstance(session.handle(m.Fetch(which, "config.json", 0, name)), m.Blob)
     for question in (m.FetchList(which), m.Fetch(which, "config.json")):
-        assert "several packages: give --package with one of a (split a), b (split b)" in refusal(both.handle(question))
-    assert "no package 'c': give --package with one of a (split a)" in refusal(one.handle(m.FetchList(which, "c")))
+        assert "several packages: fetch one by name" in refusal(both.handle(question))
+    assert "no package 'c': fetch one by name" in refusal(one.handle(m.FetchList(which, "c")))
 
 
 def test_a_list_of_all_packages_has_room_in_a_status(cloud: Served) -> None:

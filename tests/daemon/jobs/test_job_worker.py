@@ -169,28 +169,6 @@ def test_a_job_that_needs_its_cloud_no_more_does_not_wait_for_it(folder: Path) -
     ]
 
 
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        (
-            "refused: the cloud offers several packages: give --package with one of a (split a), b (split b)",
-            r"cannot choose: a \(split a\), b \(split b\)\. Fetch one with .* submit tune --package FOLDER",
-        ),
-        ("the cloud offers no package: ask its owner for one", "^the cloud offers no package: ask its owner for one$"),
-    ],
-)
-def test_a_job_that_cannot_choose_a_package_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, told: str
-) -> None:
-    def refuses(_config: object) -> None:
-        raise RefusedError(said)
-
-    monkeypatch.setattr(job_work, "open_link", refuses)
-    nothing: Any = None
-    with pytest.raises(RefusedError, match=told):
-        job_work._take_package(WORK, {"cloud": "x"}, str(tmp_path / "kept"), tmp_path / "package", nothing)
-
-
 def test_losses_of_batches_and_of_held_out_examples_are_told_apart(folder: Path) -> None:
     with Reporter(folder) as reporter:
         follower = job_work.Follower(WORK, object(), reporter)

@@ -215,9 +215,9 @@ def test_shares_are_of_the_reference_of_split_and_above_the_floor() -> None:
     assert made["rows"]["edge bridge"]["of_reference_interval"] == pytest.approx([1, 1])
     low, high = found["of_reference_interval"]
     assert 0 < high - low < 0.1
-    assert list(made["promises"].values()) == [True, True]
-    assert list(row("fidelity")["promises"].values()) == [False]
-    assert list(row("package")["promises"].values()) == [False, True, True]
+    assert list(made["targets"].values()) == [True, True]
+    assert list(row("fidelity")["targets"].values()) == [False]
+    assert list(row("package")["targets"].values()) == [False, True, True]
     assert "yes 40 % above the floor" in preset_lines([made])
 
 
@@ -225,5 +225,5 @@ def test_no_share_is_told_of_a_gain_that_is_not_clear() -> None:
     made = row(reference=scores(2.9, 3.1))
     assert "of_reference" not in made["rows"]["plug-in"]
     assert made["plug_in_recovery"] is None
-    assert made["promises"] == {}
+    assert made["targets"] == {}
     assert "-" in preset_lines([made])

@@ -133,10 +133,10 @@ def words(text: str, **_: object) -> dict[str, list[int]]:
 
 
 def parts(name: str, data: Path, sizes: Sizes) -> list[list[str]]:
-    """The prompts of the four parts, without case, punctuation and white space; texts where prompts are forms."""
+    """The prompts of the four parts, without case, punctuation and white space."""
     split = read_apart(name, data, sizes, words)
     return [
-        ["".join(filter(str.isalnum, (question.prompt or question.choices[0]).casefold())) for question in part]
+        ["".join(filter(str.isalnum, question.prompt.casefold())) for question in part]
         for part in (split.public, split.validation, split.train, split.test)
     ]
 
@@ -174,10 +174,19 @@ def test_what_repeats_a_run_of_a_private_text_is_not_public(tmp_path: Path) -> N
     shared = " ".join(f"word{i}" for i in range(13))
     rows = [f'"name[{i}]","{shared if i % 2 else "text"} {i}"' for i in range(100)]
     (folder / "e2e" / "train.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
-    found = parts("e2e", folder, Sizes(validation=4, public=40, train=30))
-    assert found[0]
-    assert not any("word12" in text for text in found[0])
-    assert any(int(name.removeprefix("meaningname").removesuffix("text")) % 2 for name in found[2])
+    split = read_apart("e2e", folder, Sizes(validation=4, public=40, train=30), words)
+    assert split.public
+    assert not any("word12" in question.choices[0] for question in split.public)
+    assert any("word12" in question.choices[0] for question in split.train)
+
+
+def test_a_short_text_that_is_a_private_one_is_not_public(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path)
+    rows = [f'"name[{i}]","{"yes" if i % 2 else f"text {i}"}"' for i in range(100)]
+    (folder / "e2e" / "train.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
+    split = read_apart("e2e", folder, Sizes(validation=4, public=40, train=30), words)
+    assert any(question.choices[0] == " yes" for question in split.train)
+    assert not any(question.choices[0] == " yes" for question in split.public)
 
 
 def test_a_task_has_a_public_slice_as_text_and_as_tokens(data: Path) -> None:
@@ -185,7 +194,8 @@ def test_a_task_has_a_public_slice_as_text_and_as_tokens(data: Path) -> None:
     task = load_task("e2e", data, tokenizer, APART)
     assert len(task.public) == len(task.public_texts) > 1
     assert len("".join(task.public_texts[:-1])) < 60 * 8
-    assert task.public_texts[0].endswith(" is here")  # prompts are forms, so the completion alone
+    assert all(text.endswith(" is here") and "name[" not in text for text in task.public_texts)  # prompts are forms
+    assert min(len(each.input_ids) for each in task.public) > max(map(len, task.public_texts))  # trained on whole
     assert task.fingerprint != load_task("e2e", data, tokenizer, SIZES).fingerprint
     with pytest.raises(ConfigError, match="no prompts"):
         load_task("text:a.txt", data, tokenizer, APART)

@@ -64,8 +64,8 @@ def test_with_dp_sgd_the_adapters_are_covered_too() -> None:
     tuned = of(replace(ONCE, forwards=0, steps=4, rate=1.0), "dp-sgd:clip=1,sigma=1")
     assert tuned.epsilon == alone.epsilon
     assert tuned.of == (
-        "the adapters, of each example, in the data or not; nothing is sent, only this run counts, and batches are "
-        "Poisson samples of rate 1, whose amplification is counted"
+        "the adapters, of each example, in the data or blanked out; nothing is sent, only this run counts, and "
+        "batches are Poisson samples of rate 1, whose amplification is counted"
     )
     drawn = of(replace(ONCE, forwards=0, steps=4, rate=0.25), "dp-sgd:clip=1,sigma=1")
     assert drawn.epsilon == sampled_epsilon(1, 0.25, 4, 1e-5) < 0.7 * tuned.epsilon
