@@ -173,8 +173,10 @@ class EdgeSteps(Task):
         epoch, inside = divmod(step - 1, self._per_epoch)
         first = inside * self._config.accumulate
         drawn = None if self._defended is None else self._defended.drawn()
-        of_epoch = self._train.epoch(epoch, first, first + self._config.accumulate)
-        self._batches = list(of_epoch if drawn is None else self._train.of(drawn))
+        if drawn is None:
+            self._batches = list(self._train.epoch(epoch, first, first + self._config.accumulate))
+        else:
+            self._batches = list(self._train.of(drawn))
         if self._draft is not None:
             self._draft.begin_step()
         if self._accuracy is not None:

@@ -142,9 +142,9 @@ def _show_membership(found: Mapping[str, Any]) -> None:
         print(line("", "AUC", "found at 1 % false"))
         for each in run["attacks"]:
             print(line(f"    {each['attack']}", _interval(each["auc"]), _interval(each["true_positive_rate"])))
-        print(line("    control, no members", _interval(run["control"]), ""))
         if run["most_true_positives"] < 1:
             print(line("    allowed", "", f"{run['most_true_positives']:.3f} at most"))
+    print(line("  control: untuned model", _interval(found["control"]), ""))
     print(f"  untuned: loss {_interval(found['untuned_loss'])}; last over first {found['loss_ratio']:.3f}")
 
 

@@ -42,7 +42,7 @@ class LeakWeightsSettings:
         int,
         Option(min=2, help="Texts that the attacked adapters are trained on; the attacker trains on as many others."),
     ] = 80
-    others: Annotated[int, Option(min=1000, help="Texts that they are told from, twice as many at least.")] = 1000
+    others: Annotated[int, Option(min=1000, help="Texts that they are told from.")] = 1000
     epochs: Annotated[int, Option(min=1, help="Passes over the members.")] = 8
     batch: Annotated[int, Option(min=1, help="Members of a step.")] = 16
     learning_rate: Annotated[float, Option(min=0, help="Peak rate of the adapter without a defence.")] = 3e-3

@@ -48,8 +48,7 @@ class MembershipSettings:
         model, edge_layers: The model and its split plan; LoRA is on the edge's layers.
         task, data_folder: Where the texts come from; see `distinct_texts`.
         members: Texts that are trained on; the attacker has as many for its own adapter.
-        others: Texts that are not, twice as many at least; 1,000 for a rate at 1 % false positives that means
-            something.
+        others: Texts that are not; 1,000 at least for a rate at 1 % false positives that means something.
         epochs: Passes over the members.
         batch: Texts of a step.
         learning_rate: Peak of AdamW's rate, without a defence.
@@ -106,8 +105,6 @@ class MembershipRun:
         loss: Mean loss of the others in nats a token, the price.
         member_loss: The same of the members.
         attacks: By attack.
-        control: The AUC of the attack by a reference that was tuned alike where as many of the others stand for the
-            members: 0.5, but for chance.
     """
 
     defence: str | None
@@ -118,7 +115,6 @@ class MembershipRun:
     loss: Interval
     member_loss: Interval
     attacks: tuple[AttackedMembership, ...]
-    control: Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +125,8 @@ class MembershipResult:
         members, others: How many texts there were of each.
         steps: Optimizer steps of each run.
         untuned_loss: Mean loss of the others without an adapter.
+        control: The AUC by the loss without an adapter, which nobody has tuned on members: 0.5, but for chance, unless
+            members and others are not drawn alike.
         runs: Without a defence, and with each.
         loss_ratio: The last run's loss over the first's.
     """
@@ -137,6 +135,7 @@ class MembershipResult:
     others: int
     steps: int
     untuned_loss: Interval
+    control: Interval
     runs: tuple[MembershipRun, ...]
     loss_ratio: float
 
@@ -152,11 +151,11 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
         DataError: The data are missing or too few.
         IsthmusError: What a training run raises.
     """
-    least = max(math.ceil(1 / FALSE_POSITIVES), 2 * settings.members)
+    least = math.ceil(1 / FALSE_POSITIVES)
     if settings.members < 2 or settings.others < least:
         raise ConfigError(
             f"members = {settings.members} and others = {settings.others} are too few: give 2 members or more, and "
-            f"{least} others or more, which is twice the members at least, as the control tells others from others"
+            f"{least} others or more"
         )
     attacker = replace(settings, seed=settings.seed + 1)
     defences = [None, *_defences(settings)]
@@ -185,6 +184,7 @@ def measure_membership(settings: MembershipSettings, folder: Path) -> Membership
         settings.others,
         settings.epochs * math.ceil(n / settings.batch),
         mean_interval(-before[n:]),
+        membership_interval(membership_auc, before[:n], before[n:]),
         tuple(runs),
         runs[-1].loss.value / runs[0].loss.value,
     )
@@ -247,7 +247,6 @@ def _run(
         loss=mean_interval(-after[members:]),
         member_loss=mean_interval(-after[:members]),
         attacks=tuple(_attacked(name, each[:members], each[members:]) for name, each in scores.items()),
-        control=membership_interval(membership_auc, *scores[REFERENCE][members:].tensor_split([members])),
     )
 
 

@@ -92,7 +92,7 @@ def test_settings_that_make_no_sense_are_refused_before_the_work(tmp_path: Path,
 def test_over_a_package_the_settings_have_its_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Any
 ) -> None:
-    monkeypatch.setattr(leak_weights, "measure_membership", lambda *_: MembershipResult(2, 100, 1, SOME, (), 1.0))
+    monkeypatch.setattr(leak_weights, "measure_membership", lambda *_: MembershipResult(2, 100, 1, SOME, SOME, (), 1.0))
     package = tiny_package(tmp_path / "package", Path(parts["model"]), plan="1:2")
     shared: dict[str, Any] = {"parts": "membership", "model": parts["model"], "out": tmp_path, "edge_layers": "1:1"}
     over = run_leak_weights(LeakWeightsSettings(**shared, package=package.folder))["membership"]["settings"]
@@ -101,10 +101,10 @@ def test_over_a_package_the_settings_have_its_split(
 
 
 def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    run = MembershipRun(None, None, None, None, 1.0, SOME, SOME, ATTACKED, SOME)
-    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, PROMISED, 0.7654, SOME, SOME, ATTACKED, SOME)
+    run = MembershipRun(None, None, None, None, 1.0, SOME, SOME, ATTACKED)
+    defended = MembershipRun("dp-sgd:clip=1,sigma=4", 6.543, 1e-5, PROMISED, 0.7654, SOME, SOME, ATTACKED)
     results = {
-        "membership": MembershipResult(100, 1000, 1000, SOME, (run, defended), 1.2345),
+        "membership": MembershipResult(100, 1000, 1000, SOME, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
         "theft": TheftResult(12.345, LARGE, (TheftRun(10000, 1000000, LARGE, -1.2345),)),
         "package": PackageThiefResult(12.345, 12.345, 12.345, 12.345, 12.345, -1.23, None, 0.5),

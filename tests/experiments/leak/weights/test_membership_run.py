@@ -183,7 +183,7 @@ def test_members_of_an_adapter_that_was_tuned_over_an_emulator(
     plain, strict = result.runs
     (found,) = (attack for attack in plain.attacks if attack.attack == "membership-reference")
     assert found.auc.low > 0.6  # a run that memorizes
-    assert plain.control.low < 0.5 < plain.control.high
+    assert result.control.low < 0.5 < result.control.high  # and nobody is told by a model that nobody tuned
     assert plain.member_loss.high < plain.loss.low
     assert plain.epsilon is None
     assert strict.epsilon is not None
@@ -205,7 +205,7 @@ def test_settings_that_do_not_go_together_are_refused(over_a_package: dict[str, 
         ({"epsilons": (1e-4,)}, "give a larger epsilon"),
         ({"epsilons": (0.0,)}, "epsilon 0 is no finite number above 0"),
         ({"model": str(tiny_checkpoint("llama", tmp_path / "model", num_hidden_layers=5))}, "of another model"),
-        ({"members": 51}, "others = 100 are too few: give 2 members or more, and 102 others or more"),
+        ({"members": 1}, "members = 1 and others = 100 are too few: give 2 members or more, and 100 others or more"),
     ):
         with pytest.raises(ConfigError, match=why) as refused:
             measure_membership(MembershipSettings(**{**over_a_package, **values}), tmp_path / "runs")
