@@ -237,7 +237,7 @@ def test_a_pipeline_refuses_what_needs_the_whole_span(pipeline: Pipeline) -> Non
         ):
             with pytest.raises(RefusedError, match="serve without --pipeline"):
                 link._keeper.ask(m.Status, message)
-        with pytest.raises(RefusedError, match=r"offers no package of the split 2:4 .*, or leave plan out"):
+        with pytest.raises(RefusedError, match="offers no package of the split 2:4"):
             link.forward_span(hidden(1), None, None, keep=False, plan="2:4")
         check_pass(link, pipeline.whole, 1)
 
