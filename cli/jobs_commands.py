@@ -84,7 +84,11 @@ def submit(
         str | None, typer.Option(help="A tuned model's name, or an adapter's folder (evaluate, generate).")
     ] = None,
     package: Annotated[
-        str | None, typer.Option(help="Folder of an emulator package (tune); by default what the model's cloud offers.")
+        str | None,
+        typer.Option(
+            help="Name of an emulator package that the model's cloud offers, or the folder of one (tune); by default "
+            "the only one that is offered."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A TOML file with further settings, named as the flags of the kind's command.")

@@ -38,6 +38,11 @@ def bar(
         yield lambda: shown.show(next(done), "")
 
 
+def note(message: str) -> None:
+    """Print a line on standard error, broken by nobody but the terminal."""
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True, markup=False)
+
+
 def unseen(_what: str, _total: int) -> AbstractContextManager[Callable[[], None]]:
     """A `Progress` that shows nothing."""
     return nullcontext(lambda: None)

@@ -10,7 +10,7 @@ serving.log      what the process that answers says
 state.db         the database
 files/ID         uploaded files, and results
 jobs/ID/         a job: `spec.json`, `run/` (the run's folder, as `isthmus edge train` leaves it), `worker.log`
-packages/CLOUD/  the emulator package that a cloud offers, as it was fetched last
+packages/CLOUD/  the emulator package that a cloud offers, as it was fetched last; CLOUD=NAME/ one that was named
 models/ID/       adapters that can be talked to
 tmp/             uploads on their way
 tinker/          models in training (`models/ID/`), saved weights (`weights/ID/`) and data that wait (`requests/ID`)
@@ -119,9 +119,9 @@ class Home:
         """A job's folder."""
         return self.path / "jobs" / job_id
 
-    def package(self, cloud: str) -> Path:
-        """The package that a cloud of daemon.toml offers."""
-        return self.path / "packages" / cloud
+    def package(self, cloud: str, name: str | None = None) -> Path:
+        """The package of this name, or the only one, that a cloud of daemon.toml offers."""
+        return self.path / "packages" / (cloud if name is None else f"{cloud}={name}")
 
     def model(self, model_id: str) -> Path:
         """An adapter's folder."""

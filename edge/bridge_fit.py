@@ -15,14 +15,13 @@ import copy
 import dataclasses
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch import Tensor
 from isthmus.common.errors import DataError
 from isthmus.common.files import disk_errors, locked, write_atomic
 from isthmus.common.ownership import private_folder
-from isthmus.common.progress import bar
+from isthmus.common.progress import bar, note
 from isthmus.common.shutdown import uninterrupted
 from isthmus.edge.budget.budget_texts import read_secrets
 from isthmus.edge.budget.text_overlap import RUN, plain_text, runs_of, tokens_of
@@ -39,6 +38,7 @@ from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import NO_DATA, FitConfig
 from isthmus.edge.data.batches import rendered
 from isthmus.edge.data.readers import read_examples
+from isthmus.edge.run_report import WireTotals
 from isthmus.emulator.compress.bridges import Bridge, RidgeSums
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import documents, fingerprint, load_blocks
@@ -95,8 +95,12 @@ class Fitted:
         return f"{text}\nsent    {self.bytes_up:,} bytes, received {self.bytes_down:,}"
 
 
-def run_fit(config: FitConfig) -> Fitted:
+def run_fit(config: FitConfig, link: Link | None = None, say: Callable[[str], None] = note) -> Fitted:
     """Fit the edge's own bridge as the configuration says; the work of `isthmus emulator fit`.
+
+    Args:
+        link: What to ask over; by default one is opened where the cloud is to be asked.
+        say: Told what is left out, and, before anything is sent, what will be.
 
     Raises:
         DataError: The public text shares a run of tokens with the private data or holds a secret, or the bridge does
@@ -107,21 +111,37 @@ def run_fit(config: FitConfig) -> Fitted:
     place = ConnectionString.parse(config.connection_text())
     package = open_package(config.package, signer=place.pin)
     tokenizer = package.load_tokenizer()
-    console = Console(stderr=True, highlight=False)
     given = documents(config.text)
     texts, blocks, wanted = ordered_blocks(given, config, tokenizer)
     if len(texts) < len(given):
         shared = len(given) - len(texts)
-        said = (
+        say(
             f"{shared:,} of the {len(given):,} texts share {RUN} tokens in a row with private ones, and are left out: "
             "who knows the public file can tell which they are."
         )
-        console.print(said, soft_wrap=True)
     with disk_errors(package.bridge_file):
         private_folder(package.bridge_file.parent)
     with locked(package.bridge_file):
         answers = _Answers.load(package, fingerprint(blocks))
-        return _fit(config, package, texts, blocks, wanted, answers, place.address, console)
+        todo = max(0, wanted - answers.done)
+        say(
+            f"This sends {todo * blocks.shape[1]:,} tokens of the {len(texts):,} texts in {config.text} to the cloud "
+            f"at {place.address}. The cloud can read them, and which texts you chose tells it something about your "
+            "task. Nothing else is sent, and the bridge stays here."
+        )
+        up = down = 0
+        if todo:
+            answers.save(package)  # where they cannot be kept, nothing is asked
+            earlier = WireTotals() if link is None else link.totals()
+            with open_link(config) if link is None else nullcontext(link) as cloud:
+                check_served(package, cloud.info)
+                try:
+                    _ask(cloud, package, blocks[:wanted], answers)
+                finally:
+                    answers.save(package)
+                    crossed = cloud.totals() - earlier
+                    up, down = crossed.bytes_up, crossed.bytes_down
+        return _keep(config, package, blocks, answers, asked=todo * blocks.shape[1], up=up, down=down)
 
 
 def ordered_blocks(given: Sequence[str], config: FitConfig, tokenizer: Any) -> tuple[Sequence[str], Tensor, int]:
@@ -137,37 +157,10 @@ def ordered_blocks(given: Sequence[str], config: FitConfig, tokenizer: Any) -> t
     return texts, blocks[order], min(len(blocks), config.tokens // block)
 
 
-def _fit(
-    config: FitConfig,
-    package: Package,
-    texts: Sequence[str],
-    blocks: Tensor,
-    wanted: int,
-    answers: _Answers,
-    address: str,
-    console: Console,
+def _keep(
+    config: FitConfig, package: Package, blocks: Tensor, answers: _Answers, *, asked: int, up: int, down: int
 ) -> Fitted:
-    """Ask about the blocks that are missing, and keep the bridge if it helps."""
-    block = blocks.shape[1]
-    todo = max(0, wanted - answers.done)
-    console.print(
-        f"This sends {todo * block:,} tokens of the {len(texts):,} texts in {config.text} to the cloud at "
-        f"{address}. The cloud can read them, and which texts you chose tells it something about your task. "
-        "Nothing else is sent, and the bridge stays here.",
-        soft_wrap=True,
-        markup=False,
-    )
-    up = down = 0
-    if todo:
-        answers.save(package)  # where they cannot be kept, nothing is asked
-        with open_link(config) as link:
-            check_served(package, link.info)
-            try:
-                _ask(link, package, blocks[:wanted], answers, console)
-            finally:
-                answers.save(package)
-                totals = link.totals()
-                up, down = totals.bytes_up, totals.bytes_down
+    """Keep the bridge if it helps. Raises DataError."""
     before, after = answers.divergences(package, blocks)
     if before is not None and after is not None and after >= before:
         raise DataError(
@@ -176,8 +169,7 @@ def _fit(
             "text that is more alike"
         )
     package.save_bridge(answers.bridge(), {"text": answers.text, "tokens": str(answers.tokens)})
-    file, asked = str(package.bridge_file), todo * block
-    return Fitted(file, package.id, answers.tokens, asked, before, after, up, down)
+    return Fitted(str(package.bridge_file), package.id, answers.tokens, asked, before, after, up, down)
 
 
 class _Answers:
@@ -257,14 +249,14 @@ def _is_held(places: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _ask(link: Link, package: Package, wanted: Tensor, answers: _Answers, console: Console) -> None:
+def _ask(link: Link, package: Package, wanted: Tensor, answers: _Answers) -> None:
     """Ask the cloud about the blocks that are missing."""
     front = OuterLayers(package.checkpoint, package.plan, with_top=False)
     emulator = package.load_emulator()
     plan = None if str(package.plan) == link.info.plan else str(package.plan)
     rows = max(1, min(_TOKENS_AT_ONCE, link.info.limits.max_tokens_per_call) // wanted.shape[1])
     parts = torch.split(wanted[answers.done :], rows)
-    with bar(console, "asking the cloud", len(parts)) as advance:
+    with bar(None, "asking the cloud", len(parts)) as advance:
         for number, ids in enumerate(parts, 1):
             hidden = front.entry(ids)
             target, _ = link.forward_span(hidden, None, None, keep=False, plan=plan)

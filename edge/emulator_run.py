@@ -15,18 +15,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import linear_names
 from isthmus.common.errors import ConfigError
 from isthmus.common.files import remove_folder
-from isthmus.common.progress import StepProgress
+from isthmus.common.progress import StepProgress, note
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.config_text import one_line
 from isthmus.edge.config.schedule import total_steps
@@ -52,9 +50,7 @@ KEPT = "kept-outputs"
 """Inside the run's folder."""
 
 
-def run_tuning(
-    config: TuneConfig, listener: RunListener | None = None, say: Callable[[str], None] | None = None
-) -> Report:
+def run_tuning(config: TuneConfig, listener: RunListener | None = None, say: Callable[[str], None] = note) -> Report:
     """Train on a package as the configuration says; the work of `isthmus emulator tune`.
 
     The adapter's folder says which package it was tuned on, and what dp-sgd guarantees (`isthmus_tuning.json`).
@@ -71,7 +67,6 @@ def run_tuning(
     use_threads(config.threads)
     wanted = config.signer_text()
     package = open_package(config.package, signer=None if wanted is None else Fingerprint.parse(wanted))
-    say = say or _printed()
     if wanted is None:
         say(f"The package is signed by {package.signer}; --signer insists on it.")
     tokenizer = package.load_tokenizer()
@@ -85,7 +80,7 @@ def tune(
     config: TuneConfig,
     tokenizer: Any,
     listener: RunListener | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = note,
 ) -> tuple[Any, Report]:
     """The same on data that are read already.
 
@@ -95,7 +90,6 @@ def tune(
     Raises:
         IsthmusError: See `run_tuning`.
     """
-    say = say or _printed()
     if package.bridge_file.exists():
         say(f"Using your own bridge: {package.bridge_file}")
     model = package.load_model().to(device_of(config.device))
@@ -128,10 +122,6 @@ def tune(
             within=_kept_outputs(tuned, package, data, config, progress.message),
         )
         return tuned, trainer.fit().report
-
-
-def _printed() -> Callable[[str], None]:
-    return partial(Console(stderr=True, highlight=False).print, soft_wrap=True, markup=False)
 
 
 def _as_advised(config: TuneConfig, package: Package, model: Any) -> tuple[TuneConfig, str]:

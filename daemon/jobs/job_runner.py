@@ -29,7 +29,7 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom, taken
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_rows import ENDED, end, hear, keep_result, orphans, succeed, tell
-from isthmus.daemon.jobs.job_specs import INPUTS, adapters_of, cloud_for, configuration, links_in, with_links
+from isthmus.daemon.jobs.job_specs import INPUTS, adapters_of, cloud_for, configuration, fit_of, links_in, with_links
 from isthmus.daemon.jobs.kinds import PACKAGE, RUN, Work
 from isthmus.daemon.jobs.reports import REPORTS, read_end, read_reports
 from isthmus.daemon.state.crossings import note_adapters
@@ -329,14 +329,17 @@ class JobRunner:
         values = config.model_dump(mode="json", exclude_unset=True)
         models = str(self.home.path / "models")
         base = session.get(BaseModel, job.model)
-        offers = None
+        offers = fit = None
         if job.kind == "tune" and cloud is not None and base is not None:
-            kept = self.home.package(base.cloud)
+            name = spec.get(PACKAGE)
+            kept = self.home.package(base.cloud, name)
             own = sum(map(taken, (kept, kept.with_name(f"{kept.name}.part"))))  # what comes lies there, or replaces it
             room = (max(1, self.room.most - self.room.used()) + own) / GIB
             asked = cloud.model_copy(update={"max_fetch_gib": min(cloud.max_fetch_gib, room)})
-            offers = asked.model_dump(mode="json", exclude_unset=True), str(kept)
-        Work(job.id, job.attempts, job.kind, job.model, values, models, **more, offers=offers).write(folder)
+            offers = asked.model_dump(mode="json", exclude_unset=True), name, str(kept)
+            fit = fit_of(config, spec, cloud)
+        adapter, prompts = more.get("adapter"), more.get("prompts")
+        Work(job.id, job.attempts, job.kind, job.model, values, models, adapter, prompts, offers, fit).write(folder)
         note_adapters(session, job.owner, adapters_of(spec, base))
 
     # How a worker ended -----------------------------------------------------------------------------------------------
@@ -461,4 +464,10 @@ def _of_a_run(folder: Path) -> list[Path]:
     """What nobody needs of a job that has succeeded: what to go on from, and what was linked or copied elsewhere."""
     run = folder / RUN
     (folder / REPORTS).unlink(missing_ok=True)
-    return [*run.glob("checkpoint-*"), run / "adapter", run / "span-cache", folder / INPUTS, folder / PACKAGE]
+    return [
+        *run.glob("checkpoint-*"),
+        run / "adapter",
+        run / "span-cache",
+        folder / INPUTS,
+        *folder.glob(f"{PACKAGE}*"),
+    ]

@@ -1,8 +1,9 @@
 """What a job's spec may say, and the configuration that it becomes.
 
 A spec has the fields of its kind's configuration (`isthmus.edge.config`). Files in it are ids of uploaded files, or
-absolute paths; adapters are names or ids of models, or absolute paths. What is uploaded is linked into the job's
-folder, so that a job does not change, or fail, when a file or a model is deleted.
+absolute paths; adapters are names or ids of models, or absolute paths; `package` is an absolute path, or the name of
+one that the cloud offers. What is uploaded is linked into the job's folder, so that a job does not change, or fail,
+when a file or a model is deleted.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.kinds import KINDS, PACKAGE, TRAINING
 from isthmus.daemon.state.tables import BaseModel, Model, StoredFile
-from isthmus.edge.config.client_config import ClientConfig
+from isthmus.edge.config.client_config import ClientConfig, FitConfig
 from isthmus.edge.config.config_text import check_name, one_line
+from isthmus.edge.config.data_config import ExamplesConfig
 from isthmus.edge.config.settings import Settings, field_names
+from isthmus.protocol.file_messages import PACKAGE_NAME, PACKAGE_NAME_NEEDS
 
 MOST_SPEC = 1 << 16
 """Bytes of a spec, as JSON."""
@@ -37,7 +40,12 @@ INPUTS = "inputs"
 """Folder of the linked files, in a job's."""
 
 # What a kind takes besides its configuration's fields.
-_MORE: Mapping[str, tuple[str, ...]] = {"evaluate": ("adapter",), "generate": ("adapter", "prompts")}
+_FIT = {"public": "text", "public_tokens": "tokens", "leave_out_shared": "leave_out_shared"}  # and the FitConfig's
+_MORE: Mapping[str, tuple[str, ...]] = {
+    "tune": tuple(_FIT),
+    "evaluate": ("adapter",),
+    "generate": ("adapter", "prompts"),
+}
 FILES = ("data", "validation", "prompts", "public")
 """Fields of a spec that name files."""
 _ADAPTERS = ("adapter", "start_from")
@@ -84,7 +92,7 @@ def prepare(
         raise ConfigError(f"the spec has more than {MOST_SPEC} bytes: give long texts as files")
     names = [*(name for name in field_names(KINDS[kind]) if name not in _DECIDED), *_MORE.get(kind, ())]
     for name in spec:
-        if name in _DECIDED or (name == "signer" and PACKAGE not in spec):
+        if name in _DECIDED or (name == "signer" and not _has_package(spec)):
             raise ConfigError(f"{name!r} is the daemon's to decide: set what daemon.toml offers, and leave it out here")
         if kind in TRAINING and name in names and name in _ELSEWHERE:
             command = "emulator tune" if kind == "tune" else "edge train"
@@ -96,7 +104,10 @@ def prepare(
         raise ConfigError("'prompts' is missing: give a file of JSON Lines, each with `prompt` or `messages`")
     cloud = cloud_for(kind, model, spec, session, settings)
     links = dict(_links(spec, owner, session, home))
-    config, _ = configuration(kind, with_links(spec, links, Path("/")), cloud, settings, Path("/"))
+    placed = with_links(spec, links, Path("/"))
+    config, _ = configuration(kind, placed, cloud, settings, Path("/"))
+    if kind == "tune":
+        fit_of(config, placed, cloud)
     base = session.get(BaseModel, model)
     _check_fits(config, spec, {} if base is None else base.facts)
     return links
@@ -114,7 +125,12 @@ def cloud_for(
     kind: str, model: str, spec: Mapping[str, Any], session: Session, settings: DaemonSettings
 ) -> ClientConfig | None:
     """The cloud that a job asks; None for tuning on a package that is named. Raises what `cloud_of` does."""
-    return None if kind == "tune" and PACKAGE in spec else cloud_of(model, session, settings)
+    return None if kind == "tune" and _has_package(spec) else cloud_of(model, session, settings)
+
+
+def _has_package(spec: Mapping[str, Any]) -> bool:
+    """Whether a spec has a package of this machine's, and not one that a cloud offers."""
+    return "/" in str(spec.get(PACKAGE, ""))
 
 
 def cloud_of(model: str, session: Session, settings: DaemonSettings) -> ClientConfig:
@@ -148,13 +164,14 @@ def configuration(
         ConfigError: A value does not make sense.
     """
     cls = KINDS[kind]
+    decided: dict[str, Any] = {}
     more = {name: spec.get(name) for name in _MORE.get(kind, ())}
     values: dict[str, Any] = {}
     if cloud is not None and kind == "tune":
-        values = {"package": str(folder / PACKAGE), "signer": cloud.cloud}
+        decided = {"package": str(folder / PACKAGE), "signer": cloud.cloud}
     elif cloud is not None:
         values = cloud.model_dump(mode="json", exclude_unset=True)
-    values |= {name: value for name, value in spec.items() if name not in more}
+    values |= {name: value for name, value in spec.items() if name not in more} | decided
     if kind in TRAINING:
         values |= {"out": str(folder / "run"), "resume": True}
         values.setdefault("save_every", settings.save_every)
@@ -164,6 +181,37 @@ def configuration(
         return cls.model_validate(values), more
     except ValidationError as error:
         raise ConfigError(one_line(error, cls)) from error
+
+
+def fit_of(config: Settings, spec: Mapping[str, Any], cloud: ClientConfig | None) -> dict[str, Any] | None:
+    """What the fields of the `FitConfig` of a job's bridge are, but for the cloud and the package; None for no bridge.
+
+    Args:
+        config: That of the tuning, whose private data no public text may share a run with.
+        spec: Its files are paths.
+
+    Raises:
+        ConfigError: A value does not make sense.
+    """
+    given = {field: spec[name] for name, field in _FIT.items() if spec.get(name) is not None}
+    if not given:
+        return None
+    if "text" not in given:
+        raise ConfigError("'public' is missing: give the public texts that the cloud may be asked about")
+    if cloud is None:
+        raise ConfigError(
+            "public = … is for a package that the cloud offers: for one of this machine, `isthmus emulator fit` fits a "
+            "bridge before the job"
+        )
+    told = {"validation", *ExamplesConfig.model_fields}
+    private = config.model_dump(mode="json", exclude_unset=True, include=told)
+    block = FitConfig.model_fields["block"].default
+    private["block"] = min(block, getattr(config, "max_length", block))
+    try:
+        FitConfig.model_validate({"cloud": cloud.cloud, "package": "/", **private, **given})
+    except ValidationError as error:
+        raise ConfigError(f"public: {one_line(error, FitConfig)}") from error
+    return private | given
 
 
 def make_links(folder: Path, links: Mapping[str, Path]) -> None:
@@ -224,6 +272,9 @@ def _links(spec: Mapping[str, Any], owner: str, session: Session, home: Home) ->
                 raise ConfigError(f"{name} = {brief(value)}: there is no such file; upload one first")
             ending = Path(stored.filename).suffix.lower()
             yield name + (ending if ending in _ENDINGS else _ENDINGS[0]), home.file(stored.id)
+        elif name == PACKAGE and "/" not in value:
+            if not PACKAGE_NAME.fullmatch(value):
+                raise ConfigError(f"{name} = {brief(value)}: {PACKAGE_NAME_NEEDS}; or give a folder's absolute path")
         elif name in _ADAPTERS and not value.startswith("/"):
             yield name, _adapter(name, value, owner, session, home)
         else:

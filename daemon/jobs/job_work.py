@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from isthmus.common.errors import (
     ConnectionLostError,
@@ -29,12 +29,15 @@ from isthmus.daemon.jobs.kinds import KINDS, RESULTS, RUN, TRAINING, Work
 from isthmus.daemon.jobs.reports import Reporter, Ticker, read_reports
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import open_link
-from isthmus.edge.config.client_config import ClientConfig, EvalConfig, GenerateConfig
+from isthmus.edge.config.client_config import ClientConfig, EvalConfig, FitConfig, GenerateConfig
 from isthmus.edge.config.training_config import TrainConfig, TuneConfig
 from isthmus.edge.run_report import WireMeter, WireTotals
 from isthmus.edge.training.run_listener import SaveAdapter
 from isthmus.edge.training.trainer import LOG_FILE
 from isthmus.protocol.enrolment import ConnectionString
+
+if TYPE_CHECKING:
+    from isthmus.emulator.package.package import Package
 
 METRICS = 1000
 """Steps of a job that are told as events; those of a longer one are thinned out evenly."""
@@ -55,7 +58,7 @@ def do(work: Work, folder: Path, reporter: Reporter) -> None:
             from isthmus.edge.emulator_run import run_tuning
 
             tuning = cast(TuneConfig, config)
-            if work.offers is not None and not tuning.package.exists():
+            if work.offers is not None:
                 _take_package(work, *work.offers, tuning.package, follower)
             follower.link, follower.alone = None, True
             run_tuning(tuning, follower, follower.say)
@@ -69,23 +72,33 @@ def do(work: Work, folder: Path, reporter: Reporter) -> None:
             write_atomic(folder / RESULTS[work.kind][0], _step_metrics(folder).encode())
 
 
-def _take_package(work: Work, asked: Mapping[str, Any], kept: str, package: Path, follower: Follower) -> None:
-    """Have the package that a cloud offers in the job's folder: what crosses for it is all that crosses for the job.
+def _take_package(
+    work: Work, asked: Mapping[str, Any], name: str | None, kept: str, package: Path, follower: Follower
+) -> None:
+    """Have the package that a cloud offers in the job's folder, with the bridge to it that the job wants.
 
-    What is kept from before is not fetched again, and stands in for a cloud that does not answer.
+    What crosses for these is all that crosses for the job. What is kept from before is not fetched again, and stands in
+    for a cloud that does not answer, but for a bridge the cloud must answer.
     """
+    from isthmus.edge.bridge_fit import run_fit
     from isthmus.emulator.package.package import open_package
 
-    place, config = Path(kept), ClientConfig.model_validate(asked)
-    with locked(place):
-        try:
-            with open_link(config) as link:
-                follower.meter = follower.link = link
-                _check_model(link, work.model)
-                found = link.fetch_package(place)
-        except LimitError as error:
-            raise LimitError(f"{error} (the daemon takes what is left of disk_gib, too)") from None
-        except (UnreachableError, ConnectionLostError) as error:
+    place, config, fit = Path(kept), ClientConfig.model_validate(asked), work.fit
+    if package.exists() and (fit is None or open_package(package).bridge_file.exists()):
+        return
+    try:
+        with open_link(config) as link:
+            follower.meter = follower.link = link
+            _check_model(link, work.model)
+            if not package.exists():
+                with locked(place):
+                    _hand_over(_fetch(link, place, name), package)
+            if fit is not None:
+                run_fit(FitConfig.model_validate({**asked, **fit, "package": package}), link, follower.say)
+    except (UnreachableError, ConnectionLostError) as error:
+        if fit is not None:
+            raise
+        with locked(place):
             try:
                 found = open_package(place, signer=ConnectionString.parse(config.connection_text()).pin)
             except (PackageError, SignerError):
@@ -93,12 +106,25 @@ def _take_package(work: Work, asked: Mapping[str, Any], kept: str, package: Path
             if found.model != work.model:
                 raise
             follower.say("The cloud does not answer: the job tunes on the package that was fetched before")
-        with new_folder(package, 0o700) as temporary:
-            shutil.copytree(place, temporary, copy_function=os.link, dirs_exist_ok=True)
+            _hand_over(found, package)
+    found = open_package(package)
     follower.say(
         f"The package {found.id[:16]} is here (split {found.plan}, {found.manifest.recipe}); the cloud is asked for "
         "nothing else"
     )
+
+
+def _fetch(link: Link, place: Path, name: str | None) -> Package:
+    try:
+        return link.fetch_package(place, name)
+    except LimitError as error:
+        raise LimitError(f"{error} (the daemon takes what is left of disk_gib, too)") from None
+
+
+def _hand_over(package: Package, folder: Path) -> None:
+    """Link what is kept for all jobs into a job's folder."""
+    with new_folder(folder, 0o700) as temporary:
+        shutil.copytree(package.folder, temporary, copy_function=os.link, dirs_exist_ok=True)
 
 
 def _check_model(link: Link, wanted: str) -> None:

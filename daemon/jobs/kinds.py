@@ -50,8 +50,9 @@ class Work:
         config: The kind's configuration, as its fields that are not by default.
         adapter, prompts: Paths; None where there are none.
         models: The folder of the adapters that can be talked to.
-        offers: Of a job that tunes on what a cloud offers: the fields of its `ClientConfig`, and the folder where the
-            package is kept for all jobs.
+        offers: Of a job that tunes on what a cloud offers: the fields of its `ClientConfig`, the package's name, or
+            None for the only one, and the folder where it is kept for all jobs.
+        fit: The fields of the `FitConfig` of the edge's own bridge, but for those of `offers`; None for no bridge.
     """
 
     job: str
@@ -62,7 +63,8 @@ class Work:
     models: str
     adapter: str | None = None
     prompts: str | None = None
-    offers: tuple[Mapping[str, Any], str] | None = None
+    offers: tuple[Mapping[str, Any], str | None, str] | None = None
+    fit: Mapping[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into the job's folder.

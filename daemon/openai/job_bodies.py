@@ -1,7 +1,8 @@
 """What a request for a fine-tuning job may ask (`isthmus.daemon.openai.request_fields` has the rule).
 
 followed    model (a base model, or an adapter of one's own to go on from), training_file, validation_file, suffix
-            (letters, digits, `.`, `-`, `_`), seed, metadata (its `mode` is "split" or "emulator"),
+            (letters, digits, `.`, `-`, `_`), seed, metadata (its `mode` is "split" or "emulator"; with the
+            latter, its `package` names one that the cloud offers, and its `public_file` is a file's id),
             method.supervised.hyperparameters {batch_size, n_epochs, learning_rate_multiplier} or the older
             hyperparameters, each a number or "auto"
 satisfied   integrations (none)
@@ -19,8 +20,8 @@ from isthmus.daemon.jobs.kinds import MODES
 from isthmus.daemon.openai.request_fields import Fields, only
 from isthmus.daemon.web.api_error import ApiError
 
-MODE = "mode"
-"""The key of `metadata` that decides something."""
+MODE, PACKAGE, PUBLIC = "mode", "package", "public_file"
+"""The keys of `metadata` that decide something; the last two where the mode is "emulator"."""
 _NOT_YET = "only supervised tuning is done here"
 
 
@@ -97,6 +98,12 @@ class JobBody(Fields):
     def kind(self) -> str:
         """The kind of the job that does it."""
         return MODES[(self.metadata or {}).get(MODE, "split")]
+
+    @property
+    def private(self) -> Mapping[str, str]:
+        """What the labels decide of a job in the emulator's mode: PACKAGE and PUBLIC, where they are there."""
+        labels = (self.metadata or {}) if self.kind == "tune" else {}
+        return {name: labels[name] for name in (PACKAGE, PUBLIC) if name in labels}
 
     @property
     def numbers(self) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from isthmus.common.bounded_values import shown
 from isthmus.daemon.jobs.job_service import NewJob, UnknownJobError
 from isthmus.daemon.jobs.kinds import TRAINING
-from isthmus.daemon.openai.job_bodies import JobBody
+from isthmus.daemon.openai.job_bodies import PACKAGE, PUBLIC, JobBody
 from isthmus.daemon.openai.job_objects import checkpoint_object, event_object, job_object, results_of
 from isthmus.daemon.openai.model_names import target_named
 from isthmus.daemon.openai.request_fields import Fields, NoQuery, checked, json_body, query
@@ -55,6 +55,7 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
             if body.validation_file is not None
             else None
         )
+        public = _file(session, asker.id, body.private[PUBLIC], "metadata") if PUBLIC in body.private else None
     facts: Mapping[str, Any] = {} if base is None else base.facts
     examples = _examples(training, "training_file", facts)
     spec: dict[str, Any] = {
@@ -69,6 +70,10 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
     else:
         _examples(validation, "validation_file", facts)
         spec["validation"] = validation.id
+    if PACKAGE in body.private:
+        spec["package"] = body.private[PACKAGE]
+    if public is not None:
+        spec["public"] = public.id
     if target.adapter is not None:
         spec["start_from"] = body.model
     new = NewJob(

@@ -191,13 +191,14 @@ export function showJob(main, id, signal) {
 }
 
 /** Whether a job tunes on what its cloud offers. */
-const isPrivate = (job) => job.kind === "tune" && !job.spec.package;
+const isPrivate = (job) => job.kind === "tune" && !job.spec.package?.includes("/");
 
 /** What has left this machine for a job that sends none of its data, and what does when its adapter is used. */
 function stayedOf(job) {
+  const crossed = job.spec.public ? "the public texts as activations, what they were answered, and what was missing of the package" : "to ask for the package and to fetch what was missing";
   const fetched = !isPrivate(job) ? "It tunes on a package of this machine, and connects to nothing."
-    : job.bytes_up === 0 && job.bytes_down === 0 ? (job.step ? "The package was here already, so nothing crossed." : "It fetches the cloud's package first, and then tunes here.")
-    : `All that crossed was to ask for the package and to fetch what was missing: ${bytes(job.bytes_up)} went, ${bytes(job.bytes_down)} came back.`;
+    : job.bytes_up === 0 && job.bytes_down === 0 ? (job.step ? "The package was here already, so nothing crossed." : `It fetches the cloud's package first${job.spec.public ? ", asks about the public texts" : ""}, and then tunes here.`)
+    : `All that crossed was ${crossed}: ${bytes(job.bytes_up)} went, ${bytes(job.bytes_down)} came back.`;
   return `Nothing of your data left this machine: no text, no activation, no gradient. ${fetched} The adapter stays here until you return it. When you talk to it, your prompts cross as activations, from which a cloud that attacks can read them.`;
 }
 

@@ -14,9 +14,13 @@ const MODES = {
   top: "Adapters on this machine's last layers alone: no gradient is sent, and less is learned. A cloud that attacks still reads the texts, completions too, from the activations.",
   emulator: "Tuned on this machine, over an emulator of the cloud's layers, which is fetched once: no text, activation or gradient is sent. It learns less: how much of split training's gain stays depends on the emulator.",
 };
+const PUBLIC = {
+  split: "For a leak budget: texts in the form of the data, some of which are sent to measure with.",
+  emulator: "Optional: JSON lines with a text each, like yours, which the cloud may read. 20,000 tokens of them are sent, to bring the emulator nearer to the model; one that shares 13 tokens in a row with your data ends the job.",
+};
 const LEADS = {
   split: "This machine runs the first and the last layers and trains the adapter; the cloud runs the layers between.",
-  emulator: "This machine runs the first and the last layers, and an emulator of those between; it trains the adapter, and nothing is sent.",
+  emulator: "This machine runs the first and the last layers, and an emulator of those between; it trains the adapter, and none of your data are sent.",
 };
 
 /** The modules of the last layers, by the names that families have for them. */
@@ -78,7 +82,7 @@ const numberInput = (name, attributes) => h("input", { type: "number", name, inp
 
 export function showNew(main, before, signal) {
   const first = h("div", { class: "stack", "aria-live": "polite" });
-  const mode = h("select", { name: "mode" }, h("option", { value: "split" }, "Split"), h("option", { value: "top" }, "Top only"), h("option", { value: "emulator" }, "Emulator (nothing is sent)"));
+  const mode = h("select", { name: "mode" }, h("option", { value: "split" }, "Split"), h("option", { value: "top" }, "Top only"), h("option", { value: "emulator" }, "Emulator (no data are sent)"));
   const model = h("select", { name: "model", required: true });
   const kept = h("select", { name: "training_file" }, h("option", { value: "" }, "Upload a file …"));
   const chosen = h("input", { type: "file", name: "upload", accept: ".jsonl,.ndjson,.csv,.tsv" });
@@ -98,13 +102,15 @@ export function showNew(main, before, signal) {
     max_length: field("Tokens of an example at most", numberInput("max_length", { min: 2, step: 1, placeholder: "512" }), "Longer ones are cut at their end."),
     mode: field("Mode", mode, MODES.split),
     leak_budget: field("Leak budget", h("input", { name: "leak_budget", autocomplete: "off", spellcheck: "false", placeholder: "tokens<=0.5, labels<=0.5" }), "Optional. Before it sends anything private, the job attacks a sample of the texts as a cloud would, and stops where the shares that are read break the budget."),
-    public: field("Public texts", h("input", { type: "file", name: "public", accept: ".jsonl,.ndjson,.csv,.tsv" }), "For a leak budget in split mode: texts in the form of the data, some of which are sent to measure with."),
+    package: field("Package", h("input", { name: "package", maxlength: 32, autocomplete: "off", spellcheck: "false", placeholder: "the only one" }), "Its name, where the cloud offers several."),
+    public: field("Public texts", h("input", { type: "file", name: "public", accept: ".jsonl,.ndjson,.csv,.tsv" }), PUBLIC.split),
     seed: field("Seed", numberInput("seed", { min: 0, step: 1, placeholder: "0" })),
     prompt_template: field("Prompt", h("input", { name: "prompt_template", spellcheck: "false", placeholder: "Meaning: {mr}\\nText:" }), "Made of columns, in braces. It is read and not trained on."),
     completion_template: field("Completion", h("input", { name: "completion_template", spellcheck: "false", placeholder: " {ref}" }), "Made of columns. It is what the model learns to answer."),
   };
   let turns = 0;
   let spec0 = {}; // of the job that is done again: what the form has no field for goes on as it was
+  let wasLocal = false; // that job's mode
   let plans = new Map();
   const uploaded = new WeakMap(); // a job that is refused and sent again needs its files only once
   fields.length.element.classList.add("with-unit");
@@ -115,12 +121,13 @@ export function showNew(main, before, signal) {
     h("p", { class: "hint" }, "Needed for tables, and for JSON lines with keys of their own."),
     h("div", { class: "columns" }, fields.prompt_template.element, fields.completion_template.element));
   const budget = h("details", { class: "more" }, h("summary", {}, "Leak budget"), h("div", { class: "columns" }, fields.leak_budget.element, fields.public.element));
+  const offered = h("details", { class: "more", hidden: true }, h("summary", {}, "Package and public texts"), h("div", { class: "columns" }, fields.package.element));
   const lead = h("p", { class: "lead" }, LEADS.split);
   const form = h("form", { class: "stack new-job", novalidate: true, onsubmit: submit },
     h("fieldset", {}, h("legend", {}, "Data"), fields.kept.element, fields.upload.element, templates, first, fields.validation.element),
     h("fieldset", {}, h("legend", {}, "Model"), h("div", { class: "columns" }, fields.model.element, fields.suffix.element)),
     h("fieldset", {}, h("legend", {}, "What a cloud can read"), fields.mode.element,
-      budget),
+      budget, offered),
     h("fieldset", {}, h("legend", {}, "Training"), fields.length.element,
       h("details", { class: "more" }, h("summary", {}, "More settings"),
         h("div", { class: "columns" }, NUMBERS.map((name) => fields[name].element)))),
@@ -143,7 +150,10 @@ export function showNew(main, before, signal) {
     const isLocal = mode.value === "emulator";
     setText(fields.mode.note, MODES[mode.value]);
     setText(lead, LEADS[mode.value] ?? LEADS.split);
-    budget.hidden = isLocal;
+    [budget.hidden, offered.hidden] = [isLocal, !isLocal];
+    (isLocal ? offered : budget).querySelector(".columns").append(fields.public.element);
+    fields.public.hint = isLocal ? PUBLIC.emulator : PUBLIC.split;
+    if (!fields.public.input.files[0]) setText(fields.public.note, fields.public.hint);
     amount.required = !isLocal;
     amount.value = isLocal ? "" : amount.value || 3;
     amount.placeholder = isLocal ? "advised" : "";
@@ -247,7 +257,8 @@ export function showNew(main, before, signal) {
     try {
       const isLocal = mode.value === "emulator";
       const spec = { ...spec0, ...(amount.value === "" ? {} : { [length.value]: Number(amount.value) }), ...templatesOf() };
-      if (isLocal) delete spec.public; // of a job that is done again: texts that are sent
+      if (isLocal !== wasLocal) delete spec.public; // of a job that is done again: texts that are sent
+      if (isLocal && fields.package.input.value.trim() !== "") spec.package = fields.package.input.value.trim();
       for (const name of NUMBERS) {
         const value = fields[name].input.value;
         if (value !== "") spec[name] = Number(value);
@@ -255,7 +266,7 @@ export function showNew(main, before, signal) {
       if (mode.value === "top") spec.target_modules = topModules(plans.get(model.value) ?? { n_layers: 0, last: 0 });
       if (!isLocal && fields.leak_budget.input.value.trim() !== "") spec.leak_budget = fields.leak_budget.input.value.trim();
       spec.data = await fileId(chosen, kept.value);
-      for (const name of isLocal ? ["validation"] : ["validation", "public"]) if (fields[name].input.files[0]) spec[name] = await fileId(fields[name].input, "");
+      for (const name of ["validation", "public"]) if (fields[name].input.files[0]) spec[name] = await fileId(fields[name].input, "");
       const body = { kind: isLocal ? "tune" : "train", model: model.value, suffix: fields.suffix.input.value.trim(), spec };
       const job = await ask("/isthmus/v1/jobs", { method: "POST", body });
       say("The job has been put into the queue.");
@@ -278,12 +289,13 @@ export function showNew(main, before, signal) {
       delete spec0[name];
       return value ?? "";
     };
-    for (const name of [...NUMBERS, "leak_budget"]) fields[name].input.value = take(name);
+    for (const name of [...NUMBERS, "leak_budget", "package"]) fields[name].input.value = take(name);
     for (const name of TEMPLATES) fields[name].input.value = take(name).replaceAll("\n", "\\n");
     for (const unit of ["steps", "epochs"]) {
       if (spec0[unit] !== undefined) [length.value, amount.value] = [unit, take(unit)];
     }
-    if (job.kind === "tune") mode.value = "emulator";
+    wasLocal = job.kind === "tune";
+    if (wasLocal) mode.value = "emulator";
     const modules = JSON.stringify(spec0.target_modules);
     if (plans.has(job.model) && modules === JSON.stringify(topModules(plans.get(job.model)))) [mode.value] = ["top", take("target_modules")];
     model.value = job.model;

@@ -96,6 +96,24 @@ def test_numbers_beyond_the_models_own_are_refused(jobs: Jobs, name: str, most: 
         ("generate", "tiny", {}, ConfigError, "'prompts' is missing"),
         ("tune", "huge", {"data": "file-texts"}, UnknownModelError, "no cloud serves the model 'huge'"),
         ("tune", "tiny", {"data": "file-texts", "signer": "/x"}, ConfigError, "'signer' is the daemon's to decide"),
+        ("tune", "tiny", {"data": "file-texts", "signer": "x", "package": "near"}, ConfigError, "'signer' is the dae"),
+        (
+            "tune",
+            "tiny",
+            {"data": "file-texts", "package": ".near"},
+            ConfigError,
+            "package = '.near': a package's name",
+        ),
+        ("tune", "tiny", {"data": "file-texts", "public_tokens": 3}, ConfigError, "'public' is missing"),
+        ("tune", "tiny", {"data": "file-texts", "public": "file-0"}, ConfigError, "'file-0': there is no such file"),
+        (
+            *("tune", "tiny", {"data": "file-texts", "public": "file-texts", "public_tokens": 1}),
+            *(ConfigError, "public: tokens = 1"),
+        ),
+        (
+            *("tune", "tiny", {"data": "file-texts", "public": "file-texts", "package": "/a/package"}),
+            *(ConfigError, "for a package that the cloud offers: for one of this machine, `isthmus emulator fit`"),
+        ),
         ("tune", "tiny", {"data": "file-texts", "sites": "all"}, ConfigError, "'sites' is of split training alone"),
         ("tune", "tiny", {"data": "file-texts", "defence_key": "/x"}, ConfigError, "not offered .* emulator tune"),
         ("train", "tiny", {"data": "file-texts", "text_column": "x" * 70_000}, ConfigError, "more than 65536 bytes"),
@@ -206,16 +224,20 @@ def test_what_another_part_has_taken_is_no_room_for_a_job(jobs: Jobs) -> None:
     assert service.create("one", wanted).status == "queued"
 
 
-@pytest.mark.parametrize("there", [None, "main", "main.part"])
-def test_a_package_is_fetched_within_the_room_that_the_home_has(jobs: Jobs, there: str | None) -> None:
-    own = 0
+@pytest.mark.parametrize(
+    ("there", "name"), [(None, None), ("main", None), ("main.part", None), (None, "near"), ("main=near", "near")]
+)
+def test_a_package_is_fetched_within_the_room_that_the_home_has(
+    jobs: Jobs, there: str | None, name: str | None
+) -> None:
+    own, asked = 0, {} if name is None else {"package": name}
     if there is not None:  # what is kept, or half fetched, takes no room from itself
         (jobs.home.path / "packages" / there).mkdir()
         (jobs.home.path / "packages" / there / "edge.safetensors").write_bytes(bytes(300_000))
         own = taken(jobs.home.path / "packages" / there)
         assert own >= 300_000
     service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
-    made = service.create("one", NewJob("tune", "tiny", {"data": "file-texts"})).id
+    made = service.create("one", NewJob("tune", "tiny", {"data": "file-texts", **asked})).id
     named = service.create("one", NewJob("tune", "tiny", {"data": "file-texts", "package": "/a/package"})).id
     jobs.room.most = jobs.room.used() + GIB // 2
     runner = JobRunner(jobs.settings, jobs.home, jobs.database, jobs.room, Patience())
@@ -224,5 +246,6 @@ def test_a_package_is_fetched_within_the_room_that_the_home_has(jobs: Jobs, ther
             runner._write_work(session, session.get_one(Job, job_id), jobs.home.job(job_id))
     offers = Work.read(jobs.home.job(made)).offers
     assert offers is not None
-    assert (offers[0]["max_fetch_gib"], offers[1]) == (0.5 + own / GIB, str(jobs.home.package("main")))
+    assert offers[0]["max_fetch_gib"] == 0.5 + own / GIB
+    assert offers[1:] == [name, str(jobs.home.path / "packages" / ("main" if name is None else "main=near"))]
     assert Work.read(jobs.home.job(named)).offers is None

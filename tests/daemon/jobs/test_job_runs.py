@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.cloud.clouds import ThreadServer, served
 from support.cloud.train_runs import Runs, cloud_for_runs
 from support.daemon.jobs import jobs_process
@@ -31,7 +32,8 @@ from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
 from isthmus.daemon.jobs.job_runner import Patience, Waiting
 from isthmus.daemon.jobs.job_service import NewJob
 from isthmus.daemon.state.tables import Job, Model, Traffic
-from isthmus.edge.config.client_config import EvalConfig
+from isthmus.edge.bridge_fit import run_fit
+from isthmus.edge.config.client_config import EvalConfig, FitConfig
 from isthmus.edge.config.training_config import TuneConfig
 from isthmus.edge.emulator_run import run_tuning
 from isthmus.edge.split_run import run_evaluation
@@ -370,6 +372,56 @@ def test_a_job_fetches_the_clouds_package_once_and_sends_nothing_else(runs: Runs
     assert third.bytes_up == 0
     for job in (first, second, third):
         assert weights(jobs.home.model(result_id(job.id))) == weights(tmp_path / "alone" / "adapter")
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_job_names_a_package_and_fits_a_bridge_to_public_texts(runs: Runs, tmp_path: Path) -> None:
+    home = runs.server.home
+    packages = {
+        name: tiny_package(tmp_path / name, runs.model, keep=keep, plan="1:1", signer=load_worker(home.folder)).folder
+        for name, keep in (("near", 0.5), ("whole", 1.0))
+    }
+    letters = torch.randint(97, 123, (40, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    public = tmp_path / "public.jsonl"
+    public.write_text("".join(json.dumps({"text": bytes(each).decode()}) + "\n" for each in letters))
+    tuning = {"data": str(runs.texts), "batch": 2, "threads": 1, "steps": 3, "max_length": 64}
+    specs = {
+        "nameless": tuning,
+        "unknown": tuning | {"package": "neat"},
+        "shared": tuning | {"package": "near", "public": str(runs.texts)},
+        "plain": tuning | {"package": "near"},
+        "bridged": tuning | {"package": "near", "public": str(public), "public_tokens": 1024},
+    }
+    emulators = {name: folder.resolve() for name, folder in packages.items()}
+    offering = served(runs.model, tmp_path / "parts", plan="1:1", home=home.folder.resolve(), emulator=emulators)
+    with ThreadServer(offering, home) as server:
+        jobs = jobs_of(tmp_path / "home", runs, client={"cloud": server.address, "connect_timeout": 60.0})
+        with jobs.service() as service:
+            made = {name: service.create("one", NewJob("tune", "tiny", spec)).id for name, spec in specs.items()}
+            done = {name: ended(service, job_id) for name, job_id in made.items()}
+            told = said(service, made["bridged"])
+        fit = {"cloud": server.address, "key": home.key_file, "package": packages["near"], "data": str(runs.texts)}
+        alone = TuneConfig.model_validate({**tuning, "package": packages["near"], "out": tmp_path / "plain"})
+        run_tuning(alone)
+        fitted = run_fit(FitConfig.model_validate({**fit, "text": public, "tokens": 1024, "block": 64}))
+        run_tuning(alone.model_copy(update={"out": tmp_path / "bridged"}))
+    failed = {
+        "nameless": "fetch one by name, with --package: near (split 1:1), whole (split 1:1)",
+        "unknown": "near (split 1:1), whole (split 1:1)",
+        "shared": "share a run of 13 tokens with private ones",
+    }
+    for name, why in failed.items():
+        error = done[name].error
+        assert error is not None
+        assert why in error["message"]
+    for name in ("plain", "bridged"):
+        assert done[name].status == "succeeded", done[name].error
+        assert weights(jobs.home.model(result_id(made[name]))) == weights(tmp_path / name / "adapter")
+    assert weights(tmp_path / "plain" / "adapter") != weights(tmp_path / "bridged" / "adapter")
+    assert any("sends 1,024 tokens of the 40 texts" in line for line in told)
+    assert any("Using your own bridge" in line for line in told)
+    assert done["bridged"].bytes_up > done["plain"].bytes_up + fitted.bytes_up / 2
+    assert not list(jobs.home.job(made["bridged"]).glob("package*"))
 
 
 @pytest.mark.usefixtures("workers")

@@ -190,7 +190,7 @@ def test_a_jobs_page_has_its_data_settings_dates_and_adapter_and_deletes_it(
 
 
 def test_the_emulator_mode_leaves_to_the_package_what_is_not_said_and_the_job_says_what_crossed(
-    fake: FakeDaemon, watch: Opener
+    fake: FakeDaemon, watch: Opener, tmp_path: Path
 ) -> None:
     fake.files.append({"id": "file-1", "filename": "tickets.jsonl", "bytes": 2048, "purpose": "fine-tune"})
     watched = watch(faults=True)
@@ -218,8 +218,23 @@ def test_the_emulator_mode_leaves_to_the_package_what_is_not_said_and_the_job_sa
     page.get_by_role("button", name="Again with changes").click()
     expect(page.get_by_label("Mode", exact=True)).to_have_value("emulator")
     expect(page.get_by_label("Length", exact=True)).to_have_value("")
+    page.get_by_text("Package and public texts").click()
+    page.locator("[name=package]").fill("near")
+    public = tmp_path / "public.jsonl"
+    public.write_text('{"text": "a public text"}\n')
+    page.locator("[name=public]").set_input_files(public)
+    page.click("text=Start the job")
+    expect(stayed).to_contain_text("asks about the public texts")
+    bridged = next(job for job in fake.jobs if job != name)
+    assert fake.jobs[bridged]["spec"] == {"data": "file-1", "package": "near", "public": fake.files[-1]["id"]}
+    fake.advance(bridged, 3)
+    fake.jobs[bridged] |= {"bytes_up": 2048, "bytes_down": 2048}
+    expect(stayed).to_contain_text("All that crossed was the public texts as activations")
+    page.get_by_role("button", name="Again with changes").click()
+    expect(page.locator("[name=package]")).to_have_value("near")
     # In split training there is no such sentence, and a length is needed.
     page.get_by_label("Mode", exact=True).select_option("split")
+    expect(page.locator("[name=package]")).to_be_hidden()
     expect(page.get_by_label("Length", exact=True)).to_have_value("3")
     page.click("text=Start the job")
     expect(page.locator(".facts")).to_contain_text("Split training")
@@ -532,6 +547,7 @@ def test_screenshots(fake: FakeDaemon, watch: Opener, tmp_path: Path, width: int
     page.click("text=Start the job")
     shoot("new")
     page.get_by_label("Mode", exact=True).select_option("emulator")
+    page.get_by_text("Package and public texts").click()
     shoot("new-private")
     page.goto(f"{fake.url}/#crossed")
     page.wait_for_selector(".drawing text")
