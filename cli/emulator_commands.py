@@ -184,6 +184,13 @@ def build(
             show_default="1; 0 with --draft or --preset",
         ),
     ] = None,
+    loss_margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Nats a token by which the language model's loss shall be above the whole model's, instead of as low "
+            "as it can (LLEOT). Whether it keeps a thief out is to be measured."
+        ),
+    ] = None,
     kl_weight: Annotated[
         float | None,
         typer.Option(
@@ -242,6 +249,7 @@ def build(
             mse_weight=chosen.mse_weight if mse_weight is None else mse_weight,
             lm_weight=chosen.lm_weight if lm_weight is None else lm_weight,
             kl_weight=chosen.kl_weight if kl_weight is None else kl_weight,
+            loss_margin=loss_margin,
             seed=seed,
             save_every=save_every,
             precision=precision,

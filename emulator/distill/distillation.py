@@ -4,11 +4,13 @@ The objective of a step is `lm_weight * LM + mse_weight * mean(((T - S) / rms(T)
 outputs of the whole middle and of the emulator for the same hidden states, which the frozen bottom of the model makes
 of the text (the rms is explained at `layer_measures.relative_error`); LM is the cross entropy of the frozen top and
 head on S; KL is the KL divergence of the next-token distribution that they make of S from that which they make of T
-(Hinton et al. 2015), which is what counts for a draft. Everything but the emulator is frozen, nothing drops out, and
-the order of the blocks follows from the seed, so a run that was stopped goes on to the same bits.
+(Hinton et al. 2015), which is what counts for a draft. With a `loss_margin`, the first term is
+`lm_weight * (LM - the full model's - loss_margin)^2` instead: the emulator shall be so much worse than it (LLEOT,
+Zhong et al. 2026). Everything but the emulator is frozen, nothing drops out, and the order of the blocks follows from
+the seed, so a run that was stopped goes on to the same bits.
 
 With KL, a step goes through its blocks in micro-batches of some 512 tokens, because logits take much memory; the rms
-is then that of each micro-batch.
+and the distance from a margin are then those of each micro-batch.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ class DistillConfig:
         lm_weight: Weight of the cross entropy; 0, with a `kl_weight` of 0, leaves out the top of the model and is
             much faster.
         kl_weight: Weight of the KL divergence of the emulator's next-token distribution from the full model's.
+        loss_margin: By how many nats a token the emulator's cross entropy shall lie above the full model's; None for as
+            low as it can.
         seed: Seed of the order of the blocks and of those held out.
         precision: `fp32`, or `bf16` for autocast; the weights stay as they are.
 
@@ -79,6 +83,7 @@ class DistillConfig:
     save_every: int = 100
     precision: str = "fp32"
     kl_weight: float = 0.0
+    loss_margin: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("warmup_steps", 0), ("seed", 0), ("save_every", 1)):
@@ -89,6 +94,11 @@ class DistillConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)} makes no sense; use a finite number of 0 or more")
         if self.mse_weight == self.lm_weight == self.kl_weight == 0:
             raise ConfigError("mse_weight, lm_weight and kl_weight are all 0, so there is nothing to learn; raise one")
+        if self.loss_margin is not None and not (math.isfinite(self.loss_margin) and self.lm_weight > 0):
+            raise ConfigError(
+                f"loss_margin = {self.loss_margin} with lm_weight = {self.lm_weight} makes no sense; use a finite "
+                "number and an lm_weight above 0"
+            )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r} is not known; use {' or '.join(PRECISIONS)}")
 
@@ -97,8 +107,9 @@ class DistillConfig:
         return scheduled_rate(self.learning_rate, "cosine", step, self.steps, self.warmup_steps, last=_LAST_RATE)
 
     def stated(self) -> dict[str, Any]:
-        """All options by name. Distillations without KL state no weight for it, as those before it existed."""
-        return {name: value for name, value in asdict(self).items() if name != "kl_weight" or value}
+        """All options by name. What was added later is stated where it is used, so that older runs go on."""
+        later: dict[str, Any] = {"kl_weight": 0.0, "loss_margin": None}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +143,14 @@ class _Compared:
     Attributes:
         error: Relative error of its output. This and the other tensors are scalars with a graph.
         lm: Cross entropy above the emulator.
+        raised: The squared distance of that cross entropy from where a `loss_margin` wants it.
         kl: KL divergence of the next-token distribution above the emulator from that above the whole middle, in nats.
         agreement: Top-1 agreement of the two.
     """
 
     error: Tensor
     lm: Tensor | None = None
+    raised: Tensor | None = None
     kl: Tensor | None = None
     agreement: float | None = None
 
@@ -291,7 +304,7 @@ class _Distillation(Task):
                 found = self._compare(part, with_lm=config.lm_weight > 0)
                 loss = config.mse_weight * found.error
                 if found.lm is not None:
-                    loss = loss + config.lm_weight * found.lm
+                    loss = loss + config.lm_weight * (found.lm if found.raised is None else found.raised)
                 if found.kl is not None:
                     loss = loss + config.kl_weight * found.kl
                 require_finite(f"the loss of step {step} is", loss.item(), _REMEDY)
@@ -344,13 +357,18 @@ class _Distillation(Task):
             if not (with_lm or self._with_kl):
                 return _Compared(error)
             logits, lm = self._ends.predict(ids, output, with_loss=with_lm)
-            if not self._with_kl:
+            margin, raised = self._config.loss_margin, None
+            if not self._with_kl and margin is None:
                 return _Compared(error, lm)
             with torch.no_grad():
-                wanted, _ = self._ends.predict(ids, target)
+                wanted, best = self._ends.predict(ids, target, with_loss=with_lm)
+            if with_lm and margin is not None:
+                raised = (lm - best - margin) ** 2
+            if not self._with_kl:
+                return _Compared(error, lm, raised)
             ours, theirs = logits.flatten(0, 1), wanted.flatten(0, 1)
             same = agreement(ours, theirs) if with_agreement else None
-            return _Compared(error, lm, logit_divergence(ours, theirs), same)
+            return _Compared(error, lm, raised, logit_divergence(ours, theirs), same)
 
     @torch.no_grad()
     def _measure_held_out(self) -> _HeldOut:

@@ -107,6 +107,14 @@ def test_a_draft_comes_nearer_to_what_the_whole_model_says(
     assert any(f"kl {last['kl']:.4f}" in line for line in shown[: begun[1]])
 
 
+def test_a_margin_raises_the_emulators_loss_above_the_models(bench: Bench, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=40, batch=8, learning_rate=1e-2, save_every=100)
+    plain, raised = tmp_path / "plain", tmp_path / "raised"
+    bench.run(bench.emulator(), plain, config)
+    bench.run(bench.emulator(), raised, dataclasses.replace(config, mse_weight=0.0, loss_margin=1.0))
+    assert log_of(raised)[-1]["lm"] > log_of(plain)[-1]["lm"] + 0.5
+
+
 def test_without_divergence_no_figure_of_it_is_stated(bench: Bench, tmp_path: Path) -> None:
     report = bench.run(bench.emulator(), tmp_path)
     assert (report.kl_before, report.kl_after, report.agreement_before, report.agreement_after) == (None,) * 4
@@ -140,7 +148,8 @@ def test_the_first_loss_is_the_objective_that_is_described(bench: Bench, tmp_pat
         layers = whole.model.layers
         states: dict[str, Tensor] = {}
         hook = layers[4].register_forward_hook(lambda _m, _i, output: states.update(teacher=output))
-        wanted = whole(used).logits
+        of_model = whole(used, labels=used)
+        wanted, best = of_model.logits, of_model.loss.item()
         hook.remove()
         whole.model.layers = torch.nn.ModuleList([layers[0], *(layers[i] for i in emulator.layers), layers[5]])
         whole.model.layers[2].register_forward_hook(lambda _m, _i, output: states.update(student=output))
@@ -157,6 +166,12 @@ def test_the_first_loss_is_the_objective_that_is_described(bench: Bench, tmp_pat
     assert first["error"] == pytest.approx(error, rel=1e-4)
     assert first["lm"] == pytest.approx(lm, rel=1e-4)
     assert first["loss"] == pytest.approx(30 * error + 0.5 * lm, rel=1e-4)
+
+    # With a margin, the emulator's loss is to be so far above the model's, and is not to fall.
+    bench.run(bench.emulator(), tmp_path / "raised", dataclasses.replace(config, mse_weight=0.0, loss_margin=2.0))
+    first = log_of(tmp_path / "raised")[0]
+    assert first["lm"] == pytest.approx(lm, rel=1e-4)
+    assert first["loss"] == pytest.approx(0.5 * (lm - best - 2) ** 2, rel=1e-3)
 
     # The same in two micro-batches, as logits take much memory.
     bench.run(bench.emulator(), tmp_path / "kl", dataclasses.replace(config, mse_weight=0.0, kl_weight=2.0))
@@ -322,6 +337,8 @@ def test_bf16_is_another_computation_on_the_same_weights_dtype(bench: Bench, tmp
         ({"kl_weight": math.inf}, "kl_weight = inf"),
         ({"lm_weight": 0.0, "mse_weight": 0.0}, "all 0"),
         ({"precision": "fp64"}, "'fp64'"),
+        ({"loss_margin": math.nan}, "loss_margin = nan"),
+        ({"loss_margin": 1.0, "lm_weight": 0.0}, "an lm_weight above 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(values: dict[str, Any], says: str) -> None:
