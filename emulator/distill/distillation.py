@@ -362,7 +362,7 @@ class _Distillation(Task):
                 return _Compared(error, lm)
             with torch.no_grad():
                 wanted, best = self._ends.predict(ids, target, with_loss=with_lm)
-            if with_lm and margin is not None:
+            if lm is not None and best is not None and margin is not None:
                 raised = (lm - best - margin) ** 2
             if not self._with_kl:
                 return _Compared(error, lm, raised)
