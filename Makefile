@@ -167,27 +167,13 @@ bench-wire: $(STAMP)
 	$(BIN)/isthmus bench codecs --data-folder $(DATA) --out $(WIRE) --json
 	$(BIN)/isthmus bench link --rate 100mbit --rtt 50ms --json
 
-# The figures of emulators. Takes about five hours on two cores; what is finished is kept in TABLE, and the same command
+# The figures of emulators. Takes some ten hours with one thread; what is finished is kept in TABLE, and the same command
 # goes on there.
 TABLE ?= isthmus-table
-SCORE := --steps 30 --batch 8 --learning-rates 2e-4,6e-4 --adapter-rates 1e-3,3e-3 --whole-rates 1e-4,3e-4 \
-         --precision bf16 --score-precision bf16 --data-folder $(DATA) --threads 1 --out $(TABLE)
 
 bench-emulators: $(STAMP)
-	mkdir -p $(TABLE) && cp docs/data/emulator-text.jsonl $(TABLE)/public.jsonl
-	$(BIN)/isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 \
-	  --methods uniform,crash-drop,importance,importance+bridged+distilled --keep 0.5 --text $(TABLE)/public.jsonl \
-	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
-	$(BIN)/isthmus emulator table --model smollm2-135m --tasks openbookqa --keep 0.125,0.25,0.5 --no-whole-runs \
-	  --methods uniform,crash-drop,importance,importance+bridged,importance+bridged+distilled \
-	  --text $(TABLE)/public.jsonl --text-length 128 --distill-steps 160 --seeds 1 $(SCORE) \
-	  --figure docs/figures/frontier.png --json
+	$(BIN)/isthmus emulator table --model smollm2-135m --data-folder $(DATA) --threads 1 --out $(TABLE) --json
 	$(BIN)/isthmus emulator cost --model smollm2-135m --keep 0.5 --json
-	test -d $(TABLE)/tiny-qwen3 || $(BIN)/isthmus emulator pretrain --family qwen3 --text $(DATA)/shakespeare/input.txt \
-	  --out $(TABLE)/tiny-qwen3
-	$(BIN)/isthmus emulator table --model $(TABLE)/tiny-qwen3 --tasks e2e,sst2 \
-	  --methods uniform,crash-drop,importance,importance+bridged+distilled --keep 0.5 --text $(DATA)/shakespeare/input.txt \
-	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(PROTO) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -81,7 +81,7 @@ GUARDED = replace(
     keep=0.25,
     distils=True,
     name="guarded",
-    gives_not="what a thief has of it is not measured; it is meant for an edge that fits a bridge of its own",
+    gives_not="a thief is kept out in part alone; it is meant for an edge that fits a bridge of its own",
 )
 PRESETS = {"fidelity": FIDELITY, "guarded": GUARDED}
 """What `--preset` names."""

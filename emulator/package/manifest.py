@@ -343,7 +343,7 @@ def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[
     if table and not own:
         raise PackageError(
             f"none of the {len(table)} rows of the figures was measured with this package's emulator {emulator[:16]}: "
-            "measure this package (`isthmus emulator table --methods` takes its folder)"
+            "measure this package (`isthmus emulator table --preset` takes its folder)"
         )
     rows = []
     for number, row in own:

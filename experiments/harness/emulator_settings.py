@@ -24,65 +24,36 @@ _Device = Annotated[str, Option(help="Where to compute: cpu, cuda, or auto for a
 class TableSettings:
     """Score emulators: what the data owner gains by plug-in, what a thief does, and the references beside them.
 
-    With several shares to keep and --figure, this is the frontier between the two. An interrupted table goes on when
-    the same command is repeated.
+    The rows are explained in docs/guides/emulators.md. An interrupted table goes on when the same command is repeated.
 
-    With --preset the rows are others: see docs/guides/emulators.md.
-
-    Example: isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 --json
+    Example: isthmus emulator table --model smollm2-135m --preset fidelity --preset guarded --json
     """
 
     model: Model = "smollm2-135m"
-    tasks: Annotated[
-        str, Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, tickets, text:PATH.")
-    ] = "e2e,openbookqa,arc_easy,sst2"
-    methods: Annotated[
-        str,
-        Option(
-            help="Ways to make the emulator, comma-separated: recipes of `emulator build`, with +distilled at the end "
-            "of those to distil, or folders of emulators or packages."
-        ),
-    ] = "uniform,crash,importance,importance+distilled"
-    keep: Annotated[
-        str, Option(help="Share of the middle's layers that the emulators keep; several, comma-separated.")
-    ] = "0.5"
+    tasks: Annotated[str, Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, tickets.")] = (
+        "e2e,openbookqa,arc_easy,sst2"
+    )
     preset: Annotated[
         list[str] | None,
         Option(
-            help="Instead of --methods: a preset of `emulator build`, which is built, or the folder of a package that "
-            "says how to tune on it; several by repeating the flag. Steps, rank and learning rate are the preset's."
+            help="A preset of `emulator build`, which is built, or a package's folder; several by repeating the flag, "
+            "by default both presets. Steps, rank and learning rate are the package's, or else the presets'."
         ),
     ] = None
     adapter_layers: Annotated[
         str | None,
-        Option(
-            help="How many of the first and of the last layers are the edge's; default: 2:2; with "
-            "--preset a fifth above the middle."
-        ),
+        Option(help="How many of the first and of the last layers are the edge's; default: as the presets have it."),
     ] = None
-    split_layers: Annotated[str, Option(help="The plan of the split training that presets are compared with.")] = "2:2"
-    seeds: Annotated[int | None, Option(min=1, help="How many seeds; default: 3; with --preset 5.")] = None
+    split_layers: Annotated[str, Option(help="The plan of the split training that they are compared with.")] = "2:2"
+    seeds: Annotated[int, Option(min=1, help="How many seeds.")] = 5
     few_seeds: Annotated[
-        int,
-        Option(
-            min=1, help="With --preset: seeds of the costlier rows: thief, split training, public alone, --bridges."
-        ),
+        int, Option(min=1, help="Seeds of the costlier rows: thief, split training, public alone, --bridges.")
     ] = 2
-    public: Annotated[int, Option(min=1, help="With --preset: tokens of a task's public slice.")] = 20_000
-    private: Annotated[int, Option(min=1, help="With --preset: texts to train on at most.")] = 1000
-    bridges: Annotated[
-        bool, Option(help="With --preset: the edge's bridge on other text too, and the owner's on public text.")
-    ] = True
-    steps: Annotated[int, Option(min=1, help="Optimizer steps of every training run.")] = 40
-    batch: Annotated[int | None, Option(min=1, help="Examples of a step; default: 8; with --preset 4.")] = None
+    public: Annotated[int, Option(min=1, help="Tokens of a task's public slice.")] = 20_000
+    private: Annotated[int, Option(min=1, help="Texts to train on at most.")] = 1000
+    bridges: Annotated[bool, Option(help="The edge's bridge on other text too, and the owner's on public text.")] = True
+    batch: Annotated[int, Option(min=1, help="Examples of a step.")] = 4
     max_length: Annotated[int, Option(min=8, help="Tokens of an example at most.")] = 256
-    trainables: Annotated[
-        str, Option(help="What is trained on the edge's layers: full, lora, bottleneck, bitfit, …")
-    ] = "full"
-    rank: _Rank = 8
-    learning_rates: Annotated[
-        str, Option(help="Candidate learning rates where the edge's layers are trained whole.")
-    ] = "1e-4,3e-4,1e-3"
     adapter_rates: Annotated[str, Option(help="Candidate learning rates where adapters are trained.")] = (
         "1e-3,3e-3,1e-2"
     )
@@ -91,17 +62,9 @@ class TableSettings:
     )
     text: Annotated[
         Path | None,
-        Option(
-            help="Public text to choose layers, fit bridges and distil by; default: Shakespeare of the data folder; "
-            "with --preset the model's own writing."
-        ),
+        Option(help="Public text to choose layers, fit bridges and distil by; default: the model's own writing."),
     ] = None
     text_length: Annotated[int, Option(min=2, help="Tokens of a block of the text.")] = 256
-    distill_steps: Annotated[int, Option(min=1, help="Steps of the distillation.")] = 400
-    distill_batch: Annotated[int, Option(min=1, help="Blocks of text of a step of it.")] = 8
-    distill_learning_rate: Annotated[float, Option(min=0, help="Peak of its learning rate.")] = 3e-4
-    mse_weight: Annotated[float, Option(min=0, help="Its weight of the hidden states' error.")] = 30.0
-    lm_weight: Annotated[float, Option(min=0, help="Its weight of the language model's loss.")] = 1.0
     precision: _Precision = "fp32"
     score_precision: Annotated[str, Option(help="What scoring computes in: fp32 or bf16.")] = "fp32"
     test: Annotated[int | None, Option(min=2, help="Held-out documents of a task; default: 160 of e2e, else 200.")] = (
@@ -113,13 +76,10 @@ class TableSettings:
     ] = None
     device: _Device = "auto"
     threads: Annotated[int | None, Option(min=1, help="Threads of torch.")] = None
-    whole_runs: Annotated[
-        bool, Option(help="Whether the whole model is fine-tuned too, and tuned with LoRA, for comparison.")
-    ] = True
     figure: Annotated[
-        Path | None, Option(help="PNG to draw plug-in's recovery against a thief's to, a point for each emulator.")
+        Path | None, Option(help="PNG to draw plug-in against a thief to, a point for each emulator and task.")
     ] = None
-    out: Annotated[Path, Option(help="Folder for emulators and finished runs; the same command goes on there.")] = Path(
+    out: Annotated[Path, Option(help="Folder for packages and finished runs; the same command goes on there.")] = Path(
         "isthmus-table"
     )
 

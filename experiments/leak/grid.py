@@ -48,9 +48,9 @@ class Row(BaseModel):
             training. `tuned`: the front is private, and it has the base weights alone; `tuned+8`: and eight texts that
             it knows were sent.
         also_codecs: Codecs in which the attacked texts are sent once more with the trained adapter.
-        package: Folder of an emulator's package; None to build one. One with advice for tuning is tuned at its rate and
-            rank, for the row's steps and length, with a bridge fitted to public texts, and `edge_layers` is that of the
-            run that it is compared with.
+        package: Folder of an emulator's package; None to build one of the preset `fidelity`. One with advice for tuning
+            is tuned at its rate and rank, for the row's steps and length, with a bridge fitted to public texts, and
+            `edge_layers` is that of the run that it is compared with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

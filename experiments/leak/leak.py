@@ -154,8 +154,6 @@ def _remove(folder: Path) -> None:
 def _about(row: Row, settings: LeakSettings, checkpoint: Checkpoint) -> dict[str, Any]:
     """All that a row's result depends on, as JSON has it."""
     shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _WHERE}
-    if row.mode != "emulator":
-        del shared["distill_steps"]
     if settings.quick:
         shared["quick"] = True  # some attacks are left out
     own = row.model_dump(mode="json")

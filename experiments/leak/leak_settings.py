@@ -69,7 +69,6 @@ class LeakSettings:
     batch: flags.StepExamples = 4
     learning_rate: flags.OneRate = 1e-3
     inverter_steps: Annotated[int, Option(min=20, help="Steps that the learned inverter is trained for.")] = 240
-    distill_steps: Annotated[int, Option(min=1, help="Steps of an emulator's distillation.")] = 160
     record_mib: Annotated[
         int, Option(min=1, help="MiB of a recording at most; it lies in --out until its row is finished.")
     ] = 8192

@@ -1,225 +1,449 @@
-"""The table of Offsite-Tuning (Xiao et al. 2023): what a data owner gains and what a thief does, by method and task.
+"""The table of emulators: what a preset of `emulator build`, or a package, gives the data owner, and what a thief.
 
-For each task: the full model as it is, fully fine-tuned, with LoRA in all layers, and with the edge's layers tuned over
-the full middle, which is the reference that a recovery is a share of. For each method: the emulator as it is, the same
-edge layers tuned over the emulator (scored there, and plugged into the full middle), and the thief, who keeps the
-package and trains all of it on the same data for as many steps. The thief takes the better of that and the tuned
-emulator, by the validation slice.
+Public, private and scored texts of a task share no prompt. Nothing is chosen on scored texts: where there are several
+learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate counts, since
+there the data owner can tell nothing. A package without advice is tuned as the presets advise. Each result is a cell,
+kept in `out`; a table that was interrupted goes on with what is missing. The rows:
 
-Each result is a cell, kept in `out`; a table that was interrupted goes on with what is missing.
+    zero-shot           the full model as it is
+    reference           adapters on all linears of the layers above, trained over the true middle
+    split q,v; all      split training with another plan, adapters on q and v, or on all linears
+    public alone        the reference's adapters, trained on the public slice alone
+    floor               the same adapters, tuned over one early layer and one bridge, and plugged in
+    plug-in             the same, tuned over the preset's emulator, and plugged in
+    edge bridge         the same, with the edge's own bridge at the emulator's end, fitted to the public slice
+    edge bridge, other  the same bridge, fitted to `--text`, or to the model's own writing
+    owner bridge        the package's owner's closing bridge fitted to the public slice, and none of the edge's
+    emulator tuned      as in `edge bridge`, but scored over the emulator
+    thief               all weights of the package with the edge's bridge, trained on private and public texts, for as
+                        many steps as the owner or twice as many; or the tuned emulator, if the validation says so
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
+from torch import Tensor
 
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.span import distinct_layers, load_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.figures import plotting
+from isthmus.common.files import sha256_of
+from isthmus.common.torch_threads import use_threads
+from isthmus.edge.bridge_fit import RIDGE
+from isthmus.emulator.compress.bridges import Bridge, RidgeSums, add_bridges, fit_bridges
+from isthmus.emulator.compress.emulator_files import load_emulator
 from isthmus.emulator.compress.emulator_model import Emulator
+from isthmus.emulator.compress.outer_layers import OuterLayers
+from isthmus.emulator.compress.public_text import fingerprint, load_blocks
+from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
-from isthmus.experiments.harness.bench_flags import names_of, numbers_of
+from isthmus.emulator.package.build import build_package, pick_device, write_own_text
+from isthmus.emulator.package.build_presets import FIDELITY, PRESETS, BuildPreset, top_heavy
+from isthmus.emulator.package.manifest import Tuning
+from isthmus.emulator.package.package import is_package, open_package
+from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
 from isthmus.experiments.harness.emulator_settings import TableSettings
-from isthmus.experiments.offsite.preset_table import PresetTable
-from isthmus.experiments.offsite.table_lab import TableWork, regime_of, scores_of
-from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
-from isthmus.experiments.offsite.table_rows import draw_frontier, rows_of, verdict_of
-from isthmus.experiments.scoring.scores import Score
-from isthmus.experiments.scoring.tasks import Sizes, Task
+from isthmus.experiments.harness.finished_cells import Cells
+from isthmus.experiments.harness.prose import write_jsonl
+from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
+from isthmus.experiments.offsite.table_rows import draw_table, row_of
+from isthmus.experiments.scoring.likelihood import require_lm_eval
+from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+from isthmus.protocol.secure.certificates import WorkerCertificate
+from isthmus.protocol.secure.keys import WorkerIdentity
 
-_SEEDS, _BATCH, _PLAN = 3, 8, "2:2"
-_WHOLE = ("full_fine_tuned", "lora_full")
+_LENGTHS = (1, 2)  # of a thief's run, over that of the data owner's
+_NEVER = (1 << 62) - 1  # when the certificate of a key ends that nobody keeps
+
+Result = dict[str, Any]
+Build = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An emulator on the disk.
+
+    Attributes:
+        label: Its recipe.
+        keep: Share of the middle's layers that it keeps.
+        sha256: Of its weights' file, hex: the row of a table names it, and a package's manifest has the same.
+    """
+
+    label: str
+    keep: float
+    folder: Path
+    sha256: str
+
+    def load(self, checkpoint: Checkpoint, device: str) -> Emulator:
+        """A fresh copy, frozen."""
+        return load_emulator(self.folder, checkpoint.config, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """An emulator to be measured, and how its owner would have it tuned."""
+
+    name: str
+    built: Built
+    tuning: Tuning
+
+
+def build_preset(
+    preset: BuildPreset, folder: Path, checkpoint: Checkpoint, plan: SplitPlan, text: Path, length: int, device: str
+) -> None:
+    """Write what `isthmus emulator build --preset` writes, unless it is there, under a key that nobody keeps."""
+    if is_package(folder):
+        return
+    key = Ed25519PrivateKey.generate()
+    weights = {name: getattr(preset, name) for name in ("mse_weight", "lm_weight", "kl_weight")}
+    options = DistillConfig(steps=preset.distil_steps, batch=preset.batch, **weights)
+    build_package(
+        folder,
+        checkpoint,
+        plan,
+        Recipe.parse(preset.method, preset.share(len(plan.cloud))),
+        (options, None) if preset.distils else None,
+        signer=WorkerIdentity(key, WorkerCertificate.issue(key, key.public_key().public_bytes_raw(), _NEVER)),
+        licence="",
+        length=length,
+        text=text,
+        figure=None,
+        device=device,
+        preset=preset,
+    )
+
+
+def check_preset(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> None:
+    """Make sure that a flag names a preset, or the folder of a package of this model and plan.
+
+    Raises:
+        ConfigError: It does not, or the package is of another model or plan.
+    """
+    if text in PRESETS:
+        return
+    if not is_package(Path(text)):
+        raise ConfigError(f"{text!r} is no preset and no package's folder: give {', '.join(PRESETS)} or a package")
+    manifest = open_package(Path(text)).manifest
+    if (manifest.digest, manifest.plan) != (checkpoint.digest(), str(plan)):
+        raise ConfigError(
+            f"the package {text} is of {manifest.model} split {manifest.plan}, the table of {checkpoint.name} split "
+            f"{plan}: give its --model and --adapter-layers"
+        )
+
+
+def open_preset(folder: Path) -> Preset:
+    """A package, with the advice of the presets where it has none of its own."""
+    manifest, label = open_package(folder).manifest, folder.resolve().name
+    return Preset(manifest.preset or label, _built(folder), manifest.tuning or _advice(FIDELITY))
+
+
+def _advice(preset: BuildPreset) -> Tuning:
+    return Tuning.model_validate(dict(preset.tuning))
+
+
+def _built(folder: Path) -> Built:
+    manifest = open_package(folder).manifest
+    return Built(manifest.recipe, manifest.keep, folder, sha256_of(folder / EMULATOR_FILE).hex())
 
 
 def run_table(settings: TableSettings, *, console: Console | None = None) -> dict[str, Any]:
-    """Make the table, or go on with it, and draw the frontier if it is asked for.
+    """Make the table, or go on with it, and draw its figure if that is asked for.
 
     Returns:
-        `runs` (see `rows_of`), `verdict`, `no_signal`, `methods` (see `verdict_of`) and `settings`; of presets `runs`
-        (see `row_of`) and `settings`.
+        `runs` (see `row_of`) and `settings`.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
-        ConfigError: A task, a method or an option does not make sense, or the package lm-eval is needed and missing.
+        ConfigError: A task, a preset or an option does not make sense, or the package lm-eval is needed and missing.
         DataError: Data are missing or malformed.
     """
-    if settings.preset and settings.figure is not None:
-        raise ConfigError("--figure draws methods, none of presets: leave it out, or give --methods without --preset")
     if settings.figure is not None:
         plotting()  # a missing package is reported before the long run, not after it
     try:
-        console = console or Console(stderr=True, highlight=False)
-        if settings.preset:
-            return PresetTable(settings, console).make()
-        result = _Run(settings, console).make()
+        result = _Table(settings, console or Console(stderr=True, highlight=False)).make()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Stopped; what is finished is kept in {settings.out}: repeat the command to go on."
         ) from None
     if settings.figure is not None:
-        draw_frontier(result["methods"], settings.figure, f"{settings.model}, {settings.tasks}")
+        draw_table(result["runs"], settings.figure, settings.model)
     return result
 
 
-class _Run(TableWork):
+class _Table:
+    """See the module; `make` makes the table, or goes on with it."""
+
     def __init__(self, settings: TableSettings, console: Console) -> None:
-        regime = regime_of(settings, batch=_BATCH, steps=settings.steps, rank=settings.rank)
-        self._sizes = Sizes(test=settings.test, validation=settings.validation, max_length=settings.max_length)
-        self._method_names = names_of(settings.methods, "methods")
-        self._keeps = numbers_of(settings.keep, "keep")
-        self._distill = DistillConfig(
-            steps=settings.distill_steps,
-            batch=settings.distill_batch,
-            learning_rate=settings.distill_learning_rate,
-            mse_weight=settings.mse_weight,
-            lm_weight=settings.lm_weight,
-            precision=regime.precision,
-        )
-        super().__init__(settings, console, plan=lambda _: _PLAN, sizes=self._sizes, regime=regime)
-        self._n_seeds = settings.seeds or _SEEDS
-        self._workshop = Workshop(
-            folder=settings.out / "emulators",
-            checkpoint=self.lab.checkpoint,
-            plan=self.lab.plan,
-            tokenizer=self.tokenizer,
-            text=settings.text or self.data_folder / "shakespeare" / "input.txt",
-            length=settings.text_length,
-            options=self._distill,
-            device=self.device,
-        )
-        # A given emulator has a share of its own, so it comes once.
-        methods = [Method.parse(text, keep) for text in self._method_names for keep in self._keeps]
-        self._methods = list(dict.fromkeys(methods))
-        for method in self._methods:
-            self._workshop.check(method)
-        self.cells.expect(self._expected())
+        self.settings, self.device = settings, pick_device(settings.device)
+        self._presets = settings.preset or list(PRESETS)
+        self._adapter_rates = numbers_of(settings.adapter_rates, "adapter-rates")
+        self._whole_rates = numbers_of(settings.whole_rates, "whole-rates")
+        use_threads(settings.threads)
+        checkpoint, data = resolve(settings.model), settings.data_folder or default_data_folder()
+        n_layers, length = checkpoint.config.num_hidden_layers, settings.text_length
+        self.tokenizer = load_tokenizer(checkpoint.folder)
+        sizes = Sizes(settings.test, settings.validation, settings.max_length, settings.public, settings.private)
+        names = names_of(settings.tasks, "tasks")
+        self.tasks = [load_task(name, data, self.tokenizer, sizes) for name in names]
+        if any(task.questions for task in self.tasks):
+            require_lm_eval()
+        plan = SplitPlan.parse(settings.adapter_layers or top_heavy(n_layers), n_layers)
+        self._split_plan = SplitPlan.parse(settings.split_layers, n_layers)
+        for name in self._presets:
+            check_preset(name, checkpoint, plan)
+        self.lab = Lab(checkpoint, plan, self.tokenizer, _regime(settings), self.device)
+        self.cells = Cells(settings.out / "cells.jsonl", console)
+        self._common = {
+            "model": checkpoint.digest(),
+            "plan": str(plan),
+            "score_precision": self.lab.regime.score_precision,
+        }
+        beside = settings.out / "own"
+        self._text = settings.text or write_own_text(beside, checkpoint, self.tokenizer, length, self.device)
+        self._blocks = load_blocks(self._text, self.tokenizer, length)
+        self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
+        self._few = min(settings.few_seeds, settings.seeds)
+        of_row = 1 + 4 * settings.seeds + (4 + 2 * settings.bridges) * self._few + len(_LENGTHS) - 1
+        self.cells.expect(len(self.tasks) * len(self._presets) * of_row)
 
     def make(self) -> dict[str, Any]:
         """All cells, then the rows."""
-        references = {task.name: self._references(task) for task in self.tasks}
-        rows: list[dict[str, Any]] = []
-        for method in self._methods:
-            built = self._workshop.build(method, self.console)
-            emulator = built.load(self._workshop.checkpoint, self.device)
+        rows = []
+        for name in self._presets:
+            preset = self._preset(name)
+            advice = preset.tuning
+            regime = replace(self.lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
+            lab = self.lab.at(regime)
             for task in self.tasks:
-                rows += self._with_emulator(built, emulator, task, references[task.name])
-        return {"runs": rows, **verdict_of(rows), "settings": self._described()}
+                results = self._without_emulator(lab, task, preset.tuning)
+                results |= self._with_emulator(lab, task, preset.tuning, preset.built)
+                rows += self._rows(preset.name, preset.built, task, results)
+        return {"runs": rows, "settings": self._described()}
 
-    def _described(self) -> dict[str, Any]:
-        """The settings as JSON can say them, without paths of this machine."""
-        settings = self.settings
-        return {
-            **{name: getattr(settings, name) for name in ("model", "text_length", "whole_runs", "threads")},
-            "adapter_layers": settings.adapter_layers or _PLAN,
-            "seeds": self._n_seeds,
-            "tasks": [task.name for task in self.tasks],
-            "methods": self._method_names,
-            "keeps": self._keeps,
-            "regime": asdict(self.lab.regime),
-            "sizes": asdict(self._sizes),
-            "distill": asdict(self._distill),
-            "text": None if settings.text is None else settings.text.name,
-            "device": self.device,
-        }
+    def _preset(self, name: str) -> Preset:
+        if name not in PRESETS:
+            return open_preset(Path(name))
+        preset, plan, length = PRESETS[name], self.lab.plan, self.settings.text_length
+        made_of = f"{self.lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)}"
+        folder = self.settings.out / "packages" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+        build_preset(preset, folder, self.lab.checkpoint, plan, self._text, length, self.device)
+        # With another plan than the preset's own, the package has neither its name nor its advice.
+        return Preset(name, _built(folder), _advice(preset))
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
-    def _references(self, task: Task) -> dict[str, list[dict[str, Any]]]:
-        """What needs no emulator: column -> results, one for each seed or a single one."""
-        lab = self.lab
-        zero_shot = self.scored(f"{task.name} full_zero_shot", task, "full_zero_shot", lab.middle)
-        results = {"full_zero_shot": [zero_shot]}
-        trainables = lab.regime.trainables
-        results["edge_layers_full_middle"] = self._seeds(
-            task, "edge_layers_full_middle", lab.on_edge_layers(lab.middle), method=trainables
-        )
-        if self.settings.whole_runs:
-            results["full_fine_tuned"] = self._seeds(task, "full_fine_tuned", lab.whole_weights(), everything=True)
-            results["lora_full"] = self._seeds(task, "lora_full", lab.whole_adapters(), method="lora")
+    def _without_emulator(self, lab: Lab, task: Task, tuning: Tuning) -> dict[str, list[Result]]:
+        split = self._split_plan
+        public = replace(task, train=task.public)
+        cells = partial(self._cells_of, lab, task, rates=self._adapter_rates)
+        return {
+            "zero-shot": [self._zero_shot(lab, task)],
+            "reference": cells("reference", lab.above(lab.middle), seeds=self.settings.seeds),
+            "split q,v": cells(f"split {split} q,v", lab.split(split, all_linears=False)),
+            "split all": cells(f"split {split} all", lab.split(split, all_linears=True)),
+            "public alone": cells("public alone", lab.above(lab.middle), trained_on=public),
+            "floor": self._plug_in(lab, task, "floor", tuning, self._floor, {"text": fingerprint(self._blocks)}),
+        }
+
+    def _with_emulator(self, lab: Lab, task: Task, tuning: Tuning, built: Built) -> dict[str, list[Result]]:
+        def fresh() -> Emulator:
+            return built.load(lab.checkpoint, self.device)
+
+        @cache
+        def bridged(*, public: bool = True, owner: bool = False) -> Emulator:
+            emulator = fresh()
+            if owner:
+                _last_bridge(emulator).reset_parameters()
+            emulator.end_with(self._fit(lab, emulator, self._public(task) if public else self._blocks))
+            return emulator
+
+        def of(**which: bool) -> dict[str, Any]:
+            text = self._public(task) if which.get("public", True) else self._blocks
+            return {"emulator": built.sha256, "bridge": fingerprint(text), "ridge": RIDGE, **which}
+
+        where = f"{built.label} {built.keep:g}"
+        plug_in = partial(self._plug_in, lab, task, tuning=tuning)
+        bridge = plug_in(f"{where} edge bridge", span=bridged, of=of())
+        results = {
+            "plug-in": plug_in(f"{where} plug-in", span=cache(fresh), of={"emulator": built.sha256}),
+            "edge bridge": bridge,
+            "emulator tuned": bridge,
+        }
+        if self.settings.bridges:
+            others = {"edge bridge, other": {"public": False}}
+            if _last_bridge(fresh()) is not None:
+                others["owner bridge"] = {"owner": True}
+            for name, which in others.items():
+                span = partial(bridged, **which)
+                results[name] = plug_in(f"{where} {name}", span=span, of=of(**which), seeds=self._few)
+        stolen = lab.everything(lambda: copy.deepcopy(bridged()))
+        thief = self._thief(lab, task, where, stolen, of())
+        results["thief"] = [
+            trained if trained["validation_loss"] < tuned["validation_loss"] else _as_thief(tuned)
+            for trained, tuned in zip(thief, bridge, strict=False)
+        ]
         return results
 
-    def _with_emulator(
-        self, built: Built, emulator: Emulator, task: Task, references: Mapping[str, Sequence[Mapping[str, Any]]]
-    ) -> list[dict[str, Any]]:
-        """The rows of one emulator and one task."""
-        lab = self.lab
-        name = f"{task.name} {built.label} {built.keep:g} emulator_zero_shot"
-        zero_shot = self.scored(name, task, "emulator_zero_shot", emulator, emulator=built.sha256)
-        tuned = self._seeds(
-            task,
-            "emulator_tuned",
-            lab.on_edge_layers(emulator),
-            views={"emulator_tuned": None, "plug_in": lab.middle},
-            method=lab.regime.trainables,
-            built=built,
-        )
-        thief = self._seeds(
-            task,
-            "thief",
-            lab.everything(lambda: built.load(self._workshop.checkpoint, self.device)),
-            everything=True,
-            built=built,
-        )
-        scores = {name: _by_metric(results, name) for name, results in references.items()}
-        scores["emulator_zero_shot"] = _by_metric([zero_shot], "emulator_zero_shot")
-        scores["emulator_tuned"] = _by_metric(tuned, "emulator_tuned")
-        scores["plug_in"] = _by_metric(tuned, "plug_in")
-        better = [
-            (trained, "thief") if trained["validation_loss"] < kept["validation_loss"] else (kept, "emulator_tuned")
-            for trained, kept in zip(thief, tuned, strict=True)
-        ]
-        scores["thief"] = _join([scores_of(result, view) for result, view in better])
-        return rows_of(
-            scores,
-            self._n_seeds,
-            method=built.label,
-            task=task.name,
-            keep=built.keep,
-            emulator=built.sha256,
-            share_given_away=emulator.n_params / lab.middle.n_params,
-            learning_rate=tuned[0]["rate"],
-            learning_rate_full_middle=references["edge_layers_full_middle"][0]["rate"],
-            learning_rate_thief=thief[0]["rate"],
-            thief_trains_all=sum(view == "thief" for _, view in better),
-        )
-
-    def _seeds(
+    def _plug_in(
         self,
+        lab: Lab,
         task: Task,
-        kind: str,
-        build: Any,
-        *,
-        views: Mapping[str, Any] | None = None,
-        method: str = "full",
-        everything: bool = False,
-        built: Built | None = None,
-    ) -> list[dict[str, Any]]:
-        lab = self.lab
-        return self.over_seeds(
+        name: str,
+        tuning: Tuning,
+        span: Callable[[], Emulator],
+        of: Mapping[str, Any],
+        seeds: int | None = None,
+    ) -> list[Result]:
+        """Adapters above what `span` gives, tuned at the preset's rate, scored there and over the true middle."""
+        return self._cells_of(
             lab,
             task,
-            kind if built is None else f"{built.label} {built.keep:g} {kind}",
-            build,
-            rates=lab.regime.rates(method, everything=everything),
-            seeds=range(self._n_seeds),
-            views=views or {kind: None},
-            of={"kind": kind, "method": method, "emulator": None if built is None else built.sha256},
-            method=method,
+            name,
+            lambda config: lab.above(span())(config),  # noqa: PLW0108  # made when it is needed
+            rates=(tuning.learning_rate,),
+            seeds=seeds or self.settings.seeds,
+            views={"tuned": None, "plug-in": lab.middle},
+            of=of,
         )
 
-    def _expected(self) -> int:
-        seeds, n_whole = self._n_seeds, len(_WHOLE) * self.settings.whole_runs
-        of_task = 1 + seeds * (1 + n_whole)
-        of_emulator = 1 + 2 * seeds
-        return len(self.tasks) * (of_task + len(self._methods) * of_emulator)
+    def _thief(self, lab: Lab, task: Task, where: str, build: Build, of: Mapping[str, Any]) -> list[Result]:
+        both = replace(task, train=task.train + task.public)
+
+        def cells(length: int, rates: Sequence[float], seeds: range) -> list[Result]:
+            longer = lab.at(replace(lab.regime, steps=length * lab.regime.steps, warmup=None))
+            name = f"{where} thief, {length} x"
+            return self._cells_of(longer, task, name, build, rates=rates, seeds=seeds, trained_on=both, of=of)
+
+        first = {length: cells(length, self._whole_rates, range(1))[0] for length in _LENGTHS}
+        best = min(first, key=lambda length: first[length]["validation_loss"])
+        return [first[best], *cells(best, (first[best]["rate"],), range(1, self._few))]
+
+    def _cells_of(
+        self,
+        lab: Lab,
+        task: Task,
+        name: str,
+        build: Build,
+        *,
+        rates: Sequence[float],
+        seeds: int | range | None = None,
+        trained_on: Task | None = None,
+        views: Mapping[str, Any] | None = None,
+        of: Mapping[str, Any] | None = None,
+    ) -> list[Result]:
+        """A run for each of the seeds, `few_seeds` of them by default, of what is made of LoRA or of all weights."""
+        regime = lab.regime
+        settings = self._common | {
+            "task": task.fingerprint,
+            "rates": list(rates),
+            **{key: getattr(regime, key) for key in ("steps", "batch", "rank", "alpha", "precision", "warmup")},
+            **(of or {}),
+        }
+        views = views or {name: None}
+        results: list[Result] = []
+        for seed in seeds if isinstance(seeds, range) else range(seeds or self._few):
+            own = rates if not results else (results[0]["rate"],)
+            run = partial(lab.run, trained_on or task, seed, own, build, views)
+            results.append(self.cells.get(f"{task.name} {name} seed {seed}", settings | {"seed": seed}, run))
+        return results
+
+    def _zero_shot(self, lab: Lab, task: Task) -> Result:
+        score = lambda: {"scores": {"zero-shot": lab.score(lab.edge(lab.middle), task)}}  # noqa: E731
+        return self.cells.get(f"{task.name} zero-shot", self._common | {"task": task.fingerprint}, score)
+
+    # Rows -------------------------------------------------------------------------------------------------------------
+
+    def _rows(self, preset: str, built: Built, task: Task, results: Mapping[str, Sequence[Result]]) -> list[Result]:
+        views = {"emulator tuned": "tuned"}
+        by_row = {
+            name: [scores_of(each, views.get(name, next(reversed(each["scores"])))) for each in found]
+            for name, found in results.items()
+        }
+        loss = {name: sum(each["validation_loss"] for each in results[name]) for name in ("split q,v", "split all")}
+        rates = {name: found[0]["rate"] for name, found in results.items() if "rate" in found[0]}
+        return [
+            row_of(
+                {name: [scores[metric] for scores in found] for name, found in by_row.items()},
+                best_split=min(loss, key=lambda name: loss[name]),
+                preset=preset,
+                method=built.label,
+                keep=built.keep,
+                emulator=built.sha256,
+                task=task.name,
+                metric=metric,
+                texts={"train": len(task.train), "public": len(task.public)},
+                rates=rates,
+            )
+            for metric in task.metrics
+        ]
+
+    def _described(self) -> dict[str, Any]:
+        """The settings as JSON can say them, without paths of this machine."""
+        settings = asdict(self.settings) | {"few_seeds": self._few}
+        settings |= {"text": None if self.settings.text is None else self.settings.text.name}
+        settings |= {"preset": [Path(name).name for name in self._presets]}
+        return {name: value for name, value in settings.items() if name not in ("out", "data_folder", "figure")}
+
+    # What is tuned over -----------------------------------------------------------------------------------------------
+
+    def _public_blocks(self, task: Task) -> Tensor:
+        path = self.settings.out / "public" / f"{task.name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, ({"text": text} for text in task.public_texts))
+        return load_blocks(path, self.tokenizer, self.settings.text_length)
+
+    @torch.no_grad()
+    def _fit(self, lab: Lab, emulator: Emulator, blocks: Tensor) -> Bridge:
+        """What `emulator fit` fits to texts that it does not refuse, with the true middle in the cloud's place."""
+        device = self.device
+        front = OuterLayers(lab.checkpoint, lab.plan, with_top=False, device=device)
+        sums = RidgeSums(lab.checkpoint.config.hidden_size, device)
+        for ids in torch.split(blocks, 8):
+            entry = front.entry(ids.to(device))
+            sums.add(emulator(entry), lab.middle(entry, None, None))
+        return sums.bridge(RIDGE)
+
+    def _make_floor(self) -> Emulator:
+        """The middle's first layer, and one bridge for all the others."""
+        checkpoint, plan = self.lab.checkpoint, self.lab.plan
+        layers = (plan.bottom,)
+        base = load_layers(checkpoint, layers).to(self.device)
+        add_bridges(base, layers, layers)
+        fit_bridges(checkpoint, plan, base, layers, layers, self._blocks, ridge=RIDGE, device=self.device)
+        recipe = Recipe("uniform", 1 / len(plan.cloud), bridged=True)
+        return Emulator(base, layers, recipe, checkpoint.config, bridges=layers)
 
 
-def _by_metric(results: Sequence[Mapping[str, Any]], view: str) -> dict[str, list[Score]]:
-    return _join([scores_of(result, view) for result in results])
+def _last_bridge(emulator: Emulator) -> Any:
+    """The bridge at the emulator's end; None where there is none."""
+    last = emulator.layers[-1]
+    return getattr(distinct_layers(emulator.base, emulator.layers)[last], "bridge", None)
 
 
-def _join(scores: Sequence[Mapping[str, Score]]) -> dict[str, list[Score]]:
-    return {metric: [each[metric] for each in scores] for metric in scores[0]}
+def _as_thief(tuned: Result) -> Result:
+    """The tuned emulator, as a thief's result."""
+    return tuned | {"scores": {"thief": tuned["scores"]["tuned"]}}
+
+
+def _regime(settings: TableSettings) -> Regime:
+    """How a table's settings train and score; a preset says the steps, the rank and the warm-up."""
+    return Regime(
+        steps=1,
+        batch=settings.batch,
+        max_length=settings.max_length,
+        rank=1,
+        precision=precision_of(settings.precision, "precision"),
+        score_precision=precision_of(settings.score_precision, "score-precision"),
+    )

@@ -1,9 +1,4 @@
-"""One training run of a table, whatever is trained: built, trained by the edge's trainer, and scored.
-
-Every run of a kind on a task is trained at each candidate rate on the first seed; the rate with the least loss on the
-validation slice is kept for the other seeds. For a run over an emulator, that loss is over the emulator: the data owner
-has nothing else.
-"""
+"""One training run of the table of emulators, whatever is trained: built, trained by the edge's trainer, and scored."""
 
 from __future__ import annotations
 
@@ -13,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import linear_names
 from isthmus.backbone.split.edge_model import SpanFn
@@ -30,7 +24,6 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import NonFiniteError
 from isthmus.common.progress import StepProgress
-from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
@@ -40,15 +33,10 @@ from isthmus.edge.span_cache.kept_outputs import KeptOutputs, MemoryRows
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.trainer import Trainer
-from isthmus.emulator.package.build import pick_device
-from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
-from isthmus.experiments.harness.emulator_settings import TableSettings
-from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.single_process import whole
-from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.task_scoring import score_task
-from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+from isthmus.experiments.scoring.tasks import Task
 from isthmus.protocol.limits import GIB
 
 _KEPT_BYTES = 4 * GIB
@@ -60,33 +48,19 @@ class Regime:
     """How everything in a table is trained and scored.
 
     Attributes:
-        trainables: What is trained on the edge's layers, as `--method` of `edge train`.
-        weight_rates: Candidate rates where weights of the edge's layers are trained.
-        adapter_rates: Candidate rates where adapters are.
-        whole_rates: Candidate rates where all weights of a model are.
         score_batch: Documents of a forward in scoring.
         warmup: Steps over which the rate rises; None for a tenth of them.
     """
 
-    trainables: str
     steps: int
     batch: int
     max_length: int
     rank: int
-    weight_rates: tuple[float, ...]
-    adapter_rates: tuple[float, ...]
-    whole_rates: tuple[float, ...]
     precision: Precision
     score_precision: Precision
     alpha: float = 16.0
     score_batch: int = 16
     warmup: int | None = None
-
-    def rates(self, method: str, *, everything: bool = False) -> tuple[float, ...]:
-        """The candidates for a method of `edge train`, or for a run that trains all weights."""
-        if everything:
-            return self.whole_rates
-        return self.weight_rates if method == "full" else self.adapter_rates
 
 
 class Everything(nn.Module):
@@ -139,10 +113,6 @@ class Lab:
 
     # What is trained --------------------------------------------------------------------------------------------------
 
-    def on_edge_layers(self, span: SpanFn) -> Callable[[TuningConfig], Any]:
-        """The table's trainables on the edge's layers, over `span`."""
-        return lambda config: build_peft(self.edge(span), config, total_steps=config.steps)
-
     def above(self, span: SpanFn) -> Callable[[TuningConfig], Any]:
         """Adapters on all linears of the layers above `span`."""
         layers = range(self.plan.cloud.stop, self.plan.n_layers)
@@ -166,14 +136,6 @@ class Lab:
 
         return build
 
-    def whole_weights(self) -> Callable[[TuningConfig], Any]:
-        """All weights of the whole model."""
-        return self.everything(lambda: self._fresh_middle(self._device))
-
-    def whole_adapters(self) -> Callable[[TuningConfig], Any]:
-        """Adapters in all layers of the whole model."""
-        return lambda config: build_peft(whole(self.checkpoint).to(self._device), config, total_steps=config.steps)
-
     # Runs -------------------------------------------------------------------------------------------------------------
 
     def run(
@@ -183,8 +145,6 @@ class Lab:
         rates: Sequence[float],
         build: Callable[[TuningConfig], Any],
         views: Mapping[str, SpanFn | None],
-        *,
-        method: str = "full",
     ) -> dict[str, Any]:
         """Train at each of the rates, keep what has the least validation loss, and score it.
 
@@ -199,7 +159,7 @@ class Lab:
         best: tuple[float, float, Any] | None = None
         tried: dict[str, float | None] = {}
         for rate in rates:
-            model = self._train(task, seed, rate, build, method)
+            model = self._train(task, seed, rate, build)
             loss = math.inf if model is None else self._validation_loss(model, task)
             tried[f"{rate:g}"] = loss if math.isfinite(loss) else None
             if math.isfinite(loss) and (best is None or loss < best[0]):
@@ -221,38 +181,39 @@ class Lab:
             )
         return {metric: score.to_json() for metric, score in scores.items()}
 
-    def _train(
-        self, task: Task, seed: int, rate: float, build: Callable[[TuningConfig], Any], method: str
-    ) -> Any | None:
+    def _train(self, task: Task, seed: int, rate: float, build: Callable[[TuningConfig], Any]) -> Any | None:
         """A trained model; None where training ran away."""
-        regime = self.regime
         data = TrainingData(task.train, (), task.pad_id, 0, fingerprint(task.train))
         with tempfile.TemporaryDirectory(prefix="isthmus-run-") as folder:
-            config = TuningConfig(
-                data="-",
-                validation_split=0.0,
-                steps=regime.steps,
-                batch=regime.batch,
-                max_length=regime.max_length,
-                learning_rate=rate,
-                warmup_steps=regime.steps // 10 if regime.warmup is None else regime.warmup,
-                seed=seed,
-                method=method,
-                rank=regime.rank,
-                alpha=regime.alpha,
-                precision=regime.precision,
-                out=Path(folder),
-                save_every=regime.steps,
-                keep_checkpoints=1,
-            )
+            config = self.config(seed, rate, Path(folder))
             model = build(config)
-            progress = StepProgress("step", regime.steps, Console(quiet=True), every=regime.steps)
+            progress = StepProgress("step", self.regime.steps, Console(quiet=True))
             try:
-                with self._keeping(model, regime.precision):
+                with self._keeping(model, config.precision):
                     Trainer(model, data, config, self._identity, progress=progress).fit()
             except NonFiniteError:
                 return None
         return model
+
+    def config(self, seed: int, rate: float, out: Path) -> TuningConfig:
+        """Of a run in this regime."""
+        regime = self.regime
+        return TuningConfig(
+            data="-",
+            validation_split=0.0,
+            steps=regime.steps,
+            batch=regime.batch,
+            max_length=regime.max_length,
+            learning_rate=rate,
+            warmup_steps=regime.steps // 10 if regime.warmup is None else regime.warmup,
+            seed=seed,
+            rank=regime.rank,
+            alpha=regime.alpha,
+            precision=regime.precision,
+            out=out,
+            save_every=regime.steps,
+            keep_checkpoints=1,
+        )
 
     def _validation_loss(self, model: Any, task: Task) -> float:
         batches = Batches(task.validation, self.regime.score_batch, task.pad_id)
@@ -296,102 +257,3 @@ def _on_all_linears(config: TuningConfig, layers: nn.Module) -> TuningConfig:
 def scores_of(result: Mapping[str, Any], view: str) -> dict[str, Score]:
     """The scores of a run's result, by metric."""
     return {metric: Score.from_json(score) for metric, score in result["scores"][view].items()}
-
-
-class TableWork:
-    """What a table works with: its tasks, a laboratory, and the cells that are finished.
-
-    Args:
-        plan: What is cut where, for a model of so many layers, unless `--adapter-layers` says it.
-        sizes: Of the tasks.
-        regime: Of the laboratory.
-
-    Raises:
-        ConfigError: A task or an option does not make sense, or the package lm-eval is needed and missing.
-        DataError: Data are missing or malformed.
-    """
-
-    def __init__(
-        self,
-        settings: TableSettings,
-        console: Console,
-        *,
-        plan: Callable[[int], str],
-        sizes: Sizes,
-        regime: Regime,
-    ) -> None:
-        self.settings, self.console = settings, console
-        self.device = pick_device(settings.device)
-        use_threads(settings.threads)
-        checkpoint = resolve(settings.model)
-        n_layers = checkpoint.config.num_hidden_layers
-        self.tokenizer = load_tokenizer(checkpoint.folder)
-        self.data_folder = settings.data_folder or default_data_folder()
-        names = names_of(settings.tasks, "tasks")
-        self.tasks = [load_task(name, self.data_folder, self.tokenizer, sizes) for name in names]
-        if any(task.questions for task in self.tasks):
-            require_lm_eval()
-        cut = SplitPlan.parse(settings.adapter_layers or plan(n_layers), n_layers)
-        self.lab = Lab(checkpoint, cut, self.tokenizer, regime, self.device)
-        self.cells = Cells(settings.out / "cells.jsonl", console)
-        self._common = {
-            "model": checkpoint.digest(),
-            "plan": str(cut),
-            "score_precision": regime.score_precision,
-        }
-
-    def scored(self, name: str, task: Task, view: str, span: SpanFn, **of: Any) -> dict[str, Any]:
-        """A cell of the model over `span` as it is, with nothing trained; `of` says what `span` is."""
-        score = lambda: {"scores": {view: self.lab.score(self.lab.edge(span), task)}}  # noqa: E731
-        return self.cells.get(name, self._common | {"task": task.fingerprint} | of, score)
-
-    def over_seeds(
-        self,
-        lab: Lab,
-        task: Task,
-        name: str,
-        build: Callable[[TuningConfig], Any],
-        *,
-        rates: Sequence[float],
-        seeds: Sequence[int],
-        views: Mapping[str, SpanFn | None],
-        of: Mapping[str, Any],
-        method: str,
-        trained_on: Task | None = None,
-    ) -> list[dict[str, Any]]:
-        """A run for each seed: the first one chooses among the rates, the others take its choice.
-
-        Args:
-            of: What the runs depend on beside the task, the rates and the regime.
-            method: Of `Lab.run`.
-            trained_on: In the task's place.
-        """
-        regime = lab.regime
-        settings = self._common | {
-            "task": task.fingerprint,
-            "rates": list(rates),
-            **{key: getattr(regime, key) for key in ("steps", "batch", "rank", "alpha", "precision")},
-            **of,
-        }
-        results: list[dict[str, Any]] = []
-        for seed in seeds:
-            own = rates if not results else (results[0]["rate"],)
-            run = partial(lab.run, trained_on or task, seed, own, build, views, method=method)
-            results.append(self.cells.get(f"{task.name} {name} seed {seed}", settings | {"seed": seed}, run))
-        return results
-
-
-def regime_of(settings: TableSettings, *, batch: int, steps: int, rank: int) -> Regime:
-    """How a table's settings train and score; `batch` where they do not say it."""
-    return Regime(
-        trainables="lora" if settings.preset else settings.trainables,
-        steps=steps,
-        batch=settings.batch or batch,
-        max_length=settings.max_length,
-        rank=rank,
-        weight_rates=numbers_of(settings.learning_rates, "learning-rates"),
-        adapter_rates=numbers_of(settings.adapter_rates, "adapter-rates"),
-        whole_rates=numbers_of(settings.whole_rates, "whole-rates"),
-        precision=precision_of(settings.precision, "precision"),
-        score_precision=precision_of(settings.score_precision, "score-precision"),
-    )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-METRICS = {"completion_loss": False, "perplexity": False, "accuracy": True}
+METRICS = {"completion_loss": False, "accuracy": True}
 """Whether more is better, by metric."""
 
 
@@ -22,7 +22,7 @@ class Score:
     """A metric on held-out documents.
 
     Attributes:
-        metric: One of `METRICS`. A perplexity is `exp` of the ratio of the sums.
+        metric: One of `METRICS`.
         sums: Sum of the losses of each document in nats, or 1 for a right answer and 0 for a wrong one.
         counts: Tokens of each document, or 1.
     """
@@ -44,15 +44,13 @@ class Score:
     @property
     def value(self) -> float:
         """The score."""
-        ratio = sum(self.sums) / sum(self.counts)
-        return math.exp(ratio) if self.metric == "perplexity" else ratio
+        return sum(self.sums) / sum(self.counts)
 
     def contributions(self) -> list[float]:
         """How each document moves the score, to the first order: their mean is 0."""
         total = sum(self.counts)
-        ratio = sum(self.sums) / total
-        slope = len(self.sums) / total * (self.value if self.metric == "perplexity" else 1.0)
-        return [slope * (part - ratio * count) for part, count in zip(self.sums, self.counts, strict=True)]
+        slope, value = len(self.sums) / total, self.value
+        return [slope * (part - value * count) for part, count in zip(self.sums, self.counts, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ out.
     sst2                    the same with the two words for a review's sentiment
     tickets                 write the triage line of a made-up support ticket; needs no file; to choose settings on, so
                             that nothing is chosen on the tasks that are reported
-    text:PATH               plain text, the last tenth held out; perplexity
 
 The validation slice is always a part of the training file, as is a public slice; the test file is for scores alone.
 """
@@ -27,7 +26,6 @@ from isthmus.edge.budget.text_overlap import runs_of
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Encoded, encode, fingerprint, pad_id
 from isthmus.edge.data.readers import Example, read_examples
-from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.experiments.harness.tickets import make_tickets
 
 _CHOICE_TESTS = 200
@@ -123,16 +121,12 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
     """Read and tokenize a task.
 
     Args:
-        name: `e2e`, `openbookqa`, `arc_easy`, `sst2`, `tickets` or `text:PATH`.
+        name: `e2e`, `openbookqa`, `arc_easy`, `sst2` or `tickets`.
 
     Raises:
         ConfigError: There is no such task.
         DataError: A file is missing, malformed or too small; the message names it.
     """
-    if name.startswith("text:"):
-        if sizes.public is not None:
-            raise ConfigError(f"{name!r} has no prompts that a public slice could be told apart by: name another task")
-        return _text_task(name, Path(name.removeprefix("text:")), tokenizer, sizes)
     split = read_task(name, folder, sizes) if sizes.public is None else read_apart(name, folder, sizes, tokenizer)
     is_choice = len(split.test[0].choices) > 1
 
@@ -225,7 +219,7 @@ def _files(name: str, folder: Path) -> tuple[list[Question], list[Question]]:
         )
         return train, test
     if name not in _READERS:
-        raise ConfigError(f"{name!r} is not a task; use {', '.join(_READERS)}, tickets or text:PATH")
+        raise ConfigError(f"{name!r} is not a task; use {', '.join(_READERS)} or tickets")
     if not folder.is_dir():
         raise DataError(
             f"the data folder {folder} is missing; name with --data-folder where {name} and the other tasks lie"
@@ -251,32 +245,6 @@ def _text(question: Question) -> str:
 def _shown(name: str, question: Question) -> str:
     """What may be sent of a public question of a task."""
     return question.choices[question.answer] if name in _FORMS else _text(question)
-
-
-def _text_task(name: str, path: Path, tokenizer: Any, sizes: Sizes) -> Task:
-    blocks = [tuple(block) for block in load_blocks(path, tokenizer, sizes.max_length).tolist()]
-    first = len(blocks) - max(1, len(blocks) // _TEXT_HELD_OUT)
-    rest = blocks[:first]
-    n_validation = min(sizes.validation, len(rest) // 2)
-    if not n_validation:
-        raise DataError(
-            f"the text {path} has {len(blocks)} blocks of {sizes.max_length} tokens, too few to train on, to choose by "
-            "and to hold out; give more text, or a smaller --max-length"
-        )
-    validation = set(_sample(range(len(rest)), n_validation, "validation"))
-
-    def encoded(chosen: Sequence[tuple[int, ...]]) -> tuple[Encoded, ...]:
-        return tuple(Encoded(block, (-100, *block[1:])) for block in chosen)
-
-    return Task(
-        name=name,
-        train=encoded([block for index, block in enumerate(rest) if index not in validation]),
-        validation=encoded([rest[index] for index in sorted(validation)]),
-        held_out=encoded(blocks[first:][: sizes.test]),
-        questions=(),
-        metrics=("perplexity",),
-        pad_id=pad_id(tokenizer),
-    )
 
 
 def _sample(things: Sequence[T], n: int, what: str) -> list[T]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.models.small_tasks import task_folder
+from support.models.small_tasks import task_folder, task_package
 from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
@@ -22,28 +22,28 @@ RUNNER = CliRunner()
 
 def arguments(folder: Path) -> list[str]:
     model, data = tiny_checkpoint("llama", folder / "model"), task_folder(folder / "data")
+    package = task_package(folder / "near", model, data).folder
     return [
-        *("--model", str(model), "--data-folder", str(data), "--tasks", "sst2", "--methods", "uniform"),
-        *("--adapter-layers", "1:1", "--steps", "2", "--batch", "2", "--max-length", "96", "--test", "6"),
-        *("--validation", "2", "--seeds", "1", "--learning-rates", "1e-3", "--whole-rates", "1e-3"),
-        *("--adapter-rates", "1e-3", "--threads", "1", "--out", str(folder / "out"), "--json"),
+        *("--model", str(model), "--data-folder", str(data), "--tasks", "e2e", "--preset", str(package)),
+        *("--adapter-layers", "1:3", "--split-layers", "1:1", "--batch", "2", "--max-length", "96", "--test", "6"),
+        *("--validation", "2", "--seeds", "1", "--adapter-rates", "1e-3", "--whole-rates", "1e-3"),
+        *("--public", "100", "--private", "10", "--text", str(data / "shakespeare" / "input.txt")),
+        *("--text-length", "32", "--threads", "1", "--out", str(folder / "out"), "--json"),
     ]
 
 
-def test_the_table_prints_json_alone_and_a_frontier_is_a_table_with_a_figure(
+def test_the_table_prints_json_alone_and_draws_without_training_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = arguments(tmp_path)
     done = RUNNER.invoke(app, ["table", *given], catch_exceptions=False)
     result = json.loads(done.stdout)
-    assert [row["metric"] for row in result["runs"]] == ["accuracy", "completion_loss"]
-    assert str(tmp_path) not in json.dumps(result["settings"]["text"])
+    assert [row["metric"] for row in result["runs"]] == ["completion_loss"]
+    assert (result["settings"]["text"], result["settings"]["preset"]) == ("input.txt", ["near"])
     monkeypatch.setattr(table_lab.Lab, "_train", None)  # nothing is trained again
-    figure = tmp_path / "frontier.png"
-    again = RUNNER.invoke(app, ["table", *given, "--no-whole-runs", "--figure", str(figure)], catch_exceptions=False)
-    row = json.loads(again.stdout)["runs"][0]
-    assert row["plug_in"] == result["runs"][0]["plug_in"]
-    assert (row["full_fine_tuned"], row["lora_full"]) == (None, None)
+    figure = tmp_path / "table.png"
+    again = RUNNER.invoke(app, ["table", *given, "--figure", str(figure)], catch_exceptions=False)
+    assert json.loads(again.stdout)["runs"] == result["runs"]
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -62,10 +62,10 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--learning-rates", "1e-3,fast", "list of positive numbers"),
-        ("--keep", "half", "list of positive numbers"),
+        ("--adapter-rates", "1e-3,fast", "list of positive numbers"),
+        ("--whole-rates", "much", "list of positive numbers"),
         ("--precision", "fp8", "use fp32 or bf16"),
-        ("--methods", "uniform,,crash", "empty name"),
+        ("--preset", "near", "no preset"),
         ("--tasks", "e2e,e2e", "twice"),
     ],
 )

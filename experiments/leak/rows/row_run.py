@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -17,6 +16,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.budget.text_overlap import RUN
 from isthmus.edge.data.batches import fingerprint, pad_id
+from isthmus.emulator.package.build_presets import top_heavy
 from isthmus.emulator.package.package import open_package
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
@@ -55,9 +55,8 @@ _T = TypeVar("_T")
 _Score = dict[str, dict[str, list[float]]]
 """A `TaskScore` as JSON has it."""
 _BASE_RESULTS = "base-model.jsonl"
-_METHOD, _KEEP = "importance+bridged", 0.5
-"""An emulator's recipe and its share of the middle's layers: the best of those that `make bench-emulators` measures at
-this share; with as many steps of distillation as there. A row can name another package."""
+_PRESET = "fidelity"
+"""Of an emulator, unless a row names another package."""
 
 
 class RowLab:
@@ -186,10 +185,10 @@ class RowLab:
         options = {**train_options(row, self._settings, self._base, plan), "threads": self._settings.threads}
         if row.package is None:
             say("building an emulator")
-            self._build(row, texts, folder, package)
+            self._build(folder, package)
         else:
             shutil.copytree(row.package, package)  # a bridge lies beside it, and not beside the user's
-        if _advised(row) is not None:
+        if _is_advised(row):
             say("fitting a bridge over a cloud that records")
             write_examples(folder / "sent.jsonl", texts.sent)
             public = (f"{text.example.prompt}{text.example.completion}" for text in texts.public[::2])
@@ -208,14 +207,15 @@ class RowLab:
         run_isthmus("emulator", "tune", *train_flags(options))
         return kept
 
-    def _attack_fit(self, package: Path, texts: LeakTexts, folder: Path) -> dict[str, Interval]:
+    def _attack_fit(self, row: Row, texts: LeakTexts, folder: Path) -> dict[str, Interval]:
         """What a cloud reads of what `emulator fit` sent: of these public texts, and of the private ones.
 
         The first sequences are attacked. Of the others all is taken to be read. A private token counts as read where
         it stands in a run of `RUN` tokens that was read: a check that none was sent, as `emulator fit` leaves out texts
         that share such a run, and no measure of what shorter runs tell.
         """
-        plan = open_package(package).plan
+        n_layers = self._checkpoint.config.num_hidden_layers
+        plan = SplitPlan.parse(top_heavy(n_layers), n_layers) if row.package is None else open_package(row.package).plan
         front = Front(self._base, plan.bottom)
         traffic, crossed = read_fit(folder, self._settings, self._tokenizer, front)
         attacked, others = crossed[: self._settings.attacked], crossed[self._settings.attacked :]
@@ -234,10 +234,9 @@ class RowLab:
     def _emulator(self, row: Row, texts: LeakTexts, checkpoint: RowCheckpoint, say: Say) -> dict[str, Any]:
         run = checkpoint.run(partial(self._tune, row, texts, say))
         out, of_fit = run / TRAINED, dict[str, Interval]()
-        advised = _advised(row)
-        if advised is not None:
+        if _is_advised(row):
             say("attacking what the fit sent")
-            of_fit = checkpoint.result("fit", {}, dict[str, Interval], lambda: self._attack_fit(advised, texts, run))
+            of_fit = checkpoint.result("fit", {}, dict[str, Interval], lambda: self._attack_fit(row, texts, run))
         say("scoring the task")
         tuned = with_adapter(self._checkpoint, out / "adapter")
         task = checkpoint.result("task", {"codec": row.codec}, _Score, lambda: self._score(tuned, texts))
@@ -269,35 +268,26 @@ class RowLab:
             say=say,
         )
 
-    def _build(self, row: Row, texts: LeakTexts, folder: Path, package: Path) -> None:
-        """Build a package, distilled on the public texts."""
-        settings, home = self._settings, folder / "home"
+    def _build(self, folder: Path, package: Path) -> None:
+        """Build a package of the preset, whose text the model writes itself."""
+        home = folder / "home"
         home.mkdir(mode=0o700)
         generate_root(home)
         issue_worker(home)
-        public = [f"{text.example.prompt}{text.example.completion}" for text in texts.public]
-        random.Random(settings.seed).shuffle(public)  # noqa: S311  # an order, not a secret
-        write_jsonl(folder / "public.jsonl", ({"text": text} for text in public))
         options = {
-            "model": settings.model,
+            "model": self._settings.model,
             "out": package,
             "home": home,
-            "adapter_layers": row.edge_layers,
-            "method": _METHOD,
-            "keep": _KEEP,
-            "distill": folder / "public.jsonl",
-            "distill_steps": settings.distill_steps,
-            "length": settings.max_length,
-            "save_every": settings.distill_steps,
-            "seed": settings.seed,
+            "preset": _PRESET,
+            "length": self._settings.max_length,
             "device": "cpu",
         }
         run_isthmus("emulator", "build", *train_flags(options))
 
 
-def _advised(row: Row) -> Path | None:
-    """The row's package, if it says how to tune on it."""
-    return None if row.package is None or open_package(row.package).manifest.tuning is None else row.package
+def _is_advised(row: Row) -> bool:
+    """Whether the row's package says how to tune on it."""
+    return row.package is None or open_package(row.package).manifest.tuning is not None
 
 
 def run_hits(texts: Sequence[Tensor], read: Iterable[Tensor]) -> Hits:

@@ -1,4 +1,4 @@
-"""The four measurements of weights, one after the other, and their table; see each one's module.
+"""The three measurements of weights, one after the other, and their table; see each one's module.
 
 Each result is a cell in `out`, by the settings that it depends on, so an interrupted run goes on.
 """
@@ -22,13 +22,12 @@ from isthmus.experiments.harness.launch import working_folder
 from isthmus.experiments.leak.weights.extraction_run import ExtractionSettings, measure_extraction
 from isthmus.experiments.leak.weights.leak_weights_settings import PARTS, LeakWeightsSettings
 from isthmus.experiments.leak.weights.membership_run import MembershipSettings, measure_membership
-from isthmus.experiments.leak.weights.package_thief import PackageThiefSettings, measure_package_thief
 from isthmus.experiments.leak.weights.span_theft import TheftSettings, measure_theft
 from isthmus.privacy.measures.bootstrap import Interval
 
 N = TypeVar("N", int, float)
 
-_NO_PART_OF_A_RESULT = ("data_folder", "text", "threads", "package")
+_NO_PART_OF_A_RESULT = ("data_folder", "threads", "package")
 """Settings that do not say what was measured, or say it with paths of this machine."""
 VERSION = 3
 """Of what a part's result holds, raised where that changes: results that an earlier one has left are made anew."""
@@ -89,24 +88,10 @@ def _work(settings: LeakWeightsSettings) -> dict[str, Work]:
     theft = TheftSettings(
         **common, calls=_numbers("calls", settings.calls, int), held_out=settings.held_out, steps=settings.theft_steps
     )
-    package = PackageThiefSettings(
-        model=settings.model,
-        adapter_layers=settings.edge_layers,
-        task=settings.task,
-        data_folder=settings.data_folder,
-        method=settings.method,
-        keep=settings.keep,
-        text=settings.text,
-        steps=settings.package_steps,
-        test=settings.held_out,
-        precision=settings.precision,
-        threads=settings.threads,
-    )
     return {
         "membership": (membership, lambda folder: measure_membership(membership, folder)),
         "extraction": (extraction, lambda folder: measure_extraction(extraction, folder)),
         "theft": (theft, lambda _folder: measure_theft(theft)),
-        "package": (package, lambda folder: measure_package_thief(package, folder)),
     }
 
 
@@ -166,22 +151,6 @@ def _show_theft(found: Mapping[str, Any]) -> None:
     print("  the first row is the edge's layers alone, without anything trained between")
 
 
-def _show_package(found: Mapping[str, Any]) -> None:
-    print(f"a package: {100 * found['share_given_away']:.0f} % of the middle's parameters given away")
-    line = "{:34} {:>8} {:>10}".format
-    print(line("", "loss", "recovered"))
-    for name, label in (
-        ("loss", "full model"),
-        ("emulator", "emulator"),
-        ("reference", "edge's layers over the middle"),
-        ("plug_in", "data owner, plugged in"),
-        ("thief", "thief"),
-    ):
-        share = found.get(f"{name}_recovery")
-        loss = found[name if name == "loss" else f"{name}_loss"]
-        print(line(label, f"{loss:.3f}", "-" if share is None else f"{100 * share:.0f} %"))
-
-
 def _interval(value: Any) -> str:
     middle, low, high = Interval(*value)
     return f"{middle:.3f} ({low:.3f}-{high:.3f})"
@@ -191,5 +160,4 @@ _SHOWN: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "membership": _show_membership,
     "extraction": _show_extraction,
     "theft": _show_theft,
-    "package": _show_package,
 }

@@ -14,7 +14,7 @@ from typer import Option
 from isthmus.experiments.harness import bench_flags as flags
 from isthmus.experiments.harness.command import Measurement
 
-PARTS: Final = ("membership", "extraction", "theft", "package")
+PARTS: Final = ("membership", "extraction", "theft")
 """The measurements."""
 
 
@@ -31,8 +31,8 @@ class LeakWeightsSettings:
         str,
         Option(
             help="Measurements, comma-separated, by default all. membership: which texts an adapter was trained on. "
-            "extraction: the adapters at sites. theft: the cloud's layers, learned from their answers. package: what a "
-            "thief of an emulator package makes of it."
+            "extraction: the adapters at sites. theft: the cloud's layers, learned from their answers. What a thief of "
+            "an emulator's package makes of it is in `emulator table`."
         ),
     ] = ""
     model: flags.Model = "smollm2-135m"
@@ -70,13 +70,6 @@ class LeakWeightsSettings:
         "0,50,300"
     )
     theft_steps: Annotated[int, Option(min=1, help="Steps of each theft, of one text each.")] = 300
-    method: Annotated[str, Option(help="Recipe of the package's emulator, as for `emulator build`.")] = "importance"
-    keep: Annotated[float, Option(help="Share of the middle's layers that it keeps.")] = 0.5
-    text: Annotated[
-        Path | None, Option(help="Public text for the recipe; default: Shakespeare of the data folder.")
-    ] = None
-    package_steps: Annotated[int, Option(min=1, help="Steps of the package's owner and of its thief.")] = 30
-    precision: Annotated[str, Option(help="What these two compute in: fp32 or bf16.")] = "bf16"
     held_out: Annotated[int, Option(min=2, help="Texts that stolen models are scored on.")] = 100
     seed: Annotated[int, Option(min=0, help="Of all that is drawn.")] = 0
     threads: flags.Threads = 2

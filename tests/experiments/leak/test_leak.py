@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,10 +265,13 @@ def test_an_attack_that_its_lists_limit_fails_and_the_other_rows_are_made(
 
 def test_top_only_sends_no_gradient_and_an_emulator_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = all_here(monkeypatch)
-    shared = {"edge_layers": "1:1", "steps": 3, "data": "sst2"}
+    shared = {"edge_layers": "1:1", "steps": 3}
     rows = [{**shared, "name": mode, "mode": mode} for mode in ("top-only", "emulator")]
-    result = run_leak(small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", *rows)]))
-    assert [words[:2] for words in commands] == [("edge", "train"), ("emulator", "build"), ("emulator", "tune")]
+    rows[1]["package"] = str(tmp_path / "package")
+    settings = small_settings(tmp_path, grid=[grid_file(tmp_path / "grid.toml", *rows)])
+    tiny_package(tmp_path / "package", Path(settings.model), plan="1:1")
+    result = run_leak(settings)
+    assert [words[:2] for words in commands] == [("edge", "train"), ("emulator", "tune")]
     top = [run for run in result["runs"] if run["mode"] == "top-only"]
     assert of(result, "top-only", "vocabulary_matching")["token_accuracy"] == 1
     assert all(run["label_accuracy"] is None for run in top)
@@ -278,6 +282,30 @@ def test_top_only_sends_no_gradient_and_an_emulator_nothing(tmp_path: Path, monk
     assert nothing["prior_unigram_accuracy"] == top[0]["prior_unigram_accuracy"] > 0
     assert nothing["task_loss"] > 0
     assert nothing["task_loss_ratio"] is None  # no undefended row of this plan
+
+
+def test_a_row_without_a_package_builds_one_of_the_preset_and_fits_a_bridge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = all_here(monkeypatch)
+    here = row_run.run_isthmus
+    advice = Tuning(learning_rate=1e-2, steps=2, rank=4)
+
+    def built(*words: str) -> dict[str, Any]:
+        """A package of another split than the preset's, which leaves a tiny model one layer in the middle."""
+        if words[:2] != ("emulator", "build"):
+            return here(*words)
+        commands.append(words)
+        flags = dict(pairwise(words))
+        tiny_package(Path(flags["--out"]), Path(flags["--model"]), plan="1:1", tuning=advice, preset=flags["--preset"])
+        return {}
+
+    monkeypatch.setattr(row_run, "run_isthmus", built)
+    monkeypatch.setattr(row_run, "top_heavy", lambda _: "1:1")
+    (row,) = run_leak(small_settings(tmp_path, steps=3, mode="emulator", edge_layers="1:1"))["runs"]
+    assert [words[:2] for words in commands] == [("emulator", each) for each in ("build", "fit", "tune")]
+    assert dict(pairwise(commands[0]))["--preset"] == "fidelity"
+    assert (row["fit_public_accuracy"] > 0.9, row["fit_private_accuracy"]) == (True, 0)
 
 
 def test_of_a_fit_the_public_texts_are_read_and_the_private_ones_are_not(

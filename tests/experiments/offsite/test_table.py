@@ -1,20 +1,31 @@
-"""The table's engine on a tiny model: what must be equal is equal, what is done is not done again."""
+"""The table of emulators on a tiny model: what must be equal is equal, and nothing is chosen on scored texts."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from support.models.small_tasks import table_settings, task_folder
+from support.models.small_tasks import ADVICE, table_settings, task_folder, task_package
 from support.models.tiny import tiny_checkpoint
 
-from isthmus.common.errors import ConfigError, PlanError
+from isthmus.common.errors import ConfigError
+from isthmus.emulator.package.manifest import Tuning, protection_rows
+from isthmus.emulator.package.package import Package, open_package
 from isthmus.experiments.offsite import table_lab
 from isthmus.experiments.offsite.table import run_table
-from isthmus.experiments.offsite.table_rows import FIELDS, show
+from isthmus.experiments.offsite.table_rows import draw_table, row_of, show, table_lines
+from isthmus.experiments.scoring.scores import Score
+from isthmus.experiments.scoring.tasks import Task
+
+ROWS = {
+    *("zero-shot", "reference", "split q,v", "split all", "public alone", "floor", "plug-in", "edge bridge"),
+    *("emulator tuned", "edge bridge, other", "owner bridge", "thief"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,104 +38,211 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return task_folder(tmp_path_factory.mktemp("data"))
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
+@pytest.fixture(scope="module")
+def package(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Package]:
+    def make(recipe: str, keep: float, tuning: Tuning | None = ADVICE) -> Package:
+        return task_package(tmp_path_factory.mktemp("packages") / "package", model, data, recipe, keep, tuning)
+
+    return make
 
 
-def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(model: Path, data: Path, tmp_path: Path) -> None:
-    result = run_table(table_settings(model, data, tmp_path, keep="1.0", whole_runs=False), console=quiet())
-    (row,) = result["runs"]
-    assert row["plug_in"] == row["emulator_tuned"] == row["edge_layers_full_middle"]
-    assert row["full_zero_shot"] == row["emulator_zero_shot"]
-    assert row["plug_in"] != row["full_zero_shot"]
-    assert row["share_given_away"] == 1
+def table(model: Path, data: Path, out: Path, package: Package, **values: Any) -> dict[str, Any]:
+    wanted = {
+        "preset": [str(package.folder)],
+        "adapter_layers": "1:3",
+        "split_layers": "1:1",
+        "public": 200,
+        "private": 20,
+        "text": data / "shakespeare" / "input.txt",
+        **values,
+    }
+    return run_table(table_settings(model, data, out, **wanted), console=Console(file=io.StringIO()))
 
 
-def test_the_rows_have_every_column_and_a_given_emulator_is_scored_as_it_is(
-    model: Path, data: Path, tmp_path: Path
+def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
 ) -> None:
-    settings = table_settings(model, data, tmp_path, tasks="openbookqa,e2e", seeds=1)
-    result = run_table(settings, console=quiet())
-    assert [(row["task"], row["metric"]) for row in result["runs"]] == [
-        ("openbookqa", "accuracy"),
-        ("openbookqa", "completion_loss"),
-        ("e2e", "completion_loss"),
-    ]
-    for row in result["runs"]:
-        assert all(isinstance(row[name], float) for name in FIELDS)
-        assert row["higher_is_better"] == (row["metric"] == "accuracy")
-        assert row["share_given_away"] == 0.5
-    shown = io.StringIO()
-    show(result, Console(file=shown, width=300))
-    assert "openbookqa" in shown.getvalue()
-
-    (folder,) = (path for path in (tmp_path / "emulators").iterdir() if path.is_dir())
-    given = run_table(table_settings(model, data, tmp_path, methods=str(folder), seeds=1), console=quiet())
-    again = next(row for row in result["runs"] if row["task"] == "e2e")
-    assert given["runs"][0] == again | {"method": folder.name}
+    result = table(model, data, tmp_path, package("uniform", 1.0), bridges=False)
+    (run,) = result["runs"]
+    values = {name: row["value"] for name, row in run["rows"].items()}
+    assert set(values) == ROWS - {"edge bridge, other", "owner bridge"}
+    assert values["plug-in"] == values["reference"] != values["zero-shot"]
+    assert values["edge bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
+    assert run["rates"]["plug-in"] == ADVICE.learning_rate
+    assert result["settings"]["seeds"] == 1
+    assert result["settings"]["preset"] == ["package"]
 
 
-def test_finished_cells_are_not_made_again(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
+    model: Path,
+    data: Path,
+    package: Callable[..., Package],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = table_settings(model, data, tmp_path, methods="uniform,importance", whole_runs=False)
+    made = package("uniform+bridged", 0.5)
     train = table_lab.Lab._train
-    calls: list[int] = []
+    trained: list[tuple[int, int]] = []
 
-    def stop_at_the_fourth(self: table_lab.Lab, task: Any, seed: int, *rest: Any) -> Any:
-        calls.append(seed)
-        if len(calls) == 4:
+    def stop_at_the_fifth(self: table_lab.Lab, task: Task, *rest: Any) -> Any:
+        trained.append((self.regime.steps, len(task.train)))
+        if len(trained) == 5:
             raise KeyboardInterrupt
-        return train(self, task, seed, *rest)
+        return train(self, task, *rest)
 
-    monkeypatch.setattr(table_lab.Lab, "_train", stop_at_the_fourth)
+    monkeypatch.setattr(table_lab.Lab, "_train", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt, match="repeat the command to go on"):
-        run_table(settings, console=quiet())
-    assert calls == [0, 0, 1, 0]  # two rates and the second seed of the reference, then the first of the tuning
+        table(model, data, tmp_path, made)
+    before = len(trained) - 1
+    result = table(model, data, tmp_path, made)
+    (run,) = result["runs"]
+    assert len(trained) - 1 == 9 + 2  # one for each row that is trained, and two lengths of the thief
+    assert set(run["rows"]) == ROWS
+    n_private, n_public = (run["texts"][name] for name in ("train", "public"))
+    assert {count for steps, count in trained if steps == 6} == {n_private + n_public}
+    assert (3, n_public) in trained
+    assert before == 4
 
-    result = run_table(settings, console=quiet())
-    n_reference, n_of_a_method = 3, 6
-    assert len(calls) - 4 == 2 * n_of_a_method
-    assert len(calls) - 4 + 3 == n_reference + 2 * n_of_a_method
-    calls.clear()
-    assert run_table(settings, console=quiet()) == result
-    assert calls == []
+    trained.clear()
+    assert table(model, data, tmp_path, made) == result
+    assert trained == []
+    (protection,) = protection_rows(result["runs"], run["emulator"])
+    assert protection.thief == run["rows"]["thief"]["value"]
+    assert protection.plug_in == run["rows"]["edge bridge"]["value"]
+    capsys.readouterr()
+    show(result)
+    shown = capsys.readouterr().out
+    assert "public alone" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_adapters_are_trained_at_their_own_rates_and_a_distilled_emulator_differs(
-    model: Path, data: Path, tmp_path: Path
+def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = table_settings(
-        model,
-        data,
-        tmp_path,
-        methods="importance,importance+distilled",
-        distill_steps=2,
-        distill_batch=2,
-        seeds=1,
-        trainables="lora",
-        whole_rates="1e-3",
-    )
-    plain, distilled = run_table(settings, console=quiet())["runs"]
-    assert plain["learning_rate"] == 1e-2
-    assert plain["learning_rate_thief"] == 1e-3
-    assert plain["emulator"] != distilled["emulator"]
-    assert plain["full_zero_shot"] == distilled["full_zero_shot"]
-    assert plain["emulator_zero_shot"] != distilled["emulator_zero_shot"]
-    assert not list((tmp_path / "emulators").glob("*.distill"))
+    def run(
+        self: table_lab.Lab, task: Task, seed: int, rates: Sequence[float], _build: Any, views: Any, **_: Any
+    ) -> dict[str, Any]:
+        name, n = next(iter(views)), len(task.held_out)
+        losses = {"split 1:1 all": 0.1, "tuned": 0.3}
+        if "thief" in name:  # the longer run is the better one by validation, and the worse one by its score
+            loss, score = (0.2, 9.0) if self.regime.steps == 6 else (0.4, 1.0)
+        else:
+            loss, score = losses.get(name, 0.5), 2.0
+        scores = {
+            view: {"completion_loss": Score("completion_loss", (score,) * n, (1.0,) * n).to_json()} for view in views
+        }
+        return {"rate": rates[0], "validation_loss": loss, "tried": {}, "scores": scores}
+
+    monkeypatch.setattr(table_lab.Lab, "run", run)
+    made = package("uniform", 0.5)
+    (result,) = table(model, data, tmp_path / "longer", made, bridges=False, seeds=3, few_seeds=2)["runs"]
+    assert result["thief"] == 9.0
+    seeds = {name: row["seeds"] for name, row in result["rows"].items()}
+    assert [seeds[name] for name in ("zero-shot", "reference", "edge bridge", "thief")] == [1, 3, 3, 2]
+    assert result["best_split"] == "split all"
+    monkeypatch.setattr(table_lab.Lab, "run", lambda self, *a, **k: {**run(self, *a, **k), "validation_loss": 0.1})
+    (result,) = table(model, data, tmp_path / "tuned", made, preset=["fidelity"], adapter_layers="1:2")["runs"]
+    assert result["thief"] == 2.0  # the tuned emulator is no worse
+    (folder,) = (tmp_path / "tuned" / "packages").glob("fidelity-*")
+    built = open_package(folder).manifest
+    assert (built.preset, built.recipe) == (result["preset"], result["method"]) == ("fidelity", "kl+bridged+closed")
+    assert "owner bridge" in result["rows"]
 
 
-def test_training_that_runs_away_is_no_candidate(model: Path, data: Path, tmp_path: Path) -> None:
-    rates = {"learning_rates": "1e-3,1e30", "whole_rates": "1e-3"}
-    result = run_table(table_settings(model, data, tmp_path, **rates, seeds=1, whole_runs=False), console=quiet())
-    assert result["runs"][0]["learning_rate"] == 1e-3
+def test_a_package_without_advice_is_tuned_as_the_presets_advise(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regimes: set[tuple[int, int]] = set()
+
+    def untrained(self: table_lab.Lab, task: Task, seed: int, rate: float, build: Any) -> Any:
+        regimes.add((self.regime.steps, self.regime.rank))
+        return build(self.config(seed, rate, tmp_path))
+
+    monkeypatch.setattr(table_lab.Lab, "_train", untrained)
+    (run,) = table(model, data, tmp_path, package("uniform", 0.5, None), bridges=False)["runs"]
+    assert regimes == {(100, 8), (200, 8)}
+    assert (run["rates"]["plug-in"], run["higher_is_better"]) == (1e-2, False)
 
 
-def test_what_cannot_be_done_is_said_before_the_work(model: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="leaves none"):
-        run_table(table_settings(model, data, tmp_path, keep="0.01"), console=quiet())
+def test_training_that_runs_away_is_no_candidate(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
+) -> None:
+    made = package("uniform", 0.5)
+    (run,) = table(model, data, tmp_path, made, bridges=False, adapter_rates="1e-3,1e30")["runs"]
+    assert run["rates"]["reference"] == 1e-3
+
+
+def test_what_is_no_preset_is_said_before_the_work(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
+) -> None:
+    without = package("uniform", 0.5, None)
     with pytest.raises(ConfigError, match="not a task"):
-        run_table(table_settings(model, data, tmp_path, tasks="glue"), console=quiet())
-    with pytest.raises(ConfigError, match="no emulator's or package's folder"):
-        run_table(table_settings(model, data, tmp_path, methods="./nowhere"), console=quiet())
+        table(model, data, tmp_path, without, tasks="glue")
+    with pytest.raises(ConfigError, match="give its --model and --adapter-layers"):
+        table(model, data, tmp_path, package("uniform", 0.5), adapter_layers="1:2")
+    with pytest.raises(ConfigError, match="no preset"):
+        table(model, data, tmp_path, without, preset=["nowhere"])
     assert not (tmp_path / "cells.jsonl").exists()
+
+
+# Shares ---------------------------------------------------------------------------------------------------------------
+
+
+def scores(*values: float) -> list[Score]:
+    """One for each seed, of four texts that are about as hard in each."""
+    hard = (-0.01, 0.0, 0.02, -0.01)
+    return [Score("completion_loss", tuple(value + each for each in hard), (1.0,) * 4) for value in values]
+
+
+def row(preset: str = "guarded", **changed: Sequence[Score]) -> dict[str, Any]:
+    given = {
+        "zero-shot": scores(3.0),
+        "reference": scores(1.0, 1.1),
+        "split q,v": scores(1.4),
+        "split all": scores(0.8, 0.8),
+        "floor": scores(2.0, 2.2),
+        "plug-in": scores(1.2, 1.3),
+        "edge bridge": scores(1.0, 1.1),
+        "thief": scores(2.4),
+        **changed,
+    }
+    return row_of(given, best_split="split all", task="e2e", metric="completion_loss", preset=preset)
+
+
+def test_shares_are_of_the_reference_of_split_and_above_the_floor() -> None:
+    made = row()
+    found = made["rows"]["plug-in"]
+    share, floor = found["of_reference"], made["rows"]["floor"]["of_reference"]
+    assert share == pytest.approx(1.75 / 1.95)
+    assert found["of_split"] == pytest.approx(1.75 / 2.2)
+    assert found["above_floor"] == pytest.approx((share - floor) / (1 - floor))
+    assert made["rows"]["floor"]["above_floor"] == 0
+    # The seeds are paired: what is as good as the reference in each of them has no interval.
+    assert made["rows"]["edge bridge"]["of_reference_interval"] == pytest.approx([1, 1])
+    low, high = found["of_reference_interval"]
+    assert 0 < high - low < 0.1
+    assert list(made["targets"].values()) == [True, True]
+    assert list(row("fidelity")["targets"].values()) == [False]
+    assert list(row("package")["targets"].values()) == [False, True, True]
+    assert "yes 40 % above the floor" in table_lines([made])
+
+
+def test_no_share_is_told_of_a_gain_that_is_not_clear() -> None:
+    made = row(reference=scores(2.9, 3.1))
+    assert "of_reference" not in made["rows"]["plug-in"]
+    assert made["plug_in_recovery"] is None
+    assert made["targets"] == {}
+    assert "-" in table_lines([made])
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_each_emulator_and_task_with_a_clear_gain_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda _figure: None)
+    draw_table([row(), row("fidelity", reference=scores(2.9, 3.1))], tmp_path / "new" / "table.png", "tiny")
+    assert (tmp_path / "new" / "table.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    bridged, plain = [line for line in pyplot.gcf().axes[0].lines if line.get_marker() == "o"]
+    assert bridged.get_xydata().tolist() == [[pytest.approx(30), pytest.approx(100)]]
+    assert plain.get_xydata().tolist() == [[pytest.approx(30), pytest.approx(175 / 1.95)]]
+    draw_table([], tmp_path / "empty.png", "nothing")

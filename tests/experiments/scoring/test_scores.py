@@ -9,10 +9,7 @@ import statistics
 
 import pytest
 
-from isthmus.experiments.offsite.table_rows import FIELDS, rows_of, verdict_of
 from isthmus.experiments.scoring.scores import Score, gain, mean, share
-
-ABOUT = {"method": "uniform", "task": "e2e", "keep": 0.5, "emulator": "hash", "share_given_away": 0.5}
 
 
 def source(seed: int) -> random.Random:
@@ -30,13 +27,6 @@ def test_the_standard_error_is_the_spread_of_repeated_samples() -> None:
     samples = [drawn(generator, 50) for _ in range(400)]
     spread = statistics.stdev(sample.value for sample in samples)
     assert mean(samples[:1]).error == pytest.approx(spread, rel=0.25)
-
-
-def test_a_perplexity_is_the_exponential_with_its_slope() -> None:
-    loss = drawn(source(1), 50)
-    perplexity = Score("perplexity", loss.sums, loss.counts)
-    assert perplexity.value == math.exp(loss.value)
-    assert mean([perplexity]).error == pytest.approx(perplexity.value * mean([loss]).error)
 
 
 def test_a_gain_counts_shared_noise_once_and_points_the_right_way() -> None:
@@ -72,34 +62,3 @@ def test_a_share_is_of_the_seeds_that_all_have() -> None:
 def test_a_score_survives_its_file() -> None:
     score = drawn(source(3), 5)
     assert Score.from_json(json.loads(json.dumps(score.to_json()))).sums == pytest.approx(score.sums, rel=1e-5)
-
-
-def constant(value: float) -> list[Score]:
-    return [Score("completion_loss", (value, value), (1.0, 1.0))]
-
-
-def test_rows_have_recoveries_and_the_verdict_says_who_wins() -> None:
-    values = (3.0, 5.0, 2.4, 2.1, 1.9, 1.8, 2.0, 2.5)
-    scores = {name: {"completion_loss": constant(value)} for name, value in zip(FIELDS, values, strict=True)}
-    (row,) = rows_of(scores, 1, **ABOUT)
-    assert row["plug_in_recovery"] == pytest.approx(0.9)
-    assert row["thief_recovery"] == pytest.approx(0.5)
-    assert row["emulator_tuned_recovery"] == pytest.approx(0.6)
-    assert row["signal"]
-    says = verdict_of([row])
-    assert says["verdict"][0]["plug_in_beats_zero_shot"]
-    assert says["verdict"][0]["plug_in_beats_emulator_tuned"]
-    assert says["verdict"][0]["protected"]
-    assert says["verdict"][0]["protected_with_the_same_trainables"]
-    assert says["methods"][0]["plug_in_recovery"] == pytest.approx(0.9)
-    assert says["no_signal"] == []
-
-
-def test_a_row_without_signal_is_listed_and_has_no_recovery() -> None:
-    scores = {name: {"completion_loss": constant(3.0)} for name in FIELDS}
-    (row,) = rows_of(scores, 1, **ABOUT)
-    assert row["plug_in_recovery"] is None
-    says = verdict_of([row])
-    assert says["verdict"] == []
-    assert [entry["task"] for entry in says["no_signal"]] == ["e2e"]
-    assert says["methods"][0]["plug_in_recovery"] is None

@@ -80,18 +80,9 @@ def test_multiple_choice_trains_on_the_right_answer(data: Path) -> None:
     assert tokenizer.decode(trained, skip_special_tokens=True) in (" negative", " positive")
 
 
-def test_plain_text_holds_its_end_out(data: Path) -> None:
-    path = data / "shakespeare" / "input.txt"
-    task = load_task(f"text:{path}", Path("nowhere"), tiny_tokenizer(), SIZES)
-    assert task.metrics == ("perplexity",)
-    assert len(task.validation) == 4
-    end = tiny_tokenizer().decode(task.held_out[-1].input_ids)
-    assert end[:20] in path.read_text()[-200:]
-
-
 @pytest.mark.parametrize(
     ("name", "error", "words"),
-    [("glue", ConfigError, "not a task"), ("arc_easy", DataError, "train.json"), ("text:gone.txt", DataError, "gone")],
+    [("glue", ConfigError, "not a task"), ("arc_easy", DataError, "train.json")],
 )
 def test_what_is_missing_is_named(data: Path, name: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
@@ -197,8 +188,6 @@ def test_a_task_has_a_public_slice_as_text_and_as_tokens(data: Path) -> None:
     assert all(text.endswith(" is here") and "name[" not in text for text in task.public_texts)  # prompts are forms
     assert min(len(each.input_ids) for each in task.public) > max(map(len, task.public_texts))  # trained on whole
     assert task.fingerprint != load_task("e2e", data, tokenizer, SIZES).fingerprint
-    with pytest.raises(ConfigError, match="no prompts"):
-        load_task("text:a.txt", data, tokenizer, APART)
     with pytest.raises(DataError, match="100000 were asked for"):
         load_task("e2e", data, tokenizer, Sizes(validation=4, public=100_000))
 

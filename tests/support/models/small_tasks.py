@@ -1,4 +1,4 @@
-"""A small folder of tasks in the form of the real ones, generated, and settings of a table that takes seconds."""
+"""A small folder of tasks in the form of the real ones, a package, and settings of a table that takes seconds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from support.protocol.wire import NOW, identity
+
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
+from isthmus.backbone.plan import SplitPlan
+from isthmus.emulator.compress.emulator_model import build_emulator
+from isthmus.emulator.compress.public_text import load_blocks
+from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.package.manifest import Tuning
+from isthmus.emulator.package.package import Package, write_package
 from isthmus.experiments.harness.emulator_settings import TableSettings
 
+ADVICE = Tuning(learning_rate=1e-2, steps=3, rank=2, warmup_steps=1)
 _WORDS = ("red", "blue", "green", "black", "white", "pink")
 
 
@@ -37,20 +47,17 @@ def task_folder(folder: Path, n: int = 40) -> Path:
 
 
 def table_settings(model: Path, data: Path, out: Path, **values: Any) -> TableSettings:
-    """Three steps, two seeds, two candidate rates."""
+    """One seed, one candidate rate."""
     defaults = {
         "model": str(model),
         "tasks": "e2e",
         "out": out,
-        "methods": "uniform",
-        "adapter_layers": "1:1",
-        "seeds": 2,
-        "steps": 3,
+        "seeds": 1,
+        "few_seeds": 1,
         "batch": 4,
         "max_length": 96,
-        "learning_rates": "1e-3,3e-3",
         "adapter_rates": "1e-2",
-        "whole_rates": "1e-3,3e-3",
+        "whole_rates": "1e-3",
         "test": 12,
         "validation": 6,
         "text_length": 32,
@@ -59,3 +66,20 @@ def table_settings(model: Path, data: Path, out: Path, **values: Any) -> TableSe
         "threads": 1,
     }
     return TableSettings(**{**defaults, **values})
+
+
+def task_package(
+    folder: Path, model: Path, data: Path, recipe: str = "uniform", keep: float = 0.5, tuning: Tuning | None = ADVICE
+) -> Package:
+    """A package of the tiny model, split 1:3, with advice of three steps."""
+    checkpoint = Checkpoint(model, "tiny")
+    plan = SplitPlan.parse("1:3", checkpoint.config.num_hidden_layers)
+    blocks = load_blocks(data / "shakespeare" / "input.txt", load_tokenizer(model), 32)
+    emulator = build_emulator(checkpoint, plan, Recipe.parse(recipe, keep), blocks)
+    return write_package(
+        *(folder, checkpoint, plan, emulator),
+        signer=identity(),
+        licence="for tests",
+        tuning=tuning,
+        now=lambda: float(NOW),
+    )

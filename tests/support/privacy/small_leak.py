@@ -55,7 +55,6 @@ def small_settings(folder: Path, **values: Any) -> LeakSettings:
         "max_length": 60,
         "batch": 2,
         "inverter_steps": 20,
-        "distill_steps": 2,
         "threads": 1,
     }
     return LeakSettings(**{**defaults, **values})

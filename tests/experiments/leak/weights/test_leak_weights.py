@@ -1,14 +1,14 @@
-"""The command: a package's thief for real, what is finished is not made again, and a table that fits a terminal."""
+"""The command: what is finished is not made again, and a table that fits a terminal."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.emulator.packages import tiny_package
-from support.models.small_tasks import table_settings, task_folder
+from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
@@ -17,13 +17,7 @@ from isthmus.experiments.leak.weights.extraction_run import ExtractionResult
 from isthmus.experiments.leak.weights.leak_weights import run_leak_weights, show
 from isthmus.experiments.leak.weights.leak_weights_settings import PARTS, LeakWeightsSettings
 from isthmus.experiments.leak.weights.membership_run import AttackedMembership, MembershipResult, MembershipRun
-from isthmus.experiments.leak.weights.package_thief import (
-    PackageThiefResult,
-    PackageThiefSettings,
-    measure_package_thief,
-)
 from isthmus.experiments.leak.weights.span_theft import TheftResult, TheftRun
-from isthmus.experiments.offsite.table import run_table
 from isthmus.privacy.attacks.weights.span_distillation import Fidelity
 from isthmus.privacy.measures.bootstrap import Interval
 
@@ -40,21 +34,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "model": str(tiny_checkpoint("llama", folder / "model")),
         "data_folder": task_folder(folder / "data"),
     }
-
-
-def test_the_thief_is_the_tables(parts: dict[str, Any], tmp_path: Path) -> None:
-    own: dict[str, Any] = {"steps": 3, "batch": 4, "test": 12, "validation": 6, "threads": 1}
-    settings = PackageThiefSettings(**parts, **own, adapter_layers="1:1", method="uniform", precision="fp32")
-    found = measure_package_thief(settings, tmp_path / "ours")
-    table = {"seeds": 1, "learning_rates": "3e-4", "whole_rates": "1e-4", "max_length": 256, "whole_runs": False}
-    model, data = Path(parts["model"]), parts["data_folder"]
-    (row,) = run_table(table_settings(model, data, tmp_path / "theirs", **own, **table))["runs"]
-    assert found.thief_loss == row["thief"]
-    assert found.plug_in_loss == row["plug_in"] != row["thief"]
-    assert (found.loss, found.emulator_loss) == (row["full_zero_shot"], row["emulator_zero_shot"])
-    assert found.share_given_away == row["share_given_away"] == 0.5
-    with pytest.raises(ConfigError, match="name several: name one of each"):
-        measure_package_thief(replace(settings, method="uniform,importance"), tmp_path / "ours")
 
 
 def test_what_is_finished_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Any) -> None:
@@ -107,11 +86,9 @@ def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         "membership": MembershipResult(100, 1000, 1000, SOME, SOME, (run, defended), 1.2345),
         "extraction": ExtractionResult(1040, 1040, 12345, 1.234e-5, 1.234e-3, 1.234e-3, "int4-outliers"),
         "theft": TheftResult(12.345, LARGE, (TheftRun(10000, 1000000, LARGE, -1.2345),)),
-        "package": PackageThiefResult(12.345, 12.345, 12.345, 12.345, 12.345, -1.23, None, 0.5),
     }
     assert tuple(results) == PARTS
     show({name: asdict(each) for name, each in results.items()})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("epsilon 6.54 at delta 1e-05" in line for line in lines)
-    assert any("thief" in line for line in lines)
