@@ -292,7 +292,7 @@ def _public(texts: Sequence[str], config: FitConfig, tokenizer: Any) -> Sequence
     raise DataError(
         f"{len(shared)} of the {len(texts)} texts in {config.text} share a run of {RUN} tokens with private ones, "
         f"the first of them text {first + 1}{line} with {where}: nothing was sent; take them out"
-        + ("" if len(shared) == len(texts) else ", or give --leave-out-shared")
+        + ("" if len(shared) == len(texts) else ", or give --leave-out-shared (leave_out_shared of a job)")
     )
 
 

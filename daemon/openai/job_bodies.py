@@ -2,7 +2,8 @@
 
 followed    model (a base model, or an adapter of one's own to go on from), training_file, validation_file, suffix
             (letters, digits, `.`, `-`, `_`), seed, metadata (its `mode` is "split" or "emulator"; with the
-            latter, its `package` names one that the cloud offers, and its `public_file` is a file's id),
+            latter, its `package` names one that the cloud offers, its `public_file` is a file's id, and its
+            `leave_out_shared` is "true" or "false"),
             method.supervised.hyperparameters {batch_size, n_epochs, learning_rate_multiplier} or the older
             hyperparameters, each a number or "auto"
 satisfied   integrations (none)
@@ -20,8 +21,8 @@ from isthmus.daemon.jobs.kinds import MODES
 from isthmus.daemon.openai.request_fields import Fields, only
 from isthmus.daemon.web.api_error import ApiError
 
-MODE, PACKAGE, PUBLIC = "mode", "package", "public_file"
-"""The keys of `metadata` that decide something; the last two where the mode is "emulator"."""
+MODE, PACKAGE, PUBLIC, LEAVE_OUT = "mode", "package", "public_file", "leave_out_shared"
+"""The keys of `metadata` that decide something; the last three where the mode is "emulator"."""
 _NOT_YET = "only supervised tuning is done here"
 
 
@@ -47,6 +48,8 @@ def _labels(value: Any) -> Any:
         raise ValueError("keys have at most 64 characters, and values are texts of at most 512")
     if value.get(MODE, "split") not in MODES:
         raise ValueError(f"{MODE} says where the middle layers are: give {' or '.join(MODES)}, or leave it out")
+    if value.get(MODE) == "emulator" and value.get(LEAVE_OUT, "false") not in ("true", "false"):
+        raise ValueError(f'{LEAVE_OUT} is "true" or "false"')
     return value
 
 
@@ -101,9 +104,9 @@ class JobBody(Fields):
 
     @property
     def private(self) -> Mapping[str, str]:
-        """What the labels decide of a job in the emulator's mode: PACKAGE and PUBLIC, where they are there."""
+        """Those of PACKAGE, PUBLIC and LEAVE_OUT that a job in the emulator's mode gives."""
         labels = (self.metadata or {}) if self.kind == "tune" else {}
-        return {name: labels[name] for name in (PACKAGE, PUBLIC) if name in labels}
+        return {name: labels[name] for name in (PACKAGE, PUBLIC, LEAVE_OUT) if name in labels}
 
     @property
     def numbers(self) -> Mapping[str, Any]:

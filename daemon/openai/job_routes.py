@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from isthmus.common.bounded_values import shown
 from isthmus.daemon.jobs.job_service import NewJob, UnknownJobError
 from isthmus.daemon.jobs.kinds import TRAINING
-from isthmus.daemon.openai.job_bodies import PACKAGE, PUBLIC, JobBody
+from isthmus.daemon.openai.job_bodies import LEAVE_OUT, PACKAGE, PUBLIC, JobBody
 from isthmus.daemon.openai.job_objects import checkpoint_object, event_object, job_object, results_of
 from isthmus.daemon.openai.model_names import target_named
 from isthmus.daemon.openai.request_fields import Fields, NoQuery, checked, json_body, query
@@ -73,7 +73,7 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
     if PACKAGE in body.private:
         spec["package"] = body.private[PACKAGE]
     if public is not None:
-        spec["public"] = public.id
+        spec |= {"public": public.id, "leave_out_shared": body.private.get(LEAVE_OUT) == "true"}
     if target.adapter is not None:
         spec["start_from"] = body.model
     new = NewJob(

@@ -89,15 +89,15 @@ def test_the_emulator_mode_leaves_to_the_package_what_is_not_said(
     assert said.hyperparameters.to_dict() == {"batch_size": 4, **numbers}
     spec = row(openai_daemon, said.id).spec
     assert (spec["epochs"], spec["learning_rate"]) == (2, 5e-4)
-    more = {"package": "near", "public_file": training_file}
+    more = {"package": "near", "public_file": training_file, "leave_out_shared": "true"}
     bridged, split = (
         client.fine_tuning.jobs.create(model=BASE, training_file=training_file, metadata={"mode": mode, **more})
         for mode in ("emulator", "split")
     )
     spec = row(openai_daemon, bridged.id).spec
-    assert (spec["package"], spec["public"]) == ("near", training_file)
+    assert (spec["package"], spec["public"], spec["leave_out_shared"]) == ("near", training_file, True)
     assert row(openai_daemon, split.id).kind == "train"  # where the others are labels like any
-    assert not {"package", "public"} & row(openai_daemon, split.id).spec.keys()
+    assert not {"package", "public", "leave_out_shared"} & row(openai_daemon, split.id).spec.keys()
     assert [each.id for each in client.fine_tuning.jobs.list()] == [split.id, bridged.id, said.id, job.id]
 
 
@@ -140,6 +140,7 @@ def test_the_same_body_is_one_job(client: OpenAI, training_file: str) -> None:
         ({"metadata": {"a": "x" * 513}}, "metadata", "512"),
         ({"metadata": {"mode": "emulater"}}, "metadata", "give split or emulator"),
         ({"metadata": {"mode": "emulator", "public_file": "file-0"}}, "metadata", "'file-0' is no file"),
+        ({"metadata": {"mode": "emulator", "leave_out_shared": "yes"}}, "metadata", '"true" or "false"'),
         ({"metadata": {"mode": "emulator", "package": "-x"}}, None, "package = '-x': a package's name has"),
         ({"extra_body": {"learning_rate": 1}}, "learning_rate", "unknown field"),
         ({"training_file": "file-0"}, "training_file", "is no file"),
