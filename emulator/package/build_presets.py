@@ -74,7 +74,7 @@ FIDELITY = BuildPreset(
     ridge=0.1,
     name="fidelity",
     gives_not="no protection from theft is claimed: who keeps the package can tune a copy",
-    tuning=(("learning_rate", 1e-2), ("steps", 100), ("rank", 8), ("warmup_steps", 0)),
+    tuning=(("learning_rate", 3e-3), ("steps", 100), ("rank", 8), ("warmup_steps", 0)),
 )
 GUARDED = replace(
     FIDELITY,

@@ -30,9 +30,9 @@ class TableSettings:
     """
 
     model: Model = "smollm2-135m"
-    tasks: Annotated[str, Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, tickets.")] = (
-        "e2e,openbookqa,arc_easy,sst2"
-    )
+    tasks: Annotated[
+        str, Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2; tickets, plays, docstrings.")
+    ] = "e2e,openbookqa,arc_easy,sst2"
     preset: Annotated[
         list[str] | None,
         Option(
@@ -54,6 +54,9 @@ class TableSettings:
     bridges: Annotated[bool, Option(help="The edge's bridge on other text too, and the owner's on public text.")] = True
     batch: Annotated[int, Option(min=1, help="Examples of a step.")] = 4
     max_length: Annotated[int, Option(min=8, help="Tokens of an example at most.")] = 256
+    rate: Annotated[
+        float | None, Option(min=0, help="Learning rate over emulators; default: what each package advises.")
+    ] = None
     adapter_rates: Annotated[str, Option(help="Candidate learning rates where adapters are trained.")] = (
         "1e-3,3e-3,1e-2"
     )

@@ -222,13 +222,13 @@ class _Table:
         """All cells, then the rows."""
         rows = []
         for name in self._presets:
-            preset = self._preset(name)
-            advice = preset.tuning
+            preset, rate = self._preset(name), self.settings.rate
+            advice = preset.tuning if rate is None else preset.tuning.model_copy(update={"learning_rate": rate})
             regime = replace(self.lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
             lab = self.lab.at(regime)
             for task in self.tasks:
-                results = self._without_emulator(lab, task, preset.tuning)
-                results |= self._with_emulator(lab, task, preset.tuning, preset.built)
+                results = self._without_emulator(lab, task, advice)
+                results |= self._with_emulator(lab, task, advice, preset.built)
                 rows += self._rows(preset.name, preset.built, task, results)
         return {"runs": rows, "settings": self._described()}
 

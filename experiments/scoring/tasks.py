@@ -4,20 +4,27 @@ out.
     e2e                     write a text about a restaurant from its meaning; the loss of the reference text
     openbookqa, arc_easy    choose among answers by their likelihood; also the loss of the right one
     sst2                    the same with the two words for a review's sentiment
-    tickets                 write the triage line of a made-up support ticket; needs no file; to choose settings on, so
-                            that nothing is chosen on the tasks that are reported
+
+and, to choose settings on, so that nothing is chosen on the tasks that are reported:
+
+    tickets                 write the triage line of a made-up support ticket; needs no file
+    plays                   write the speech that answers another one in Shakespeare's plays
+    docstrings              say what a function of this Python's own library does; needs no file
 
 The validation slice is always a part of the training file, as is a public slice; the test file is for scores alone.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,9 +37,10 @@ from isthmus.experiments.harness.tickets import make_tickets
 
 _CHOICE_TESTS = 200
 _TESTS = {"e2e": 160}
-_TEXT_HELD_OUT = 10  # one block in so many
 _SENTIMENTS = (" negative", " positive")
 _TICKETS = (6000, 400)  # to train on, to score on
+_MADE_TEST = 400  # to score on, of what is in one file
+_MADE_LENGTH = range(20, 240)  # characters of a speech or a docstring
 _FORMS = ("e2e", "tickets")
 """Tasks whose prompts are filled-in forms."""
 
@@ -121,7 +129,7 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
     """Read and tokenize a task.
 
     Args:
-        name: `e2e`, `openbookqa`, `arc_easy`, `sst2` or `tickets`.
+        name: One of those at the module's head.
 
     Raises:
         ConfigError: There is no such task.
@@ -212,18 +220,16 @@ def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
 
 
 def _files(name: str, folder: Path) -> tuple[list[Question], list[Question]]:
-    if name == "tickets":
-        train, test = (
-            [Question(ticket.prompt, (ticket.completion,), 0) for ticket in make_tickets(count, seed)]
-            for seed, count in enumerate(_TICKETS)
-        )
-        return train, test
-    if name not in _READERS:
-        raise ConfigError(f"{name!r} is not a task; use {', '.join(_READERS)} or tickets")
+    if name not in (*_READERS, *_MADE):
+        raise ConfigError(f"{name!r} is not a task; use {', '.join((*_READERS, *_MADE))}")
+    if name in ("tickets", "docstrings"):
+        return _MADE[name](folder)
     if not folder.is_dir():
         raise DataError(
             f"the data folder {folder} is missing; name with --data-folder where {name} and the other tasks lie"
         )
+    if name in _MADE:
+        return _MADE[name](folder)
     read, suffix = _READERS[name]
     train, test = (read(folder / name / f"{part}.{suffix}") for part in ("train", "test"))
     return train, test
@@ -312,6 +318,45 @@ def _sst2(path: Path) -> list[Question]:
     return questions
 
 
+def _tickets(_folder: Path) -> tuple[list[Question], list[Question]]:
+    train, test = (
+        [Question(ticket.prompt, (ticket.completion,), 0) for ticket in make_tickets(count, seed)]
+        for seed, count in enumerate(_TICKETS)
+    )
+    return train, test
+
+
+def _plays(folder: Path) -> tuple[list[Question], list[Question]]:
+    speeches = [speech.strip().partition("\n") for speech in _read(folder / "shakespeare" / "input.txt").split("\n\n")]
+    return _shuffled(
+        Question(f"{who}\n{said}\n\n{answers}\n", (answer,), 0)
+        for (who, _, said), (answers, _, answer) in pairwise(speeches)
+        if len(said) in _MADE_LENGTH and len(answer) in _MADE_LENGTH
+    )
+
+
+def _docstrings(_folder: Path) -> tuple[list[Question], list[Question]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    questions = []
+    for path in sorted(library.rglob("*.py")):
+        place = path.relative_to(library).with_suffix("")
+        if not {"site-packages", "test", "tests", "lib2to3", "idlelib"}.isdisjoint(place.parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.FunctionDef):
+                said = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+                if len(said) in _MADE_LENGTH:
+                    arguments = ", ".join(argument.arg for argument in node.args.args)
+                    questions.append(Question(f"{'.'.join(place.parts)}.{node.name}({arguments})\n", (said,), 0))
+    return _shuffled(questions)
+
+
+def _shuffled(questions: Iterable[Question]) -> tuple[list[Question], list[Question]]:
+    shuffled = list(dict.fromkeys(questions))
+    random.Random("task/made").shuffle(shuffled)  # noqa: S311  # an order, not a secret
+    return shuffled[_MADE_TEST:], shuffled[:_MADE_TEST]
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -328,3 +373,9 @@ _READERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
     "sst2": (_sst2, "tsv"),
 }
 """What reads a file of a task, and how the names of its files end."""
+_MADE: dict[str, Callable[[Path], tuple[list[Question], list[Question]]]] = {
+    "tickets": _tickets,
+    "plays": _plays,
+    "docstrings": _docstrings,
+}
+"""What makes the tasks to choose settings on: their questions to train on, and to score on."""

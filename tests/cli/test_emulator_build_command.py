@@ -130,11 +130,11 @@ def test_a_preset_says_how_good_it_is_and_how_to_tune(
     assert quality["kl"] > 0
     assert -1 <= quality["cosine_below"] <= quality["cosine_above"] <= 1
     assert not said["adapters_below"]  # whatever the cosine: only the owner can say so
-    assert said["tuning"] == {"learning_rate": 0.01, "steps": 100, "rank": 8, "warmup_steps": 0}
+    assert said["tuning"] == {"learning_rate": 0.003, "steps": 100, "rank": 8, "warmup_steps": 0}
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["p"]
     shown = owner.run("verify", "--package", out)
     assert f"preset           {preset} ({PRESETS[preset].gives_not})" in shown
-    assert "tune with        learning rate 0.01, 100 steps, rank 8, 0 warm-up steps" in shown
+    assert "tune with        learning rate 0.003, 100 steps, rank 8, 0 warm-up steps" in shown
     assert f"KL {quality['kl']:.4g} nats a token" in shown
     assert "adapters below" in shown
 

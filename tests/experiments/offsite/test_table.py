@@ -71,6 +71,9 @@ def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
     assert run["rates"]["plug-in"] == ADVICE.learning_rate
     assert result["settings"]["seeds"] == 1
     assert result["settings"]["preset"] == ["package"]
+    (other,) = table(model, data, tmp_path, package("uniform", 1.0), bridges=False, rate=1e-3)["runs"]
+    over = ("floor", "plug-in", "edge bridge", "emulator tuned")
+    assert other["rates"] == run["rates"] | dict.fromkeys(over, 1e-3)
 
 
 def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
@@ -162,7 +165,7 @@ def test_a_package_without_advice_is_tuned_as_the_presets_advise(
     monkeypatch.setattr(table_lab.Lab, "_train", untrained)
     (run,) = table(model, data, tmp_path, package("uniform", 0.5, None), bridges=False)["runs"]
     assert regimes == {(100, 8), (200, 8)}
-    assert (run["rates"]["plug-in"], run["higher_is_better"]) == (1e-2, False)
+    assert (run["rates"]["plug-in"], run["higher_is_better"]) == (3e-3, False)
 
 
 def test_training_that_runs_away_is_no_candidate(

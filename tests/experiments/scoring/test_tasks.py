@@ -138,6 +138,25 @@ def assert_apart(prompts: list[list[str]]) -> None:
     assert len(set(prompts[1])) == len(prompts[1])
 
 
+def test_tasks_to_choose_settings_on_are_made_of_a_play_and_of_pythons_library(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+    speeches = [f"PLAYER {i}:\nThis is what is said, number {i}." for i in range(500)]
+    (folder / "input.txt").write_text("\n\n".join([*speeches, "PLAYER:\nShort.", "PLAYER:\nNobody asked for this."]))
+    split = read_task("plays", tmp_path, Sizes())
+    assert len(split.test) == 200
+    assert len({*split.train, *split.validation, *split.test}) < 500  # of the answers that are long enough
+    number = int(split.train[0].prompt.split()[1].rstrip(":"))
+    assert split.train[0].prompt == f"{speeches[number]}\n\nPLAYER {number + 1}:\n"
+    assert split.train[0].choices == (f"This is what is said, number {number + 1}.",)
+    split = read_task("docstrings", data, Sizes())
+    said = {question.prompt: question.choices[0] for question in (*split.train, *split.validation)}
+    known = {f"textwrap.{name}\n" for name in ("dedent(text)", "indent(text, prefix, predicate)", "wrap(text, width)")}
+    assert said[(known & said.keys()).pop()]
+    with pytest.raises(DataError, match="where plays and"):
+        read_task("plays", data.parent / "nothing", Sizes())
+
+
 @pytest.mark.parametrize("name", ["e2e", "openbookqa", "sst2", "tickets"])
 def test_no_two_parts_share_a_prompt(data: Path, name: str) -> None:
     found = parts(name, data, APART)
