@@ -1,9 +1,9 @@
 """The table of emulators: what a preset of `emulator build`, or a package, gives the data owner, and what a thief.
 
 Public, private and scored texts of a task share no prompt. Nothing is chosen on scored texts: where there are several
-learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate counts, since
-there the data owner can tell nothing. A package without advice is tuned as the presets advise. Each result is a cell,
-kept in `out`; a table that was interrupted goes on with what is missing. The rows:
+learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate counts, or
+`--rate`, since there the data owner can tell nothing. A package without advice is tuned as the presets advise. Each
+result is a cell, kept in `out`; a table that was interrupted goes on with what is missing. The rows:
 
     zero-shot           the full model as it is
     reference           adapters on all linears of the layers above, trained over the true middle
@@ -51,7 +51,7 @@ from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
 from isthmus.emulator.distill.distillation import DistillConfig
 from isthmus.emulator.package.build import build_package, pick_device, write_own_text
 from isthmus.emulator.package.build_presets import FIDELITY, PRESETS, BuildPreset, top_heavy
-from isthmus.emulator.package.manifest import Tuning
+from isthmus.emulator.package.manifest import Manifest, Tuning
 from isthmus.emulator.package.package import is_package, open_package
 from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
 from isthmus.experiments.harness.emulator_settings import TableSettings
@@ -146,15 +146,14 @@ def check_preset(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> None:
 def open_preset(folder: Path) -> Preset:
     """A package, with the advice of the presets where it has none of its own."""
     manifest, label = open_package(folder).manifest, folder.resolve().name
-    return Preset(manifest.preset or label, _built(folder), manifest.tuning or _advice(FIDELITY))
+    return Preset(manifest.preset or label, _built(folder, manifest), manifest.tuning or _advice(FIDELITY))
 
 
 def _advice(preset: BuildPreset) -> Tuning:
     return Tuning.model_validate(dict(preset.tuning))
 
 
-def _built(folder: Path) -> Built:
-    manifest = open_package(folder).manifest
+def _built(folder: Path, manifest: Manifest) -> Built:
     return Built(manifest.recipe, manifest.keep, folder, sha256_of(folder / EMULATOR_FILE).hex())
 
 
@@ -240,7 +239,7 @@ class _Table:
         folder = self.settings.out / "packages" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
         build_preset(preset, folder, self.lab.checkpoint, plan, self._text, length, self.device)
         # With another plan than the preset's own, the package has neither its name nor its advice.
-        return Preset(name, _built(folder), _advice(preset))
+        return Preset(name, _built(folder, open_package(folder).manifest), _advice(preset))
 
     # Cells ------------------------------------------------------------------------------------------------------------
 

@@ -222,14 +222,12 @@ def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
 def _files(name: str, folder: Path) -> tuple[list[Question], list[Question]]:
     if name not in (*_READERS, *_MADE):
         raise ConfigError(f"{name!r} is not a task; use {', '.join((*_READERS, *_MADE))}")
-    if name in ("tickets", "docstrings"):
+    if name in _MADE:
         return _MADE[name](folder)
     if not folder.is_dir():
         raise DataError(
             f"the data folder {folder} is missing; name with --data-folder where {name} and the other tasks lie"
         )
-    if name in _MADE:
-        return _MADE[name](folder)
     read, suffix = _READERS[name]
     train, test = (read(folder / name / f"{part}.{suffix}") for part in ("train", "test"))
     return train, test
