@@ -49,6 +49,8 @@ class Forward(OfSession):
         output: `[batch, seq, hidden]`, fp32, what the span gave back, as the edge decodes it; None where nothing was
             given back.
         kept: whether a backward was to follow.
+        plan: the split plan of an offered package, whose middle was run in the span's place, as `emulator fit` asks for
+            it; None for the span. Its hidden states come out of that plan's layers below.
     """
 
     call: int
@@ -59,6 +61,7 @@ class Forward(OfSession):
     codec: str
     output: Tensor | None
     kept: bool
+    plan: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +324,7 @@ def _call(message: m.Forward | m.Backward | m.Decode, whose: dict[str, str]) -> 
         "output": None,
     }
     if isinstance(message, m.Forward):
-        return Forward(kept=message.keep, **inputs, **names)
+        return Forward(kept=message.keep, plan=message.plan, **inputs, **names)
     return Decode(cache=message.cache, start=message.start, rows=message.rows, **inputs, **names)
 
 

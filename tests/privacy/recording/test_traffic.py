@@ -72,6 +72,14 @@ def test_a_forward_has_its_tensors_decoded(tmp_path: Path) -> None:
     assert torch.equal(call.positions, positions)
 
 
+def test_a_forward_of_a_packages_middle_names_its_plan(tmp_path: Path) -> None:
+    parts = [
+        (m.Forward(m.CallId(0, call), False, sent(tensor(1, 2, 8)), None, None, FP32, plan=plan), None)
+        for call, plan in enumerate((None, "1:2"))
+    ]
+    assert [each.plan for each in read(tmp_path, *parts).forwards] == [None, "1:2"]
+
+
 def test_a_call_that_is_repeated_is_there_once_as_it_was_answered(tmp_path: Path) -> None:
     first, again = m.CallId(1, 1, 0), m.CallId(1, 1, 1)
 
