@@ -186,6 +186,8 @@ def test_what_is_no_preset_is_said_before_the_work(
         table(model, data, tmp_path, package("uniform", 0.5), adapter_layers="1:2")
     with pytest.raises(ConfigError, match="no preset"):
         table(model, data, tmp_path, without, preset=["nowhere"])
+    with pytest.raises(ConfigError, match="--rate 0 trains nothing"):
+        table(model, data, tmp_path, without, rate=0.0)
     assert not (tmp_path / "cells.jsonl").exists()
 
 
