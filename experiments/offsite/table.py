@@ -189,8 +189,8 @@ class _Table:
         self._presets = settings.preset or list(PRESETS)
         self._adapter_rates = numbers_of(settings.adapter_rates, "adapter-rates")
         self._whole_rates = numbers_of(settings.whole_rates, "whole-rates")
-        if settings.rate == 0:
-            raise ConfigError("--rate 0 trains nothing: give a learning rate above 0")
+        if settings.rate is not None:
+            numbers_of(f"{settings.rate:g}", "rate")
         use_threads(settings.threads)
         checkpoint, data = resolve(settings.model), settings.data_folder or default_data_folder()
         n_layers, length = checkpoint.config.num_hidden_layers, settings.text_length

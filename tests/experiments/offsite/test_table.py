@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,8 +187,9 @@ def test_what_is_no_preset_is_said_before_the_work(
         table(model, data, tmp_path, package("uniform", 0.5), adapter_layers="1:2")
     with pytest.raises(ConfigError, match="no preset"):
         table(model, data, tmp_path, without, preset=["nowhere"])
-    with pytest.raises(ConfigError, match="--rate 0 trains nothing"):
-        table(model, data, tmp_path, without, rate=0.0)
+    for rate in (0.0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=f"--rate '{rate:g}' is not"):
+            table(model, data, tmp_path, without, rate=rate)
     assert not (tmp_path / "cells.jsonl").exists()
 
 
