@@ -106,10 +106,10 @@ def build(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="fidelity: keeps 0.75 of the middle; no protection from theft is claimed. guarded: keeps 0.25 and is "
-            "distilled; for an edge that fits its own bridge. The package says how to tune on it, and how near the "
-            "emulator comes. Without --text the model writes the text first. An option that makes another emulator "
-            "drops the preset's name and advice.",
+            help="fidelity: keeps 0.75 of the middle; no protection from theft is claimed. guarded: keeps 0.25; for an "
+            "edge that fits its own bridge. whole: all of it in four bits, and adapters below too; no protection. "
+            "The package says how to tune on it, and how near the emulator comes. Without --text the model "
+            "writes the text first. An option that makes another emulator drops the preset's name and advice.",
         ),
     ] = None,
     draft: Annotated[
@@ -131,7 +131,7 @@ def build(
         typer.Option(
             help="uniform, importance, kl, crash or crash-drop; then +bridged or +bridged+closed (not with crash), "
             "then +lowrank:F, then +int8 or +int4.",
-            show_default=f"{FOR_TUNING.method}; {FOR_DRAFTING.method} with --draft; kl+bridged+closed with --preset",
+            show_default=f"{FOR_TUNING.method}; {FOR_DRAFTING.method} with --draft; the preset's with --preset",
         ),
     ] = None,
     licence: Annotated[
@@ -236,7 +236,7 @@ def build(
         raise ConfigError("--draft needs a text to distil on: give --distill (`isthmus emulator sample` writes a text)")
     if preset is not None and (draft or preset not in PRESETS):
         said = "--draft is a preset of its own" if draft else f"--preset {preset!r} is not known"
-        raise ConfigError(f"{said}: give --preset {' or '.join(PRESETS)}, or --draft")
+        raise ConfigError(f"{said}: give --preset {', '.join(PRESETS)}, or --draft")
     chosen = FOR_DRAFTING if draft else PRESETS[preset] if preset is not None else FOR_TUNING
     check_free(out)
     distillation = None
@@ -445,7 +445,7 @@ def _show(package: Package, as_json: bool) -> None:
         advised = manifest.tuning
         lines["tune with"] = (
             f"learning rate {advised.learning_rate:g}, {advised.steps} steps, rank {advised.rank}, "
-            f"{advised.warmup_steps} warm-up steps"
+            f"{advised.warmup_steps} warm-up steps, " + ("all layers" if advised.layers == "all" else "layers above")
         )
     if manifest.quality is not None:
         found = manifest.quality
@@ -454,7 +454,7 @@ def _show(package: Package, as_json: bool) -> None:
             f"{found.cosine_above:.2f} above, {found.cosine_below:.2f} below ({found.tokens:,} held-out tokens of the "
             "text that it was made by, not of your task)"
         )
-        lines["adapters below"] = "allowed" if manifest.adapters_below else "not allowed: not measured"
+        lines["adapters below"] = "allowed" if manifest.adapters_below else "not allowed"
     if not manifest.protection:
         lines["protection"] = "not measured"
     for name, value in lines.items():

@@ -136,7 +136,7 @@ def _as_advised(config: TuneConfig, package: Package, model: Any) -> tuple[TuneC
     tuning = package.manifest.tuning
     if tuning is None:
         return config, ""
-    advised: dict[str, Any] = {"layers": "above", "steps": tuning.steps, "warmup_steps": tuning.warmup_steps}
+    advised: dict[str, Any] = {"layers": tuning.layers, "steps": tuning.steps, "warmup_steps": tuning.warmup_steps}
     if config.method == "lora":
         layers = model.get_submodule(family_of(model.config).layers_path)[package.plan.cloud.stop :]
         advised |= {"rank": tuning.rank, "target_modules": linear_names(layers)}

@@ -21,6 +21,7 @@ from functools import cached_property
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.edge.codecs.wire_codecs import WireCodecs
+from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package.build_presets import PRESETS, BuildPreset, top_heavy
 from isthmus.planner.link_spec import LinkSpec
 from isthmus.planner.model_facts import ModelFacts
@@ -132,15 +133,17 @@ def predict(
 
 @dataclass(frozen=True, slots=True)
 class PackageCost:
-    """What tuning costs on a preset's package, as its owner advises: all linears of the layers above the emulator.
+    """What tuning costs on a preset's package, as its owner advises: all linears of the layers above, or of all layers.
 
     Attributes:
         preset: Its name.
         plan: Who holds which layers.
         kept: Layers of the emulator.
-        tuning: A step in the first epoch and later, once the outputs of the layers below are kept; and memory.
-        package_bytes: About how large the package is, in fp32, with at most a bridge for each dropped layer and one at
-            the end; without tokenizer files.
+        tuning: A step in the first epoch and, where nothing below is tuned, later, once the outputs of the layers
+            below are kept; and memory.
+        package_bytes: About how large the package is: the edge's layers and bridges in fp32, at most a bridge for each
+            dropped layer and one at the end, and the emulator's layers as the preset stores them; without tokenizer
+            files.
     """
 
     preset: str
@@ -168,11 +171,14 @@ def _package(
 ) -> PackageCost:
     plan, span = settings.plan, len(settings.plan.cloud)
     kept = max(1, round(preset.share(span) * span))
-    rank = int(dict(preset.tuning)["rank"])
-    tuning = _Predictor(facts, replace(settings, rank=rank), link, edge, edge).tuned_above(kept)
-    bridges = (span - kept + 1) * (facts.hidden + 1) * facts.hidden
-    weights = (plan.bottom + plan.top + kept) * facts.layer_parameters + facts.outside_parameters + bridges
-    return PackageCost(name, plan, kept, tuning, weights * ITEM_BYTES["fp32"])
+    advice, recipe = dict(preset.tuning), Recipe.parse(preset.method, preset.share(span))
+    predictor = _Predictor(facts, replace(settings, rank=int(advice["rank"])), link, edge, edge)
+    tuning = predictor.emulator(kept) if advice.get("layers") == "all" else predictor.tuned_above(kept)
+    bridges = (span - kept + 1) * (facts.hidden + 1) * facts.hidden if recipe.bridged else 0
+    weights = (plan.bottom + plan.top) * facts.layer_parameters + facts.outside_parameters + bridges
+    fp32 = ITEM_BYTES["fp32"]
+    item = fp32 if recipe.bits is None else recipe.bits / 8  # scales are a sixteenth of it at most
+    return PackageCost(name, plan, kept, tuning, round(weights * fp32 + kept * facts.layer_parameters * item))
 
 
 def wire_seconds(traffic: Traffic, link: LinkSpec, speed: SpeedProfile) -> float:
@@ -216,7 +222,7 @@ class _Predictor:
         costs += [self._taps(), self._edge_sites("edge", 1.0), self._edge_sites("kill_revive", self._set.live_share)]
         costs += [self._low_rank(), self._leased()]
         if own:
-            costs.append(self._emulator())
+            costs.append(self.emulator(max(1, round(self._set.emulator_keep * self._span))))
         return costs
 
     def tuned_above(self, kept: int) -> ModeCost:
@@ -310,9 +316,9 @@ class _Predictor:
         leased = self._wire.leasing(shapes * self._span)
         return self._inside("leased", self._optimizer(2 * len(self._facts.sites) * self._span), cloud, leased, 0.0)
 
-    def _emulator(self) -> ModeCost:
+    def emulator(self, kept: int) -> ModeCost:
+        """Tuning all of the edge's layers over an emulator of so many."""
         own = self._bottom + self._top
-        kept = max(1, round(self._set.emulator_keep * self._span))
         still = 0 if self._bottom else kept  # without adapters below it, nothing wants a gradient through it
         edge = self._own_layers(still, own + kept - still) + self._lora(own)
         memory = self._memory(own + kept, own + kept - still, own * self._site_parameters)

@@ -136,7 +136,7 @@ def build_package(
         preset=preset.name if is_preset else None,
         tuning=tuning if is_preset else None,
         quality=quality,
-        adapters_below=adapters_below,
+        adapters_below=adapters_below or (is_preset and tuning is not None and tuning.layers == "all"),
     )
     if own_text is not None:
         own_text.unlink()

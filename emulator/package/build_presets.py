@@ -38,7 +38,7 @@ class BuildPreset:
     ridge: float = 1e-3
     name: str | None = None
     gives_not: str = ""
-    tuning: tuple[tuple[str, float | int], ...] = ()
+    tuning: tuple[tuple[str, float | int | str], ...] = ()
 
     def share(self, n_middle: int) -> float:
         """Share of a middle of so many layers that is kept."""
@@ -71,6 +71,7 @@ FIDELITY = BuildPreset(
     kl_weight=1.0,
     distil_steps=130,
     batch=2,
+    distils=True,
     ridge=0.1,
     name="fidelity",
     gives_not="no protection from theft is claimed: who keeps the package can tune a copy",
@@ -79,18 +80,26 @@ FIDELITY = BuildPreset(
 GUARDED = replace(
     FIDELITY,
     keep=0.25,
-    distils=True,
     name="guarded",
     gives_not="a thief is kept out in part alone; it is meant for an edge that fits a bridge of its own",
 )
-PRESETS = {"fidelity": FIDELITY, "guarded": GUARDED}
+WHOLE = replace(
+    FIDELITY,
+    method="uniform+int4",
+    keep=1.0,
+    distils=False,
+    name="whole",
+    gives_not="no protection from theft: whoever keeps the package has the model in four bits",
+    tuning=(*FIDELITY.tuning, ("layers", "all")),
+)
+PRESETS = {"fidelity": FIDELITY, "guarded": GUARDED, "whole": WHOLE}
 """What `--preset` names."""
 
 
 def top_heavy(n_layers: int) -> str:
     """The split plan of a preset: above the middle a fifth of the layers, at least two; below it two, or one.
 
-    There are always fewer below than above: adapters above an emulator learn from it, those below mostly do not.
+    There are always fewer below than above: adapters above an emulator learn from it, those below less.
     """
     top = max(2, round(n_layers / 5))
     return f"{min(2, top - 1)}:{top}"

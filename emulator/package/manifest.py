@@ -114,12 +114,17 @@ class Protection(_Part):
 
 
 class Tuning(_Part):
-    """How the owner would have adapters tuned over the emulator, where nothing tells the data owner what is best."""
+    """How the owner would have adapters tuned over the emulator, where nothing tells the data owner what is best.
+
+    Attributes:
+        layers: Which of the edge's layers: those above the emulator, or all.
+    """
 
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Annotated[int, Field(ge=1, le=1 << 24)]
     rank: Annotated[int, Field(ge=1, le=1 << 14)]
     warmup_steps: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    layers: Literal["above", "all"] = "above"
 
 
 class Quality(_Part):

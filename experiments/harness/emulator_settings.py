@@ -37,7 +37,7 @@ class TableSettings:
         list[str] | None,
         Option(
             help="A preset of `emulator build`, which is built, or a package's folder; several by repeating the flag, "
-            "by default both presets. Steps, rank and learning rate are the package's, or else the presets'."
+            "by default all presets. Steps, rank and learning rate are the package's, or else the presets'."
         ),
     ] = None
     adapter_layers: Annotated[

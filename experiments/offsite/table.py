@@ -6,7 +6,7 @@ learning rates, the first seed's loss on the validation slice chooses; over an e
 result is a cell, kept in `out`; a table that was interrupted goes on with what is missing. The rows:
 
     zero-shot           the full model as it is
-    reference           adapters on all linears of the layers above, trained over the true middle
+    reference           adapters on all linears of the layers that the package's advice names, over the true middle
     split q,v; all      split training with another plan, adapters on q and v, or on all linears
     public alone        the reference's adapters, trained on the public slice alone
     floor               the same adapters, tuned over one early layer and one bridge, and plugged in
@@ -249,12 +249,13 @@ class _Table:
         split = self._split_plan
         public = replace(task, train=task.public)
         cells = partial(self._cells_of, lab, task, rates=self._adapter_rates)
+        same = partial(cells, of=_of_advice(tuning))
         return {
             "zero-shot": [self._zero_shot(lab, task)],
-            "reference": cells("reference", lab.above(lab.middle), seeds=self.settings.seeds),
+            "reference": same("reference", lab.advised(tuning, lab.middle), seeds=self.settings.seeds),
             "split q,v": cells(f"split {split} q,v", lab.split(split, all_linears=False)),
             "split all": cells(f"split {split} all", lab.split(split, all_linears=True)),
-            "public alone": cells("public alone", lab.above(lab.middle), trained_on=public),
+            "public alone": same("public alone", lab.advised(tuning, lab.middle), trained_on=public),
             "floor": self._plug_in(lab, task, "floor", tuning, self._floor, {"text": fingerprint(self._blocks)}),
         }
 
@@ -307,16 +308,16 @@ class _Table:
         of: Mapping[str, Any],
         seeds: int | None = None,
     ) -> list[Result]:
-        """Adapters above what `span` gives, tuned at the preset's rate, scored there and over the true middle."""
+        """Adapters on what `span` gives, tuned as advised, scored there and over the true middle."""
         return self._cells_of(
             lab,
             task,
             name,
-            lambda config: lab.above(span())(config),  # noqa: PLW0108  # made when it is needed
+            lambda config: lab.advised(tuning, span())(config),  # noqa: PLW0108  # made when it is needed
             rates=(tuning.learning_rate,),
             seeds=seeds or self.settings.seeds,
             views={"tuned": None, "plug-in": lab.middle},
-            of=of,
+            of={**of, **_of_advice(tuning)},
         )
 
     def _thief(self, lab: Lab, task: Task, where: str, build: Build, of: Mapping[str, Any]) -> list[Result]:
@@ -425,6 +426,11 @@ class _Table:
         fit_bridges(checkpoint, plan, base, layers, layers, self._blocks, ridge=RIDGE, device=self.device)
         recipe = Recipe("uniform", 1 / len(plan.cloud), bridged=True)
         return Emulator(base, layers, recipe, checkpoint.config, bridges=layers)
+
+
+def _of_advice(tuning: Tuning) -> dict[str, str]:
+    """What a cell says of the layers that are advised; nothing where they are those above alone."""
+    return {} if tuning.layers == "above" else {"layers": tuning.layers}
 
 
 def _last_bridge(emulator: Emulator) -> Any:

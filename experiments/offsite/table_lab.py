@@ -33,6 +33,7 @@ from isthmus.edge.span_cache.kept_outputs import KeptOutputs, MemoryRows
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.trainer import Trainer
+from isthmus.emulator.package.manifest import Tuning
 from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.task_scoring import score_task
@@ -113,9 +114,10 @@ class Lab:
 
     # What is trained --------------------------------------------------------------------------------------------------
 
-    def above(self, span: SpanFn) -> Callable[[TuningConfig], Any]:
-        """Adapters on all linears of the layers above `span`."""
-        layers = range(self.plan.cloud.stop, self.plan.n_layers)
+    def advised(self, tuning: Tuning, span: SpanFn) -> Callable[[TuningConfig], Any]:
+        """Adapters on all linears of the edge's layers that are advised: those above `span`, or all."""
+        above = range(self.plan.cloud.stop, self.plan.n_layers)
+        layers = self.plan.edge_layers if tuning.layers == "all" else above
         return lambda config: build_peft(self.edge(span), _on_all_linears(config, self.middle), layers=layers)
 
     def split(self, plan: SplitPlan, *, all_linears: bool) -> Callable[[TuningConfig], Any]:

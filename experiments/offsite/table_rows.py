@@ -120,7 +120,7 @@ def _targets(preset: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bo
         "40 % above the floor with the edge's bridge": bridged["above_floor"] >= 0.4,
         "the thief 30 points below": bridged["of_reference"] - thief["of_reference"] >= 0.3,
     }
-    return {"fidelity": fidelity, "guarded": guarded}.get(preset, fidelity | guarded)
+    return {"fidelity": fidelity, "guarded": guarded, "whole": fidelity}.get(preset, fidelity | guarded)
 
 
 def _stated(name: str, estimate: Estimate) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_the_preset_of_a_draft_gives_way_to_what_is_given(
         owner.build(tmp_path / "p", *options, *owner.distil_arguments())
 
 
-@pytest.mark.parametrize(("preset", "layers"), [("fidelity", 2), ("guarded", 1)])
+@pytest.mark.parametrize(("preset", "layers"), [("fidelity", 2), ("guarded", 1), ("whole", 3)])
 def test_a_preset_says_how_good_it_is_and_how_to_tune(
     owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, layers: int
 ) -> None:
@@ -124,17 +124,21 @@ def test_a_preset_says_how_good_it_is_and_how_to_tune(
     out = tmp_path / "p"
     where = ["--home", owner.home, "--device", "cpu", "--length", 16, "--distill-steps", 2]
     said = json.loads(owner.run("build", "--model", owner.model, "--out", out, "--preset", preset, *where, "--json"))
-    assert (said["preset"], said["plan"], said["recipe"]) == (preset, "1:2", "kl+bridged+closed")
-    assert (len(said["layers"]), said["distilled"] is not None) == (layers, preset == "guarded")
+    whole = preset == "whole"
+    recipe = "uniform+int4" if whole else "kl+bridged+closed"
+    assert (said["preset"], said["plan"], said["recipe"]) == (preset, "1:2", recipe)
+    assert (len(said["layers"]), said["distilled"] is None) == (layers, whole)
     quality = said["quality"]
     assert quality["kl"] > 0
     assert -1 <= quality["cosine_below"] <= quality["cosine_above"] <= 1
-    assert not said["adapters_below"]  # whatever the cosine: only the owner can say so
-    assert said["tuning"] == {"learning_rate": 0.003, "steps": 100, "rank": 8, "warmup_steps": 0}
+    assert said["adapters_below"] == whole  # whatever the cosine
+    tuning = {"learning_rate": 0.003, "steps": 100, "rank": 8, "warmup_steps": 0}
+    assert said["tuning"] == {**tuning, "layers": "all" if whole else "above"}
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["p"]
     shown = owner.run("verify", "--package", out)
     assert f"preset           {preset} ({PRESETS[preset].gives_not})" in shown
-    assert "tune with        learning rate 0.003, 100 steps, rank 8, 0 warm-up steps" in shown
+    layers_said = "all layers" if whole else "layers above"
+    assert f"tune with        learning rate 0.003, 100 steps, rank 8, 0 warm-up steps, {layers_said}" in shown
     assert f"KL {quality['kl']:.4g} nats a token" in shown
     assert "adapters below" in shown
 
@@ -182,8 +186,11 @@ def test_a_presets_text_is_kept_until_the_package_is_there(
         (["guarded", "--adapter-layers", "1:1"], "options change"),
         (["guarded", "--kl-weight", 2], "options change"),
         (["guarded", "--lm-weight", 2], "--lm-weight 2: on text like the task's it teaches the emulator the task"),
-        (["fidelity", "--lm-weight", 2], ""),
-        (["fidelity", "--distill", "public.txt"], "options change what fidelity makes"),
+        (["fidelity", "--distill", "public.txt"], ""),
+        (["whole"], ""),
+        (["whole", "--lm-weight", 2], ""),
+        (["whole", "--distill", "public.txt"], "options change what whole makes"),
+        (["whole", "--method", "uniform+int8"], "options change what whole makes"),
     ],
 )
 def test_a_preset_that_is_changed_says_so(

@@ -122,6 +122,25 @@ def test_a_run_goes_by_the_owners_advice_and_flags_win(
     assert any("layers.0." in name for name in adapter(tmp_path / "older"))
 
 
+def test_a_run_trains_below_where_the_owner_advises_it(
+    packages: Callable[..., Package], data: Path, tmp_path: Path
+) -> None:
+    advice = ADVICE.model_copy(update={"layers": "all"})
+    allowed, refused = (
+        replace(packages(below=below), manifest=packages(below=below).manifest.model_copy(update={"tuning": advice}))
+        for below in (True, False)
+    )
+    advised, said = emulator_run._as_advised(config(allowed, data, tmp_path), allowed, allowed.load_model())
+    assert "--layers all" in said
+    tuned = methods.build_peft(
+        allowed.load_model(), advised, layers=emulator_run._trained_layers(advised, allowed.plan)
+    )
+    assert emulator_run.tuned_below(tuned) is not None
+    emulator_run._refuse_below(tuned, allowed)
+    with pytest.raises(ConfigError, match="lies below the emulator"):
+        emulator_run._refuse_below(tuned, refused)
+
+
 def test_advice_is_held_to_the_bounds_of_a_run(packages: Callable[..., Package], data: Path, tmp_path: Path) -> None:
     advice = ADVICE.model_copy(update={"rank": MOST_WIDTH + 1})
     wide = replace(packages(), manifest=packages().manifest.model_copy(update={"tuning": advice}))

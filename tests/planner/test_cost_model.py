@@ -209,10 +209,11 @@ def test_an_emulator_needs_no_cloud() -> None:
 
 
 def test_a_package_is_tuned_above_alone_and_later_epochs_leave_out_what_is_kept() -> None:
-    fidelity, guarded = predict_packages(FACTS, settings("2:1"), LOCAL, speed())
-    assert [(each.preset, str(each.plan), each.kept) for each in (fidelity, guarded)] == [
+    fidelity, guarded, whole = predict_packages(FACTS, settings("2:1"), LOCAL, speed())
+    assert [(each.preset, str(each.plan), each.kept) for each in (fidelity, guarded, whole)] == [
         ("fidelity", "1:2", 2),
         ("guarded", "1:2", 1),
+        ("whole", "1:2", 3),
     ]
     adapters = 8 * (32 + 24 + 24 + 48)  # of all four linears, at the advised rank
     later = 2 * TRAINED_S + HEAD_S + 2 * adapters * POSITIONS * (2 / 1e2 + 4 / 5e1)
@@ -224,6 +225,10 @@ def test_a_package_is_tuned_above_alone_and_later_epochs_leave_out_what_is_kept(
         assert (package.tuning.step.traffic.total, first.traffic.total) == (0, 0)
     assert fidelity.package_bytes == 4 * (5 * 1100 + 1000 + 2 * 17 * 16)
     assert fidelity.tuning.edge_memory - guarded.tuning.edge_memory == 4 * 1100  # a layer, and nothing kept in it
+    adapted = 3 * adapters * POSITIONS * (2 / 1e2 + 4 / 5e1)
+    assert whole.tuning.step.seconds == pytest.approx(6 * TRAINED_S + HEAD_S + adapted)  # all is gone through anew
+    assert whole.tuning.first_epoch is None
+    assert whole.package_bytes == 4 * (3 * 1100 + 1000) + 3 * 1100 // 2
     with pytest.raises(PlanError):
         predict_packages(replace(FACTS, n_layers=3), settings(), LOCAL, speed())
 

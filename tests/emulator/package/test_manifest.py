@@ -107,7 +107,7 @@ def test_a_manifest_of_a_time_without_drafts_is_read() -> None:
 
 OF_A_PRESET: dict[str, Any] = {
     "preset": "fidelity",
-    "tuning": {"learning_rate": 0.01, "steps": 100, "rank": 8, "warmup_steps": 10},
+    "tuning": {"learning_rate": 0.01, "steps": 100, "rank": 8, "warmup_steps": 10, "layers": "all"},
     "quality": {"kl": 0.5, "cosine_above": 0.95, "cosine_below": -0.07, "tokens": 2048},
     "adapters_below": True,
 }
@@ -131,6 +131,7 @@ def test_what_a_preset_says_is_signed_and_nothing_of_it_without_one(signer: Work
         ("tuning", {"rank": 0}),
         ("tuning", {"rank": (1 << 14) + 1}),
         ("tuning", {"warmup_steps": -1}),
+        ("tuning", {"layers": "below"}),
         ("quality", {"kl": -0.1}),
         ("quality", {"kl": float("inf")}),
         ("quality", {"cosine_above": 1.1}),

@@ -77,6 +77,26 @@ def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
     assert other["rates"] == run["rates"] | dict.fromkeys(over, 1e-3)
 
 
+def test_adapters_below_are_tuned_in_each_row_where_the_package_advises_them(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def untrained(self: table_lab.Lab, task: Task, seed: int, rate: float, build: Any) -> Any:
+        tuned = build(self.config(seed, rate, tmp_path))
+        names = [name for name, weight in tuned.named_parameters() if weight.requires_grad and ".lora_" in name]
+        trained.append("".join(sorted({name.split("layers.")[1][0] for name in names})))
+        return tuned
+
+    monkeypatch.setattr(table_lab.Lab, "_train", untrained)
+    made = package("uniform", 0.5)
+    table(model, data, tmp_path, made, bridges=False)
+    assert sorted(trained) == ["", "", *["05"] * 2, *["345"] * 5]  # a thief trains all weights, without adapters
+    trained.clear()
+    table(model, data, tmp_path, package("uniform", 0.5, ADVICE.model_copy(update={"layers": "all"})), bridges=False)
+    assert trained == ["0345"] * 5
+
+
 def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
     model: Path,
     data: Path,
