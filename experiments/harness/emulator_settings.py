@@ -57,6 +57,10 @@ class TableSettings:
     rate: Annotated[
         float | None, Option(min=0, help="Learning rate over emulators; default: what each package advises.")
     ] = None
+    layers: Annotated[
+        str | None,
+        Option(help="The edge's layers that get adapters: above, or all; default: what each package advises."),
+    ] = None
     adapter_rates: Annotated[str, Option(help="Candidate learning rates where adapters are trained.")] = (
         "1e-3,3e-3,1e-2"
     )

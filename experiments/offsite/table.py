@@ -1,9 +1,10 @@
 """The table of emulators: what a preset of `emulator build`, or a package, gives the data owner, and what a thief.
 
 Public, private and scored texts of a task share no prompt. Nothing is chosen on scored texts: where there are several
-learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate counts, or
-`--rate`, since there the data owner can tell nothing. A package without advice is tuned as the presets advise. Each
-result is a cell, kept in `out`; a table that was interrupted goes on with what is missing. The rows:
+learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate and layers
+count, or `--rate` and `--layers`, since there the data owner can tell nothing. A package without advice is tuned as the
+presets advise. Each result is a cell, kept in `out`; a table that was interrupted goes on with what is missing. The
+rows:
 
     zero-shot           the full model as it is
     reference           adapters on all linears of the layers that the package's advice names, over the true middle
@@ -191,6 +192,10 @@ class _Table:
         self._whole_rates = numbers_of(settings.whole_rates, "whole-rates")
         if settings.rate is not None:
             numbers_of(f"{settings.rate:g}", "rate")
+        if settings.layers not in (None, "above", "all"):
+            raise ConfigError(f"--layers {settings.layers!r} is not understood: give above or all")
+        tried = {"learning_rate": settings.rate, "layers": settings.layers}
+        self._tried = {name: value for name, value in tried.items() if value is not None}
         use_threads(settings.threads)
         checkpoint, data = resolve(settings.model), settings.data_folder or default_data_folder()
         n_layers, length = checkpoint.config.num_hidden_layers, settings.text_length
@@ -223,8 +228,8 @@ class _Table:
         """All cells, then the rows."""
         rows = []
         for name in self._presets:
-            preset, rate = self._preset(name), self.settings.rate
-            advice = preset.tuning if rate is None else preset.tuning.model_copy(update={"learning_rate": rate})
+            preset = self._preset(name)
+            advice = preset.tuning.model_copy(update=self._tried)
             regime = replace(self.lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
             lab = self.lab.at(regime)
             for task in self.tasks:

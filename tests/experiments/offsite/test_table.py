@@ -95,6 +95,8 @@ def test_adapters_below_are_tuned_in_each_row_where_the_package_advises_them(
     trained.clear()
     table(model, data, tmp_path, package("uniform", 0.5, ADVICE.model_copy(update={"layers": "all"})), bridges=False)
     assert trained == ["0345"] * 5
+    table(model, data, tmp_path, made, bridges=False, layers="all")  # a trial of the owner's, over the other package
+    assert trained == ["0345"] * 5  # its emulator is the same, and so are the cells
 
 
 def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
@@ -210,6 +212,8 @@ def test_what_is_no_preset_is_said_before_the_work(
     for rate in (0.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match=f"--rate '{rate:g}' is not"):
             table(model, data, tmp_path, without, rate=rate)
+    with pytest.raises(ConfigError, match="--layers 'below' is not understood: give above or all"):
+        table(model, data, tmp_path, without, layers="below")
     assert not (tmp_path / "cells.jsonl").exists()
 
 
