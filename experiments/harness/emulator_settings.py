@@ -47,11 +47,17 @@ class TableSettings:
     split_layers: Annotated[str, Option(help="The plan of the split training that they are compared with.")] = "2:2"
     seeds: Annotated[int, Option(min=1, help="How many seeds.")] = 5
     few_seeds: Annotated[
-        int, Option(min=1, help="Seeds of the costlier rows: thief, split training, public alone, --bridges.")
+        int, Option(min=1, help="Seeds of the costlier rows: thief, split training, public alone, other bridges.")
     ] = 2
+    rows: Annotated[
+        str,
+        Option(
+            help="Which rows are made beside zero-shot, reference and floor, comma-separated; default: all.",
+            show_default=False,
+        ),
+    ] = ""
     public: Annotated[int, Option(min=1, help="Tokens of a task's public slice.")] = 20_000
     private: Annotated[int, Option(min=1, help="Texts to train on at most.")] = 1000
-    bridges: Annotated[bool, Option(help="The edge's bridge on other text too, and the owner's on public text.")] = True
     batch: Annotated[int, Option(min=1, help="Examples of a step.")] = 4
     max_length: Annotated[int, Option(min=8, help="Tokens of an example at most.")] = 256
     rate: Annotated[

@@ -8,12 +8,12 @@ rows:
 
     zero-shot           the full model as it is
     reference           adapters on all linears of the layers that the package's advice names, over the true middle
-    split q,v; all      split training with another plan, adapters on q and v, or on all linears
+    split q and v; all  split training with another plan, adapters on q and v, or on all linears
     public alone        the reference's adapters, trained on the public slice alone
     floor               the same adapters, tuned over one early layer and one bridge, and plugged in
     plug-in             the same, tuned over the preset's emulator, and plugged in
     edge bridge         the same, with the edge's own bridge at the emulator's end, fitted to the public slice
-    edge bridge, other  the same bridge, fitted to `--text`, or to the model's own writing
+    other bridge        the same, fitted to `--text`, or to the model's own writing
     owner bridge        the package's owner's closing bridge fitted to the public slice, and none of the edge's
     emulator tuned      as in `edge bridge`, but scored over the emulator
     thief               all weights of the package with the edge's bridge, trained on private and public texts, for as
@@ -66,6 +66,11 @@ from isthmus.protocol.secure.certificates import WorkerCertificate
 from isthmus.protocol.secure.keys import WorkerIdentity
 
 _LENGTHS = (1, 2)  # of a thief's run, over that of the data owner's
+_ALWAYS = ("zero-shot", "reference", "floor")
+_ROWS = (
+    *("zero-shot", "reference", "split q and v", "split all", "public alone", "floor"),
+    *("plug-in", "edge bridge", "emulator tuned", "other bridge", "owner bridge", "thief"),
+)
 _NEVER = (1 << 62) - 1  # when the certificate of a key ends that nobody keeps
 
 Result = dict[str, Any]
@@ -221,8 +226,8 @@ class _Table:
         self._blocks = load_blocks(self._text, self.tokenizer, length)
         self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
         self._few = min(settings.few_seeds, settings.seeds)
-        of_row = 1 + 4 * settings.seeds + (4 + 2 * settings.bridges) * self._few + len(_LENGTHS) - 1
-        self.cells.expect(len(self.tasks) * len(self._presets) * of_row)
+        self._rows = {*_ALWAYS, *names_of(settings.rows, "rows", _ROWS)}
+        self.cells.expect(len(self.tasks) * len(self._presets) * self._cells_of_a_preset())
 
     def make(self) -> dict[str, Any]:
         """All cells, then the rows."""
@@ -233,9 +238,10 @@ class _Table:
             regime = replace(self.lab.regime, steps=advice.steps, rank=advice.rank, warmup=advice.warmup_steps)
             lab = self.lab.at(regime)
             for task in self.tasks:
-                results = self._without_emulator(lab, task, advice)
-                results |= self._with_emulator(lab, task, advice, preset.built)
-                rows += self._rows(preset.name, preset.built, task, results)
+                ways = self._without_emulator(lab, task, advice)
+                ways |= self._with_emulator(lab, task, advice, preset.built)
+                results = {name: ways[name]() for name in _ROWS if name in self._rows and name in ways}
+                rows += self._scored(preset.name, preset.built, task, results)
         return {"runs": rows, "settings": self._described()}
 
     def _preset(self, name: str) -> Preset:
@@ -250,21 +256,33 @@ class _Table:
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
-    def _without_emulator(self, lab: Lab, task: Task, tuning: Tuning) -> dict[str, list[Result]]:
+    def _cells_of_a_preset(self) -> int:
+        """How many cells one task has, at most."""
+        few = {"split q and v", "split all", "public alone", "other bridge", "owner bridge", "thief"} & self._rows
+        many = {"reference", "floor", "plug-in", "edge bridge"} & self._rows
+        if {"emulator tuned", "thief"} & self._rows:
+            many.add("edge bridge")
+        return 1 + len(many) * self.settings.seeds + len(few) * self._few + ("thief" in few) * (len(_LENGTHS) - 1)
+
+    def _without_emulator(self, lab: Lab, task: Task, tuning: Tuning) -> dict[str, Callable[[], list[Result]]]:
         split = self._split_plan
         public = replace(task, train=task.public)
         cells = partial(self._cells_of, lab, task, rates=self._adapter_rates)
         same = partial(cells, of=_of_advice(tuning))
+        adapted = lab.advised(tuning, lab.middle)
+        text = {"text": fingerprint(self._blocks)}
         return {
-            "zero-shot": [self._zero_shot(lab, task)],
-            "reference": same("reference", lab.advised(tuning, lab.middle), seeds=self.settings.seeds),
-            "split q,v": cells(f"split {split} q,v", lab.split(split, all_linears=False)),
-            "split all": cells(f"split {split} all", lab.split(split, all_linears=True)),
-            "public alone": same("public alone", lab.advised(tuning, lab.middle), trained_on=public),
-            "floor": self._plug_in(lab, task, "floor", tuning, self._floor, {"text": fingerprint(self._blocks)}),
+            "zero-shot": lambda: [self._zero_shot(lab, task)],
+            "reference": lambda: same("reference", adapted, seeds=self.settings.seeds),
+            "split q and v": lambda: cells(f"split {split} q,v", lab.split(split, all_linears=False)),
+            "split all": lambda: cells(f"split {split} all", lab.split(split, all_linears=True)),
+            "public alone": lambda: same("public alone", adapted, trained_on=public),
+            "floor": lambda: self._plug_in(lab, task, "floor", tuning, self._floor, text),
         }
 
-    def _with_emulator(self, lab: Lab, task: Task, tuning: Tuning, built: Built) -> dict[str, list[Result]]:
+    def _with_emulator(
+        self, lab: Lab, task: Task, tuning: Tuning, built: Built
+    ) -> dict[str, Callable[[], list[Result]]]:
         def fresh() -> Emulator:
             return built.load(lab.checkpoint, self.device)
 
@@ -282,26 +300,30 @@ class _Table:
 
         where = f"{built.label} {built.keep:g}"
         plug_in = partial(self._plug_in, lab, task, tuning=tuning)
-        bridge = plug_in(f"{where} edge bridge", span=bridged, of=of())
-        results = {
-            "plug-in": plug_in(f"{where} plug-in", span=cache(fresh), of={"emulator": built.sha256}),
+        bridge = cache(lambda: plug_in(f"{where} edge bridge", span=bridged, of=of()))
+
+        def with_bridge(name: str, **which: bool) -> list[Result]:
+            span = partial(bridged, **which)
+            return plug_in(f"{where} {name}", span=span, of=of(**which), seeds=self._few)
+
+        def thief() -> list[Result]:
+            tuned = bridge()
+            stolen = self._thief(lab, task, where, lab.everything(lambda: copy.deepcopy(bridged())), of())
+            pairs = zip(stolen, tuned, strict=False)
+            return [
+                own if own["validation_loss"] < other["validation_loss"] else _as_thief(other) for own, other in pairs
+            ]
+
+        ways: dict[str, Callable[[], list[Result]]] = {
+            "plug-in": lambda: plug_in(f"{where} plug-in", span=cache(fresh), of={"emulator": built.sha256}),
             "edge bridge": bridge,
             "emulator tuned": bridge,
+            "other bridge": lambda: with_bridge("other bridge", public=False),
+            "thief": thief,
         }
-        if self.settings.bridges:
-            others = {"edge bridge, other": {"public": False}}
-            if _last_bridge(fresh()) is not None:
-                others["owner bridge"] = {"owner": True}
-            for name, which in others.items():
-                span = partial(bridged, **which)
-                results[name] = plug_in(f"{where} {name}", span=span, of=of(**which), seeds=self._few)
-        stolen = lab.everything(lambda: copy.deepcopy(bridged()))
-        thief = self._thief(lab, task, where, stolen, of())
-        results["thief"] = [
-            trained if trained["validation_loss"] < tuned["validation_loss"] else _as_thief(tuned)
-            for trained, tuned in zip(thief, bridge, strict=False)
-        ]
-        return results
+        if _last_bridge(fresh()) is not None:
+            ways["owner bridge"] = lambda: with_bridge("owner bridge", owner=True)
+        return ways
 
     def _plug_in(
         self,
@@ -372,18 +394,19 @@ class _Table:
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
-    def _rows(self, preset: str, built: Built, task: Task, results: Mapping[str, Sequence[Result]]) -> list[Result]:
+    def _scored(self, preset: str, built: Built, task: Task, results: Mapping[str, Sequence[Result]]) -> list[Result]:
         views = {"emulator tuned": "tuned"}
         by_row = {
             name: [scores_of(each, views.get(name, next(reversed(each["scores"])))) for each in found]
             for name, found in results.items()
         }
-        loss = {name: sum(each["validation_loss"] for each in results[name]) for name in ("split q,v", "split all")}
+        split = [name for name in ("split q and v", "split all") if name in results]
+        loss = {name: sum(each["validation_loss"] for each in results[name]) for name in split}
         rates = {name: found[0]["rate"] for name, found in results.items() if "rate" in found[0]}
         return [
             row_of(
                 {name: [scores[metric] for scores in found] for name, found in by_row.items()},
-                best_split=min(loss, key=lambda name: loss[name]),
+                best_split=min(loss, key=lambda name: loss[name], default=None),
                 preset=preset,
                 method=built.label,
                 keep=built.keep,

@@ -12,25 +12,24 @@ from isthmus.experiments.scoring.scores import METRICS, Estimate, Score, gain, m
 _HEADER = f"{'':18}{'score':>15}{'of reference':>15}{'of split':>15}{'above floor':>15}"
 
 
-def row_of(scores: Mapping[str, Sequence[Score]], *, best_split: str, **about: Any) -> dict[str, Any]:
+def row_of(scores: Mapping[str, Sequence[Score]], *, best_split: str | None, **about: Any) -> dict[str, Any]:
     """What one preset does on one task, by one metric; `about` is said too.
 
     Args:
         scores: A score for each seed, or a single one, by row: see `table`.
-        best_split: Which of the rows of split training had the lower loss on the validation slice.
+        best_split: Which of the rows of split training had the lower loss on the validation slice; None without any.
 
     Returns:
         `rows`, by name: `value`, `seeds`, and where the gain that is divided by is above two standard errors
         `of_reference` and `of_split` (shares of the gain of these over zero-shot) and `above_floor` (the share of the
         way from the floor to the reference). Each has its interval of two standard errors, seeds and texts together, as
-        `<name>_interval`. Beside it what `isthmus emulator sign --protection` takes, of the row with the edge's bridge.
+        `<name>_interval`. Beside it, where there are these rows, what `isthmus emulator sign --protection` takes, of
+        the row with the edge's bridge.
     """
     zero, reference, floor = scores["zero-shot"], scores["reference"], scores["floor"]
-    ways = {
-        "of_reference": (zero, reference),
-        "of_split": (zero, scores[best_split]),
-        "above_floor": (floor, reference),
-    }
+    ways = {"of_reference": (zero, reference), "above_floor": (floor, reference)}
+    if best_split is not None:
+        ways["of_split"] = (zero, scores[best_split])
     clear = {name: way for name, way in ways.items() if gain(way[1], way[0]).is_clear}
     rows: dict[str, dict[str, Any]] = {}
     for name, own in scores.items():
@@ -44,13 +43,17 @@ def row_of(scores: Mapping[str, Sequence[Score]], *, best_split: str, **about: A
         "best_split": best_split,
         "rows": rows,
         "full_zero_shot": rows["zero-shot"]["value"],
-        "plug_in": rows["edge bridge"]["value"],
-        "thief": rows["thief"]["value"],
-        "seeds": rows["thief"]["seeds"],
-        "plug_in_recovery": rows["edge bridge"].get("of_reference"),
-        "thief_recovery": rows["thief"].get("of_reference"),
+        "targets": _targets(str(about["preset"]), rows),
     }
-    return row | {"targets": _targets(str(about["preset"]), rows)}
+    if {"edge bridge", "thief"} <= rows.keys():
+        row |= {
+            "plug_in": rows["edge bridge"]["value"],
+            "thief": rows["thief"]["value"],
+            "seeds": rows["thief"]["seeds"],
+            "plug_in_recovery": rows["edge bridge"].get("of_reference"),
+            "thief_recovery": rows["thief"].get("of_reference"),
+        }
+    return row
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -79,11 +82,9 @@ def draw_table(runs: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
     Where no gain is clear there is no point.
     """
     figure, axes = plotting().subplots(figsize=(7, 5.5), dpi=144)
-    points = [run for run in runs if "of_reference" in run["rows"]["thief"]]
-    place = {
-        id(run): [100 * run["rows"][name]["of_reference"] for name in ("thief", "edge bridge", "plug-in")]
-        for run in points
-    }
+    needed = ("thief", "edge bridge", "plug-in")
+    points = [run for run in runs if all("of_reference" in run["rows"].get(name, {}) for name in needed)]
+    place = {id(run): [100 * run["rows"][name]["of_reference"] for name in needed] for run in points}
     low = min([0.0, *(share for shares in place.values() for share in shares)]) - 5
     high = max([100.0, *(share for shares in place.values() for share in shares)]) + 5
     axes.plot([low, high], [low, high], color="#999999", linewidth=1, label="thief gets as much")
@@ -109,7 +110,7 @@ def draw_table(runs: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
 
 def _targets(preset: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
     """What fidelity and guarded are for, by sentence, judged by the means alone; nothing where no gain is clear."""
-    plain, bridged, thief = rows["plug-in"], rows["edge bridge"], rows["thief"]
+    plain, bridged, thief = (rows.get(name, {}) for name in ("plug-in", "edge bridge", "thief"))
     if not all("above_floor" in row and "of_reference" in row for row in (plain, bridged, thief)):
         return {}
     fidelity = {

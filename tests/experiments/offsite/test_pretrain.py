@@ -90,7 +90,7 @@ def test_the_table_runs_on_it(text: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     run_pretrain(settings(text, model, steps=2), console=Console(file=io.StringIO()))
     data = task_folder(tmp_path / "data")
-    tables = {"preset": ["fidelity"], "text": text, "public": 200, "private": 20, "bridges": False}
+    tables = {"preset": ["fidelity"], "text": text, "public": 200, "private": 20, "rows": "plug-in"}
     table = table_settings(model, data, tmp_path / "out", **tables, split_layers="1:1")
     (row,) = run_table(table, console=Console(file=io.StringIO()))["runs"]
     assert (row["metric"], row["preset"]) == ("completion_loss", "fidelity")

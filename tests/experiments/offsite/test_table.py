@@ -24,9 +24,10 @@ from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.tasks import Task
 
 ROWS = {
-    *("zero-shot", "reference", "split q,v", "split all", "public alone", "floor", "plug-in", "edge bridge"),
-    *("emulator tuned", "edge bridge, other", "owner bridge", "thief"),
+    *("zero-shot", "reference", "split q and v", "split all", "public alone", "floor", "plug-in", "edge bridge"),
+    *("emulator tuned", "other bridge", "owner bridge", "thief"),
 }
+FEW = ",".join(ROWS - {"other bridge", "owner bridge"})
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +64,16 @@ def table(model: Path, data: Path, out: Path, package: Package, **values: Any) -
 def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
     model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
 ) -> None:
-    result = table(model, data, tmp_path, package("uniform", 1.0), bridges=False)
+    result = table(model, data, tmp_path, package("uniform", 1.0), rows=FEW)
     (run,) = result["runs"]
     values = {name: row["value"] for name, row in run["rows"].items()}
-    assert set(values) == ROWS - {"edge bridge, other", "owner bridge"}
+    assert set(values) == ROWS - {"other bridge", "owner bridge"}
     assert values["plug-in"] == values["reference"] != values["zero-shot"]
     assert values["edge bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
     assert run["rates"]["plug-in"] == ADVICE.learning_rate
     assert result["settings"]["seeds"] == 1
     assert result["settings"]["preset"] == ["package"]
-    (other,) = table(model, data, tmp_path, package("uniform", 1.0), bridges=False, rate=1e-3)["runs"]
+    (other,) = table(model, data, tmp_path, package("uniform", 1.0), rows=FEW, rate=1e-3)["runs"]
     over = ("floor", "plug-in", "edge bridge", "emulator tuned")
     assert other["rates"] == run["rates"] | dict.fromkeys(over, 1e-3)
 
@@ -90,13 +91,18 @@ def test_adapters_below_are_tuned_in_each_row_where_the_package_advises_them(
 
     monkeypatch.setattr(table_lab.Lab, "_train", untrained)
     made = package("uniform", 0.5)
-    table(model, data, tmp_path, made, bridges=False)
+    table(model, data, tmp_path, made, rows=FEW)
     assert sorted(trained) == ["", "", *["05"] * 2, *["345"] * 5]  # a thief trains all weights, without adapters
     trained.clear()
-    table(model, data, tmp_path, package("uniform", 0.5, ADVICE.model_copy(update={"layers": "all"})), bridges=False)
+    table(model, data, tmp_path, package("uniform", 0.5, ADVICE.model_copy(update={"layers": "all"})), rows=FEW)
     assert trained == ["0345"] * 5
-    table(model, data, tmp_path, made, bridges=False, layers="all")  # a trial of the owner's, over the other package
+    (run,) = table(model, data, tmp_path, made, rows="plug-in", layers="all")[
+        "runs"
+    ]  # a trial of the owner's, over the other package
     assert trained == ["0345"] * 5  # its emulator is the same, and so are the cells
+    assert list(run["rows"]) == ["zero-shot", "reference", "floor", "plug-in"]
+    assert "thief" not in run
+    assert "of_reference" in run["rows"]["plug-in"] or not run["targets"]
 
 
 def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
@@ -162,7 +168,7 @@ def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
 
     monkeypatch.setattr(table_lab.Lab, "run", run)
     made = package("uniform", 0.5)
-    (result,) = table(model, data, tmp_path / "longer", made, bridges=False, seeds=3, few_seeds=2)["runs"]
+    (result,) = table(model, data, tmp_path / "longer", made, rows=FEW, seeds=3, few_seeds=2)["runs"]
     assert result["thief"] == 9.0
     seeds = {name: row["seeds"] for name, row in result["rows"].items()}
     assert [seeds[name] for name in ("zero-shot", "reference", "edge bridge", "thief")] == [1, 3, 3, 2]
@@ -186,7 +192,7 @@ def test_a_package_without_advice_is_tuned_as_the_presets_advise(
         return build(self.config(seed, rate, tmp_path))
 
     monkeypatch.setattr(table_lab.Lab, "_train", untrained)
-    (run,) = table(model, data, tmp_path, package("uniform", 0.5, None), bridges=False)["runs"]
+    (run,) = table(model, data, tmp_path, package("uniform", 0.5, None), rows=FEW)["runs"]
     assert regimes == {(100, 8), (200, 8)}
     assert (run["rates"]["plug-in"], run["higher_is_better"]) == (3e-3, False)
 
@@ -195,7 +201,7 @@ def test_training_that_runs_away_is_no_candidate(
     model: Path, data: Path, package: Callable[..., Package], tmp_path: Path
 ) -> None:
     made = package("uniform", 0.5)
-    (run,) = table(model, data, tmp_path, made, bridges=False, adapter_rates="1e-3,1e30")["runs"]
+    (run,) = table(model, data, tmp_path, made, rows=FEW, adapter_rates="1e-3,1e30")["runs"]
     assert run["rates"]["reference"] == 1e-3
 
 
@@ -214,6 +220,8 @@ def test_what_is_no_preset_is_said_before_the_work(
             table(model, data, tmp_path, without, rate=rate)
     with pytest.raises(ConfigError, match="--layers 'below' is not understood: give above or all"):
         table(model, data, tmp_path, without, layers="below")
+    with pytest.raises(ConfigError, match="--rows 'plugin' is not known: choose of zero-shot, reference"):
+        table(model, data, tmp_path, without, rows="plugin")
     assert not (tmp_path / "cells.jsonl").exists()
 
 
@@ -230,7 +238,7 @@ def row(preset: str = "guarded", **changed: Sequence[Score]) -> dict[str, Any]:
     given = {
         "zero-shot": scores(3.0),
         "reference": scores(1.0, 1.1),
-        "split q,v": scores(1.4),
+        "split q and v": scores(1.4),
         "split all": scores(0.8, 0.8),
         "floor": scores(2.0, 2.2),
         "plug-in": scores(1.2, 1.3),
