@@ -111,16 +111,14 @@ def draw_table(runs: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
 def _targets(preset: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
     """What fidelity and guarded are for, by sentence, judged by the means alone; nothing where no gain is clear."""
     plain, bridged, thief = (rows.get(name, {}) for name in ("plug-in", "edge bridge", "thief"))
-    if not all("above_floor" in row and "of_reference" in row for row in (plain, bridged, thief)):
-        return {}
-    fidelity = {
-        "90 % of reference's gain and 70 % above the floor without public text": plain["of_reference"] >= 0.9
-        and plain["above_floor"] >= 0.7
-    }
-    guarded = {
-        "40 % above the floor with the edge's bridge": bridged["above_floor"] >= 0.4,
-        "the thief 30 points below": bridged["of_reference"] - thief["of_reference"] >= 0.3,
-    }
+    fidelity, guarded = {}, {}
+    if {"above_floor", "of_reference"} <= plain.keys():
+        reached = plain["of_reference"] >= 0.9 and plain["above_floor"] >= 0.7
+        fidelity["90 % of reference's gain and 70 % above the floor without public text"] = reached
+    if "above_floor" in bridged:
+        guarded["40 % above the floor with the edge's bridge"] = bridged["above_floor"] >= 0.4
+    if "of_reference" in bridged and "of_reference" in thief:
+        guarded["the thief 30 points below"] = bridged["of_reference"] - thief["of_reference"] >= 0.3
     return {"fidelity": fidelity, "guarded": guarded, "whole": fidelity}.get(preset, fidelity | guarded)
 
 
