@@ -228,7 +228,6 @@ def build(
     from isthmus.backbone.plan import SplitPlan
     from isthmus.common.errors import ConfigError
     from isthmus.emulator.compress.recipe import Recipe
-    from isthmus.emulator.distill.distillation import DistillConfig
     from isthmus.emulator.package.build import build_package, check_free
     from isthmus.protocol.secure.keys import load_worker
 
@@ -241,14 +240,14 @@ def build(
     check_free(out)
     distillation = None
     if distill is not None or chosen.distils:
-        options = DistillConfig(
-            steps=chosen.distil_steps if distill_steps is None else distill_steps,
-            batch=chosen.batch if batch is None else batch,
+        options = chosen.distillation(
+            steps=distill_steps,
+            batch=batch,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
-            mse_weight=chosen.mse_weight if mse_weight is None else mse_weight,
-            lm_weight=chosen.lm_weight if lm_weight is None else lm_weight,
-            kl_weight=chosen.kl_weight if kl_weight is None else kl_weight,
+            mse_weight=mse_weight,
+            lm_weight=lm_weight,
+            kl_weight=kl_weight,
             loss_margin=loss_margin,
             seed=seed,
             save_every=save_every,
@@ -447,6 +446,7 @@ def _show(package: Package, as_json: bool) -> None:
             f"learning rate {advised.learning_rate:g}, {advised.steps} steps, rank {advised.rank}, "
             f"{advised.warmup_steps} warm-up steps, " + ("all layers" if advised.layers == "all" else "layers above")
         )
+        lines["adapters below"] = "not allowed" if manifest.refuses_below else "allowed"
     if manifest.quality is not None:
         found = manifest.quality
         lines["quality"] = (
@@ -454,7 +454,6 @@ def _show(package: Package, as_json: bool) -> None:
             f"{found.cosine_above:.2f} above, {found.cosine_below:.2f} below ({found.tokens:,} held-out tokens of the "
             "text that it was made by, not of your task)"
         )
-        lines["adapters below"] = "allowed" if manifest.adapters_below else "not allowed"
     if not manifest.protection:
         lines["protection"] = "not measured"
     for name, value in lines.items():

@@ -170,7 +170,7 @@ def _trained_layers(config: TuneConfig, plan: SplitPlan) -> list[int]:
 
 def _refuse_below(tuned: Any, package: Package) -> None:
     """Refuse what would learn from the emulator's gradient, where the package's owner says that it is a wrong one."""
-    if package.manifest.tuning is None or package.manifest.adapters_below:
+    if not package.manifest.refuses_below:
         return
     what = tuned_below(tuned)
     if what is not None:

@@ -133,7 +133,7 @@ def predict(
 
 @dataclass(frozen=True, slots=True)
 class PackageCost:
-    """What tuning costs on a preset's package, as its owner advises: all linears of the layers above, or of all layers.
+    """What tuning costs on a preset's package as its owner advises: all linears above the emulator, or all the edge's.
 
     Attributes:
         preset: Its name.
@@ -170,10 +170,10 @@ def _package(
     name: str, preset: BuildPreset, facts: ModelFacts, settings: PlanSettings, link: LinkSpec, edge: SpeedProfile
 ) -> PackageCost:
     plan, span = settings.plan, len(settings.plan.cloud)
-    kept = max(1, round(preset.share(span) * span))
-    advice, recipe = dict(preset.tuning), Recipe.parse(preset.method, preset.share(span))
-    predictor = _Predictor(facts, replace(settings, rank=int(advice["rank"])), link, edge, edge)
-    tuning = predictor.emulator(kept) if advice.get("layers") == "all" else predictor.tuned_above(kept)
+    advice, recipe = preset.tuning, Recipe.parse(preset.method, preset.share(span))
+    kept = recipe.layers_kept(span)
+    predictor = _Predictor(facts, replace(settings, rank=advice.rank), link, edge, edge)
+    tuning = predictor.emulator(kept) if advice.layers == "all" else predictor.tuned_above(kept)
     bridges = (span - kept + 1) * (facts.hidden + 1) * facts.hidden if recipe.bridged else 0
     weights = (plan.bottom + plan.top) * facts.layer_parameters + facts.outside_parameters + bridges
     fp32 = ITEM_BYTES["fp32"]

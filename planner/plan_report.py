@@ -36,7 +36,7 @@ NOT_GIVEN = (
 """What the private mode does not give."""
 
 TUNING_ASSUMED = (
-    "On a package all linears of the layers above the emulator are tuned, or of all layers (whole), at the advised "
+    "On a package all linears of the layers above the emulator are tuned, or of all the edge's (whole), at the advised "
     "rank. "
     "The frozen layers take their time in batches, though `tune` computes them text by text; "
     "bridges are counted in bytes alone, one for each dropped layer and one at the end."

@@ -30,7 +30,7 @@ from isthmus.emulator.distill.distillation import DistillConfig, distill
 from isthmus.emulator.distill.loss_figure import loss_figure
 from isthmus.emulator.distill.sampled_text import write_sample
 from isthmus.emulator.package.build_presets import FOR_TUNING, BuildPreset
-from isthmus.emulator.package.manifest import MAX_LICENCE, Quality, Tuning
+from isthmus.emulator.package.manifest import MAX_LICENCE, Quality
 from isthmus.emulator.package.package import Package, is_package, write_package
 from isthmus.emulator.package.plug_in import load_whole
 from isthmus.protocol.secure.keys import WorkerIdentity
@@ -118,7 +118,7 @@ def build_package(
         distilled = asdict(distill(checkpoint, plan, emulator, blocks, options, state))
         if figure is not None:
             loss_figure(state, figure)
-    tuning = Tuning.model_validate(dict(preset.tuning)) if preset.tuning else None
+    tuning = preset.tuning if preset.advised else None
     quality = None
     if held_out is not None and tuning is not None:
         emulator.quantize()  # what is measured is what is sent
@@ -136,7 +136,7 @@ def build_package(
         preset=preset.name if is_preset else None,
         tuning=tuning if is_preset else None,
         quality=quality,
-        adapters_below=adapters_below or (is_preset and tuning is not None and tuning.layers == "all"),
+        adapters_below=adapters_below,
     )
     if own_text is not None:
         own_text.unlink()

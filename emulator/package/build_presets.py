@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isthmus.backbone.plan import SplitPlan
     from isthmus.emulator.compress.recipe import Recipe
     from isthmus.emulator.distill.distillation import DistillConfig
+    from isthmus.emulator.package.manifest import Tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class BuildPreset:
         name: As `--preset` has it and the manifest; a preset with a name writes its own text where there is none,
             cuts the model by `top_heavy`, measures its quality and gives advice for tuning.
         gives_not: What the data owner or the model's owner must not expect of it.
-        tuning: The advice, the fields of `Tuning`.
+        advised: The advice for tuning, as fields of `Tuning`; see `tuning`.
     """
 
     method: str
@@ -38,7 +39,22 @@ class BuildPreset:
     ridge: float = 1e-3
     name: str | None = None
     gives_not: str = ""
-    tuning: tuple[tuple[str, float | int | str], ...] = ()
+    advised: tuple[tuple[str, float | int | str], ...] = ()
+
+    @property
+    def tuning(self) -> Tuning:
+        """The advice, where there is any."""
+        from isthmus.emulator.package.manifest import Tuning  # slow to import, and most commands need no advice
+
+        return Tuning.model_validate(dict(self.advised))
+
+    def distillation(self, **changed: Any) -> DistillConfig:
+        """How it is distilled; what is None in `changed` stays as the preset has it."""
+        from isthmus.emulator.distill.distillation import DistillConfig  # imports torch
+
+        names = {"steps": "distil_steps", **{name: name for name in ("batch", "mse_weight", "lm_weight", "kl_weight")}}
+        own = {name: getattr(self, attribute) for name, attribute in names.items()}
+        return DistillConfig(**own | {name: value for name, value in changed.items() if value is not None})
 
     def share(self, n_middle: int) -> float:
         """Share of a middle of so many layers that is kept."""
@@ -75,7 +91,7 @@ FIDELITY = BuildPreset(
     ridge=0.1,
     name="fidelity",
     gives_not="no protection from theft is claimed: who keeps the package can tune a copy",
-    tuning=(("learning_rate", 3e-3), ("steps", 100), ("rank", 8), ("warmup_steps", 0)),
+    advised=(("learning_rate", 3e-3), ("steps", 100), ("rank", 8), ("warmup_steps", 0)),
 )
 GUARDED = replace(
     FIDELITY,
@@ -90,7 +106,7 @@ WHOLE = replace(
     distils=False,
     name="whole",
     gives_not="no protection from theft: whoever keeps the package has the model in four bits",
-    tuning=(*FIDELITY.tuning, ("layers", "all")),
+    advised=(*FIDELITY.advised, ("layers", "all")),
 )
 PRESETS = {"fidelity": FIDELITY, "guarded": GUARDED, "whole": WHOLE}
 """What `--preset` names."""

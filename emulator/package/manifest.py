@@ -165,7 +165,8 @@ class Manifest(_Part):
         preset: Name of the preset that it was built by; None for none.
         tuning: The owner's advice for tuning; None for none.
         quality: What the owner measured; None for "not measured".
-        adapters_below: Whether the owner allows adapters below the emulator, which learn from its gradient.
+        adapters_below: Whether the owner allows adapters below the emulator, which learn from its gradient, although
+            the advice names the layers above alone; see `refuses_below`.
         protection: What was measured; empty for "not measured".
         files: Every other file of the package.
         created: When the manifest was signed, Unix seconds.
@@ -219,6 +220,11 @@ class Manifest(_Part):
     def share_of_bytes(self) -> float:
         """Size of the emulator's file over the full middle's in the model's checkpoint."""
         return self.emulator_bytes / max(self.middle_bytes, 1)
+
+    @property
+    def refuses_below(self) -> bool:
+        """Whether adapters below the emulator are refused: there is advice, and neither it nor the owner has them."""
+        return self.tuning is not None and self.tuning.layers == "above" and not self.adapters_below
 
     def to_payload(self) -> bytes:
         """The bytes that are signed: JSON. Without a preset, older releases read them too."""
@@ -329,20 +335,24 @@ def verify(data: bytes, pin: Fingerprint | None) -> tuple[Manifest, str, Fingerp
     return manifest, sha256(payload).hexdigest(), root
 
 
-def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[Protection, ...]:
+def protection_rows(
+    table: Sequence[Mapping[str, Any]], emulator: str, advised: Tuning | None = None
+) -> tuple[Protection, ...]:
     """The rows of a table of scores as the manifest states them.
 
     Rows that were measured with other emulators are passed over.
 
     A row needs `emulator`, the SHA-256 (hex) of the emulator's file that it was measured with, and the fields of
-    `Protection`; `seeds` may be a list of them. Further keys have no place in a manifest.
+    `Protection`; `seeds` may be a list of them. It may have `tuning`, how the data owner's adapters were tuned. Further
+    keys have no place in a manifest.
 
     Args:
         emulator: SHA-256 (hex) of the package's emulator file.
+        advised: The package's advice; None for none.
 
     Raises:
         PackageError: There are rows, and none was measured with this emulator.
-        ConfigError: A row lacks a figure, or has one that is not a finite number.
+        ConfigError: A row lacks a figure, has one that is not a finite number, or was not tuned as the package advises.
     """
     own = [(number, row) for number, row in enumerate(table, 1) if row.get("emulator") == emulator]
     if table and not own:
@@ -352,6 +362,16 @@ def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[
         )
     rows = []
     for number, row in own:
+        if "thief" not in row:
+            raise ConfigError(
+                f"row {number} of the figures has no thief: make the table with that row (`isthmus emulator table "
+                "--rows thief`, or without --rows)"
+            )
+        if advised is not None and row.get("tuning", advised.model_dump()) != advised.model_dump():
+            raise ConfigError(
+                f"row {number} of the figures was not tuned as this package advises: make the table without --rate and "
+                "--layers"
+            )
         values = {name: row[name] for name in Protection.model_fields if name in row}
         if isinstance(values.get("seeds"), list):
             values["seeds"] = len(values["seeds"])

@@ -293,7 +293,7 @@ def sign_package(
     manifest = package.manifest
     rows = manifest.protection
     if protection is not None:
-        rows = protection_rows(protection, manifest.files[EMULATOR_FILE].sha256)
+        rows = protection_rows(protection, manifest.files[EMULATOR_FILE].sha256, manifest.tuning)
     try:
         renewed = Manifest.model_validate(dict(manifest) | {"protection": rows, "created": int(now())})
     except ValidationError as error:

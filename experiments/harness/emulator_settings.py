@@ -52,7 +52,8 @@ class TableSettings:
     rows: Annotated[
         str,
         Option(
-            help="Which rows are made beside zero-shot, reference and floor, comma-separated; default: all.",
+            help="Which rows are made beside zero-shot, reference and floor, comma-separated; default: all. emulator "
+            "tuned and thief bring edge bridge along.",
             show_default=False,
         ),
     ] = ""

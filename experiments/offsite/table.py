@@ -1,23 +1,10 @@
 """The table of emulators: what a preset of `emulator build`, or a package, gives the data owner, and what a thief.
 
-Public, private and scored texts of a task share no prompt. Nothing is chosen on scored texts: where there are several
-learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate and layers
-count, or `--rate` and `--layers`, since there the data owner can tell nothing. A package without advice is tuned as the
-presets advise. Each result is a cell, kept in `out`; a table that was interrupted goes on with what is missing. The
-rows:
-
-    zero-shot           the full model as it is
-    reference           adapters on all linears of the layers that the package's advice names, over the true middle
-    split q and v; all  split training with another plan, adapters on q and v, or on all linears
-    public alone        the reference's adapters, trained on the public slice alone
-    floor               the same adapters, tuned over one early layer and one bridge, and plugged in
-    plug-in             the same, tuned over the preset's emulator, and plugged in
-    edge bridge         the same, with the edge's own bridge at the emulator's end, fitted to the public slice
-    other bridge        the same, fitted to `--text`, or to the model's own writing
-    owner bridge        the package's owner's closing bridge fitted to the public slice, and none of the edge's
-    emulator tuned      as in `edge bridge`, but scored over the emulator
-    thief               all weights of the package with the edge's bridge, trained on private and public texts, for as
-                        many steps as the owner or twice as many; or the tuned emulator, if the validation says so
+Public, private and scored texts of a task share no prompt. The table chooses nothing on scored texts: where there are
+several learning rates, the first seed's loss on the validation slice chooses; over an emulator the preset's rate and
+layers count, or `--rate` and `--layers`, since there the data owner can tell nothing. A package without advice is tuned
+as the presets advise. Each result is a cell, kept in `out`; a table that was interrupted goes on with what is missing.
+`ROWS` says what the rows are.
 """
 
 from __future__ import annotations
@@ -28,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -49,7 +36,6 @@ from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
-from isthmus.emulator.distill.distillation import DistillConfig
 from isthmus.emulator.package.build import build_package, pick_device, write_own_text
 from isthmus.emulator.package.build_presets import FIDELITY, PRESETS, BuildPreset, top_heavy
 from isthmus.emulator.package.manifest import Manifest, Tuning
@@ -67,10 +53,34 @@ from isthmus.protocol.secure.keys import WorkerIdentity
 
 _LENGTHS = (1, 2)  # of a thief's run, over that of the data owner's
 _ALWAYS = ("zero-shot", "reference", "floor")
-_ROWS = (
-    *("zero-shot", "reference", "split q and v", "split all", "public alone", "floor"),
-    *("plug-in", "edge bridge", "emulator tuned", "other bridge", "owner bridge", "thief"),
-)
+ROWS: Final[dict[str, Literal["once", "each", "few", "none"]]] = {
+    # the full model as it is
+    "zero-shot": "once",
+    # adapters on all linears of the layers that the package's advice names, over the true middle
+    "reference": "each",
+    # split training with another plan, adapters on q and v
+    "split q and v": "few",
+    # the same, on all linears
+    "split all": "few",
+    # the reference's adapters, trained on the public slice alone
+    "public alone": "few",
+    # the same adapters, tuned over one early layer and one bridge, and plugged in
+    "floor": "each",
+    # the same, tuned over the preset's emulator, and plugged in
+    "plug-in": "each",
+    # the same, with the edge's own bridge at the emulator's end, fitted to the public slice
+    "edge bridge": "each",
+    # the run of `edge bridge`, scored over the emulator
+    "emulator tuned": "none",
+    # the same as `edge bridge`, fitted to `--text`, or to the model's own writing
+    "other bridge": "few",
+    # the package's owner's closing bridge fitted to the public slice, and none of the edge's
+    "owner bridge": "few",
+    # all weights of the package with the edge's bridge, trained on private and public texts, for as many steps as the
+    # owner or twice as many; or the tuned emulator, if the validation says so
+    "thief": "few",
+}
+"""The rows in their order, and for which seeds each has a run of its own: one, each of `seeds`, or `few_seeds`."""
 _NEVER = (1 << 62) - 1  # when the certificate of a key ends that nobody keeps
 
 Result = dict[str, Any]
@@ -113,14 +123,12 @@ def build_preset(
     if is_package(folder):
         return
     key = Ed25519PrivateKey.generate()
-    weights = {name: getattr(preset, name) for name in ("mse_weight", "lm_weight", "kl_weight")}
-    options = DistillConfig(steps=preset.distil_steps, batch=preset.batch, **weights)
     build_package(
         folder,
         checkpoint,
         plan,
         Recipe.parse(preset.method, preset.share(len(plan.cloud))),
-        (options, None) if preset.distils else None,
+        (preset.distillation(), None) if preset.distils else None,
         signer=WorkerIdentity(key, WorkerCertificate.issue(key, key.public_key().public_bytes_raw(), _NEVER)),
         licence="",
         length=length,
@@ -152,11 +160,7 @@ def check_preset(text: str, checkpoint: Checkpoint, plan: SplitPlan) -> None:
 def open_preset(folder: Path) -> Preset:
     """A package, with the advice of the presets where it has none of its own."""
     manifest, label = open_package(folder).manifest, folder.resolve().name
-    return Preset(manifest.preset or label, _built(folder, manifest), manifest.tuning or _advice(FIDELITY))
-
-
-def _advice(preset: BuildPreset) -> Tuning:
-    return Tuning.model_validate(dict(preset.tuning))
+    return Preset(manifest.preset or label, _built(folder, manifest), manifest.tuning or FIDELITY.tuning)
 
 
 def _built(folder: Path, manifest: Manifest) -> Built:
@@ -226,7 +230,9 @@ class _Table:
         self._blocks = load_blocks(self._text, self.tokenizer, length)
         self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
         self._few = min(settings.few_seeds, settings.seeds)
-        self._rows = {*_ALWAYS, *names_of(settings.rows, "rows", _ROWS)}
+        self._rows = {*_ALWAYS, *names_of(settings.rows, "rows", tuple(ROWS))}
+        if self._rows & {"emulator tuned", "thief"}:
+            self._rows.add("edge bridge")  # the run that they are of, or are compared with
         self.cells.expect(len(self.tasks) * len(self._presets) * self._cells_of_a_preset())
 
     def make(self) -> dict[str, Any]:
@@ -240,29 +246,33 @@ class _Table:
             for task in self.tasks:
                 ways = self._without_emulator(lab, task, advice)
                 ways |= self._with_emulator(lab, task, advice, preset.built)
-                results = {name: ways[name]() for name in _ROWS if name in self._rows and name in ways}
-                rows += self._scored(preset.name, preset.built, task, results)
+                missing = self._rows - ways.keys()
+                if missing and self.settings.rows:
+                    raise ConfigError(
+                        f"{preset.name} has no closing bridge of its owner's, and so no row {', '.join(missing)}: "
+                        "leave it out of --rows"
+                    )
+                results = {name: ways[name]() for name in ROWS if name in self._rows - missing}
+                rows += self._scored(preset.name, preset.built, advice, task, results)
         return {"runs": rows, "settings": self._described()}
 
     def _preset(self, name: str) -> Preset:
         if name not in PRESETS:
             return open_preset(Path(name))
         preset, plan, length = PRESETS[name], self.lab.plan, self.settings.text_length
-        made_of = f"{self.lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)}"
+        recipe = replace(preset, gives_not="", advised=())
+        made_of = f"{self.lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)} {recipe}"
         folder = self.settings.out / "packages" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
         build_preset(preset, folder, self.lab.checkpoint, plan, self._text, length, self.device)
         # With another plan than the preset's own, the package has neither its name nor its advice.
-        return Preset(name, _built(folder, open_package(folder).manifest), _advice(preset))
+        return Preset(name, _built(folder, open_package(folder).manifest), preset.tuning)
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
     def _cells_of_a_preset(self) -> int:
         """How many cells one task has, at most."""
-        few = {"split q and v", "split all", "public alone", "other bridge", "owner bridge", "thief"} & self._rows
-        many = {"reference", "floor", "plug-in", "edge bridge"} & self._rows
-        if {"emulator tuned", "thief"} & self._rows:
-            many.add("edge bridge")
-        return 1 + len(many) * self.settings.seeds + len(few) * self._few + ("thief" in few) * (len(_LENGTHS) - 1)
+        runs = {"once": 1, "each": self.settings.seeds, "few": self._few, "none": 0}
+        return sum(runs[ROWS[name]] for name in self._rows) + ("thief" in self._rows) * (len(_LENGTHS) - 1)
 
     def _without_emulator(self, lab: Lab, task: Task, tuning: Tuning) -> dict[str, Callable[[], list[Result]]]:
         split = self._split_plan
@@ -394,7 +404,9 @@ class _Table:
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
-    def _scored(self, preset: str, built: Built, task: Task, results: Mapping[str, Sequence[Result]]) -> list[Result]:
+    def _scored(
+        self, preset: str, built: Built, advice: Tuning, task: Task, results: Mapping[str, Sequence[Result]]
+    ) -> list[Result]:
         views = {"emulator tuned": "tuned"}
         by_row = {
             name: [scores_of(each, views.get(name, next(reversed(each["scores"])))) for each in found]
@@ -411,6 +423,7 @@ class _Table:
                 method=built.label,
                 keep=built.keep,
                 emulator=built.sha256,
+                tuning=advice.model_dump(),
                 task=task.name,
                 metric=metric,
                 texts={"train": len(task.train), "public": len(task.public)},

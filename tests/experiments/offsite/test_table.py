@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.models.small_tasks import ADVICE, table_settings, task_folder, task
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
+from isthmus.emulator.package.build_presets import PRESETS
 from isthmus.emulator.package.manifest import Tuning, protection_rows
 from isthmus.emulator.package.package import Package, open_package
 from isthmus.experiments.offsite import table_lab
@@ -96,13 +98,19 @@ def test_adapters_below_are_tuned_in_each_row_where_the_package_advises_them(
     trained.clear()
     table(model, data, tmp_path, package("uniform", 0.5, ADVICE.model_copy(update={"layers": "all"})), rows=FEW)
     assert trained == ["0345"] * 5
-    (run,) = table(model, data, tmp_path, made, rows="plug-in", layers="all")[
-        "runs"
-    ]  # a trial of the owner's, over the other package
+    # A trial of the owner's, over the other package.
+    (run,) = table(model, data, tmp_path, made, rows="plug-in", layers="all")["runs"]
     assert trained == ["0345"] * 5  # its emulator is the same, and so are the cells
     assert list(run["rows"]) == ["zero-shot", "reference", "floor", "plug-in"]
-    assert "thief" not in run
-    assert "of_reference" in run["rows"]["plug-in"] or not run["targets"]
+    assert run["tuning"]["layers"] == "all"
+    with pytest.raises(ConfigError, match="row 1 of the figures has no thief: make the table with that row"):
+        protection_rows([run], run["emulator"], ADVICE)
+    (run,) = table(model, data, tmp_path, made, rows="thief", layers="all")["runs"]
+    assert list(run["rows"]) == ["zero-shot", "reference", "floor", "edge bridge", "thief"]
+    with pytest.raises(ConfigError, match="was not tuned as this package advises"):
+        protection_rows([run], run["emulator"], ADVICE)
+    with pytest.raises(ConfigError, match="package has no closing bridge of its owner's, and so no row owner bridge"):
+        table(model, data, tmp_path, made, rows="owner bridge")
 
 
 def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
@@ -139,7 +147,7 @@ def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
     trained.clear()
     assert table(model, data, tmp_path, made) == result
     assert trained == []
-    (protection,) = protection_rows(result["runs"], run["emulator"])
+    (protection,) = protection_rows(result["runs"], run["emulator"], ADVICE)
     assert protection.thief == run["rows"]["thief"]["value"]
     assert protection.plug_in == run["rows"]["edge bridge"]["value"]
     capsys.readouterr()
@@ -180,6 +188,25 @@ def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
     built = open_package(folder).manifest
     assert (built.preset, built.recipe) == (result["preset"], result["method"]) == ("fidelity", "kl+bridged+closed")
     assert "owner bridge" in result["rows"]
+
+
+def test_a_preset_that_has_changed_is_built_anew(
+    model: Path, data: Path, package: Callable[..., Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untrained(self: table_lab.Lab, task: Task, seed: int, rate: float, build: Any) -> Any:
+        return build(self.config(seed, rate, tmp_path))
+
+    monkeypatch.setattr(table_lab.Lab, "_train", untrained)
+    wanted = {"adapter_layers": "1:2", "preset": ["whole"], "rows": "plug-in"}
+    (first,) = table(model, data, tmp_path, package("uniform", 0.5), **wanted)["runs"]
+    assert (first["method"], first["keep"], first["tuning"]["layers"]) == ("uniform+int4", 1.0, "all")
+    monkeypatch.setitem(PRESETS, "whole", replace(PRESETS["whole"], gives_not="in other words"))
+    (again,) = table(model, data, tmp_path, package("uniform", 0.5), **wanted)["runs"]
+    assert again["emulator"] == first["emulator"]
+    monkeypatch.setitem(PRESETS, "whole", replace(PRESETS["whole"], method="uniform+int8"))
+    (other,) = table(model, data, tmp_path, package("uniform", 0.5), **wanted)["runs"]
+    assert other["method"] == "uniform+int8"
+    assert len(list((tmp_path / "packages").glob("whole-*"))) == 2
 
 
 def test_a_package_without_advice_is_tuned_as_the_presets_advise(
