@@ -299,7 +299,7 @@ class TuneConfig(DefenceConfig, TuningConfig):
     layers: EdgeLayers = Field(
         None,
         description="The edge's layers that are trained: `all`, `above` for those above the emulator, or numbers and "
-        "ranges such as 24-29. By default `above` where the package says how to tune on it, and else `all`.",
+        "ranges such as 24-29. By default as the package advises, and `all` where it advises nothing.",
     )
     keep_outputs_gib: float = Field(
         4.0,
