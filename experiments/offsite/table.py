@@ -310,7 +310,7 @@ class _Table:
 
         where = f"{built.label} {built.keep:g}"
         plug_in = partial(self._plug_in, lab, task, tuning=tuning)
-        bridge = cache(lambda: plug_in(f"{where} edge bridge", span=bridged, of=of()))
+        bridge = cache(lambda: plug_in(f"{where} edge bridge", span=bridged, of=of(), views={"tuned": None}))
 
         def with_bridge(name: str, **which: bool) -> list[Result]:
             span = partial(bridged, **which)
@@ -344,8 +344,9 @@ class _Table:
         span: Callable[[], Emulator],
         of: Mapping[str, Any],
         seeds: int | None = None,
+        views: Mapping[str, Any] | None = None,
     ) -> list[Result]:
-        """Adapters on what `span` gives, tuned as advised, scored there and over the true middle."""
+        """Adapters on what `span` gives, tuned as advised, scored as `views` says and over the true middle."""
         return self._cells_of(
             lab,
             task,
@@ -353,7 +354,7 @@ class _Table:
             lambda config: lab.advised(tuning, span())(config),  # noqa: PLW0108  # made when it is needed
             rates=(tuning.learning_rate,),
             seeds=seeds or self.settings.seeds,
-            views={"tuned": None, "plug-in": lab.middle},
+            views={**(views or {}), "plug-in": lab.middle},
             of={**of, **_of_advice(tuning)},
         )
 
