@@ -43,6 +43,8 @@ _MADE_TEST = 400  # to score on, of what is in one file
 _MADE_LENGTH = range(20, 240)  # characters of a speech or a docstring
 _FORMS = ("e2e", "tickets")
 """Tasks whose prompts are filled-in forms."""
+_ATTRIBUTE = re.compile(r"\w[\w ]*\[[^\]]*\]")
+"""One of those that a text of e2e is written from."""
 
 T = TypeVar("T")
 
@@ -63,12 +65,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A task's questions: to train on, to choose a learning rate by, to score on, and what anyone may read."""
+    """A task's questions: to train on, to choose a learning rate by, to score on, and what anyone may read.
+
+    `sent` is what of the public ones is sent, as plain text, to fit a bridge to.
+    """
 
     train: tuple[Question, ...]
     validation: tuple[Question, ...]
     test: tuple[Question, ...]
     public: tuple[Question, ...] = ()
+    sent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class Task:
         held_out: Documents that a loss is measured on; empty for multiple choice.
         questions: Questions of multiple choice; empty for the others.
         public: The public slice, to be trained on.
-        public_texts: What a bridge is fitted to of the same, as plain text: of forms the completions alone.
+        public_texts: What a bridge is fitted to of the same, as plain text; see `read_apart`.
     """
 
     name: str
@@ -150,7 +156,7 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
         metrics=("accuracy", "completion_loss") if is_choice else ("completion_loss",),
         pad_id=pad_id(tokenizer),
         public=tokens(split.public),
-        public_texts=tuple(_shown(name, question) for question in split.public),
+        public_texts=split.sent,
     )
 
 
@@ -178,10 +184,11 @@ def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
 def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
     """The same with a public slice, and with no prompt in two parts: the data owner's case.
 
-    Prompts that differ in case, white space or punctuation alone count as one. What `emulator fit` sends of the public
-    slice shares no run of tokens with the other parts, as it asks. Where prompts are forms that all share such runs,
-    these are the completions alone; whoever trains on the slice has its prompts, too. The validation has one text for
-    each of its prompts.
+    Prompts that differ in case, white space or punctuation alone count as one. The public slice shares no run of tokens
+    with the other parts, as `emulator fit` asks. Where prompts are forms that all share such runs, this is true of the
+    completions alone, and prompts do not count as tokens of the slice. Of such texts the completions are sent; of e2e
+    the whole texts with their attributes in reverse order, where that leaves no such run. The validation has one text
+    for each of its prompts.
 
     Raises:
         ConfigError: There is no such task.
@@ -216,7 +223,14 @@ def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
             f"{sizes.train} private texts, {tokens} tokens are public, and {wanted} were asked for: lower --public or "
             "--private"
         )
-    return Split(tuple(private), tuple(validation), scored, tuple(public))
+    sent: list[str] = []
+    tokens = 0
+    for question in public:
+        if tokens < wanted:
+            whole = _sent(name, question)
+            sent.append(whole if known.isdisjoint(runs_of(whole, tokenizer)) else _shown(name, question))
+            tokens += len(tokenizer(sent[-1], add_special_tokens=False)["input_ids"])
+    return Split(tuple(private), tuple(validation), scored, tuple(public), tuple(sent))
 
 
 def _files(name: str, folder: Path) -> tuple[list[Question], list[Question]]:
@@ -247,8 +261,17 @@ def _text(question: Question) -> str:
 
 
 def _shown(name: str, question: Question) -> str:
-    """What may be sent of a public question of a task."""
+    """What a public question of a task must not have in common with the other parts."""
     return question.choices[question.answer] if name in _FORMS else _text(question)
+
+
+def _sent(name: str, question: Question) -> str:
+    """What is sent of a public question of a task, if it has nothing in common with the other parts."""
+    if name != "e2e":
+        return _shown(name, question)
+    attributes = _ATTRIBUTE.findall(question.prompt)
+    backwards = question.prompt.replace(", ".join(attributes), ", ".join(reversed(attributes)))
+    return backwards + question.choices[question.answer]
 
 
 def _sample(things: Sequence[T], n: int, what: str) -> list[T]:

@@ -10,6 +10,7 @@ from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_tokenizer
 
 from isthmus.common.errors import ConfigError, DataError
+from isthmus.edge.budget.text_overlap import runs_of
 from isthmus.experiments.scoring.tasks import (
     Sizes,
     default_data_folder,
@@ -188,6 +189,24 @@ def test_what_repeats_a_run_of_a_private_text_is_not_public(tmp_path: Path) -> N
     assert split.public
     assert not any("word12" in question.choices[0] for question in split.public)
     assert any("word12" in question.choices[0] for question in split.train)
+
+
+def test_what_is_sent_of_forms_has_no_list_of_attributes_of_a_private_text(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path)
+    long = " ".join(f"of{i}" for i in range(13))
+    prompts = [f"name[{i}], food[{'x' if i % 3 else long}], near[a b c d e f g h i j]" for i in range(100)]
+    rows = [f'"{prompt}","text {i}"' for i, prompt in enumerate(prompts)]
+    (folder / "e2e" / "train.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
+    split = read_apart("e2e", folder, Sizes(validation=4, public=40, train=30), words)
+    private = {run for question in split.train for run in runs_of(question.prompt + question.choices[0], words)}
+    assert not any(run in private for text in split.sent for run in runs_of(text, words))
+    for question, text in zip(split.public, split.sent, strict=False):
+        number = int(question.choices[0].split()[-1])
+        backwards = f"Meaning: near[a b c d e f g h i j], food[x], name[{number}]\nText: text {number}"
+        assert text == (backwards if number % 3 else f" text {number}")  # the completion where a value is such a run
+    # The control: as they stand, public prompts have such runs.
+    public = [run for question in split.public for run in runs_of(question.prompt + question.choices[0], words)]
+    assert any(run in private for run in public)
 
 
 def test_a_short_text_that_is_a_private_one_is_not_public(tmp_path: Path) -> None:
