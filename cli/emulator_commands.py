@@ -398,6 +398,7 @@ def _show(package: Package, as_json: bool) -> None:
         said = manifest.model_dump(mode="json") | {
             "package": str(package.folder),
             "id": package.id,
+            "refuses_below": manifest.refuses_below,
             "signer": str(package.signer),
             "share_of_parameters": manifest.share_of_parameters,
             "share_of_bytes": manifest.share_of_bytes,

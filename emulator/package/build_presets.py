@@ -57,8 +57,10 @@ class BuildPreset:
         return DistillConfig(**own | {name: value for name, value in changed.items() if value is not None})
 
     def share(self, n_middle: int) -> float:
-        """Share of a middle of so many layers that is kept."""
-        return min(1.0, self.keep / n_middle) if isinstance(self.keep, int) else self.keep
+        """Share of a middle of so many layers that is kept: of one layer at least."""
+        if isinstance(self.keep, int):
+            return min(1.0, self.keep / n_middle)
+        return self.keep if round(self.keep * n_middle) else 1 / n_middle
 
     def makes(self, plan: SplitPlan, recipe: Recipe, distillation: DistillConfig | None) -> bool:
         """Whether these make the emulator that the preset's name and advice stand for, and no other."""

@@ -131,6 +131,7 @@ def test_a_preset_says_how_good_it_is_and_how_to_tune(
     quality = said["quality"]
     assert quality["kl"] > 0
     assert -1 <= quality["cosine_below"] <= quality["cosine_above"] <= 1
+    assert said["refuses_below"] != whole  # whatever the cosine
     tuning = {"learning_rate": 0.003, "steps": 100, "rank": 8, "warmup_steps": 0}
     assert said["tuning"] == {**tuning, "layers": "all" if whole else "above"}
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["p"]
@@ -139,7 +140,7 @@ def test_a_preset_says_how_good_it_is_and_how_to_tune(
     layers_said = "all layers" if whole else "layers above"
     assert f"tune with        learning rate 0.003, 100 steps, rank 8, 0 warm-up steps, {layers_said}" in shown
     assert f"KL {quality['kl']:.4g} nats a token" in shown
-    below = "allowed" if whole else "not allowed"  # whatever the cosine
+    below = "allowed" if whole else "not allowed"
     assert f"adapters below   {below}\n" in shown
 
 

@@ -229,6 +229,8 @@ def test_a_package_is_tuned_above_alone_and_later_epochs_leave_out_what_is_kept(
     assert whole.tuning.step.seconds == pytest.approx(6 * TRAINED_S + HEAD_S + adapted)  # all is gone through anew
     assert whole.tuning.first_epoch is None
     assert whole.package_bytes == 4 * (3 * 1100 + 1000) + 3 * 1100 // 2
+    four = predict_packages(replace(FACTS, n_layers=4), settings("1:1"), LOCAL, speed())
+    assert [each.kept for each in four] == [1, 1, 1]  # of a middle of one layer
     with pytest.raises(PlanError):
         predict_packages(replace(FACTS, n_layers=3), settings(), LOCAL, speed())
 

@@ -109,8 +109,6 @@ def test_adapters_below_are_tuned_in_each_row_where_the_package_advises_them(
     assert list(run["rows"]) == ["zero-shot", "reference", "floor", "edge bridge", "thief"]
     with pytest.raises(ConfigError, match="was not tuned as this package advises"):
         protection_rows([run], run["emulator"], ADVICE)
-    with pytest.raises(ConfigError, match="package has no closing bridge of its owner's, and so no row owner bridge"):
-        table(model, data, tmp_path, made, rows="owner bridge")
 
 
 def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(

@@ -198,7 +198,8 @@ def test_what_is_sent_of_forms_has_no_list_of_attributes_of_a_private_text(tmp_p
     rows = [f'"{prompt}","text {i}"' for i, prompt in enumerate(prompts)]
     (folder / "e2e" / "train.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
     split = read_apart("e2e", folder, Sizes(validation=4, public=40, train=30), words)
-    private = {run for question in split.train for run in runs_of(question.prompt + question.choices[0], words)}
+    others = (*split.train, *split.validation, *split.test)
+    private = {run for question in others for run in runs_of(question.prompt + question.choices[0], words)}
     assert not any(run in private for text in split.sent for run in runs_of(text, words))
     for question, text in zip(split.public, split.sent, strict=False):
         number = int(question.choices[0].split()[-1])

@@ -153,7 +153,7 @@ def test_rounding_excuses_the_honest_and_no_skipped_layer_or_scaled_answer(
     threshold = cloud.threshold(settings.seq)["threshold"]
     honest = cloud.honest(threshold, batching=True)
     # An honest answer above the threshold is rare: that such ones are explained, the control above shows, by one of 0.
-    assert honest["elsewhere_alarms"] == 0
+    assert honest["elsewhere_alarms"] == 0 < honest["elsewhere_calls"]
     assert honest["elsewhere_largest_ratio"] <= MAX_ROUNDING_RATIO
     for kind in ("layer_skipped", "tenant_altered"):
         row = cloud.lie(kind, threshold)
