@@ -43,7 +43,7 @@ class BuildPreset:
 
     @property
     def tuning(self) -> Tuning:
-        """The advice, where there is any."""
+        """The advice; only of a preset that gives any."""
         from isthmus.emulator.package.manifest import Tuning  # slow to import, and most commands need no advice
 
         return Tuning.model_validate(dict(self.advised))
@@ -52,8 +52,13 @@ class BuildPreset:
         """How it is distilled; what is None in `changed` stays as the preset has it."""
         from isthmus.emulator.distill.distillation import DistillConfig  # imports torch
 
-        names = {"steps": "distil_steps", **{name: name for name in ("batch", "mse_weight", "lm_weight", "kl_weight")}}
-        own = {name: getattr(self, attribute) for name, attribute in names.items()}
+        own = {
+            "steps": self.distil_steps,
+            "batch": self.batch,
+            "mse_weight": self.mse_weight,
+            "lm_weight": self.lm_weight,
+            "kl_weight": self.kl_weight,
+        }
         return DistillConfig(**own | {name: value for name, value in changed.items() if value is not None})
 
     def share(self, n_middle: int) -> float:

@@ -80,7 +80,7 @@ ROWS: Final[dict[str, Literal["once", "each", "few", "none"]]] = {
     # owner or twice as many; or the tuned emulator, if the validation says so
     "thief": "few",
 }
-"""The rows in their order, and for which seeds each has a run of its own: one, each of `seeds`, or `few_seeds`."""
+"""The rows in their order, and how many runs each has: one, one for each of `seeds` or of `few_seeds`, or none."""
 _NEVER = (1 << 62) - 1  # when the certificate of a key ends that nobody keeps
 
 Result = dict[str, Any]
@@ -246,8 +246,8 @@ class _Table:
             for task in self.tasks:
                 ways = self._without_emulator(lab, task, advice)
                 ways |= self._with_emulator(lab, task, advice, preset.built)
-                for row in self._rows - ways.keys():
-                    self._console.print(f"{preset.name} has no closing bridge of its owner's: no row {row}")
+                if "owner bridge" in self._rows - ways.keys():
+                    self._console.print(f"{preset.name} has no closing bridge: no row owner bridge")
                 results = {name: ways[name]() for name in ROWS if name in self._rows & ways.keys()}
                 rows += self._scored(preset.name, preset.built, advice, task, results)
         return {"runs": rows, "settings": self._described()}
@@ -256,8 +256,8 @@ class _Table:
         if name not in PRESETS:
             return open_preset(Path(name))
         preset, plan, length = PRESETS[name], self.lab.plan, self.settings.text_length
-        recipe = replace(preset, gives_not="", advised=())
-        made_of = f"{self.lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)} {recipe}"
+        building = replace(preset, gives_not="", advised=())  # those two change no weight
+        made_of = f"{self.lab.checkpoint.digest()} {plan} {fingerprint(self._blocks)} {building}"
         folder = self.settings.out / "packages" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
         build_preset(preset, folder, self.lab.checkpoint, plan, self._text, length, self.device)
         # With another plan than the preset's own, the package has neither its name nor its advice.

@@ -5,7 +5,7 @@ out.
     openbookqa, arc_easy    choose among answers by their likelihood; also the loss of the right one
     sst2                    the same with the two words for a review's sentiment
 
-and, to choose settings on, so that nothing is chosen on the tasks that are reported:
+and, to choose settings on rather than on the tasks that are reported:
 
     tickets                 write the triage line of a made-up support ticket; needs no file
     plays                   write the speech that answers another one in Shakespeare's plays
@@ -44,7 +44,7 @@ _MADE_LENGTH = range(20, 240)  # characters of a speech or a docstring
 _FORMS = ("e2e", "tickets")
 """Tasks whose prompts are filled-in forms."""
 _ATTRIBUTE = re.compile(r"\w[\w ]*\[[^\]]*\]")
-"""One of those that a text of e2e is written from."""
+"""An attribute of a meaning representation of e2e, `name[value]`."""
 
 T = TypeVar("T")
 
@@ -67,14 +67,14 @@ class Question:
 class Split:
     """A task's questions: to train on, to choose a learning rate by, to score on, and what anyone may read.
 
-    `sent` is what of the public ones is sent, as plain text, to fit a bridge to.
+    `public_texts` is what of the public ones is sent, as plain text, to fit a bridge to.
     """
 
     train: tuple[Question, ...]
     validation: tuple[Question, ...]
     test: tuple[Question, ...]
     public: tuple[Question, ...] = ()
-    sent: tuple[str, ...] = ()
+    public_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
         metrics=("accuracy", "completion_loss") if is_choice else ("completion_loss",),
         pad_id=pad_id(tokenizer),
         public=tokens(split.public),
-        public_texts=split.sent,
+        public_texts=split.public_texts,
     )
 
 
@@ -208,12 +208,12 @@ def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
     while drawn and len(private) < sizes.train:
         private += drawn.pop()
     private = private[: sizes.train]
-    own = [text for each in (*private, *validation, *scored) for text in (_text(each), _shown(name, each))]
+    own = [text for each in (*private, *validation, *scored) for text in (_text(each), _checked(name, each))]
     known = {run for text in own for run in runs_of(text, tokenizer)}
     public: list[Question] = []
     tokens, wanted = 0, sizes.public or 0
     for question in (question for group in reversed(drawn) for question in group):
-        shown = _shown(name, question)
+        shown = _checked(name, question)
         if tokens < wanted and known.isdisjoint(runs_of(shown, tokenizer)):
             public.append(question)
             tokens += len(tokenizer(shown, add_special_tokens=False)["input_ids"])
@@ -227,8 +227,8 @@ def read_apart(name: str, folder: Path, sizes: Sizes, tokenizer: Any) -> Split:
     tokens = 0
     for question in public:
         if tokens < wanted:
-            whole = _sent(name, question)
-            sent.append(whole if known.isdisjoint(runs_of(whole, tokenizer)) else _shown(name, question))
+            whole = _bridge_text(name, question)
+            sent.append(whole if known.isdisjoint(runs_of(whole, tokenizer)) else _checked(name, question))
             tokens += len(tokenizer(sent[-1], add_special_tokens=False)["input_ids"])
     return Split(tuple(private), tuple(validation), scored, tuple(public), tuple(sent))
 
@@ -260,15 +260,15 @@ def _text(question: Question) -> str:
     return question.prompt + question.choices[question.answer]
 
 
-def _shown(name: str, question: Question) -> str:
-    """What a public question of a task must not have in common with the other parts."""
+def _checked(name: str, question: Question) -> str:
+    """The part of a public question that must share no run of tokens with the other parts."""
     return question.choices[question.answer] if name in _FORMS else _text(question)
 
 
-def _sent(name: str, question: Question) -> str:
-    """What is sent of a public question of a task, if it has nothing in common with the other parts."""
+def _bridge_text(name: str, question: Question) -> str:
+    """What a bridge is fitted to of a public question, if it shares no run of tokens with the other parts."""
     if name != "e2e":
-        return _shown(name, question)
+        return _checked(name, question)
     attributes = _ATTRIBUTE.findall(question.prompt)
     backwards = question.prompt.replace(", ".join(attributes), ", ".join(reversed(attributes)))
     return backwards + question.choices[question.answer]

@@ -200,8 +200,8 @@ def test_what_is_sent_of_forms_has_no_list_of_attributes_of_a_private_text(tmp_p
     split = read_apart("e2e", folder, Sizes(validation=4, public=40, train=30), words)
     others = (*split.train, *split.validation, *split.test)
     private = {run for question in others for run in runs_of(question.prompt + question.choices[0], words)}
-    assert not any(run in private for text in split.sent for run in runs_of(text, words))
-    for question, text in zip(split.public, split.sent, strict=False):
+    assert not any(run in private for text in split.public_texts for run in runs_of(text, words))
+    for question, text in zip(split.public, split.public_texts, strict=False):
         number = int(question.choices[0].split()[-1])
         backwards = f"Meaning: near[a b c d e f g h i j], food[x], name[{number}]\nText: text {number}"
         assert text == (backwards if number % 3 else f" text {number}")  # the completion where a value is such a run

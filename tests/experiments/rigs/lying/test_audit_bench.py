@@ -151,10 +151,10 @@ def test_rounding_excuses_the_honest_and_no_skipped_layer_or_scaled_answer(
 ) -> None:
     cloud = AuditedCloud(settings, tmp_path, "none")
     threshold = cloud.threshold(settings.seq)["threshold"]
-    honest = cloud.honest(threshold, batching=True)
-    # An honest answer above the threshold is rare: that such ones are explained, the control above shows, by one of 0.
-    assert honest["elsewhere_alarms"] == 0 < honest["elsewhere_calls"]
-    assert honest["elsewhere_largest_ratio"] <= MAX_ROUNDING_RATIO
+    # Whether an honest answer is above the measured threshold is chance; above a quarter of it, most are.
+    honest = cloud.honest(threshold / 4, batching=True)
+    assert honest["elsewhere_alarms"] == 0 < honest["elsewhere_explained"]
+    assert 0 < honest["elsewhere_largest_ratio"] <= MAX_ROUNDING_RATIO
     for kind in ("layer_skipped", "tenant_altered"):
         row = cloud.lie(kind, threshold)
         assert row["elsewhere_found"] == row["altered"] > 0
