@@ -223,7 +223,7 @@ class Manifest(_Part):
 
     @property
     def refuses_below(self) -> bool:
-        """Whether adapters below the emulator are refused: the advice does not have them, nor does the owner allow them."""
+        """Whether adapters below the emulator are refused: neither the advice nor the owner allows them."""
         return self.tuning is not None and self.tuning.layers == "above" and not self.adapters_below
 
     def to_payload(self) -> bytes:
