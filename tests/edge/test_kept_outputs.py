@@ -112,7 +112,7 @@ def test_a_run_goes_by_the_owners_advice_and_flags_win(
 
     flags = {"learning_rate": 1e-3, "warmup_steps": 0, "rank": 2, "layers": "4-5", "target_modules": "q_proj"}
     run_tuning(config(packages(), data, tmp_path / "said", epochs=1, **flags))
-    assert "Taken over" not in capsys.readouterr().err
+    assert "Settings advised" not in capsys.readouterr().err
     settings = load(tmp_path / "said" / "checkpoint-3").settings
     assert [settings[name] for name in names] == [1e-3, 0, 2, [4, 5], ["q_proj"]]
 
