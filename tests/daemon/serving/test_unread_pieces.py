@@ -69,14 +69,20 @@ async def _read(pieces: AsyncGenerator[Piece, None]) -> int:
 
 
 class _Worker:
-    """Answers of `MANY` pieces, as fast as they are taken."""
+    """Answers of `MANY` pieces, as fast as they are taken, once `together` of them have begun."""
 
     pid = None
     running = most = 0
 
+    def __init__(self, together: int) -> None:
+        self._together, self._begun = together, asyncio.Event()
+
     async def stream(self, _method: str, **_values: Any) -> AsyncGenerator[tuple[Mapping[str, Any], bytes], None]:
         self.running += 1
         self.most = max(self.most, self.running)
+        if self.running == self._together:
+            self._begun.set()
+        await asyncio.wait_for(self._begun.wait(), 60)
         for _ in range(MANY):
             await asyncio.sleep(0)
             yield PIECE.to_tree(), b""
@@ -91,7 +97,7 @@ def _answers(folder: Path, **changes: Any) -> Answers:
     with database.session() as session:
         session.add(BaseModel(name="m", cloud="main", facts={"longest": 512}, seen_at=0.0))
     made = Answers(settings, home, database)
-    made._worker = _Worker()  # type: ignore[assignment]
+    made._worker = _Worker(changes.get("answers_at_once", 1))  # type: ignore[assignment]
     return made
 
 
