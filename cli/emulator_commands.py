@@ -179,9 +179,9 @@ def build(
         float | None,
         typer.Option(
             min=0,
-            help="Weight of the language model's loss; 0 is much faster, unless --kl-weight is more. On text like the "
-            "task's it teaches the emulator the task, and a thief with it.",
-            show_default="1; 0 with --draft or --preset",
+            help="Weight of the language model's loss. On text like the task's it teaches the emulator the task, and "
+            "a thief with it.",
+            show_default="0",
         ),
     ] = None,
     loss_margin: Annotated[
@@ -195,8 +195,9 @@ def build(
         float | None,
         typer.Option(
             min=0,
-            help="Weight of the KL divergence from the whole model's next-token probabilities; it makes good drafts.",
-            show_default="0; 1 with --draft or --preset",
+            help="Weight of the KL divergence from the whole model's next-token probabilities. A distillation with "
+            "this weight and --lm-weight at 0 is much faster.",
+            show_default="1",
         ),
     ] = None,
     precision: Annotated[
@@ -239,27 +240,34 @@ def build(
     chosen = FOR_DRAFTING if draft else PRESETS[preset] if preset is not None else FOR_TUNING
     check_free(out)
     distillation = None
+    of_distillation = {
+        "steps": distill_steps,
+        "batch": batch,
+        "mse_weight": mse_weight,
+        "lm_weight": lm_weight,
+        "kl_weight": kl_weight,
+        "loss_margin": loss_margin,
+    }
     if distill is not None or chosen.distils:
         options = chosen.distillation(
-            steps=distill_steps,
-            batch=batch,
+            **of_distillation,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
-            mse_weight=mse_weight,
-            lm_weight=lm_weight,
-            kl_weight=kl_weight,
-            loss_margin=loss_margin,
             seed=seed,
             save_every=save_every,
             precision=precision,
         )
         distillation = options, distill
-        if preset is not None and options.lm_weight:
+        if options.lm_weight:
             typer.echo(
                 f"--lm-weight {options.lm_weight:g}: on text like the task's it teaches the emulator the task, and a "
                 "thief with it",
                 err=True,
             )
+    elif given := [f"{name} = {value:g}" for name, value in of_distillation.items() if value is not None]:
+        raise ConfigError(
+            f"{given[0]} is of a distillation, and this build has none: give --distill a text, or leave it out"
+        )
     check_name(model)
     signer = load_worker(home.expanduser())  # a key that is missing is told before a model is fetched
     checkpoint = resolve(model)

@@ -83,7 +83,7 @@ class BuildPreset:
         return self.name is not None and made == own
 
 
-FOR_TUNING = BuildPreset("uniform", 0.5, mse_weight=30.0, lm_weight=1.0, kl_weight=0.0)
+FOR_TUNING = BuildPreset("uniform", 0.5, mse_weight=30.0, lm_weight=0.0, kl_weight=1.0)
 FOR_DRAFTING = BuildPreset("uniform+bridged", 3, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)
 
 FIDELITY = BuildPreset(

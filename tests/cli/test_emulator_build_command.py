@@ -60,7 +60,7 @@ def test_layers_are_chosen_by_public_text(owner: Owner, tmp_path: Path, method: 
 
 
 def test_a_distilled_package_says_so_and_leaves_no_state(owner: Owner, tmp_path: Path) -> None:
-    said = owner.build(tmp_path / "p", *owner.distil_arguments(), "--lm-weight", 0)
+    said = owner.build(tmp_path / "p", *owner.distil_arguments(), "--kl-weight", 0)
     assert (said["distilled"]["steps"], said["distilled"]["tokens"]) == (3, 3 * 2 * 32)
     assert said["distilled"]["error_after"] < said["distilled"]["error_before"]
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["p"]
@@ -82,8 +82,8 @@ def test_a_draft_has_three_layers_and_says_how_near_it_came(owner: Owner, tmp_pa
 @pytest.mark.parametrize(
     ("options", "weights", "layers"),
     [
-        ([], (30.0, 1.0, 0.0), 2),
-        (["--kl-weight", 0.5], (30.0, 1.0, 0.5), 2),
+        ([], (30.0, 0.0, 1.0), 2),
+        (["--kl-weight", 0.5, "--lm-weight", 1], (30.0, 1.0, 0.5), 2),
         (["--draft"], (0.0, 0.0, 1.0), 3),
         (["--preset", "guarded"], (30.0, 0.0, 1.0), 1),
         (["--preset", "fidelity", "--lm-weight", 2, "--keep", 0.5], (30.0, 2.0, 1.0), 2),
@@ -122,9 +122,9 @@ def test_a_preset_says_how_good_it_is_and_how_to_tune(
 
     monkeypatch.setattr(build, "OWN_TOKENS", 512)
     out = tmp_path / "p"
-    where = ["--home", owner.home, "--device", "cpu", "--length", 16, "--distill-steps", 2]
-    said = json.loads(owner.run("build", "--model", owner.model, "--out", out, "--preset", preset, *where, "--json"))
     whole = preset == "whole"
+    where = ["--home", owner.home, "--device", "cpu", "--length", 16, *([] if whole else ["--distill-steps", 2])]
+    said = json.loads(owner.run("build", "--model", owner.model, "--out", out, "--preset", preset, *where, "--json"))
     recipe = "uniform+int4" if whole else "kl+bridged+closed"
     assert (said["preset"], said["plan"], said["recipe"]) == (preset, "1:2", recipe)
     assert (len(said["layers"]), said["distilled"] is None) == (layers, whole)
@@ -189,7 +189,6 @@ def test_a_presets_text_is_kept_until_the_package_is_there(
         (["guarded", "--lm-weight", 2], "--lm-weight 2: on text like the task's it teaches the emulator the task"),
         (["fidelity", "--distill", "public.txt"], ""),
         (["whole"], ""),
-        (["whole", "--lm-weight", 2], ""),
         (["whole", "--distill", "public.txt"], "options change what whole makes"),
         (["whole", "--method", "uniform+int8"], "options change what whole makes"),
     ],
@@ -309,6 +308,8 @@ def test_an_older_package_is_replaced(owner: Owner, package: Path, tmp_path: Pat
         (["--device", "abacus"], ConfigError, "abacus"),
         (["--distill", "nowhere.txt"], DataError, "nowhere.txt"),
         (["--draft"], ConfigError, "isthmus emulator sample"),
+        (["--kl-weight", 2], ConfigError, "kl_weight = 2 is of a distillation"),
+        (["--preset", "whole", "--lm-weight", 2], ConfigError, "lm_weight = 2 is of a distillation"),
         (["--distill", "nowhere.txt", "--precision", "fp8"], ConfigError, "fp8"),
     ],
     ids=str,
