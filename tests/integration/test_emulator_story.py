@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from isthmus.emulator.package.plug_in import plug_in
 from isthmus.experiments.harness.launch import LocalCloud, working_folder
 from isthmus.experiments.harness.tickets import Ticket, write_tickets
 from isthmus.experiments.rigs.network.relay import Relay
-from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.enrolment import ConnectionString, Quota
 from isthmus.protocol.messages import MAX_FILE_CHUNK
 from isthmus.protocol.secure.keys import load_worker
 
@@ -49,6 +49,11 @@ def size_of(folder: Path) -> int:
 def write_short_tickets(path: Path) -> None:
     """Examples for a tiny model, whose tokens are bytes."""
     write_tickets(path, [Ticket(f"Ticket {n}: card {n % 5} lost.", f" triage {n % 3}") for n in range(12)])
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """Public texts, one a line."""
+    path.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
 
 
 # The way it should go -------------------------------------------------------------------------------------------------
@@ -92,6 +97,14 @@ def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpo
         assert (fetched["id"], fetched["plan"]) == (built["id"], "2:2")
         package = edge.folder / "package"
         assert 0 < fetched["bytes_down"] < size_of(package) - held + MAX_FILE_CHUNK // 8
+
+        # The edge's own bridge, from public texts that share nothing with the private ones.
+        public = [f"Order {n}: {n % 7} items were sent to town {n % 5}, and none came back." for n in range(120)]
+        write_texts(edge.folder / "public.jsonl", public)
+        sends = ("--text", "public.jsonl", "--data", "tickets.jsonl", "--block", 64)
+        fitted = edge.json("emulator", "fit", *here, "--package", "package", *sends)
+        assert fitted["kl_after"] < fitted["kl_before"]
+        assert Path(fitted["bridge"]).exists()
 
         # Tuning, with the cloud in reach from here and out of reach from there.
         port = int(ConnectionString.parse(cloud.connection).address.rpartition(":")[2])
@@ -318,6 +331,31 @@ def test_a_distillation_that_is_killed_and_stopped_ends_in_the_same_bytes(owner:
     assert not state.exists()
     emulators = [tmp_path / name / "emulator.safetensors" for name in ("undisturbed", "disturbed")]
     assert emulators[0].read_bytes() == emulators[1].read_bytes()
+
+
+@pytest.mark.server
+def test_a_fit_ends_at_its_allowance_and_goes_on_when_there_is_more(
+    owner: Owner, package: Package, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = owner.home.new_edge("limited", quota=Quota(max_tokens=3000))
+    letters = torch.randint(97, 123, (100, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    write_texts(tmp_path / "public.jsonl", (bytes(each).decode() for each in letters))
+    copy = shutil.copytree(package.folder, tmp_path / "package")
+    sends = ("--text", tmp_path / "public.jsonl", "--data", "none", "--block", 64, "--tokens", 4096, "--json")
+    fit = ("emulator", "fit", "--package", copy, *sends, "--key", key, "--cloud")
+    cloud = served(owner.model, tmp_path / "parts", home=owner.home.folder, emulator=package.folder)
+    with ThreadServer(cloud, owner.home) as server:
+        done = in_process(capsys, *fit, server.address)
+        refused(done, 42, "limited may have 3000 tokens", "952 are left")
+    tenants = owner.home.folder / "authorized_edges"
+    tenants.write_text(tenants.read_text().replace("max-tokens=3000", "max-tokens=4096"))
+    with ThreadServer(cloud, owner.home) as server:
+        done = in_process(capsys, *fit, server.address)
+        assert done.returncode == 0, done.stderr
+        fitted = json.loads(done.stdout)
+        assert (fitted["tokens"], fitted["asked"]) == (4096, 2048)
+        refused(in_process(capsys, *fit, server.address, "--tokens", 6000), 42, "0 are left")
+    assert open_package(copy).load_bridge() is not None
 
 
 class SlowRelay(Relay):
