@@ -115,6 +115,8 @@ def _targets(preset: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bo
     if {"above_floor", "of_reference"} <= plain.keys():
         reached = plain["of_reference"] >= 0.9 and plain["above_floor"] >= 0.7
         fidelity["90 % of reference's gain and 70 % above the floor without public text"] = reached
+    if "of_reference" in bridged:
+        fidelity["97 % with the edge's bridge (the aim)"] = bridged["of_reference"] >= 0.97
     if "above_floor" in bridged:
         guarded["40 % above the floor with the edge's bridge"] = bridged["above_floor"] >= 0.4
     if "of_reference" in bridged and "of_reference" in thief:

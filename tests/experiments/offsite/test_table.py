@@ -287,8 +287,8 @@ def test_shares_are_of_the_reference_of_split_and_above_the_floor() -> None:
     low, high = found["of_reference_interval"]
     assert 0 < high - low < 0.1
     assert list(made["targets"].values()) == [True, True]
-    assert list(row("fidelity")["targets"].values()) == [False]
-    assert list(row("package")["targets"].values()) == [False, True, True]
+    assert list(row("fidelity")["targets"].values()) == [False, True]
+    assert list(row("package")["targets"].values()) == [False, True, True, True]
     assert "yes 40 % above the floor" in table_lines([made])
 
 
