@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from isthmus.common.readable import period, size
+from isthmus.edge.config.client_config import FIT_TOKENS
 from isthmus.emulator.package.build_presets import PRESETS
 from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PackageCost, PlanSettings, StepCost
 from isthmus.planner.link_spec import LOCAL, LinkSpec
@@ -153,6 +154,8 @@ def private_json(
                 "fits_memory": None if not memory_bytes else each.tuning.edge_memory <= memory_bytes,
                 "package_bytes": each.package_bytes,
                 "fetch_s": link.seconds(each.package_bytes, 1),
+                "fit_bytes_each_way": each.fit_bytes,
+                "fit_link_s": link.seconds(2 * each.fit_bytes, 1),
                 "does_not_give": PRESETS[each.preset].gives_not,
             }
             for each in packages
@@ -177,7 +180,14 @@ def private_lines(private: Mapping[str, Any], link: LinkSpec) -> list[str]:
             f"{size(each['package_bytes'])} to fetch{wait}. "
             f"{each['does_not_give'][0].upper()}{each['does_not_give'][1:]}."
         )
-    if not private["presets"]:
+    if private["presets"]:
+        fit = private["presets"][0]
+        wait = "" if link.text == LOCAL else f", {period(fit['fit_link_s'])} over this link"
+        lines.append(
+            f"- A bridge of your own (`isthmus emulator fit`) is fitted to public texts, which the cloud reads: "
+            f"{FIT_TOKENS:,} tokens are {size(fit['fit_bytes_each_way'])} each way{wait}."
+        )
+    else:
         lines.append("- The model has too few layers for a preset's package.")
     lines += [f"- {each}" for each in (*private["does_not_give"], private["assumptions"])]
     split = private["split"]

@@ -185,6 +185,9 @@ class GenerateConfig(ClientConfig, PluggedConfig, GenerationConfig):
     )
 
 
+FIT_TOKENS = 20_000  # some 35 for each input of a map of width 576
+
+
 class FitConfig(ClientConfig, ExamplesConfig):
     """What `emulator fit` needs."""
 
@@ -193,7 +196,7 @@ class FitConfig(ClientConfig, ExamplesConfig):
     package: Path = Field(description="Folder of the package, which the cloud's owner has signed.")
     text: Path = Field(description="Public text (.txt, or .jsonl with `text`). The cloud can read what is sent of it.")
     tokens: int = Field(
-        20_000,
+        FIT_TOKENS,
         ge=2,
         le=1 << 30,
         description="Tokens of the text that the cloud is asked about, in all commands together.",
