@@ -196,7 +196,7 @@ def build(
         typer.Option(
             min=0,
             help="Weight of the KL divergence from the whole model's next-token probabilities. A distillation with "
-            "this weight and --lm-weight at 0 is much faster.",
+            "both this weight and --lm-weight at 0 is much faster.",
             show_default="1",
         ),
     ] = None,
@@ -264,9 +264,11 @@ def build(
                 "thief with it",
                 err=True,
             )
-    elif given := [f"{name} = {value:g}" for name, value in of_distillation.items() if value is not None]:
+    elif given := [name for name, value in of_distillation.items() if value is not None]:
+        option = {"steps": "--distill-steps"}.get(given[0], f"--{given[0].replace('_', '-')}")
         raise ConfigError(
-            f"{given[0]} is of a distillation, and this build has none: give --distill a text, or leave it out"
+            f"{option} {of_distillation[given[0]]:g} is for a distillation, and this build has none: give --distill a "
+            "text, or leave it out"
         )
     check_name(model)
     signer = load_worker(home.expanduser())  # a key that is missing is told before a model is fetched

@@ -164,7 +164,7 @@ def plan(
             packages = predict_packages(facts, settings, where, edge)
         except PlanError:
             packages = []  # too few layers
-        private = private_json(packages, costs, where, edge.memory_bytes)
+        private = private_json(packages, costs, where, edge.memory_bytes, facts.hidden)
         if packages:
             package = packages[0]
             costs = [package.tuning if cost.mode == "emulator" else cost for cost in costs]

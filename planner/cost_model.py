@@ -21,7 +21,6 @@ from functools import cached_property
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.edge.codecs.wire_codecs import WireCodecs
-from isthmus.edge.config.client_config import FIT_TOKENS
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package.build_presets import PRESETS, BuildPreset, top_heavy
 from isthmus.planner.link_spec import LinkSpec
@@ -145,7 +144,6 @@ class PackageCost:
         package_bytes: About how large the package is: the edge's layers and bridges in fp32, at most a bridge for each
             dropped layer and one at the end, and the emulator's layers as the preset stores them; without tokenizer
             files.
-        fit_bytes: What `emulator fit` sends each way, at its default number of tokens: fp32 hidden states.
     """
 
     preset: str
@@ -153,7 +151,6 @@ class PackageCost:
     kept: int
     tuning: ModeCost
     package_bytes: int
-    fit_bytes: int
 
 
 def predict_packages(
@@ -181,8 +178,7 @@ def _package(
     weights = (plan.bottom + plan.top) * facts.layer_parameters + facts.outside_parameters + bridges
     fp32 = ITEM_BYTES["fp32"]
     item = fp32 if recipe.bits is None else recipe.bits / 8  # scales are a sixteenth of it at most
-    package = round(weights * fp32 + kept * facts.layer_parameters * item)
-    return PackageCost(name, plan, kept, tuning, package, FIT_TOKENS * facts.hidden * fp32)
+    return PackageCost(name, plan, kept, tuning, round(weights * fp32 + kept * facts.layer_parameters * item))
 
 
 def wire_seconds(traffic: Traffic, link: LinkSpec, speed: SpeedProfile) -> float:

@@ -13,7 +13,7 @@ from isthmus.edge.config.client_config import FIT_TOKENS
 from isthmus.emulator.package.build_presets import PRESETS
 from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PackageCost, PlanSettings, StepCost
 from isthmus.planner.link_spec import LOCAL, LinkSpec
-from isthmus.planner.speed_profile import SpeedProfile
+from isthmus.planner.speed_profile import ITEM_BYTES, SpeedProfile
 from isthmus.privacy.ledger.mode_leaks import CHANNELS, CLOUD_READS, MODE_LEAKS
 
 Goal = Literal["quality", "speed", "privacy"]
@@ -132,7 +132,7 @@ def budget_lines(costs: Sequence[ModeCost], goal: Goal, limits: Mapping[str, flo
 
 
 def private_json(
-    packages: Sequence[PackageCost], costs: Sequence[ModeCost], link: LinkSpec, memory_bytes: int
+    packages: Sequence[PackageCost], costs: Sequence[ModeCost], link: LinkSpec, memory_bytes: int, hidden: int
 ) -> dict[str, Any]:
     """The private mode first, each preset with what it needs and does not give; and split training after it.
 
@@ -140,7 +140,9 @@ def private_json(
         packages: Of the presets.
         costs: Of all modes.
         memory_bytes: Memory that the edge has; 0 if unknown.
+        hidden: Width of the hidden states, of which `emulator fit` sends one a token, and gets one back.
     """
+    fit_bytes = FIT_TOKENS * hidden * ITEM_BYTES["fp32"]
     split = next((cost for cost in costs if cost.mode == "u_shape"), None)
     return {
         "presets": [
@@ -154,12 +156,11 @@ def private_json(
                 "fits_memory": None if not memory_bytes else each.tuning.edge_memory <= memory_bytes,
                 "package_bytes": each.package_bytes,
                 "fetch_s": link.seconds(each.package_bytes, 1),
-                "fit_bytes_each_way": each.fit_bytes,
-                "fit_link_s": link.seconds(2 * each.fit_bytes, 1),
                 "does_not_give": PRESETS[each.preset].gives_not,
             }
             for each in packages
         ],
+        "fit": {"tokens": FIT_TOKENS, "bytes_each_way": fit_bytes, "transfer_s": link.seconds(2 * fit_bytes, 1)},
         "does_not_give": list(NOT_GIVEN),
         "split": None if split is None else {"step_s": split.step.seconds, "cloud_reads": CLOUD_READS},
         "measured": MEASURED_LEAK,
@@ -181,11 +182,11 @@ def private_lines(private: Mapping[str, Any], link: LinkSpec) -> list[str]:
             f"{each['does_not_give'][0].upper()}{each['does_not_give'][1:]}."
         )
     if private["presets"]:
-        fit = private["presets"][0]
-        wait = "" if link.text == LOCAL else f", {period(fit['fit_link_s'])} over this link"
+        fit = private["fit"]
+        wait = "" if link.text == LOCAL else f", {period(fit['transfer_s'])} of transfer over this link"
         lines.append(
-            f"- A bridge of your own (`isthmus emulator fit`) is fitted to public texts, which the cloud reads: "
-            f"{FIT_TOKENS:,} tokens are {size(fit['fit_bytes_each_way'])} each way{wait}."
+            "- `isthmus emulator fit` makes the emulator nearer to the cloud's layers with public texts, which the "
+            f"cloud can read: {fit['tokens']:,} tokens are {size(fit['bytes_each_way'])} each way{wait}."
         )
     else:
         lines.append("- The model has too few layers for a preset's package.")

@@ -185,7 +185,7 @@ class GenerateConfig(ClientConfig, PluggedConfig, GenerationConfig):
     )
 
 
-FIT_TOKENS = 20_000  # some 35 for each input of a map of width 576
+FIT_TOKENS = 20_000  # some 35 for each input of a map of width 576; the table's "edge bridge" has as many
 
 
 class FitConfig(ClientConfig, ExamplesConfig):

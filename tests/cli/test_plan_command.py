@@ -141,8 +141,9 @@ def test_privacy_names_the_private_mode_first_and_other_goals_do_not(model: Path
     assert f"{fidelity['first_epoch_step_s']:.0f} s a step in the first epoch" in text
     assert fidelity["later_epoch_step_s"] < fidelity["first_epoch_step_s"]
     assert fidelity["fetch_s"] == pytest.approx(fidelity["package_bytes"] / 125_000 + 0.05)
-    assert fidelity["fit_bytes_each_way"] == 20_000 * 4 * 32
-    assert fidelity["fit_link_s"] == pytest.approx(2 * fidelity["fit_bytes_each_way"] / 125_000 + 0.05)
+    fit = private["fit"]
+    assert fit["bytes_each_way"] == 20_000 * 4 * 32
+    assert fit["transfer_s"] == pytest.approx(2 * fit["bytes_each_way"] / 125_000 + 0.05)
     assert "20,000 tokens are 2.4 MiB each way, " in text
     assert fidelity["fits_memory"] is None  # it is not known how much is free
     row = next(each for each in found["modes"] if each["mode"] == "emulator")
