@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -36,8 +37,9 @@ from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, Recipe
+from isthmus.emulator.distill.distillation import distill
 from isthmus.emulator.package.build import build_package, pick_device, write_own_text
-from isthmus.emulator.package.build_presets import FIDELITY, PRESETS, BuildPreset, top_heavy
+from isthmus.emulator.package.build_presets import FIDELITY, GUARDED, PRESETS, BuildPreset, top_heavy
 from isthmus.emulator.package.manifest import Manifest, Tuning
 from isthmus.emulator.package.package import is_package, open_package
 from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
@@ -45,7 +47,7 @@ from isthmus.experiments.harness.emulator_settings import TableSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
-from isthmus.experiments.offsite.table_rows import draw_table, row_of
+from isthmus.experiments.offsite.table_rows import THIEVES, draw_table, row_of
 from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
 from isthmus.protocol.secure.certificates import WorkerCertificate
@@ -79,8 +81,12 @@ ROWS: Final[dict[str, Literal["once", "each", "few", "none"]]] = {
     # all weights of the package with the edge's bridge, trained on private and public texts, for as many steps as the
     # owner or twice as many; or the tuned emulator, if the validation says so
     "thief": "few",
+    # the same, without that way out, after all weights of the emulator were distilled on the public slice, as presets
+    # are: what the cloud answered for the bridge teaches more than a bridge
+    "distilled thief": "few",
 }
 """The rows in their order, and how many runs each has: one, one for each of `seeds` or of `few_seeds`, or none."""
+_DISTILLATION = GUARDED.distillation()
 _NEVER = (1 << 62) - 1  # when the certificate of a key ends that nobody keeps
 
 Result = dict[str, Any]
@@ -231,7 +237,7 @@ class _Table:
         self._floor, self._public = cache(self._make_floor), cache(self._public_blocks)
         self._few = min(settings.few_seeds, settings.seeds)
         self._rows = {*_ALWAYS, *names_of(settings.rows, "rows", tuple(ROWS))}
-        if self._rows & {"emulator tuned", "thief"}:
+        if self._rows & {"emulator tuned", *THIEVES}:
             self._rows.add("edge bridge")  # the run that they are of, or are compared with
         self.cells.expect(len(self.tasks) * len(self._presets) * self._cells_of_a_preset())
 
@@ -268,7 +274,8 @@ class _Table:
     def _cells_of_a_preset(self) -> int:
         """How many cells one task has, at most."""
         runs = {"once": 1, "each": self.settings.seeds, "few": self._few, "none": 0}
-        return sum(runs[ROWS[name]] for name in self._rows) + ("thief" in self._rows) * (len(_LENGTHS) - 1)
+        lengths = len(self._rows.intersection(THIEVES)) * (len(_LENGTHS) - 1)
+        return sum(runs[ROWS[name]] for name in self._rows) + lengths
 
     def _without_emulator(self, lab: Lab, task: Task, tuning: Tuning) -> dict[str, Callable[[], list[Result]]]:
         split = self._split_plan
@@ -304,6 +311,13 @@ class _Table:
             text = self._public(task) if which.get("public", True) else self._blocks
             return {"emulator": built.sha256, "bridge": fingerprint(text), "ridge": RIDGE, **which}
 
+        @cache
+        def distilled() -> Emulator:
+            emulator = copy.deepcopy(bridged())
+            with tempfile.TemporaryDirectory(prefix="isthmus-thief-") as folder:
+                distill(lab.checkpoint, lab.plan, emulator, self._public(task), _DISTILLATION, Path(folder))
+            return emulator
+
         where = f"{built.label} {built.keep:g}"
         plug_in = partial(self._plug_in, lab, task, tuning=tuning)
         bridge = cache(lambda: plug_in(f"{where} edge bridge", span=bridged, of=of(), views={"tuned": None}))
@@ -312,10 +326,12 @@ class _Table:
             span = partial(bridged, **which)
             return plug_in(f"{where} {name}", span=span, of=of(**which), seeds=self._few)
 
+        def steals(name: str, emulator: Callable[[], Emulator], about: Mapping[str, Any]) -> list[Result]:
+            return self._thief(lab, task, f"{where} {name}", lab.everything(lambda: copy.deepcopy(emulator())), about)
+
         def thief() -> list[Result]:
-            tuned = bridge()
-            stolen = self._thief(lab, task, where, lab.everything(lambda: copy.deepcopy(bridged())), of())
-            pairs = zip(stolen, tuned, strict=False)
+            stolen = steals("thief", bridged, of())
+            pairs = zip(stolen, bridge(), strict=False)
             return [
                 own if own["validation_loss"] < other["validation_loss"] else _as_thief(other) for own, other in pairs
             ]
@@ -326,6 +342,9 @@ class _Table:
             "emulator tuned": bridge,
             "other bridge": lambda: with_bridge("other bridge", public=False),
             "thief": thief,
+            "distilled thief": lambda: steals(
+                "distilled thief", distilled, of() | {"distilled": _DISTILLATION.stated()}
+            ),
         }
         if _last_bridge(fresh()) is not None:
             ways["owner bridge"] = lambda: with_bridge("owner bridge", owner=True)
@@ -354,12 +373,12 @@ class _Table:
             of={**of, **_of_advice(tuning)},
         )
 
-    def _thief(self, lab: Lab, task: Task, where: str, build: Build, of: Mapping[str, Any]) -> list[Result]:
+    def _thief(self, lab: Lab, task: Task, who: str, build: Build, of: Mapping[str, Any]) -> list[Result]:
         both = replace(task, train=task.train + task.public)
 
         def cells(length: int, rates: Sequence[float], seeds: range) -> list[Result]:
             longer = lab.at(replace(lab.regime, steps=length * lab.regime.steps, warmup=None))
-            name = f"{where} thief, {length} x"
+            name = f"{who}, {length} x"
             return self._cells_of(longer, task, name, build, rates=rates, seeds=seeds, trained_on=both, of=of)
 
         first = {length: cells(length, self._whole_rates, range(1))[0] for length in _LENGTHS}

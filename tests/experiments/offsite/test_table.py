@@ -27,9 +27,10 @@ from isthmus.experiments.scoring.tasks import Task
 
 ROWS = {
     *("zero-shot", "reference", "split q and v", "split all", "public alone", "floor", "plug-in", "edge bridge"),
-    *("emulator tuned", "other bridge", "owner bridge", "thief"),
+    *("emulator tuned", "other bridge", "owner bridge", "thief", "distilled thief"),
 }
-FEW = ",".join(ROWS - {"other bridge", "owner bridge"})
+PLAIN = ",".join(ROWS - {"distilled thief"})
+FEW = ",".join(ROWS - {"other bridge", "owner bridge", "distilled thief"})
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(
     result = table(model, data, tmp_path, package("uniform", 1.0), rows=FEW)
     (run,) = result["runs"]
     values = {name: row["value"] for name, row in run["rows"].items()}
-    assert set(values) == ROWS - {"other bridge", "owner bridge"}
+    assert set(values) == set(FEW.split(","))
     assert values["plug-in"] == values["reference"] != values["zero-shot"]
     assert values["edge bridge"] == pytest.approx(values["plug-in"], rel=1e-2)
     assert run["rates"]["plug-in"] == ADVICE.learning_rate
@@ -135,7 +136,7 @@ def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
     before = len(trained) - 1
     result = table(model, data, tmp_path, made)
     (run,) = result["runs"]
-    assert len(trained) - 1 == 9 + 2  # one for each row that is trained, and two lengths of the thief
+    assert len(trained) - 1 == 9 + 2 * 2  # one for each row that is trained, and two lengths of each thief
     assert set(run["rows"]) == ROWS
     n_private, n_public = (run["texts"][name] for name in ("train", "public"))
     assert {count for steps, count in trained if steps == 6} == {n_private + n_public}
@@ -146,7 +147,7 @@ def test_a_package_is_measured_signed_for_and_shown_and_nothing_is_made_twice(
     assert table(model, data, tmp_path, made) == result
     assert trained == []
     (protection,) = protection_rows(result["runs"], run["emulator"], ADVICE)
-    assert protection.thief == run["rows"]["thief"]["value"]
+    assert protection.thief == min(run["rows"][name]["value"] for name in ("thief", "distilled thief"))
     assert protection.plug_in == run["rows"]["edge bridge"]["value"]
     capsys.readouterr()
     show(result)
@@ -180,7 +181,8 @@ def test_what_is_better_on_the_validation_slice_is_taken_whatever_it_scores(
     assert [seeds[name] for name in ("zero-shot", "reference", "edge bridge", "thief")] == [1, 3, 3, 2]
     assert result["best_split"] == "split all"
     monkeypatch.setattr(table_lab.Lab, "run", lambda self, *a, **k: {**run(self, *a, **k), "validation_loss": 0.1})
-    (result,) = table(model, data, tmp_path / "tuned", made, preset=["fidelity"], adapter_layers="1:2")["runs"]
+    wanted = {"preset": ["fidelity"], "adapter_layers": "1:2", "rows": PLAIN}
+    (result,) = table(model, data, tmp_path / "tuned", made, **wanted)["runs"]
     assert result["thief"] == 2.0  # the tuned emulator is no worse
     (folder,) = (tmp_path / "tuned" / "packages").glob("fidelity-*")
     built = open_package(folder).manifest
@@ -290,6 +292,15 @@ def test_shares_are_of_the_reference_of_split_and_above_the_floor() -> None:
     assert list(row("fidelity")["targets"].values()) == [False, True]
     assert list(row("package")["targets"].values()) == [False, True, True, True]
     assert "yes 40 % above the floor" in table_lines([made])
+
+
+def test_of_two_thieves_the_better_one_counts() -> None:
+    assert row()["thief"] == pytest.approx(2.4)
+    stronger = row(**{"distilled thief": scores(1.4)})
+    assert stronger["thief"] == pytest.approx(1.4)
+    assert stronger["thief_recovery"] == stronger["rows"]["distilled thief"]["of_reference"]
+    assert list(stronger["targets"].values()) == [True, False]
+    assert row(**{"distilled thief": scores(2.6)})["thief"] == pytest.approx(2.4)
 
 
 def test_no_share_is_told_of_a_gain_that_is_not_clear() -> None:
