@@ -171,6 +171,24 @@ def test_the_real_model_speaks_and_splits(real_model: Checkpoint) -> None:
     assert whole.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+def most_values_in(weight: torch.Tensor, block: int) -> int:
+    """The largest number of different values in a block of neighbouring weights."""
+    ordered = weight.reshape(-1, block).sort(dim=1).values
+    return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1
+
+
+@pytest.mark.real_model
+def test_the_real_model_comes_from_a_file_of_4_bits(real_model: Checkpoint) -> None:
+    """So whoever keeps its layers on that grid, blocks of 32, keeps the model; larger blocks hold more values."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(real_model.folder, dtype=torch.float32)
+    linears = [linear.weight for linear in whole.model.layers.modules() if isinstance(linear, torch.nn.Linear)]
+    assert len(linears) == 30 * 7
+    assert max(most_values_in(weight, 32) for weight in linears) <= 16
+    assert max(most_values_in(weight, 64) for weight in linears) > 16
+
+
 def with_code(folder: Path, **settings: object) -> Path:
     """The tokenizer's files ask for a class that lies beside them."""
     (folder / "tokenizer_own.py").write_text("raise SystemExit('this code was run')")
